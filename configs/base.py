@@ -1,0 +1,144 @@
+"""Every key once: its unit, and in brackets the reference's key.
+
+The values are those of the reference's `SOLOv2/R50_3x` unless a comment says
+otherwise. A config is locked: an unknown key is an error that suggests the nearest.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the base configuration: SOLOv2, ResNet-50, 3x schedule, COCO."""
+    config = ConfigDict()
+
+    # Seeds the parameters, the order of the data and every augmentation [SEED].
+    config.seed = 0
+    # Weights to start from: a file (.npz, .safetensors) or another run's workdir;
+    # "" starts from random weights. Ignored when the workdir resumes [MODEL.WEIGHTS].
+    config.init_from = ""
+
+    config.model = model = ConfigDict()
+    # Number of classes without background; 0: counted from the training annotations
+    # [MODEL.SOLOV2.NUM_CLASSES].
+    model.num_classes = 0
+    # "float32" or "bfloat16": the type convolutions compute in. Parameters, losses,
+    # norms' statistics and NMS stay float32 [SOLVER.AMP.ENABLED].
+    model.dtype = "float32"
+    model.backbone = backbone = ConfigDict()
+    backbone.depth = 50  # 18, 34, 50, 101 or 152 [MODEL.RESNETS.DEPTH]
+    # Stages whose weights never change: 0 none, 1 stem, 2 stem and res2, ... 5 all
+    # [MODEL.BACKBONE.FREEZE_AT].
+    backbone.freeze_at = 2
+    # Stride of a bottleneck in its first 1x1 convolution (True: MSRA/Caffe weights) or
+    # in its 3x3 (False: torchvision weights) [MODEL.RESNETS.STRIDE_IN_1X1].
+    backbone.stride_in_1x1 = True
+    model.fpn = fpn = ConfigDict()
+    fpn.channels = 256  # [MODEL.FPN.OUT_CHANNELS]
+    model.ins_head = ins_head = ConfigDict()
+    ins_head.num_convs = 4  # per tower [MODEL.SOLOV2.NUM_INSTANCE_CONVS]
+    ins_head.channels = 512  # [MODEL.SOLOV2.INSTANCE_CHANNELS]
+    ins_head.num_kernels = 256  # E, weights of a dynamic kernel [..NUM_KERNELS]
+    # Cells per side on each level, finest level first [MODEL.SOLOV2.NUM_GRIDS].
+    ins_head.num_grids = (40, 36, 24, 16, 12)
+    ins_head.prior_prob = 0.01  # initial class probability [..PRIOR_PROB]
+    model.mask_head = mask_head = ConfigDict()
+    mask_head.channels = 128  # [MODEL.SOLOV2.MASK_CHANNELS]
+
+    config.targets = targets = ConfigDict()
+    # sqrt(box area), input pixels, both ends included; one pair per level
+    # [MODEL.SOLOV2.FPN_SCALE_RANGES].
+    targets.scale_ranges = ((1, 96), (48, 192), (96, 384), (192, 768), (384, 2048))
+    targets.sigma = 0.2  # size of the centre region over the box's size [..SIGMA]
+    # Slots for (cell, mask) pairs per image. An image with more trains on a random
+    # subset of them, which is counted in the metric `pairs_dropped`.
+    targets.max_pairs = 256
+
+    config.loss = loss = ConfigDict()
+    loss.focal_alpha = 0.25  # [MODEL.SOLOV2.LOSS.FOCAL_ALPHA]
+    loss.focal_gamma = 2.0  # [MODEL.SOLOV2.LOSS.FOCAL_GAMMA]
+    loss.focal_weight = 1.0  # [MODEL.SOLOV2.LOSS.FOCAL_WEIGHT]
+    loss.dice_weight = 3.0  # [MODEL.SOLOV2.LOSS.DICE_WEIGHT]
+
+    config.test = test = ConfigDict()
+    test.score_threshold = 0.1  # on the class score [MODEL.SOLOV2.SCORE_THR]
+    test.mask_threshold = 0.5  # on the soft mask [MODEL.SOLOV2.MASK_THR]
+    test.update_threshold = 0.05  # on the score after NMS [MODEL.SOLOV2.UPDATE_THR]
+    test.nms_pre = 500  # candidates that enter NMS [MODEL.SOLOV2.NMS_PRE]
+    test.max_per_image = 100  # detections kept [MODEL.SOLOV2.MAX_PER_IMG]
+    test.nms_type = "matrix"  # "matrix" or "mask" [MODEL.SOLOV2.NMS_TYPE]
+    test.nms_kernel = "gaussian"  # "gaussian" or "linear" [MODEL.SOLOV2.NMS_KERNEL]
+    test.nms_sigma = 2.0  # of the gaussian kernel [MODEL.SOLOV2.NMS_SIGMA]
+    test.nms_iou = 0.5  # IoU above which mask NMS suppresses
+    # Cell-class pairs above the score threshold whose masks are looked at, best score
+    # first. The reference has no bound, and memory without bound.
+    test.max_candidates = 4096
+
+    config.input = input_ = ConfigDict()
+    input_.channel_order = "BGR"  # "BGR" or "RGB" [INPUT.FORMAT]
+    input_.mean = (103.53, 116.28, 123.675)  # in channel order [MODEL.PIXEL_MEAN]
+    input_.std = (1.0, 1.0, 1.0)  # in channel order [MODEL.PIXEL_STD]
+    # Short side in pixels, one drawn per image [INPUT.MIN_SIZE_TRAIN].
+    input_.min_sizes_train = (640, 672, 704, 736, 768, 800)
+    input_.max_size_train = 1333  # long side at most [INPUT.MAX_SIZE_TRAIN]
+    input_.min_size_test = 800  # [INPUT.MIN_SIZE_TEST]
+    input_.max_size_test = 1333  # [INPUT.MAX_SIZE_TEST]
+    input_.flip_prob = 0.5  # horizontal [INPUT.RANDOM_FLIP]
+    # Padded (height, width) shapes, multiples of 32; an image goes into the smallest
+    # that holds it. (): derived from the sizes above. One compilation per shape.
+    input_.buckets_train = ()
+    input_.buckets_test = ()
+
+    config.data = data = ConfigDict()
+    data.train = ConfigDict()
+    data.train.images = "datasets/coco/train2017"  # folder [DATASETS.TRAIN]
+    data.train.annotations = "datasets/coco/annotations/instances_train2017.json"
+    data.val = ConfigDict()
+    data.val.images = "datasets/coco/val2017"  # folder [DATASETS.TEST]
+    data.val.annotations = "datasets/coco/annotations/instances_val2017.json"
+    # "": the two data sets above. "shapes": the embedded generated data set, written
+    # below `data.generated.root` on first use, replaces them.
+    data.name = ""
+    data.generated = generated = ConfigDict()
+    generated.root = "datasets/shapes"
+    generated.num_train = 400  # images
+    generated.num_val = 64
+    generated.image_size = (128, 128)  # height, width
+    generated.seed = 0
+    # Train on images without objects too. The reference drops them
+    # [DATALOADER.FILTER_EMPTY_ANNOTATIONS].
+    data.keep_empty = True
+    # Padded objects per image; 0: the largest number in the annotations.
+    data.max_instances = 0
+    data.num_workers = 4  # processes; 0: threads only [DATALOADER.NUM_WORKERS]
+    data.num_threads = 2  # reading threads per process
+    data.prefetch = 2  # batches ready per worker
+
+    config.optim = optim = ConfigDict()
+    # For 16 images a step; not scaled automatically [SOLVER.BASE_LR].
+    optim.learning_rate = 0.01
+    optim.momentum = 0.9  # [SOLVER.MOMENTUM]
+    optim.weight_decay = 1e-4  # [SOLVER.WEIGHT_DECAY]
+    optim.weight_decay_norm = 0.0  # on norm parameters [SOLVER.WEIGHT_DECAY_NORM]
+    # Warm-up from `warmup_factor` x rate, in steps [SOLVER.WARMUP_{FACTOR,ITERS}].
+    optim.warmup_factor = 0.01
+    optim.warmup_steps = 1000
+    optim.milestones = (210_000, 250_000)  # steps [SOLVER.STEPS]
+    optim.gamma = 0.1  # factor at each milestone [SOLVER.GAMMA]
+    # Largest L2 norm of the whole gradient; 0: no clipping, as the reference. The
+    # paper's own code clips at 35 [SOLVER.CLIP_GRADIENTS].
+    optim.clip_norm = 0.0
+
+    config.train = train = ConfigDict()
+    train.steps = 270_000  # [SOLVER.MAX_ITER]
+    train.batch_size = 16  # global, over all devices [SOLVER.IMS_PER_BATCH]
+    train.log_every = 20  # steps; 0: never, also below
+    train.checkpoint_every = 5000  # [SOLVER.CHECKPOINT_PERIOD]
+    train.eval_every = 0  # the end is always evaluated [TEST.EVAL_PERIOD]
+    train.keep_checkpoints = 3  # newest ones; the best is kept besides
+    train.best_metric = "segm/AP"  # of the evaluation; the best checkpoint's measure
+
+    config.eval = ConfigDict()
+    config.eval.batch_size = 1  # images a step
+    config.eval.max_images = 0  # 0: all
+
+    return config
