@@ -1,0 +1,104 @@
+"""The two heads: class scores and dynamic kernels on grids, and mask features.
+
+Source: adet/modeling/solov2/solov2.py, SOLOv2InsHead and SOLOv2MaskHead.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype
+
+from solov2_jax import ops
+from solov2_jax.models.layers import Conv, ConvTower, GroupNorm
+
+
+def append_coords(x: jax.Array) -> jax.Array:
+    """Returns `x` with two more channels: x and y in [-1, 1] over the whole map."""
+    b, h, w, _ = x.shape
+    xy = jnp.asarray(ops.coord_grid(h, w), x.dtype)
+    return jnp.concatenate([x, jnp.broadcast_to(xy[None], (b, h, w, 2))], axis=-1)
+
+
+def split_features(features: dict[str, jax.Array]) -> list[jax.Array]:
+    """Returns the instance head's five inputs, at strides 8, 8, 16, 32, 32.
+
+    Source: SOLOv2.split_feats: p2 halved, p6 brought to the size of p5.
+    """
+    p2, p3, p4, p5, p6 = (features[f"p{i}"] for i in range(2, 7))
+    size = (p5.shape[1], p5.shape[2])
+    return [ops.downsample2x_bilinear(p2), p3, p4, p5, ops.resize_bilinear(p6, size)]
+
+
+class InstanceHead(nn.Module):
+    """Maps each level to a grid of class logits and mask kernels.
+
+    All levels share the weights. Only the kernel tower sees coordinates, appended
+    before the resize to the grid, so that they are interpolated like the features.
+    """
+
+    num_classes: int
+    num_kernels: int = 256
+    num_grids: Sequence[int] = (40, 36, 24, 16, 12)
+    channels: int = 512
+    num_convs: int = 4
+    prior_prob: float = 0.01
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, levels: Sequence[jax.Array]
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Returns class logits [B, g, g, K] and kernels [B, g, g, E] per level."""
+        grids = [
+            ops.resize_bilinear(append_coords(x), (g, g))
+            for x, g in zip(levels, self.num_grids, strict=True)
+        ]
+        args, dtype = (self.channels, self.num_convs), self.dtype
+        prior = nn.initializers.constant(-math.log(1 / self.prior_prob - 1))
+        cate = ConvTower(*args, dtype, name="cate_tower")([x[..., :-2] for x in grids])
+        kernel = ConvTower(*args, dtype, name="kernel_tower")(grids)
+        cate = Conv(
+            self.num_classes, 3, bias_init=prior, dtype=dtype, name="cate_pred"
+        )(cate)
+        kernel = Conv(self.num_kernels, 3, dtype=dtype, name="kernel_pred")(kernel)
+        return cate, kernel
+
+
+class MaskLevel(nn.Module):
+    """`num_ups` times (3x3 convolution, GroupNorm, ReLU, 2x), or one without the 2x."""
+
+    channels: int
+    num_ups: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for j in range(max(self.num_ups, 1)):
+            conv = Conv(self.channels, 3, False, dtype=self.dtype, name=f"conv{j}")
+            x = nn.relu(GroupNorm(name=f"gn{j}")(conv([x])[0]))
+            if self.num_ups:
+                x = ops.upsample2x_bilinear(x)
+        return x
+
+
+class MaskHead(nn.Module):
+    """p2..p5 to the mask features at stride 4; coordinates are given to p5 only."""
+
+    channels: int = 128
+    num_kernels: int = 256
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: dict[str, jax.Array]) -> jax.Array:
+        """Returns non-negative mask features [B, h / 4, w / 4, E]."""
+        total = None
+        for i in range(4):
+            x = features[f"p{i + 2}"]
+            x = append_coords(x) if i == 3 else x
+            x = MaskLevel(self.channels, i, self.dtype, name=f"level{i}")(x)
+            total = x if total is None else total + x
+        conv = Conv(self.num_kernels, 1, False, dtype=self.dtype, name="conv_pred")
+        return nn.relu(GroupNorm(name="gn_pred")(conv([total])[0]))

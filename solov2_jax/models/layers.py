@@ -1,0 +1,118 @@
+"""Blocks shared by the backbone and the heads."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype, Initializer
+from jax import lax
+from jaxtyping import Array, Float
+
+from solov2_jax import ops
+from solov2_jax.models.conv import conv2d, conv2d_levels
+
+# The reference's initialisers. MSRA: He, fan out, normal. Caffe2's Xavier, used by the
+# FPN, is uniform in +-sqrt(3 / fan_in).
+msra_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+xavier_init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
+head_init = nn.initializers.normal(0.01)
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch normalisation whose statistics and affine part never change.
+
+    Source: detectron2/layers/batch_norm.py, FrozenBatchNorm2d (epsilon 1e-5).
+    """
+
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, channels: int) -> tuple[jax.Array, jax.Array]:
+        """Returns (factor, shift), float32 [C] each: the norm is factor * x + shift."""
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+        # The reference's default makes variance + epsilon exactly 1.
+        var = self.variable(
+            "batch_stats", "var", lambda: jnp.full((channels,), 1 - self.epsilon)
+        )
+        factor = scale * lax.rsqrt(var.value + self.epsilon)
+        return lax.stop_gradient((factor, bias - mean.value * factor))
+
+
+class ConvFrozenBN(nn.Module):
+    """Convolution without bias, then frozen batch norm, folded into one convolution."""
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B _ _ D"]:
+        k = self.kernel_size
+        shape = (k, k, x.shape[-1], self.features)
+        kernel = self.param("kernel", msra_init, shape)
+        factor, shift = FrozenBatchNorm(name="norm")(self.features)
+        kernel = (kernel * factor[None, None, None]).astype(self.dtype)
+        y = conv2d(x.astype(self.dtype), kernel, self.stride)
+        return y + shift.astype(self.dtype)[None, None, None]
+
+
+class Conv(nn.Module):
+    """Convolution with an optional bias, over one array or a list with shared weights."""
+
+    features: int
+    kernel_size: int
+    use_bias: bool = True
+    kernel_init: Initializer = head_init
+    bias_init: Initializer = nn.initializers.zeros
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
+        """Maps arrays [B, _, _, C], one per level, to [B, _, _, D]."""
+        k = self.kernel_size
+        shape = (k, k, xs[0].shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
+        ys = conv2d_levels([x.astype(self.dtype) for x in xs], kernel)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,))
+            ys = [y + bias.astype(self.dtype)[None, None, None] for y in ys]
+        return ys
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation with torch's epsilon (Flax's own default is 1e-6)."""
+
+    groups: int = 32
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+        channels = x.shape[-1]
+        if channels % self.groups:
+            raise ValueError(
+                f"GroupNorm: {channels} channels do not divide into {self.groups} "
+                "groups; choose channels that are a multiple of it"
+            )
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        return ops.group_norm(x, scale, bias, self.groups, self.epsilon)
+
+
+class ConvTower(nn.Module):
+    """`depth` times (3x3 convolution without bias, GroupNorm, ReLU), shared by levels."""
+
+    features: int
+    depth: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
+        for i in range(self.depth):
+            conv = Conv(self.features, 3, False, dtype=self.dtype, name=f"conv{i}")
+            norm = GroupNorm(name=f"gn{i}")
+            xs = [nn.relu(norm(x)) for x in conv(xs)]
+        return list(xs)

@@ -1,0 +1,115 @@
+"""ResNet-18/34/50/101/152 with frozen batch norm.
+
+Source: detectron2/modeling/backbone/resnet.py, build_resnet_backbone.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype
+from jax import lax
+from jaxtyping import Array, Float
+
+from solov2_jax import ops
+from solov2_jax.models.layers import ConvFrozenBN
+
+# depth -> (blocks of res2..res5, bottleneck)
+STAGES = {
+    18: ((2, 2, 2, 2), False),
+    34: ((3, 4, 6, 3), False),
+    50: ((3, 4, 6, 3), True),
+    101: ((3, 4, 23, 3), True),
+    152: ((3, 8, 36, 3), True),
+}
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions; the stride is in the first."""
+
+    features: int
+    stride: int = 1
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B _ _ D"]:
+        d, s, t = self.features, self.stride, self.dtype
+        y = nn.relu(ConvFrozenBN(d, 3, s, t, name="conv1")(x))
+        y = ConvFrozenBN(d, 3, 1, t, name="conv2")(y)
+        if x.shape[-1] != d:
+            x = ConvFrozenBN(d, 1, s, t, name="shortcut")(x)
+        return nn.relu(x + y)
+
+
+class BottleneckBlock(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions, the last four times as wide.
+
+    `stride_in_1x1` puts the stride in the first (MSRA and Caffe weights), else it is in
+    the 3x3 (torchvision weights).
+    """
+
+    features: int
+    stride: int = 1
+    stride_in_1x1: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B _ _ D"]:
+        d, width, t = self.features, self.features // 4, self.dtype
+        s1, s3 = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
+        y = nn.relu(ConvFrozenBN(width, 1, s1, t, name="conv1")(x))
+        y = nn.relu(ConvFrozenBN(width, 3, s3, t, name="conv2")(y))
+        y = ConvFrozenBN(d, 1, 1, t, name="conv3")(y)
+        if x.shape[-1] != d:
+            x = ConvFrozenBN(d, 1, self.stride, t, name="shortcut")(x)
+        return nn.relu(x + y)
+
+
+class Stem(nn.Module):
+    """7x7 convolution at stride 2, ReLU, 3x3 maximum at stride 2."""
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w 3"]) -> Float[Array, "B _ _ 64"]:
+        x = nn.relu(ConvFrozenBN(64, 7, 2, self.dtype, name="conv1")(x))
+        return ops.max_pool_3x3_stride2(x)
+
+
+class ResNet(nn.Module):
+    """Image to {"res2": ..., "res5": ...} at strides 4, 8, 16, 32.
+
+    The first `freeze_at` of (stem, res2, ... res5) get no gradient.
+    """
+
+    depth: int = 50
+    freeze_at: int = 2
+    stride_in_1x1: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "B h w 3"]) -> dict[str, jax.Array]:
+        if self.depth not in STAGES:
+            raise ValueError(
+                f"model.backbone.depth is {self.depth}; known are {list(STAGES)}"
+            )
+        num_blocks, bottleneck = STAGES[self.depth]
+        x = Stem(self.dtype, name="stem")(image)
+        if self.freeze_at >= 1:
+            x = lax.stop_gradient(x)
+        features = {}
+        for stage, blocks in enumerate(num_blocks, start=2):
+            width = (256 if bottleneck else 64) * 2 ** (stage - 2)
+            for i in range(blocks):
+                stride = 2 if stage > 2 and i == 0 else 1
+                name = f"res{stage}_{i}"
+                if bottleneck:
+                    block = BottleneckBlock(
+                        width, stride, self.stride_in_1x1, self.dtype, name=name
+                    )
+                else:
+                    block = BasicBlock(width, stride, self.dtype, name=name)
+                x = block(x)
+            if self.freeze_at >= stage:
+                x = lax.stop_gradient(x)
+            features[f"res{stage}"] = x
+        return features

@@ -1,0 +1,91 @@
+"""SOLOv2: normalised images to class logits, dynamic kernels and mask features."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from flax.typing import Dtype
+from jaxtyping import Array, Float
+
+from solov2_jax.models.fpn import FPN
+from solov2_jax.models.heads import InstanceHead, MaskHead, split_features
+from solov2_jax.models.resnet import ResNet
+from solov2_jax.structs import Outputs
+
+
+class SOLOv2(nn.Module):
+    """The whole network. Sides of the image must be multiples of 32.
+
+    Source: adet/modeling/solov2/solov2.py, SOLOv2.forward, without its losses and
+    post-processing, which are functions of `Outputs` here.
+    """
+
+    num_classes: int
+    depth: int = 50
+    freeze_at: int = 2
+    stride_in_1x1: bool = True
+    fpn_channels: int = 256
+    num_grids: Sequence[int] = (40, 36, 24, 16, 12)
+    num_kernels: int = 256
+    head_channels: int = 512
+    head_convs: int = 4
+    mask_channels: int = 128
+    prior_prob: float = 0.01
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "B h w 3"]) -> Outputs:
+        _, h, w, _ = image.shape
+        if h % 32 or w % 32:
+            raise ValueError(
+                f"the image is {h}x{w}; pad both sides to multiples of 32 "
+                "(see input.buckets_train and input.buckets_test)"
+            )
+        features = ResNet(
+            self.depth, self.freeze_at, self.stride_in_1x1, self.dtype, name="backbone"
+        )(image.astype(self.dtype))
+        features = FPN(self.fpn_channels, self.dtype, name="fpn")(features)
+        cate, kernel = InstanceHead(
+            self.num_classes,
+            self.num_kernels,
+            self.num_grids,
+            self.head_channels,
+            self.head_convs,
+            self.prior_prob,
+            self.dtype,
+            name="ins_head",
+        )(split_features(features))
+        mask_feat = MaskHead(
+            self.mask_channels, self.num_kernels, self.dtype, name="mask_head"
+        )(features)
+        return Outputs(_pack(cate), _pack(kernel), mask_feat)
+
+
+def _pack(levels: Sequence[jax.Array]) -> jax.Array:
+    """Returns the cells of all levels one after the other: [B, S, C]."""
+    return jnp.concatenate(
+        [x.reshape(x.shape[0], -1, x.shape[-1]) for x in levels], axis=1
+    )
+
+
+def intermediates(
+    model: nn.Module, variables: Mapping, image: Float[Array, "B h w 3"]
+) -> dict[str, jax.Array]:
+    """Returns what every module computed, by path: "fpn/p3", "ins_head/cate_tower/gn0".
+
+    A module called once per level, or returning several arrays, has the index appended:
+    "ins_head/kernel_pred/4" is the coarsest level's.
+    """
+    _, state = model.apply(variables, image, capture_intermediates=True)
+    calls = flatten_dict(state["intermediates"])
+    found = {}
+    for path, values in calls.items():
+        leaves = jax.tree_util.tree_leaves_with_path(values)
+        for keys, leaf in leaves:
+            # The first key counts the calls: leave it out when there was one call.
+            keys = keys if len(values) > 1 else keys[1:]
+            names = [str(getattr(k, "key", getattr(k, "idx", ""))) for k in keys]
+            found["/".join([*path[:-1], *names])] = leaf
+    return found

@@ -1,0 +1,161 @@
+"""Primitives with torch's semantics, in forms that are fast forward and backward.
+
+Gathers differentiate into scatters, which XLA runs slowly; here resizes are slices
+(factor 2) or products with a small static matrix (any other size).
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, Num
+
+
+def normalize_image(
+    image: Num[Array, "B h w 3"],
+    image_size: Int[Array, "B 2"],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Float[Array, "B h w 3"]:
+    """Returns (image - mean) / std in float32, and 0 beyond each image's size.
+
+    Args:
+      image: pixel values 0..255, padded at the right and bottom.
+      image_size: (height, width) before padding.
+
+    Source: adet/modeling/solov2/solov2.py, SOLOv2.preprocess_image: normalise first,
+    pad second, so that a padded pixel is the mean colour.
+    """
+    _, h, w, _ = image.shape
+    mean, std = np.float32(mean), np.float32(std)
+    inside = (jnp.arange(h)[None, :, None] < image_size[:, 0, None, None]) & (
+        jnp.arange(w)[None, None, :] < image_size[:, 1, None, None]
+    )
+    x = (image.astype(jnp.float32) - mean[None, None, None]) / std[None, None, None]
+    return jnp.where(inside[..., None], x, 0.0)
+
+
+def coord_grid(h: int, w: int) -> np.ndarray:
+    """Returns (x, y) at every cell, -1 to 1 with the ends included: float32 [h, w, 2].
+
+    A single row or column is -1, as torch.linspace gives.
+    Source: adet/modeling/solov2/solov2.py, SOLOv2InsHead.forward.
+    """
+    x, y = np.linspace(-1, 1, w), np.linspace(-1, 1, h)
+    return np.stack(np.meshgrid(x, y), axis=-1).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=256)
+def bilinear_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """Returns the float32 matrix [size_out, size_in] of a bilinear resize of one axis.
+
+    Half-pixel centres, edges clamped, never antialiased.
+    Source: torch.nn.functional.interpolate(mode="bilinear", align_corners=False).
+    """
+    scale = np.float32(size_in) / np.float32(size_out)
+    source = scale * (np.arange(size_out, dtype=np.float32) + np.float32(0.5))
+    source = np.maximum(source - np.float32(0.5), 0)
+    low = np.minimum(source.astype(np.int64), size_in - 1)
+    high = np.minimum(low + 1, size_in - 1)
+    weight = source - low.astype(np.float32)
+    matrix = np.zeros((size_out, size_in), np.float32)
+    rows = np.arange(size_out)
+    np.add.at(matrix, (rows, low), 1 - weight)
+    np.add.at(matrix, (rows, high), weight)
+    return matrix
+
+
+def resize_bilinear(
+    x: Float[Array, "B h w C"], size: tuple[int, int]
+) -> Float[Array, "B H W C"]:
+    """Returns `x` at `size`, as `bilinear_matrix` does along each axis."""
+    _, h, w, _ = x.shape
+    dot = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    if h != size[0]:
+        x = dot("gh,bhwc->bgwc", jnp.asarray(bilinear_matrix(h, size[0]), x.dtype), x)
+    if w != size[1]:
+        x = dot("gw,bhwc->bhgc", jnp.asarray(bilinear_matrix(w, size[1]), x.dtype), x)
+    return x
+
+
+def _upsample2x_axis(x: jax.Array, axis: int) -> jax.Array:
+    size = x.shape[axis]
+    first = lax.slice_in_dim(x, 0, 1, axis=axis)
+    last = lax.slice_in_dim(x, size - 1, size, axis=axis)
+    before = lax.concatenate([first, lax.slice_in_dim(x, 0, size - 1, axis=axis)], axis)
+    after = lax.concatenate([lax.slice_in_dim(x, 1, size, axis=axis), last], axis)
+    pair = jnp.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], axis + 1)
+    return pair.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
+
+
+def upsample2x_bilinear(x: Float[Array, "B h w C"]) -> Float[Array, "B 2*h 2*w C"]:
+    """Returns `resize_bilinear(x, (2 * h, 2 * w))`, by shifts and no gather."""
+    return _upsample2x_axis(_upsample2x_axis(x, 1), 2)
+
+
+def upsample2x_nearest(x: Float[Array, "B h w C"]) -> Float[Array, "B 2*h 2*w C"]:
+    """Returns `x` with each pixel repeated 2x2.
+
+    Source: detectron2/modeling/backbone/fpn.py, FPN.forward (top-down path).
+    """
+    b, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
+    return x.reshape(b, 2 * h, 2 * w, c)
+
+
+def downsample2x_bilinear(x: Float[Array, "B h w C"]) -> Float[Array, "B _ _ C"]:
+    """Returns `x` halved bilinearly: the mean of 2x2 when both sides are even.
+
+    Source: F.interpolate(scale_factor=0.5) in adet/modeling/solov2/solov2.py,
+    split_feats; an odd side is floored, and sampled with the given scale factor.
+    """
+    b, h, w, c = x.shape
+    x = x[:, : h // 2 * 2, : w // 2 * 2]
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
+
+
+def max_pool_3x3_stride2(x: Float[Array, "B h w C"]) -> Float[Array, "B _ _ C"]:
+    """Returns the 3x3 maximum at stride 2, padded by one with -inf.
+
+    Source: detectron2/modeling/backbone/resnet.py, BasicStem.forward.
+    """
+    for axis in (1, 2):
+        out = (x.shape[axis] + 1) // 2
+        pad = [(0, 0, 0)] * 4
+        pad[axis] = (1, 2 * out - x.shape[axis], 0)
+        padded = lax.pad(x, jnp.array(-jnp.inf, x.dtype), pad)
+        x = functools.reduce(
+            jnp.maximum,
+            (lax.slice_in_dim(padded, i, i + 2 * out - 1, 2, axis) for i in range(3)),
+        )
+    return x
+
+
+def group_norm(
+    x: Float[Array, "B h w C"],
+    scale: Float[Array, "C"],
+    bias: Float[Array, "C"],
+    groups: int,
+    epsilon: float = 1e-5,
+) -> Float[Array, "B h w C"]:
+    """Returns group normalisation, statistics in float32 over (h, w, C / groups).
+
+    Sums per channel come first and are grouped afterwards: one pass over `x` whose
+    innermost axis stays the channels.
+    """
+    b, h, w, c = x.shape
+    x32 = x.astype(jnp.float32)
+    count = h * w * (c // groups)
+
+    def grouped_mean(per_channel):  # [B, C] -> [B, C], equal within a group
+        total = per_channel.reshape(b, groups, c // groups).sum(-1, keepdims=True)
+        return jnp.broadcast_to(total / count, (b, groups, c // groups)).reshape(b, c)
+
+    mean = grouped_mean(x32.sum((1, 2)))
+    variance = grouped_mean(jnp.square(x32).sum((1, 2))) - jnp.square(mean)
+    factor = scale[None] * lax.rsqrt(jnp.maximum(variance, 0.0) + epsilon)
+    shift = bias[None] - mean * factor
+    return (x32 * factor[:, None, None] + shift[:, None, None]).astype(x.dtype)
