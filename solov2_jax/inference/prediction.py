@@ -1,0 +1,64 @@
+"""What inference hands to people: plain numpy at the original image's size."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as rle
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Detections of one image, best first, in its original frame.
+
+    Shapes: n detections (at most `test.max_per_image`), H W the original image.
+    """
+
+    masks: np.ndarray  # bool [n, H, W], none of them empty
+    boxes: np.ndarray  # float32 [n, 4], tight (x0, y0, x1, y1), x1 and y1 exclusive
+    scores: np.ndarray  # float32 [n], descending
+    labels: np.ndarray  # int [n], 0..K-1
+    image_id: int
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def above(self, score: float) -> "Prediction":
+        """Returns the detections whose score is at least `score`."""
+        keep = self.scores >= score
+        return replace(
+            self,
+            masks=self.masks[keep],
+            boxes=self.boxes[keep],
+            scores=self.scores[keep],
+            labels=self.labels[keep],
+        )
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """Returns a bool [H, W] mask as compressed RLE that json can hold."""
+    encoded = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
+
+
+def to_coco_results(
+    prediction: Prediction, category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Returns the prediction in COCO's results format: RLE mask, box as x, y, w, h.
+
+    Masks are encoded one at a time, so the transposed copy stays one mask large.
+    """
+    results = []
+    for i in range(len(prediction)):
+        x0, y0, x1, y1 = (float(v) for v in prediction.boxes[i])
+        results.append(
+            {
+                "image_id": int(prediction.image_id),
+                "category_id": int(category_ids[int(prediction.labels[i])]),
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "score": float(prediction.scores[i]),
+                "segmentation": encode_mask(prediction.masks[i]),
+            }
+        )
+    return results
