@@ -1,0 +1,340 @@
+"""Names of other programs' tensors -> leaves of our variables, one table per source.
+
+A table is a tuple of rules (source name, target leaf, transform), both written as
+templates whose fields are integers: "res{s}.{i}" matches "res4.11". A field may be
+scaled and shifted, so that "cate_tower.{3i+1}" <-> "cate_tower/gn{i}" and
+"layer{s-1}" <-> "res{s}" read in both directions. Targets are flat paths
+("params/backbone/stem/conv1/kernel"); kernels are HWIO here and OIHW there.
+
+This module knows names and array layouts; it reads no files.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+Flat = dict[str, np.ndarray]
+
+NORM_EPS = 1e-5  # of the network's frozen batch norms and group norms
+
+_FIELD = re.compile(r"\{(\d*)([a-z])([+-]\d+)?\}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Source tensors named `source` fill the leaves named `target`.
+
+    `transform`: "same", "kernel" (OIHW -> HWIO), "zeros" or "identity_var" (the
+    source has an affine norm only: its mean is 0 and its variance + epsilon is 1).
+    """
+
+    source: str
+    target: str
+    transform: str = "same"
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Source tensors that fully match the regular expression are not needed."""
+
+    pattern: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """What one source's names mean."""
+
+    rules: tuple[Rule, ...]
+    drops: tuple[Drop, ...] = ()
+
+
+def conv(source: str, target: str, bias: bool = False) -> tuple[Rule, ...]:
+    """Returns the rules of a convolution, with a bias or without."""
+    kernel = Rule(f"{source}.weight", f"params/{target}/kernel", "kernel")
+    if not bias:
+        return (kernel,)
+    return kernel, Rule(f"{source}.bias", f"params/{target}/bias")
+
+
+def group_norm(source: str, target: str) -> tuple[Rule, ...]:
+    """Returns the rules of a norm's scale and bias."""
+    return (
+        Rule(f"{source}.weight", f"params/{target}/scale"),
+        Rule(f"{source}.bias", f"params/{target}/bias"),
+    )
+
+
+def batch_norm(source: str, target: str) -> tuple[Rule, ...]:
+    """Returns the rules of a batch norm: scale, bias, running mean and variance."""
+    return (
+        *group_norm(source, target),
+        Rule(f"{source}.running_mean", f"batch_stats/{target}/mean"),
+        Rule(f"{source}.running_var", f"batch_stats/{target}/var"),
+    )
+
+
+def _detectron2_backbone(prefix: str) -> tuple[Rule, ...]:
+    """Source: detectron2/modeling/backbone/resnet.py."""
+    rules = [
+        *conv(f"{prefix}stem.conv1", "backbone/stem/conv1"),
+        *batch_norm(f"{prefix}stem.conv1.norm", "backbone/stem/conv1/norm"),
+    ]
+    for unit in ("shortcut", "conv1", "conv2", "conv3"):
+        source = f"{prefix}res{{s}}.{{i}}.{unit}"
+        target = f"backbone/res{{s}}_{{i}}/{unit}"
+        rules += conv(source, target)
+        rules += batch_norm(f"{source}.norm", f"{target}/norm")
+    return tuple(rules)
+
+
+def _torchvision_backbone(prefix: str) -> tuple[Rule, ...]:
+    """Source: torchvision/models/resnet.py; timm and mmdetection name theirs alike."""
+    rules = [
+        *conv(f"{prefix}conv1", "backbone/stem/conv1"),
+        *batch_norm(f"{prefix}bn1", "backbone/stem/conv1/norm"),
+    ]
+    units = [(f"conv{n}", f"bn{n}", f"conv{n}") for n in (1, 2, 3)]
+    for conv_name, norm_name, unit in [
+        *units,
+        ("downsample.0", "downsample.1", "shortcut"),
+    ]:
+        block = f"{prefix}layer{{s-1}}.{{i}}"
+        target = f"backbone/res{{s}}_{{i}}/{unit}"
+        rules += conv(f"{block}.{conv_name}", target)
+        rules += batch_norm(f"{block}.{norm_name}", f"{target}/norm")
+    return tuple(rules)
+
+
+def _caffe2_backbone() -> tuple[Rule, ...]:
+    """Source: detectron2/checkpoint/c2_model_loading.py, convert_basic_c2_names."""
+
+    def unit(conv_name: str, norm_name: str, target: str) -> list[Rule]:
+        scale, stats = f"{norm_name}_s", f"batch_stats/{target}/norm"
+        return [
+            Rule(f"{conv_name}_w", f"params/{target}/kernel", "kernel"),
+            Rule(scale, f"params/{target}/norm/scale"),
+            Rule(f"{norm_name}_b", f"params/{target}/norm/bias"),
+            Rule(scale, f"{stats}/mean", "zeros"),
+            Rule(scale, f"{stats}/var", "identity_var"),
+        ]
+
+    rules = unit("conv1", "res_conv1_bn", "backbone/stem/conv1")
+    branches = {"1": "shortcut", "2a": "conv1", "2b": "conv2", "2c": "conv3"}
+    for branch, name in branches.items():
+        source = f"res{{s}}_{{i}}_branch{branch}"
+        rules += unit(source, f"{source}_bn", f"backbone/res{{s}}_{{i}}/{name}")
+    return tuple(rules)
+
+
+_DETECTRON2_FPN = (
+    *conv("backbone.fpn_lateral{l}", "fpn/lateral{l}", bias=True),
+    *conv("backbone.fpn_output{l}", "fpn/output{l}", bias=True),
+)
+
+
+def _adelaidet_heads() -> tuple[Rule, ...]:
+    """Source: adet/modeling/solov2/solov2.py, SOLOv2InsHead and SOLOv2MaskHead."""
+    rules: list[Rule] = []
+    for kind in ("cate", "kernel"):
+        tower = f"ins_head.{kind}_tower"
+        rules += conv(f"{tower}.{{3i}}", f"ins_head/{kind}_tower/conv{{i}}")
+        rules += group_norm(f"{tower}.{{3i+1}}", f"ins_head/{kind}_tower/gn{{i}}")
+        rules += conv(f"ins_head.{kind}_pred", f"ins_head/{kind}_pred", bias=True)
+    block = "mask_head.convs_all_levels.{l}.conv{j}"
+    rules += conv(f"{block}.0", "mask_head/level{l}/conv{j}")
+    rules += group_norm(f"{block}.1", "mask_head/level{l}/gn{j}")
+    rules += conv("mask_head.conv_pred.0", "mask_head/conv_pred")
+    rules += group_norm("mask_head.conv_pred.1", "mask_head/gn_pred")
+    return tuple(rules)
+
+
+def _mmdet_heads() -> tuple[Rule, ...]:
+    """Source: mmdet/models/{necks/fpn,dense_heads/solov2_head}.py, 2.x and 3.x."""
+    rules = [
+        *conv("neck.lateral_convs.{l-2}.conv", "fpn/lateral{l}", bias=True),
+        *conv("neck.fpn_convs.{l-2}.conv", "fpn/output{l}", bias=True),
+    ]
+    for theirs, ours in (("cls", "cate"), ("kernel", "kernel")):
+        tower = f"mask_head.{theirs}_convs.{{i}}"
+        rules += conv(f"{tower}.conv", f"ins_head/{ours}_tower/conv{{i}}")
+        rules += group_norm(f"{tower}.gn", f"ins_head/{ours}_tower/gn{{i}}")
+        rules += conv(f"mask_head.conv_{theirs}", f"ins_head/{ours}_pred", bias=True)
+    head = "mask_head.mask_feature_head"
+    block = f"{head}.convs_all_levels.{{l}}.conv{{j}}"
+    rules += conv(f"{block}.conv", "mask_head/level{l}/conv{j}")
+    rules += group_norm(f"{block}.gn", "mask_head/level{l}/gn{j}")
+    rules += conv(f"{head}.conv_pred.conv", "mask_head/conv_pred")
+    rules += group_norm(f"{head}.conv_pred.gn", "mask_head/gn_pred")
+    return tuple(rules)
+
+
+_COUNTER = Drop(
+    r".*\.num_batches_tracked", "counts batches; frozen batch norms need no counter"
+)
+_CLASSIFIER = Drop(
+    r"(fc|fc1000|pred|classifier|linear)[._].*", "ImageNet classifier, not used"
+)
+_OTHER_HEADS = Drop(
+    r"(proposal_generator|roi_heads?|rpn_head|bbox_head|sem_seg_head|anchor_generator"
+    r"|basis_module)\..*",
+    "head of another detector",
+)
+_PIXELS = Drop(r"pixel_(mean|std)", "read as settings, see `input.mean`, `input.std`")
+_MOMENTUM = Drop(r".*_momentum", "optimiser state")
+_STEM_BIAS = Drop(r"(stem\.)?conv1(_b|\.bias)", "the reference ignores it too")
+_EMA_BUFFER = Drop(r"ema_.*", "moving average kept by an EMA hook")
+
+_BOTTOM_UP = _detectron2_backbone("backbone.bottom_up.")
+ADELAIDET = Table(
+    (*_BOTTOM_UP, *_DETECTRON2_FPN, *_adelaidet_heads()),
+    (_COUNTER, _PIXELS, _OTHER_HEADS),
+)
+DETECTRON2 = Table(
+    (
+        *_caffe2_backbone(),
+        *_detectron2_backbone(""),
+        *_BOTTOM_UP,
+        *_DETECTRON2_FPN,
+    ),
+    (_COUNTER, _PIXELS, _OTHER_HEADS, _CLASSIFIER, _MOMENTUM, _STEM_BIAS),
+)
+MMDET = Table(
+    (*_torchvision_backbone("backbone."), *_mmdet_heads()),
+    (_COUNTER, _OTHER_HEADS, _EMA_BUFFER),
+)
+TORCHVISION = Table(_torchvision_backbone(""), (_COUNTER, _CLASSIFIER))
+
+TABLES: dict[str, Table] = {
+    "adelaidet": ADELAIDET,
+    "detectron2": DETECTRON2,
+    "mmdet": MMDET,
+    "torchvision": TORCHVISION,
+    "timm": TORCHVISION,
+    "keras": TORCHVISION,
+}
+
+
+@cache
+def _compile(template: str) -> tuple[re.Pattern[str], tuple[tuple[int, str, int], ...]]:
+    """Returns the template's pattern and its fields (scale, letter, shift)."""
+    pattern, fields, end = "", [], 0
+    for field in _FIELD.finditer(template):
+        pattern += re.escape(template[end : field.start()]) + r"(0|[1-9]\d{0,5})"
+        scale, letter, shift = field.groups()
+        fields.append((int(scale or 1), letter, int(shift or 0)))
+        end = field.end()
+    return re.compile(pattern + re.escape(template[end:])), tuple(fields)
+
+
+def _match(template: str, name: str) -> dict[str, int] | None:
+    """Returns the fields' values when the name has the template's form."""
+    pattern, fields = _compile(template)
+    found = pattern.fullmatch(name)
+    if found is None:
+        return None
+    values: dict[str, int] = {}
+    for (scale, letter, shift), text in zip(fields, found.groups(), strict=True):
+        value, rest = divmod(int(text) - shift, scale)
+        if rest or value < 0 or values.setdefault(letter, value) != value:
+            return None
+    return values
+
+
+def _fill(template: str, values: Mapping[str, int]) -> str:
+    def number(field: re.Match[str]) -> str:
+        scale, letter, shift = field.groups()
+        return str(int(scale or 1) * values[letter] + int(shift or 0))
+
+    return _FIELD.sub(number, template)
+
+
+def targets_of(table: Table, name: str) -> list[tuple[str, str]]:
+    """Returns the (leaf, transform) pairs that the source tensor `name` fills."""
+    found = []
+    for rule in table.rules:
+        values = _match(rule.source, name)
+        if values is not None:
+            found.append((_fill(rule.target, values), rule.transform))
+    return found
+
+
+def drop_reason(table: Table, name: str) -> str | None:
+    """Returns why the table drops the source tensor, None when it does not."""
+    for drop in table.drops:
+        if re.fullmatch(drop.pattern, name):
+            return drop.reason
+    return None
+
+
+def apply_transform(transform: str, value: np.ndarray) -> np.ndarray:
+    """Returns our form of a source array: [O, I, h, w] kernels become [h, w, I, O]."""
+    if transform == "same":
+        return value
+    if transform == "kernel":
+        return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
+    if transform == "zeros":
+        return np.zeros_like(value)
+    if transform == "identity_var":
+        return np.full_like(value, 1.0 - NORM_EPS)
+    raise ValueError(f"unknown transform {transform!r}")
+
+
+def from_names(table: Table, state: Mapping[str, np.ndarray]) -> tuple[Flat, Flat]:
+    """Returns (leaves that the table fills, source tensors it has no rule for).
+
+    Raises ValueError when two source tensors fill the same leaf.
+    """
+    flat: Flat = {}
+    rest: Flat = {}
+    filled_by: dict[str, str] = {}
+    for name, value in state.items():
+        found = targets_of(table, name)
+        if not found:
+            rest[name] = value
+        for leaf, transform in found:
+            if leaf in flat:
+                raise ValueError(
+                    f"tensors {filled_by[leaf]!r} and {name!r} both fill {leaf}: "
+                    "remove one of them from the file"
+                )
+            flat[leaf], filled_by[leaf] = apply_transform(transform, value), name
+    return flat, rest
+
+
+def from_adelaidet(state_dict: Mapping[str, np.ndarray]) -> Flat:
+    """Returns our flat leaves of an AdelaiDet state dict; ValueError on other names."""
+    flat, rest = from_names(ADELAIDET, state_dict)
+    unknown = [name for name in rest if drop_reason(ADELAIDET, name) is None]
+    if unknown:
+        raise ValueError(f"not AdelaiDet SOLOv2 names: {shorten(unknown)}")
+    return flat
+
+
+def to_adelaidet(flat: Mapping[str, np.ndarray]) -> Flat:
+    """Returns the AdelaiDet state dict (OIHW) of our flat leaves, inverse of
+    `from_adelaidet`."""
+    state, unknown = {}, []
+    for leaf, value in flat.items():
+        for rule in ADELAIDET.rules:
+            values = _match(rule.target, leaf)
+            if values is not None:
+                kernel = rule.transform == "kernel"
+                value = value.transpose(3, 2, 0, 1) if kernel else value
+                state[_fill(rule.source, values)] = value
+                break
+        else:
+            unknown.append(leaf)
+    if unknown:
+        raise ValueError(f"leaves without an AdelaiDet name: {shorten(unknown)}")
+    return state
+
+
+def shorten(names: Iterable[str], limit: int = 6) -> str:
+    """Returns the names in a list for a message, the first few and a count."""
+    names = list(names)
+    more = f", ... ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
