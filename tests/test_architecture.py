@@ -13,7 +13,8 @@ MAX_LINES = 350
 LAYERS = {
     "": 0,  # the package's own __init__: nothing but its docstring and version
     "structs": 1,
-    "data": 1,
+    "config": 1,
+    "data": 2,
     "ops": 2,
     "models": 3,
     "targets": 3,
@@ -32,9 +33,9 @@ OPEN_LAYER = 5
 # Worker processes and offline evaluation stay light: no JAX, also not indirectly.
 JAX_FREE = ("data", "evaluation.coco")
 JAX_PACKAGES = {"jax", "jaxlib", "flax", "optax", "orbax", "jaxtyping"}
-# Where a ConfigDict may be built or unpacked: each of these packages' builder is
-# duck-typed, so of the package only the commands know ml_collections.
-CONFIG_MODULES = {"summary", "config"}
+# Only here is a ConfigDict made. Who takes a whole config, a `build_*` or `load_*`
+# function, reads its attributes and needs no import for that.
+CONFIG_MODULES = {"config"}
 
 
 def imports(tree: ast.AST, module: str, is_package: bool = False) -> set[str]:
