@@ -17,7 +17,13 @@ def get_config(depth: int = 18):
     config.model.ins_head.num_convs = 2
     config.model.ins_head.channels = 256
     config.model.ins_head.num_kernels = 128
-    config.targets.scale_ranges = ((1, 56), (28, 112), (56, 224), (112, 448), (224, 896))
+    config.targets.scale_ranges = (
+        (1, 56),
+        (28, 112),
+        (56, 224),
+        (112, 448),
+        (224, 896),
+    )
     config.input.min_sizes_train = (352, 384, 416, 448, 480, 512)
     config.input.max_size_train = config.input.max_size_test = 768
     config.input.min_size_test = 448

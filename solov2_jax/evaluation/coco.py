@@ -178,7 +178,7 @@ class CocoEvaluator:
             )
         for suffix, words in SIZE_RANGES.items():
             if metrics[f"segm/AP{suffix}"] < 0:
-                lines.append(f"AP{suffix} is '-': no annotated object is {words} pixels")
+                lines.append(f"AP{suffix}: no annotated object is {words} pixels")
         return lines
 
     def _objects_per_class(self) -> dict[int, int]:

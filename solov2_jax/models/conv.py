@@ -15,14 +15,16 @@ float32 bears and bfloat16 does not.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-# Narrower than this, the transforms cost more than the products they save.
+# With fewer channels or pixels, the transforms cost more than the products they save.
 WINOGRAD_MIN_CHANNELS = 64
+WINOGRAD_MIN_PIXELS = 512
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
@@ -80,14 +82,20 @@ def _conv2d_cpu_bwd(stride, residuals, grads):
         _lax_conv(_spread(g, stride, *x.shape[1:3]), flipped, 1)
         for x, g in zip(xs, grads, strict=True)
     ]
-    wide = min(kernel.shape[2:]) >= WINOGRAD_MIN_CHANNELS
-    if kernel.shape[0] == 3 and stride == 1 and wide and kernel.dtype == jnp.float32:
+    if _is_winograd(xs, kernel, stride):
         return dxs, _winograd_filter_grad(xs, grads)
     taps = [
         _tap_filter_grad(x, g, kernel.shape[0], stride)
         for x, g in zip(xs, grads, strict=True)
     ]
     return dxs, functools.reduce(jnp.add, taps)
+
+
+def _is_winograd(xs, kernel, stride):
+    pixels = sum(math.prod(x.shape[:3]) for x in xs)
+    large = min(kernel.shape[2:]) >= WINOGRAD_MIN_CHANNELS
+    large = large and pixels >= WINOGRAD_MIN_PIXELS
+    return large and kernel.shape[0] == 3 and stride == 1 and xs[0].dtype == jnp.float32
 
 
 _conv2d_cpu.defvjp(_conv2d_cpu_fwd, _conv2d_cpu_bwd)
@@ -101,8 +109,10 @@ def _spread(g: jax.Array, stride: int, h: int, w: int) -> jax.Array:
     """Puts `g` at every stride-th pixel of an [h, w] plane of zeros."""
     if stride == 1:
         return g
-    pad = [(0, size - (n - 1) * stride - 1, stride - 1) for size, n in
-           zip((h, w), g.shape[1:3], strict=True)]
+    pad = [
+        (0, size - (n - 1) * stride - 1, stride - 1)
+        for size, n in zip((h, w), g.shape[1:3], strict=True)
+    ]
     return lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *pad, (0, 0, 0)])
 
 

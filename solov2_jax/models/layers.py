@@ -61,7 +61,7 @@ class ConvFrozenBN(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution with an optional bias, over one array or a list with shared weights."""
+    """Convolution with an optional bias, over a list of arrays with shared weights."""
 
     features: int
     kernel_size: int
@@ -103,7 +103,7 @@ class GroupNorm(nn.Module):
 
 
 class ConvTower(nn.Module):
-    """`depth` times (3x3 convolution without bias, GroupNorm, ReLU), shared by levels."""
+    """`depth` times (3x3 convolution, GroupNorm, ReLU), shared by all levels."""
 
     features: int
     depth: int
