@@ -1,0 +1,203 @@
+"""Padded ground truth -> which cell learns which mask, on device, with fixed shapes.
+
+Shapes: the legend of `structs.py`, and L levels.
+Source: AdelaiDet adet/modeling/solov2/solov2.py, get_ground_truth_single. Differences:
+no loop over instances; an image or a batch without objects is an ordinary case; more
+pairs than `max_pairs` are thinned out at random instead of growing the memory.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from solov2_jax.structs import Batch, Targets
+
+REACH = 3  # an object covers at most 3 x 3 cells of a level
+
+
+def assign_targets(
+    batch: Batch,
+    *,
+    num_grids: Sequence[int],
+    scale_ranges: Sequence[tuple[int | float, int | float]],
+    sigma: float,
+    num_classes: int,
+    max_pairs: int,
+    key: Key[Array, ""],
+) -> Targets:
+    """Returns the targets of every image; needs at least one (padded) object.
+
+    Args:
+      num_grids: cells per side on each level, finest level first.
+      scale_ranges: sqrt(box area) that a level takes, input pixels, ends included.
+      sigma: size of the centre region over the size of the box.
+      max_pairs: slots per image. Beyond it a uniformly random subset keeps its place,
+        with weights that leave the expectation of the mean unchanged.
+      key: only drawn from for images with more than `max_pairs` pairs.
+
+    Source: solov2.py, get_ground_truth. Pairs come in its order: level, annotation,
+    row-major cell. A cell that several objects hit is in one pair with each of them,
+    and its class is the last one's.
+    """
+    if len(num_grids) != len(scale_ranges):
+        raise ValueError(
+            f"num_grids has {len(num_grids)} levels but scale_ranges has "
+            f"{len(scale_ranges)}: give one range per level"
+        )
+    b, _, h4, w4 = batch.masks.shape
+    # Cells divide the padded batch, not the image, as in the reference.
+    y_edges, x_edges = (_level_edges(4 * size, num_grids) for size in (h4, w4))
+    bounds = _area_bounds(np.array(scale_ranges, np.float32))
+
+    def assign_image(boxes, labels, centers, valid, key) -> tuple[Array, ...]:
+        extent = boxes[:, 2:] - boxes[:, :2]
+        area = extent[None, :, 0] * extent[None, :, 1]
+        hit = (area >= bounds[:, :1]) & (area < bounds[:, 1:]) & valid[None]
+        half = _rounded(0.5 * sigma * extent)
+        left, right = _cell_range(centers[:, 0], half[:, 0], x_edges)
+        top, down = _cell_range(centers[:, 1], half[:, 1], y_edges)
+        region = _Region(hit, top, down, left, right)
+        owner = _last_owner(region, num_grids)
+        found = owner >= 0
+        cate = jnp.where(found, labels[jnp.maximum(owner, 0)], num_classes)
+        cell, instance, weight, num_pairs = _pairs(region, num_grids, max_pairs, key)
+        num_cells = jnp.sum(found, dtype=jnp.int32)
+        cate = cate.astype(jnp.int32)
+        return cate, cell, instance, weight, num_pairs, num_cells
+
+    keys = jax.random.split(key, b)
+    boxes, centers = (x.astype(jnp.float32) for x in (batch.boxes, batch.centers))
+    assign = jax.vmap(assign_image)
+    return Targets(*assign(boxes, batch.labels, centers, batch.valid, keys))
+
+
+@struct.dataclass
+class _Region:
+    """The cells that each object covers on each level, both ends included."""
+
+    hit: Bool[Array, "L G"]  # the object belongs to the level
+    top: Int[Array, "L G"]
+    down: Int[Array, "L G"]
+    left: Int[Array, "L G"]
+    right: Int[Array, "L G"]
+
+
+def _cell_range(
+    center: Float[Array, "G"], half: Float[Array, "G"], edges: Float[np.ndarray, "L k"]
+) -> tuple[Int[Array, "L G"], Int[Array, "L G"]]:
+    """Returns the first and last cell of center -+ half, within one of the center's."""
+    cell = partial(_find_cell, edges=edges)
+    middle = cell(center)
+    first = jnp.maximum(cell(center - half), middle - 1)
+    last = jnp.minimum(cell(center + half), middle + 1)
+    return first, last
+
+
+def _find_cell(
+    x: Float[Array, "G"], edges: Float[np.ndarray, "L k"]
+) -> Int[Array, "L G"]:
+    """Returns the cell that holds a coordinate, clipped to the grid."""
+    return jnp.sum(x[None, :, None] >= edges[:, None], axis=-1, dtype=jnp.int32)
+
+
+def _last_owner(region: _Region, num_grids: Sequence[int]) -> Int[Array, "S"]:
+    """Returns the last object that covers each cell, -1 where there is none."""
+    level = np.repeat(np.arange(len(num_grids)), [g * g for g in num_grids])
+    row = np.concatenate([np.repeat(np.arange(g), g) for g in num_grids])[:, None]
+    column = np.concatenate([np.tile(np.arange(g), g) for g in num_grids])[:, None]
+    at = jax.tree.map(lambda x: x[level], region)  # [S, G]
+    covered = at.hit & (at.top <= row) & (row <= at.down)
+    covered &= (at.left <= column) & (column <= at.right)
+    instance = jnp.arange(covered.shape[1], dtype=jnp.int32)[None]
+    return jnp.max(jnp.where(covered, instance, -1), axis=1)
+
+
+def _pairs(
+    region: _Region, num_grids: Sequence[int], max_pairs: int, key: Key[Array, ""]
+) -> tuple[Int[Array, "P"], Int[Array, "P"], Float[Array, "P"], Int[Array, ""]]:
+    """Returns cell, object and weight of each slot, and the number of pairs."""
+    step = np.arange(REACH, dtype=np.int32)[None, None]
+    row, column = region.top[..., None] + step, region.left[..., None] + step
+    row_ok, column_ok = row <= region.down[..., None], column <= region.right[..., None]
+    valid = region.hit[..., None, None] & row_ok[..., None] & column_ok[..., None, :]
+    side = np.array(num_grids, np.int32)
+    start = np.cumsum(side**2, dtype=np.int32) - side**2
+    side, start = side[:, None, None, None], start[:, None, None, None]
+    cell = start + row[..., None] * side + column[..., None, :]  # [L, G, 3, 3]
+    num_objects, valid, cell = region.hit.shape[1], valid.ravel(), cell.ravel()
+
+    # Valid pairs rank above the rest, in random order; when they fit, all are taken.
+    rank = jax.random.bits(key, valid.shape, jnp.uint32) >> 1
+    rank = jnp.where(valid, rank.astype(jnp.int32), -1)
+    _, taken = jax.lax.top_k(rank, min(max_pairs, valid.size))
+    taken = jnp.sort(jnp.where(valid[taken], taken, valid.size))  # back in order
+    missing = max(max_pairs - valid.size, 0)
+    taken = jnp.pad(taken, (0, missing), constant_values=valid.size)
+    kept = taken < valid.size
+    taken = jnp.where(kept, taken, 0)
+
+    num_pairs = jnp.sum(valid, dtype=jnp.int32)
+    scale = num_pairs / jnp.clip(num_pairs, 1, max_pairs)
+    weight = jnp.where(kept, scale, 0.0).astype(jnp.float32)
+    instance = jnp.where(kept, taken // REACH**2 % num_objects, 0)
+    return jnp.where(kept, cell[taken], 0), instance, weight, num_pairs
+
+
+def _level_edges(size: int, num_grids: Sequence[int]) -> Float[np.ndarray, "L k"]:
+    """Returns `cell_edges` per level, filled up with infinity."""
+    edges = np.full((len(num_grids), max(num_grids) - 1), np.inf, np.float32)
+    for i, num_grid in enumerate(num_grids):
+        edges[i, : num_grid - 1] = cell_edges(size, num_grid)
+    return edges
+
+
+def cell_edges(size: int, num_grid: int) -> Float[np.ndarray, "k"]:
+    """Returns the smallest float32 coordinate that lies in cells 1 .. num_grid - 1.
+
+    The reference computes `int((x / size) // (1.0 / num_grid))` in float32, which puts
+    some x on a border into the cell before. Found here once, on the host: on a device
+    the compiler may turn a division into a product, and `floor_divide` differs.
+
+    Source: solov2.py, get_ground_truth_single, `coord_w`.
+    """
+    # Floor-division is the floor of the exact quotient: compare with exact multiples.
+    starts = np.arange(1, num_grid) * np.float64(np.float32(1 / num_grid))
+    inside = lambda x: x / np.float32(size) >= starts  # noqa: E731
+    return _first_float(inside, starts * size)
+
+
+def _area_bounds(ranges: Float[np.ndarray, "L 2"]) -> Float[np.ndarray, "L 2"]:
+    """Returns the areas whose float32 root is in each range, the second excluded."""
+    low, high = ranges.T
+    first = _first_float(lambda x: np.sqrt(x) >= low, np.square(low))
+    after = _first_float(lambda x: np.sqrt(x) > high, np.square(high))
+    return np.stack([first, after], axis=1)
+
+
+def _first_float(
+    holds: Callable[[np.ndarray], np.ndarray], near: Float[np.ndarray, "n"]
+) -> Float[np.ndarray, "n"]:
+    """Returns the smallest float32 within 8 steps of `near` for which `holds` is true.
+
+    `holds` must be monotone, and `near` not negative.
+    """
+    bits = near.astype(np.float32).view(np.int32)
+    steps = np.arange(-8, 9, dtype=np.int32)[:, None]
+    x = np.maximum(bits[None] + steps, 0).view(np.float32)
+    true = holds(x)
+    assert true[-1].all(), "the search starts too far below"
+    return np.take_along_axis(x, np.argmax(true, axis=0)[None], axis=0)[0]
+
+
+def _rounded(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Returns x, kept from being part of a fused multiply-add, which rounds otherwise.
+
+    Compilers fuse `a - b * c` on their own, also across an optimization barrier, but
+    not through a minimum.
+    """
+    return jnp.minimum(x, np.float32(2**24))
