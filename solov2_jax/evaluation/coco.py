@@ -21,7 +21,7 @@ from pycocotools.cocoeval import COCOeval
 
 from solov2_jax.inference.prediction import Prediction, to_coco_results
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # In the order of pycocotools' summary.
 FIGURES = (
@@ -119,7 +119,7 @@ class CocoEvaluator:
                 per_class = self._per_class(evaluation)
         metrics.update(per_class)
         for line in self.report(metrics):
-            logger.info("%s", line)
+            log.info("%s", line)
         return metrics
 
     def _run(self, kind: str) -> COCOeval:
