@@ -55,9 +55,10 @@ def bilinear_matrix(size_in: int, size_out: int) -> np.ndarray:
     Half-pixel centres, edges clamped, never antialiased.
     Source: torch.nn.functional.interpolate(mode="bilinear", align_corners=False).
     """
-    scale = np.float32(size_in) / np.float32(size_out)
-    source = scale * (np.arange(size_out, dtype=np.float32) + np.float32(0.5))
-    source = np.maximum(source - np.float32(0.5), 0)
+    scale = np.float64(np.float32(size_in) / np.float32(size_out))
+    # One rounding, as the fused multiply-add in torch's kernel has.
+    source = np.float32(scale * (np.arange(size_out) + 0.5) - 0.5)
+    source = np.maximum(source, np.float32(0))
     low = np.minimum(source.astype(np.int64), size_in - 1)
     high = np.minimum(low + 1, size_in - 1)
     weight = source - low.astype(np.float32)

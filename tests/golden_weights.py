@@ -1,0 +1,59 @@
+"""The weights under which the goldens were computed: a function of name and shape.
+
+A parameter's values are standard normal draws seeded by the CRC of its reference name,
+in the reference's layout (OIHW), then scaled by its role: filters sum to zero and
+residual branches are damped, so that random weights detect something.
+"""
+
+import functools
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from solov2_jax.models import SOLOv2
+from solov2_jax.weights.names import from_adelaidet, to_adelaidet
+
+CATE_GAIN, KERNEL_GAIN = 1.5, 0.25  # of the R18 goldens
+_FACTORS = {
+    "backbone.bottom_up.stem.conv1.weight": 1 / 58,
+    "ins_head.cate_pred.weight": CATE_GAIN,
+    "ins_head.kernel_pred.weight": KERNEL_GAIN,
+}
+
+
+def golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the float32 array of a basic-block ResNet's parameter."""
+    noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+    if len(shape) == 4:
+        noise -= noise.mean(axis=(1, 2, 3), keepdims=True)
+        gain = 1.0 if ".fpn_" in name else 2.0
+        noise *= np.sqrt(gain / np.prod(shape[1:]))
+        return np.float32(noise * _FACTORS.get(name, 1.0))
+    if name.endswith("running_mean"):
+        return np.float32(0.05 * noise)
+    if name.endswith("running_var"):
+        return np.float32(np.exp(0.2 * noise))
+    if name == "ins_head.cate_pred.bias":
+        return np.float32(-4.595 + 0.1 * noise)
+    if name.endswith(".bias"):
+        return np.float32(0.05 * noise)
+    last = ".res" in name and name.endswith(".conv2.norm.weight")
+    return np.float32((1 + 0.1 * noise) * (0.3 if last else 1.0))
+
+
+@functools.cache
+def golden_model() -> tuple[SOLOv2, dict[str, Any]]:
+    """Returns the R18 model of 3 classes and its variables."""
+    model = SOLOv2(num_classes=3, depth=18)
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+    ours = {"/".join(k): v for k, v in flatten_dict(shapes).items()}
+    # Shapes in the reference's layout: send empty arrays through the naming table.
+    empty = {k: np.broadcast_to(np.float32(0), v.shape) for k, v in ours.items()}
+    state = {k: golden_weight(k, v.shape) for k, v in to_adelaidet(empty).items()}
+    flat = {tuple(k.split("/")): v for k, v in from_adelaidet(state).items()}
+    return model, unflatten_dict(flat)
