@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = load_config(args.config, overrides)
         print(_report(config, args.size, args.depth))
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        parser.exit(2, f"error: {error}\n")
 
 
 def _report(config: Any, size: str | None, depth: int) -> str:

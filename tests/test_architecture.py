@@ -24,6 +24,7 @@ LAYERS = {
     "training": 5,
     "inference": 5,
     "evaluation": 5,
+    "cli": 6,
     "summary": 6,
 }
 SCRIPTS_LAYER = 7

@@ -2,12 +2,15 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 
 from configs import base
 from solov2_jax import summary
 from solov2_jax.models import build_model
+
+CONFIG = str(pathlib.Path(__file__).resolve().parent.parent / "configs" / "base.py")
 
 # Computed by the reference (PyTorch): number of parameters of its six models.
 REFERENCE = json.loads(
@@ -83,7 +86,7 @@ def test_format_shapes(shapes, text):
 
 def test_command_prints_the_table(capsys):
     summary.main(
-        ["--config", "configs/base.py", "--size", "64,96", "--depth", "1"]
+        ["--config", CONFIG, "--size", "64,96", "--depth", "1"]
         + ["--config.model.backbone.depth=18", "--config.model.num_classes=3"]
     )
     out = capsys.readouterr().out
@@ -101,15 +104,18 @@ def test_command_prints_the_table(capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--size", "100,64"], "error: --size 100,64: .* for example 128,64"),
+        (["--size", "100,64"], "--size 100,64: .* for example 128,64"),
         (["--size", "big"], "write H,W"),
         (["--depth", "-1"], "--depth -1"),
         (["--config.model.backbone.dept=18"], "did you mean model.backbone.depth"),
     ],
 )
-def test_bad_arguments_are_one_sentence(args, message):
-    with pytest.raises(SystemExit, match=message):
-        summary.main(["--config", "configs/base.py", *args])
+def test_bad_arguments_are_one_sentence(args, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        summary.main(["--config", CONFIG, *args])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert re.fullmatch(f"error: .*{message}.*\n", error), error
 
 
 def test_default_size_is_the_padded_test_size():
