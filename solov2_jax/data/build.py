@@ -1,0 +1,113 @@
+"""Data sets and batches from a config: the one place here that reads its keys."""
+
+import os
+from typing import Any
+
+from solov2_jax.data.coco import CocoDataset, load_coco
+from solov2_jax.data.generated import ShapesSettings, write_shapes
+from solov2_jax.data.pipeline import (
+    Batches,
+    Reading,
+    eval_batches,
+    resize_of,
+    train_batches,
+)
+
+
+def load_datasets(config: Any) -> tuple[CocoDataset, CocoDataset]:
+    """Returns the training and the validation data set, with equal categories."""
+    data = config.data
+    if data.name == "shapes":
+        folder = _write_generated(config)
+        train = load_coco(*_generated_split(folder, "train"))
+        val_files = _generated_split(folder, "val")
+    elif data.name == "":
+        train = load_coco(data.train.images, data.train.annotations)
+        val_files = data.val.images, data.val.annotations
+    else:
+        raise ValueError(
+            f'data.name is {data.name!r}; use "" for data.train and data.val, or '
+            '"shapes" for the generated data set.'
+        )
+    names = dict(zip(train.category_ids, train.class_names, strict=True))
+    val = load_coco(*val_files, categories=names)
+    if config.model.num_classes not in (0, len(names)):
+        raise ValueError(
+            f"model.num_classes is {config.model.num_classes}, but "
+            f"{train.annotation_file} has {len(names)} categories; set 0 to count them."
+        )
+    return train, val
+
+
+def _write_generated(config: Any) -> str:
+    generated = config.data.generated
+    return write_shapes(
+        generated.root,
+        ShapesSettings(
+            num_train=generated.num_train,
+            num_val=generated.num_val,
+            height=generated.image_size[0],
+            width=generated.image_size[1],
+            seed=generated.seed,
+        ),
+    )
+
+
+def _generated_split(folder: str, split: str) -> tuple[str, str]:
+    return os.path.join(folder, split), os.path.join(folder, f"instances_{split}.json")
+
+
+def build_train_batches(
+    config: Any,
+    dataset: CocoDataset,
+    start_step: int = 0,
+    shard: tuple[int, int] = (0, 1),
+) -> Batches:
+    """Returns the batches of steps `start_step` to `train.steps`.
+
+    Args:
+      shard: (i, n) fetches the i-th of n slices of each global batch.
+    """
+    input_ = config.input
+    return train_batches(
+        dataset,
+        seed=config.seed,
+        num_steps=config.train.steps,
+        batch_size=config.train.batch_size,
+        resize=resize_of(
+            input_.min_sizes_train,
+            input_.max_size_train,
+            input_.buckets_train,
+            "input.min_sizes_train",
+        ),
+        flip_prob=input_.flip_prob,
+        max_instances=config.data.max_instances,
+        keep_empty=config.data.keep_empty,
+        channel_order=input_.channel_order,
+        start_step=start_step,
+        shard=shard,
+        reading=_reading(config),
+    )
+
+
+def build_eval_batches(config: Any, dataset: CocoDataset) -> Batches:
+    """Returns batches of every image once, or of the first `eval.max_images`."""
+    input_ = config.input
+    return eval_batches(
+        dataset,
+        batch_size=config.eval.batch_size,
+        resize=resize_of(
+            (input_.min_size_test,),
+            input_.max_size_test,
+            input_.buckets_test,
+            "input.min_size_test",
+        ),
+        channel_order=input_.channel_order,
+        max_images=config.eval.max_images,
+        reading=_reading(config),
+    )
+
+
+def _reading(config: Any) -> Reading:
+    data = config.data
+    return Reading(data.num_workers, data.num_threads, data.prefetch)

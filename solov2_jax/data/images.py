@@ -1,0 +1,99 @@
+"""Reading any picture as 8-bit RGB, or one clear error that names the file."""
+
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+def read_image(path: str) -> np.ndarray:
+    """Returns the picture as uint8 [h, w, 3], RGB, upright.
+
+    The EXIF orientation is applied. Grey, palette and CMYK become RGB; transparency is
+    dropped (the colours below it show), not blended. 16-bit grey is divided by 256.
+    Source: detectron2 data/detection_utils.py, read_image; it leaves 16-bit pictures
+    to PIL, which clips them to white.
+    """
+    try:
+        with Image.open(path) as image:
+            _check_pixels(path, image.size)
+            image = ImageOps.exif_transpose(image)
+            return _to_rgb(image, path)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path}: no such image. Correct the path, or the `file_name` and image "
+            "folder of the data set."
+        ) from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a folder, not an image; name a file.") from None
+    except UnidentifiedImageError:
+        raise ValueError(
+            f"{path}: is not an image that can be read (JPEG, PNG, TIFF, BMP, WebP). "
+            "Convert it or remove it from the data set."
+        ) from None
+    except Image.DecompressionBombError:
+        raise ValueError(_too_large(path)) from None
+    except (OSError, SyntaxError, EOFError, struct.error, zlib.error) as error:
+        raise ValueError(
+            f"{path}: the image is truncated or damaged ({error}). Fetch it again or "
+            "remove it from the data set."
+        ) from None
+
+
+def _check_pixels(path: str, size: tuple[int, int]) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and size[0] * size[1] > limit:
+        raise ValueError(_too_large(path))
+
+
+def _too_large(path: str) -> str:
+    return (
+        f"{path}: has more than {Image.MAX_IMAGE_PIXELS} pixels. Cut it into tiles, "
+        "shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS."
+    )
+
+
+def _to_rgb(image: Image.Image, path: str) -> np.ndarray:
+    """Returns uint8 [h, w, 3] of any PIL mode."""
+    if image.mode in _SIXTEEN_BIT:
+        grey = np.asarray(image).astype(np.int64)
+        if grey.size and (grey.min() < 0 or grey.max() > 65535):
+            raise ValueError(
+                f"{path}: has values outside of 0..65535; convert it to 8 or 16 bits."
+            )
+        return np.repeat((grey // 256).astype(np.uint8)[..., None], 3, axis=-1)
+    if image.mode == "F":
+        raise ValueError(
+            f"{path}: holds floating-point values, whose range is unknown; convert it "
+            "to 8 or 16 bits."
+        )
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return np.array(image.convert("RGB"))
+
+
+def read_sized(path: str, height: int, width: int, annotations: str) -> np.ndarray:
+    """Returns the picture as `read_image` does, or raises if its size is another.
+
+    Args:
+      height, width: what the json says.
+      annotations: the json's name, for the message.
+    """
+    image = read_image(path)
+    if image.shape[:2] == (height, width):
+        return image
+    h, w = image.shape[:2]
+    hint = ""
+    if (w, h) == (height, width):
+        hint = (
+            " The sides are swapped: annotations must refer to the picture after its "
+            "EXIF orientation is applied."
+        )
+    raise ValueError(
+        f"{path}: is {h} x {w} (height x width), but {annotations} says "
+        f"{height} x {width}.{hint} Correct `height` and `width` and the annotations, "
+        "or replace the image."
+    )
