@@ -1,0 +1,89 @@
+"""What the commands share: overrides, one-line errors, logging, platform set-up.
+
+A command defines its absl flags, calls `run(main)` from `if __name__ == "__main__"` and
+lets `main(overrides)` raise ValueError for whatever its user can mend.
+"""
+
+import logging
+import os
+import pathlib
+import socket
+import sys
+from collections.abc import Callable
+
+import jax
+from absl import app, flags
+from absl import logging as absl_logging
+
+from solov2_jax.config import split_overrides
+
+_DEBUG = flags.DEFINE_bool("debug", False, "Print the traceback of an error.")
+_CPU_DEVICES = flags.DEFINE_integer(
+    "cpu_devices", 0, "Run on the CPU, as that many devices. 0: the usual platform."
+)
+_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    str(pathlib.Path("~/.cache/solov2_jax")),
+    "Folder of compiled programs, so that a second start is quick; '' for none. "
+    "JAX_COMPILATION_CACHE_DIR, where it is set, wins.",
+)
+# What users can mend. Anything else is a defect of ours and shows its traceback.
+_USER_ERRORS = (ValueError, OSError, FloatingPointError)
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Runs a command; `main` gets the "--config.key=value" arguments.
+
+    A user's error ends in one line, `error: ...`, and exit code 2.
+    """
+    overrides: list[str] = []
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            rest, found = split_overrides(argv)
+            overrides.extend(found)
+            rest = flags.FLAGS(rest)
+            if len(rest) > 1:
+                raise ValueError(f"unknown argument {rest[1]!r}; see --help")
+            return rest
+        except (flags.Error, ValueError) as error:
+            _fail(error)
+            raise AssertionError from error  # not reached
+
+    def guarded(argv: list[str]) -> None:
+        del argv
+        _set_up()
+        try:
+            main(overrides)
+        except _USER_ERRORS as error:
+            if _DEBUG.value:
+                raise
+            _fail(error)
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _fail(error: BaseException) -> None:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    # Not sys.exit: threads of a failed data pipeline or save must not delay the end.
+    sys.stdout.flush()
+    os._exit(2)
+
+
+def _set_up() -> None:
+    """Console logging, devices and the compilation cache, by the flags."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log = logging.getLogger("solov2_jax")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    # Libraries report errors by raising them; what they log goes to train.log.
+    absl_logging.get_absl_handler().setLevel(logging.CRITICAL)
+    if _CPU_DEVICES.value:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
+    if _CACHE.value and jax.config.values["jax_compilation_cache_dir"] is None:
+        # One folder per machine: compiled CPU code is for that CPU's instructions.
+        folder = pathlib.Path(_CACHE.value).expanduser() / socket.gethostname()
+        jax.config.update("jax_compilation_cache_dir", str(folder))

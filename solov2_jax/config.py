@@ -1,0 +1,233 @@
+"""A configuration from a file, from flags and from JSON: loaded, checked, compared.
+
+The keys and their meaning stand in `configs/base.py`; this module knows only their
+form, and that no value is silently ignored.
+"""
+
+import difflib
+import importlib.util
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+_AT_LEAST = {
+    "model.num_classes": 0,
+    "model.backbone.freeze_at": 0,
+    "model.ins_head.num_convs": 1,
+    "targets.max_pairs": 1,
+    "data.max_instances": 0,
+    "data.num_workers": 0,
+    "data.num_threads": 0,
+    "data.prefetch": 1,
+    "optim.momentum": 0.0,
+    "optim.weight_decay": 0.0,
+    "optim.weight_decay_norm": 0.0,
+    "optim.warmup_factor": 0.0,
+    "optim.warmup_steps": 0,
+    "optim.clip_norm": 0.0,
+    "train.steps": 0,
+    "train.batch_size": 1,
+    "train.log_every": 0,
+    "train.checkpoint_every": 0,
+    "train.eval_every": 0,
+    "train.keep_checkpoints": 1,
+    "eval.batch_size": 1,
+    "eval.max_images": 0,
+}
+_ABOVE_ZERO = ("optim.learning_rate", "optim.gamma", "loss.dice_weight")
+_ONE_OF = {
+    "model.dtype": ("float32", "bfloat16"),
+    "model.backbone.depth": (18, 34, 50, 101, 152),
+    "model.backbone.freeze_at": (0, 1, 2, 3, 4, 5),
+    "test.nms_type": ("matrix", "mask"),
+    "test.nms_kernel": ("gaussian", "linear"),
+    "input.channel_order": ("BGR", "RGB"),
+    "data.name": ("", "shapes"),
+}
+
+
+# A ConfigDict; its attributes are not known to type checkers.
+Config = Any
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Returns the checked, locked config of a file, with overrides applied.
+
+    Args:
+      path: a Python file with `get_config()`, or a `config.json` of a workdir.
+      overrides: flags of the form "--config.train.steps=100", later ones win.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise ValueError(f"config file {path}: no such file{_listing(file)}")
+    config = read_config(file) if file.suffix == ".json" else _call_file(file)
+    config.lock()
+    apply_overrides(config, overrides)
+    check_config(config)
+    return config
+
+
+def _listing(file: pathlib.Path) -> str:
+    folder = file.parent if file.parent.is_dir() else pathlib.Path("configs")
+    names = sorted(p.name for p in folder.glob("*.py") if not p.name.startswith("_"))
+    return f"; in {folder}/ there are {', '.join(names)}" if names else ""
+
+
+def _call_file(file: pathlib.Path) -> ConfigDict:
+    spec = importlib.util.spec_from_file_location("solov2_config", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"config file {file}: not a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except (AttributeError, KeyError, TypeError, ImportError, SyntaxError) as error:
+        message = " ".join(str(error).split())
+        raise ValueError(f"config file {file}: {message}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"config file {file}: get_config() returned no ConfigDict")
+    return config
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns (other arguments, "--config.key=value" arguments).
+
+    "--config.key value" is accepted too and joined.
+    """
+    rest, overrides = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if not argument.lstrip("-").startswith("config."):
+            rest.append(argument)
+        elif "=" in argument:
+            overrides.append("--" + argument.lstrip("-"))
+        else:
+            value = next(arguments, None)
+            if value is None:
+                raise ValueError(f"{argument}: no value; write {argument}=VALUE")
+            overrides.append(f"--{argument.lstrip('-')}={value}")
+    return rest, overrides
+
+
+def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Sets the keys named by "--config.key=value" strings in a config, in place."""
+    known = flatten(config)
+    for override in overrides:
+        key = override.split("=", 1)[0].removeprefix("--config.")
+        if key not in known:
+            inside = any(name.startswith(key + ".") for name in known)
+            why = "is a group of keys, not a key" if inside else "unknown key"
+            raise ValueError(f"--config.{key}: {why}{suggest(key, known)}")
+    values = flags.FlagValues()
+    argv = ["config", *overrides]
+    try:
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=argv
+        )
+        values(argv)
+    except (flags.Error, TypeError, ValueError) as error:
+        message = " ".join(str(error).split()).removeprefix("flag ")
+        raise ValueError(f"{message} (default: see configs/base.py)") from error
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """Returns "; did you mean ...?" with the nearest name, by its last part too."""
+    names = list(names)
+    last = name.split(".")[-1]
+    near = [n for n in names if n.split(".")[-1] == last]
+    near = near or difflib.get_close_matches(name, names, 1, 0.6)
+    if not near:
+        tails = {n.split(".")[-1]: n for n in names}
+        near = [tails[t] for t in difflib.get_close_matches(last, tails, 1, 0.6)]
+    if not near:
+        near = difflib.get_close_matches(name, names, 1, 0.0)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Returns {"train.steps": 270000, ...}."""
+    flat = {}
+    for key in config:
+        value = config[key]
+        if isinstance(value, Mapping | ConfigDict):
+            flat.update(flatten(value, f"{prefix}{key}."))  # type: ignore[arg-type]
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises one ValueError that names every key with an impossible value."""
+    flat, wrong = flatten(config), []
+    for key, least in _AT_LEAST.items():
+        if flat[key] < least:
+            wrong.append(f"{key} = {flat[key]} must be at least {least}")
+    for key in _ABOVE_ZERO:
+        if not flat[key] > 0:
+            wrong.append(f"{key} = {flat[key]} must be above 0")
+    for key, values in _ONE_OF.items():
+        if flat[key] not in values:
+            wrong.append(f"{key} = {flat[key]!r} must be one of {values}")
+    if flat["optim.momentum"] >= 1:
+        wrong.append(f"optim.momentum = {flat['optim.momentum']} must be below 1")
+    milestones = flat["optim.milestones"]
+    if not all(isinstance(m, int) for m in milestones):
+        wrong.append(f"optim.milestones = {milestones} must be whole numbers (steps)")
+    elif list(milestones) != sorted(set(milestones)):
+        wrong.append(f"optim.milestones = {milestones} must increase")
+    grids, ranges = flat["model.ins_head.num_grids"], flat["targets.scale_ranges"]
+    if not len(grids) == len(ranges) == 5:
+        wrong.append(
+            f"model.ins_head.num_grids ({len(grids)}) and targets.scale_ranges "
+            f"({len(ranges)}) must have one entry for each of the 5 levels"
+        )
+    if wrong:
+        raise ValueError("config: " + "; ".join(wrong))
+
+
+def save_config(config: ConfigDict, path: str | os.PathLike) -> None:
+    """Writes a config as JSON, whole or not at all."""
+    write_json(config.to_dict(), path)
+
+
+def read_config(path: str | os.PathLike) -> Config:
+    """Returns the locked config of a JSON file; lists come back as tuples."""
+    try:
+        text = pathlib.Path(path).read_text()
+        values = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable config.json: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: not a config: the file holds no JSON object")
+    config = ConfigDict(_tuples(values))
+    config.lock()
+    return config
+
+
+def changed_keys(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """Returns {key: (old value, new value)} of what differs; "(absent)" if missing."""
+    a, b = flatten(old), flatten(new)
+    keys = [*b, *(key for key in a if key not in b)]
+    pairs = {key: (a.get(key, "(absent)"), b.get(key, "(absent)")) for key in keys}
+    return {k: (x, y) for k, (x, y) in pairs.items() if _tuples(x) != _tuples(y)}
+
+
+def write_json(values: Any, path: str | os.PathLike) -> None:
+    """Writes JSON through a temporary file, so that a kill leaves the old file."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_tuples(v) for v in value)
+    if isinstance(value, dict):
+        return {key: _tuples(v) for key, v in value.items()}
+    return value

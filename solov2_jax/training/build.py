@@ -1,0 +1,153 @@
+"""From a config to a task: the one place in training that unpacks the config."""
+
+import hashlib
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from solov2_jax import ops
+from solov2_jax.losses import solov2_loss
+from solov2_jax.models import build_model
+from solov2_jax.structs import Batch
+from solov2_jax.targets import assign_targets
+from solov2_jax.training.optim import (
+    learning_rate_schedule,
+    make_optimizer,
+    trainable_mask,
+)
+from solov2_jax.training.step import LossFn
+from solov2_jax.training.task import Task
+
+PyTree = Any
+
+
+def build_task(config: Any, workdir: pathlib.Path) -> Task:
+    """Returns the SOLOv2 task that a config describes."""
+    from solov2_jax.data.build import build_train_batches, load_datasets
+
+    train, val = load_datasets(config)
+    num_classes = len(train.class_names)
+    if config.model.num_classes not in (0, num_classes):
+        raise ValueError(
+            f"model.num_classes = {config.model.num_classes}, but "
+            f"data.train.annotations has {num_classes} classes; set it to 0 to count"
+        )
+    config = config.copy_and_resolve_references()
+    config.model.num_classes = num_classes
+    model = build_model(config, num_classes)
+
+    def init(key: jax.Array) -> dict[str, PyTree]:
+        return dict(model.init(key, jnp.zeros((1, 64, 64, 3))))
+
+    params = jax.eval_shape(init, jax.random.key(0))["params"]
+    trainable = trainable_mask(params, config.model.backbone.freeze_at)
+    schedule, tx = build_optimizer(config, trainable)
+    shard = (jax.process_index(), jax.process_count())
+
+    def batches(step: int) -> Iterator[dict[str, np.ndarray]]:
+        return iter(build_train_batches(config, train, step, shard))
+
+    return Task(
+        config=config,
+        class_names=tuple(train.class_names),
+        category_ids=tuple(train.category_ids),
+        init=init,
+        loss_fn=build_loss(config, model),
+        tx=tx,
+        schedule=schedule,
+        trainable=trainable,
+        batches=batches,
+        evaluate=build_evaluate(config, model, val, workdir),
+        fingerprint=fingerprint(train),
+    )
+
+
+def build_loss(config: Any, model: Any) -> LossFn:
+    """Returns loss_fn(params, model_state, batch, key) for batches of numpy fields."""
+    grids = tuple(config.model.ins_head.num_grids)
+    targets, loss, input_ = config.targets, config.loss, config.input
+    ranges = tuple(tuple(pair) for pair in targets.scale_ranges)
+    mean, std = tuple(input_.mean), tuple(input_.std)
+
+    def loss_fn(params, model_state, fields, key):
+        batch = Batch(**fields)
+        image = ops.normalize_image(batch.image, batch.image_size, mean, std)
+        outputs = model.apply({"params": params, **model_state}, image)
+        assigned = assign_targets(
+            batch,
+            num_grids=grids,
+            scale_ranges=ranges,
+            sigma=targets.sigma,
+            num_classes=config.model.num_classes,
+            max_pairs=targets.max_pairs,
+            key=key,
+        )
+        return solov2_loss(
+            outputs,
+            assigned,
+            batch.masks,
+            focal_alpha=loss.focal_alpha,
+            focal_gamma=loss.focal_gamma,
+            focal_weight=loss.focal_weight,
+            dice_weight=loss.dice_weight,
+        )
+
+    return loss_fn
+
+
+def build_optimizer(
+    config: Any, trainable: PyTree
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """Returns (learning rate by step, optimiser)."""
+    optim = config.optim
+    schedule = learning_rate_schedule(
+        learning_rate=optim.learning_rate,
+        warmup_factor=optim.warmup_factor,
+        warmup_steps=optim.warmup_steps,
+        milestones=tuple(optim.milestones),
+        gamma=optim.gamma,
+    )
+    tx = make_optimizer(
+        schedule,
+        momentum=optim.momentum,
+        weight_decay=optim.weight_decay,
+        weight_decay_norm=optim.weight_decay_norm,
+        clip_norm=optim.clip_norm,
+        trainable=trainable,
+    )
+    return schedule, tx
+
+
+def build_evaluate(
+    config: Any, model: Any, dataset: Any, workdir: pathlib.Path
+) -> Callable[[dict[str, PyTree]], dict[str, float]]:
+    """Returns variables -> metrics on the validation data."""
+    # Later processes would overwrite the first one's files.
+    process = jax.process_index()
+    out_dir = workdir / "eval" / (f"process_{process}" if process else "")
+
+    def evaluate_variables(variables: dict[str, PyTree]) -> dict[str, float]:
+        from solov2_jax.data.build import build_eval_batches
+        from solov2_jax.evaluation.run import evaluate
+        from solov2_jax.inference.predictor import build_predictor
+
+        predictor = build_predictor(config, model, jax.device_get(variables))
+        batches = build_eval_batches(config, dataset)
+        return evaluate(predictor, dataset, batches, out_dir)
+
+    return evaluate_variables
+
+
+def fingerprint(dataset: Any) -> str:
+    """Returns a hash of what training reads of a data set, but not of where it lies."""
+    digest = hashlib.sha256()
+    names = ("image_ids", "file_names", "heights", "widths", "start", "boxes", "labels")
+    for name in names:
+        digest.update(np.ascontiguousarray(getattr(dataset, name)).tobytes())
+    digest.update(repr((dataset.class_names, dataset.category_ids)).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,268 @@
+"""What happens around the steps: timing, logging, saving, evaluating.
+
+A hook sees host-side values of the run and changes nothing that is computed.
+Source: detectron2/engine/train_loop.py (HookBase) and hooks.py.
+"""
+
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+import optax
+
+from solov2_jax.config import suggest
+from solov2_jax.training.checkpoint import Checkpoints
+from solov2_jax.training.metrics import MetricsWindow
+from solov2_jax.training.state import TrainState
+from solov2_jax.training.step import TrainStep
+from solov2_jax.training.writers import Writer
+
+log = logging.getLogger("solov2_jax")
+
+
+@dataclass
+class Run:
+    """A run as hooks see it; only the loop changes `state`, `step` and `stop`."""
+
+    state: TrainState
+    step: int  # steps done
+    total_steps: int
+    batch_size: int
+    step_fn: TrainStep
+    window: MetricsWindow
+    data_seconds: float = 0.0  # spent waiting for the latest batch
+    stop: str = ""  # why the run ends before its last step
+    # What hooks found out since the last line was written.
+    scalars: dict[str, float] = field(default_factory=dict)
+    # Of the latest evaluation, and the step it belongs to.
+    results: dict[str, float] = field(default_factory=dict)
+    results_step: int = -1
+
+    def due(self, every: int) -> bool:
+        """Returns whether something done `every` steps is to be done now; 0: never."""
+        return every > 0 and self.step > 0 and self.step % every == 0
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.total_steps
+
+
+@runtime_checkable
+class Hook(Protocol):
+    """Called in the list's order; `after_train` only when nothing was raised."""
+
+    def before_train(self, run: Run) -> None: ...
+
+    def before_step(self, run: Run) -> None: ...
+
+    def after_step(self, run: Run) -> None: ...
+
+    def after_train(self, run: Run) -> None: ...
+
+
+class QuietHook:
+    """Does nothing at any point; the hooks below fill in what they need."""
+
+    def before_train(self, run: Run) -> None:
+        """Called once, before the first step."""
+
+    def before_step(self, run: Run) -> None:
+        """Called before the batch is fetched."""
+
+    def after_step(self, run: Run) -> None:
+        """Called when the step is under way, not necessarily computed."""
+
+    def after_train(self, run: Run) -> None:
+        """Called once, after the last step or an early stop."""
+
+
+class IterationTimer(QuietHook):
+    """Seconds per step and of waiting for data, images/s, ETA, memory.
+
+    Means over the steps since the last line. Compiling is not counted, nor what hooks
+    that come after this one do (saving, evaluating).
+    """
+
+    def __init__(self, every: int):
+        self._every = every
+        self._seconds = self._data = self._all_seconds = 0.0
+        self._steps = self._all_steps = 0
+
+    def before_step(self, run: Run) -> None:
+        self._start = time.perf_counter()
+
+    def after_step(self, run: Run) -> None:
+        if run.due(self._every):
+            run.window.fetch()  # the clock is read when the devices are done
+        seconds = time.perf_counter() - self._start - run.step_fn.compile_seconds
+        self._seconds += seconds
+        self._all_seconds += seconds
+        self._data += run.data_seconds
+        self._steps += 1
+        self._all_steps += 1
+        if run.due(self._every):
+            remaining = run.total_steps - run.step
+            run.scalars |= {
+                "step_seconds": self._seconds / self._steps,
+                "data_seconds": self._data / self._steps,
+                "images_per_second": run.batch_size * self._steps / self._seconds,
+                "eta_seconds": remaining * self._all_seconds / self._all_steps,
+                "memory_gb": memory_gb(),
+            }
+            self._seconds = self._data = 0.0
+            self._steps = 0
+
+
+class LearningRate(QuietHook):
+    """Logs the rate that the step used; the schedule itself is part of the step."""
+
+    def __init__(self, schedule: optax.Schedule, every: int):
+        self._schedule, self._every = schedule, every
+
+    def after_step(self, run: Run) -> None:
+        if run.due(self._every):
+            run.scalars["learning_rate"] = float(
+                np.asarray(self._schedule(run.step - 1))
+            )
+
+
+class PeriodicWriter(QuietHook):
+    """Writes the means of the metrics and everything that earlier hooks found out."""
+
+    def __init__(self, writers: Sequence[Writer], every: int):
+        self._writers, self._every = writers, every
+
+    def after_step(self, run: Run) -> None:
+        if not run.due(self._every):
+            return
+        run.window.fetch()
+        counts = {
+            "compiles": float(run.step_fn.compiles),
+            "recompiles": float(run.step_fn.recompiles),
+        }
+        for writer in self._writers:
+            writer.write(run.step, {**run.window.means(), **run.scalars, **counts})
+        run.window.clear()
+        run.scalars = {}
+
+
+class PeriodicCheckpoint(QuietHook):
+    """Saves every so many steps, at the end, and when the run is stopped.
+
+    Args:
+      position: what to save beside the arrays, a function of the run.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        every: int,
+        position: Callable[[Run], dict[str, Any]],
+    ):
+        self.checkpoints, self._every, self._position = checkpoints, every, position
+
+    def after_step(self, run: Run) -> None:
+        self.checkpoints.check()
+        if run.due(self._every) or run.finished:
+            self.save(run)
+
+    def after_train(self, run: Run) -> None:
+        self.save(run)
+        self.checkpoints.wait()
+
+    def save(self, run: Run) -> None:
+        """Saves the present state unless it is saved; never one that is not finite."""
+        if run.step in self.checkpoints.steps():
+            return
+        run.window.fetch()
+        log.info("saving the checkpoint of step %d", run.step)
+        self.checkpoints.save(run.state, self._position(run))
+
+
+class Evaluation(QuietHook):
+    """Evaluates every so many steps and at the end.
+
+    Args:
+      evaluate: variables -> {"segm/AP": ...}.
+      written: the metrics line last written; an evaluation that was due at the step a
+        run resumes from, and that is not in it, is made up for.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[dict[str, Any]], dict[str, float]],
+        every: int,
+        writers: Sequence[Writer],
+        written: dict[str, Any],
+    ):
+        self._evaluate, self._every, self._writers = evaluate, every, writers
+        self._written = written
+
+    def before_train(self, run: Run) -> None:
+        if run.step == 0 or not self._due(run):
+            return
+        known = {k: v for k, v in self._written.items() if "/" in k}
+        if self._written.get("step") == run.step and known:
+            run.results, run.results_step = known, run.step
+        else:
+            self._run(run)
+
+    def after_step(self, run: Run) -> None:
+        if self._due(run):
+            self._run(run)
+
+    def _due(self, run: Run) -> bool:
+        return run.due(self._every) or run.finished
+
+    def _run(self, run: Run) -> None:
+        log.info("evaluating at step %d", run.step)
+        start = time.perf_counter()
+        run.results = self._evaluate(run.state.variables)
+        run.results_step = run.step
+        log.info("evaluated in %.1f s", time.perf_counter() - start)
+        for writer in self._writers:
+            writer.write(run.step, run.results)
+
+
+class BestCheckpoint(QuietHook):
+    """Keeps the checkpoint whose evaluation was best, besides the newest ones."""
+
+    def __init__(self, saver: PeriodicCheckpoint, metric: str):
+        self._saver, self._metric = saver, metric
+
+    def before_train(self, run: Run) -> None:
+        self.after_step(run)
+
+    def after_step(self, run: Run) -> None:
+        if run.results_step != run.step:
+            return
+        if self._metric not in run.results:
+            raise ValueError(
+                f"train.best_metric = {self._metric!r} is not among the evaluation's "
+                f"metrics{suggest(self._metric, run.results)}"
+            )
+        value, best = run.results[self._metric], self._saver.checkpoints.best
+        if value is None or not math.isfinite(value):
+            return
+        if best and best["metric"] == self._metric and best["value"] >= value:
+            return
+        self._saver.save(run)
+        self._saver.checkpoints.record_best(run.step, self._metric, value)
+        log.info("best %s so far: %.4f at step %d", self._metric, value, run.step)
+
+
+def memory_gb() -> float:
+    """Returns the peak in use: of the first device, or of the process on a CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 2**30
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

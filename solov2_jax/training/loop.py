@@ -1,0 +1,189 @@
+"""The training loop: `train(config, workdir)`, from the config to the final metrics."""
+
+import contextlib
+import logging
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from solov2_jax.training import sharding, workdir
+from solov2_jax.training.build import build_task
+from solov2_jax.training.checkpoint import Checkpoints
+from solov2_jax.training.hooks import (
+    BestCheckpoint,
+    Evaluation,
+    Hook,
+    IterationTimer,
+    LearningRate,
+    PeriodicCheckpoint,
+    PeriodicWriter,
+    Run,
+)
+from solov2_jax.training.metrics import MetricsWindow
+from solov2_jax.training.restore import restore
+from solov2_jax.training.step import TrainStep
+from solov2_jax.training.task import Task
+from solov2_jax.training.writers import (
+    ConsoleWriter,
+    JsonlWriter,
+    TensorBoardWriter,
+    Writer,
+)
+
+log = logging.getLogger("solov2_jax")
+
+
+def train(
+    config: Any,
+    folder: str | os.PathLike,
+    build: Callable[[Any, pathlib.Path], Task] = build_task,
+) -> dict[str, float]:
+    """Trains until `train.steps`, or resumes, and returns the final evaluation.
+
+    The same call continues a run that was killed, with the same numbers. A run that is
+    stopped by SIGTERM or SIGINT saves first and returns {}.
+
+    Args:
+      config: as `load_config` returns it.
+      folder: the workdir.
+      build: what is trained, on which data; tests pass something small.
+    """
+    path = workdir.make_workdir(folder)
+    with workdir.logging_to(path / "train.log"), contextlib.ExitStack() as stack:
+        return _train(config, path, build, stack)
+
+
+def _train(config, path, build, stack) -> dict[str, float]:
+    mesh = sharding.make_mesh()
+    sharding.check_batch_size(config.train.batch_size, mesh)
+    task = build(config, path)
+    config = task.config
+    workdir.check_same_run(path, config)
+    workdir.describe_run(path, config, task.class_names, task.category_ids)
+    state, position = restore(config, path, task, mesh)
+    step = int(state.step)
+    if step >= config.train.steps:
+        log.info("%d of %d steps are done: nothing to train", step, config.train.steps)
+
+    key = jax.random.key(config.seed)
+    step_fn = TrainStep(task.loss_fn, task.tx, mesh, key, task.trainable)
+    window = MetricsWindow(position["window"])
+    size = config.train.batch_size
+    run = Run(state, step, config.train.steps, size, step_fn, window)
+    checkpoints = Checkpoints(path, keep=config.train.keep_checkpoints)
+    stack.callback(checkpoints.close)
+    writers = make_writers(path, step, config.train.steps)
+    for writer in writers:
+        stack.callback(writer.close)
+    hooks = make_hooks(config, task, checkpoints, writers)
+    with stop_on_signal(run):
+        train_steps(run, task.batches(step), mesh, hooks)
+    if run.stop:
+        log.info(
+            "stopped by %s after step %d of %d; the checkpoint is saved: the same "
+            "command continues",
+            *(run.stop, run.step, run.total_steps),
+        )
+        return {}
+    return run.results
+
+
+def train_steps(
+    run: Run, batches: Iterator[dict[str, Any]], mesh: Any, hooks: Sequence[Hook]
+) -> None:
+    """Runs the steps that are left, with the hooks around them."""
+    for hook in hooks:
+        hook.before_train(run)
+    previous: Any = ()
+    while not run.finished and not run.stop:
+        for hook in hooks:
+            hook.before_step(run)
+        start = time.perf_counter()
+        batch = next(batches)
+        run.data_seconds = time.perf_counter() - start
+        arrays = sharding.put_batch(batch, mesh)
+        run.state, metrics = run.step_fn(run.state, arrays)
+        # The host stays one step ahead of the devices and not further: each step that
+        # waits holds a batch in their memory.
+        jax.block_until_ready(previous)
+        previous = metrics
+        run.step += 1
+        run.window.add(run.step, metrics, batch["image_id"])
+        for hook in hooks:
+            hook.after_step(run)
+    for hook in hooks:
+        hook.after_train(run)
+
+
+def make_writers(path: pathlib.Path, step: int, total_steps: int) -> list[Writer]:
+    """Returns the writers of this process: only the first process has any."""
+    if jax.process_index() != 0:
+        return []
+    return [
+        JsonlWriter(path / "metrics.jsonl", step),
+        ConsoleWriter(total_steps),
+        TensorBoardWriter(path / "tensorboard", step),
+    ]
+
+
+def make_hooks(
+    config: Any, task: Task, checkpoints: Checkpoints, writers: Sequence[Writer]
+) -> list[Hook]:
+    """Returns the default hooks, in the order they are called.
+
+    The metrics are written before the checkpoint of the same step, so that a resumed
+    run never lacks a line.
+    """
+    train = config.train
+
+    def position(run: Run) -> dict[str, Any]:
+        return {
+            "next_step": run.step,
+            "seed": config.seed,
+            "batch_size": train.batch_size,
+            "data": task.fingerprint,
+            "window": list(run.window.values),
+        }
+
+    written = next((w.last for w in writers if isinstance(w, JsonlWriter)), {})
+    saver = PeriodicCheckpoint(checkpoints, train.checkpoint_every, position)
+    return [
+        IterationTimer(train.log_every),
+        LearningRate(task.schedule, train.log_every),
+        PeriodicWriter(writers, train.log_every),
+        saver,
+        Evaluation(task.evaluate, train.eval_every, writers, written),
+        BestCheckpoint(saver, train.best_metric),
+    ]
+
+
+@contextlib.contextmanager
+def stop_on_signal(run: Run) -> Iterator[None]:
+    """Lets SIGTERM and SIGINT end the run after the present step.
+
+    A second one has its usual effect, for who cannot wait.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may install handlers
+        return
+    usual = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(number: int, frame: Any) -> None:
+        del frame
+        run.stop = signal.Signals(number).name
+        log.warning("%s: saving after this step; once more to stop now", run.stop)
+        signal.signal(number, usual[signal.Signals(number)])
+
+    for number in usual:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)

@@ -1,0 +1,83 @@
+"""Where a run starts from: one rule in three cases, and the log says which."""
+
+import logging
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from solov2_jax.training import sharding
+from solov2_jax.training.checkpoint import (
+    list_steps,
+    restore_state,
+    restore_variables,
+)
+from solov2_jax.training.state import TrainState, abstract, create_state, state_of
+from solov2_jax.training.task import Task
+from solov2_jax.weights import convert
+from solov2_jax.weights.sources import Weights
+
+log = logging.getLogger("solov2_jax")
+
+PyTree = Any
+
+
+def restore(
+    config: Any, workdir: pathlib.Path, task: Task, mesh: Mesh
+) -> tuple[TrainState, dict[str, Any]]:
+    """Returns the state to start from and the data's position.
+
+    1. The workdir has checkpoints: resume from the newest readable one.
+    2. `init_from` is set: its weights, at step 0.
+    3. Otherwise: random weights, at step 0.
+    """
+    key = jax.random.fold_in(jax.random.key(config.seed), 0x1D)
+    shapes = jax.eval_shape(lambda k: state_of(task.init(k), task.tx), key)
+    if list_steps(workdir):
+        restored = restore_state(workdir, abstract(shapes, mesh))
+        assert restored is not None
+        state, position = restored
+        check_position(position, task, workdir)
+        log.info("start: resumed %s at step %d", workdir, int(state.step))
+        return state, position
+    start = {"window": []}
+    if config.init_from:
+        state = create_state(task.init, task.tx, key, mesh)
+        variables = initial_weights(config, state.variables)
+        state = jax.jit(
+            lambda v: state_of(v, task.tx), out_shardings=sharding.replicated(mesh)
+        )(jax.device_put(variables, sharding.replicated(mesh)))
+        log.info("start: weights of %s, step 0", config.init_from)
+        return state, start
+    log.info("start: random weights (seed %d), step 0", config.seed)
+    return create_state(task.init, task.tx, key, mesh), start
+
+
+def initial_weights(config: Any, variables: dict[str, PyTree]) -> dict[str, PyTree]:
+    """Returns the variables with those of `init_from` put in; the log says which."""
+    source = pathlib.Path(config.init_from)
+    if source.is_dir():
+        found, step = restore_variables(source, "last")
+        flat = dict(convert.flatten(jax.device_get(found)))
+        weights = Weights(f"{source} (step {step})", "", "workdir", flat, settings={})
+        return convert.fit(weights, variables)[0]
+    if source.is_file():
+        return convert.load_weights(str(source), variables, config=config)[0]
+    raise ValueError(
+        f"init_from = {config.init_from!r}: no such file or folder; give a weights "
+        "file or another run's workdir, or '' for random weights"
+    )
+
+
+def check_position(
+    position: dict[str, Any], task: Task, workdir: str | pathlib.Path
+) -> None:
+    """Raises if the training data is not what the run was started with."""
+    if position["data"] != task.fingerprint:
+        raise ValueError(
+            f"{workdir} was trained on other data: the images or annotations of "
+            "data.train differ from those of its first start. Restore them, or give "
+            f"another --workdir (with --config.init_from={workdir} to start from its "
+            "weights)"
+        )

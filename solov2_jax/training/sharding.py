@@ -1,0 +1,49 @@
+"""Where arrays live: one mesh axis, "data"; batches are split, the state is copied."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def make_mesh(num_devices: int | None = None) -> Mesh:
+    """Returns a mesh with the one axis "data" over the first devices, or over all."""
+    devices = jax.devices()[:num_devices]
+    # JAX's default is Explicit, where contracting over the batch axis raises.
+    auto = (AxisType.Auto,)
+    return jax.make_mesh((len(devices),), ("data",), axis_types=auto, devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of the state: a copy on each device."""
+    return NamedSharding(mesh, P())
+
+
+def split_by_batch(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a batch: rows over the devices."""
+    return NamedSharding(mesh, P("data"))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raises a ValueError if the global batch cannot be split evenly."""
+    devices = mesh.devices.size
+    if batch_size % devices:
+        below = batch_size - batch_size % devices
+        options = [str(n) for n in (below, below + devices) if n > 0]
+        raise ValueError(
+            f"train.batch_size = {batch_size} cannot be split over {devices} devices: "
+            f"use {' or '.join(options)}"
+        )
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
+    """Returns a host's rows as global arrays, split over the mesh's devices."""
+    sharding = split_by_batch(mesh)
+
+    def put(array: np.ndarray) -> jax.Array:
+        array = np.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype))
+        return jax.make_array_from_process_local_data(sharding, array)
+
+    return {name: put(array) for name, array in batch.items()}

@@ -1,0 +1,64 @@
+"""What a step changes and a checkpoint holds: arrays only, no functions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from solov2_jax.training import sharding
+
+PyTree = Any
+
+
+@struct.dataclass
+class TrainState:
+    """The state of a run after `step` steps."""
+
+    step: Any  # int32 scalar: an array, or its shape or sharding in a tree of those
+    params: PyTree
+    model_state: PyTree  # the model's other collections: {"batch_stats": ...} or {}
+    opt_state: PyTree
+
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        """What `model.apply` takes."""
+        return {"params": self.params, **self.model_state}
+
+
+def create_state(
+    init_fn: Callable[[jax.Array], dict[str, PyTree]],
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    mesh: Mesh,
+) -> TrainState:
+    """Returns the state at step 0, made on the mesh by one program.
+
+    Args:
+      init_fn: key -> {"params": ..., other collections}.
+    """
+
+    def create(key: jax.Array) -> TrainState:
+        return state_of(init_fn(key), tx)
+
+    return jax.jit(create, out_shardings=sharding.replicated(mesh))(key)
+
+
+def state_of(
+    variables: dict[str, PyTree], tx: optax.GradientTransformation
+) -> TrainState:
+    """Returns the state at step 0 of given variables."""
+    model_state = {name: tree for name, tree in variables.items() if name != "params"}
+    params = variables["params"]
+    return TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params))
+
+
+def abstract(state: TrainState, mesh: Mesh) -> TrainState:
+    """Returns shapes, types and shardings of a state on a mesh."""
+    copied = sharding.replicated(mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=copied), state
+    )

@@ -1,0 +1,166 @@
+"""A run's folder: what is written into it besides checkpoints, and who may resume it.
+
+config.json  the resolved config          environment.json  versions, devices, command
+classes.json names and category ids       train.log         everything that was logged
+"""
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+import solov2_jax
+from solov2_jax.config import changed_keys, read_config, save_config, write_json
+from solov2_jax.training.checkpoint import list_steps
+
+log = logging.getLogger("solov2_jax")
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+# Keys, or groups of keys, that a run may change when it resumes: none of them changes
+# a step that was or will be computed. The training data's place is among them because
+# its content is compared by its fingerprint. `optim.milestones` is checked by itself.
+_MAY_CHANGE = (
+    *("train.steps", "train.log_every", "train.checkpoint_every", "train.eval_every"),
+    *("train.keep_checkpoints", "train.best_metric", "init_from", "eval.", "test."),
+    *("data.num_workers", "data.num_threads", "data.prefetch", "data.val."),
+    *("data.train.images", "data.train.annotations", "data.generated.root"),
+    *("data.generated.num_val", "input.min_size_test", "input.max_size_test"),
+    "input.buckets_test",
+)
+
+
+def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
+    """Creates the folder if need be; returns it as an absolute path."""
+    path = pathlib.Path(workdir).absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--workdir {workdir}: cannot be created ({error.strerror}); give a folder "
+            "that you may write to"
+        ) from error
+    return path
+
+
+@contextlib.contextmanager
+def logging_to(path: pathlib.Path) -> Iterator[None]:
+    """Appends what is logged to a file, warnings of libraries included."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    libraries = logging.FileHandler(path)
+    libraries.setFormatter(handler.formatter)
+    libraries.setLevel(logging.WARNING)
+    log.addHandler(handler)
+    logging.getLogger("absl").addHandler(libraries)
+    level, log_level = log.level, logging.INFO
+    log.setLevel(log_level)
+    try:
+        yield
+    except BaseException as error:
+        log.debug("stopped by %r", error)
+        handler.handle(_record_of(error))
+        raise
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)
+        logging.getLogger("absl").removeHandler(libraries)
+        handler.close()
+        libraries.close()
+
+
+def _record_of(error: BaseException) -> logging.LogRecord:
+    """Returns a record with the traceback, for the file only."""
+    info = (type(error), error, error.__traceback__)
+    return logging.LogRecord(
+        "solov2_jax", logging.ERROR, __file__, 0, "the run ended here", (), info
+    )
+
+
+def check_same_run(workdir: pathlib.Path, config: Any) -> None:
+    """Raises if the workdir holds checkpoints that another config made.
+
+    Keys that do not change what is computed may differ; that is logged.
+    """
+    steps = list_steps(workdir)
+    path = workdir / "config.json"
+    if not steps:
+        return
+    if not path.is_file():
+        raise ValueError(
+            f"{workdir} has checkpoints but no config.json: it cannot be known what "
+            "made them. Give another --workdir"
+        )
+    changed = changed_keys(read_config(path), config)
+    refused = {
+        key: values
+        for key, values in changed.items()
+        if not key.startswith(_MAY_CHANGE)
+        and not (key == "optim.milestones" and _same_until(steps[-1], *values))
+    }
+    if refused:
+        keys = "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in refused.items())
+        raise ValueError(
+            f"{workdir} belongs to a run with another config: {keys}. Set these keys "
+            "back to resume it, or give another --workdir (with "
+            f"--config.init_from={workdir} to start from its weights)"
+        )
+    for key, (old, new) in changed.items():
+        log.info("changed since the last start: %s was %r, is %r", key, old, new)
+
+
+def _same_until(step: int, old: Sequence[int], new: Sequence[int]) -> bool:
+    """Returns whether two lists of milestones are the same up to a step."""
+    return [m for m in old if m <= step] == [m for m in new if m <= step]
+
+
+def describe_run(
+    workdir: pathlib.Path, config: Any, names: Sequence[str], ids: Sequence[int]
+) -> None:
+    """Writes config.json, classes.json and environment.json."""
+    save_config(config, workdir / "config.json")
+    classes = {"names": list(names), "ids": [int(i) for i in ids]}
+    write_json(classes, workdir / "classes.json")
+    write_json(environment(), workdir / "environment.json")
+
+
+def environment() -> dict[str, Any]:
+    """Returns versions, devices, revision and command line."""
+    devices = jax.devices()
+    return {
+        "solov2_jax": solov2_jax.__version__,
+        "revision": revision(),
+        "command": shlex.join([sys.executable, *sys.argv]),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in devices],
+        "processes": jax.process_count(),
+        "cpu_cores": os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def revision() -> str | None:
+    """Returns the source's git commit, "+changes" if files differ from it, or None."""
+    folder = pathlib.Path(__file__).parent
+    git = ["git", "-C", str(folder)]
+    try:
+        commit = subprocess.check_output(
+            [*git, "rev-parse", "HEAD"], stderr=subprocess.DEVNULL, text=True
+        ).strip()
+        status = subprocess.check_output(
+            [*git, "status", "--porcelain", "--untracked-files=no"], text=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if status.strip() else "")

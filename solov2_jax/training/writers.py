@@ -1,0 +1,134 @@
+"""Where numbers go: the console, `metrics.jsonl` and TensorBoard."""
+
+import json
+import logging
+import math
+import os
+import pathlib
+from typing import Protocol, runtime_checkable
+
+log = logging.getLogger("solov2_jax")
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """Writes the scalars of a step; a second call for a step adds to the first."""
+
+    def write(self, step: int, scalars: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class ConsoleWriter:
+    """One line for people: losses, rate, images/s, waiting for data, ETA, memory."""
+
+    def __init__(self, total_steps: int):
+        self._total = total_steps
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        if "loss" not in scalars:
+            return  # an evaluation prints its own table
+        losses = [k for k in scalars if k.startswith("loss")]
+        text = [f"step {step}/{self._total}"]
+        text += [f"{k} {scalars[k]:.4f}" for k in sorted(losses)]
+        text.append(f"lr {scalars['learning_rate']:.3g}")
+        text.append(f"{scalars['images_per_second']:.2f} images/s")
+        step_time, wait = scalars["step_seconds"], scalars["data_seconds"]
+        text.append(f"step {step_time:.3f} s, of it data {wait:.3f} s")
+        text.append(f"eta {duration(scalars['eta_seconds'])}")
+        text.append(f"mem {scalars['memory_gb']:.1f} GB")
+        if scalars["recompiles"]:
+            text.append(f"RECOMPILES {scalars['recompiles']:.0f}")
+        log.info("  ".join(text))
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class JsonlWriter:
+    """`metrics.jsonl`: one JSON object per step, appended.
+
+    Opening it for a run that resumes cuts the lines beyond the resumed step, so each
+    step appears once. Numbers that JSON does not know (nan, inf) are written as null.
+    """
+
+    def __init__(self, path: str | os.PathLike, resumed_step: int):
+        self._path = pathlib.Path(path)
+        kept = _lines_up_to(self._path, resumed_step)
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        temporary.write_text(text)
+        os.replace(temporary, self._path)
+        self._file = open(self._path, "r+")
+        self._file.seek(0, os.SEEK_END)
+        self.last = kept[-1] if kept else {}
+        self._start = len(text) - len(json.dumps(self.last) + "\n") if kept else 0
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        if self.last and self.last["step"] == step:
+            self._file.seek(self._start)
+            self._file.truncate()
+            line = {**self.last, **scalars}
+        else:
+            self._start = self._file.tell()
+            line = {"step": step, **scalars}
+        self.last = {k: _finite_or_none(v) for k, v in line.items()}
+        self._file.write(json.dumps(self.last) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """Event files in `tensorboard/`; events beyond the resumed step are hidden."""
+
+    def __init__(self, folder: str | os.PathLike, resumed_step: int):
+        from tensorboardX import SummaryWriter
+
+        purge = resumed_step + 1 if resumed_step else None
+        self._writer = SummaryWriter(str(folder), purge_step=purge)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(_tag(name), value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _tag(name: str) -> str:
+    """Returns the name under its group of charts."""
+    if "/" in name:
+        return name
+    kind = "losses" if name.startswith("loss") else "train"
+    return f"{kind}/{name}"
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _lines_up_to(path: pathlib.Path, step: int) -> list[dict]:
+    """Returns the whole lines of a metrics file up to a step."""
+    kept = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            values = json.loads(line)
+            if values["step"] <= step:
+                kept.append(values)
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s: dropped an incomplete line", path)
+    return kept
+
+
+def duration(seconds: float) -> str:
+    """Returns 3:07:05 or 7:05, or 2 d 3:07:05."""
+    if not math.isfinite(seconds):
+        return "?"
+    days, rest = divmod(int(seconds), 86400)
+    minutes, second = divmod(rest, 60)
+    hours, minute = divmod(minutes, 60)
+    clock = f"{hours}:{minute:02}:{second:02}" if hours or days else ""
+    return (f"{days} d " if days else "") + (clock or f"{minute}:{second:02}")

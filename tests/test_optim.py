@@ -1,0 +1,178 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from solov2_jax.training.optim import (
+    learning_rate_schedule,
+    make_optimizer,
+    trainable_mask,
+)
+
+# detectron2's WarmupMultiStepLR and its newer LRMultiplier gave the same values, for
+# base rate 0.01, warm-up from 0.01 over 1000 steps, x 0.1 at 210k and 250k of 270k.
+REFERENCE = {
+    0: 0.0001,
+    1: 0.0001099,
+    2: 0.00011980000000000001,
+    3: 0.00012969999999999998,
+    4: 0.0001396,
+    5: 0.00014950000000000003,
+    6: 0.00015940000000000003,
+    7: 0.00016930000000000002,
+    8: 0.0001792,
+    9: 0.0001891,
+    10: 0.000199,
+    11: 0.00020889999999999998,
+    500: 0.00505,
+    999: 0.0099901,
+    1000: 0.01,
+    1001: 0.01,
+    209998: 0.01,
+    209999: 0.01,
+    210000: 0.001,
+    210001: 0.001,
+    249999: 0.001,
+    250000: 0.00010000000000000002,
+    250001: 0.00010000000000000002,
+    269999: 0.00010000000000000002,
+}
+SCHEDULE = {
+    "learning_rate": 0.01,
+    "warmup_factor": 0.01,
+    "warmup_steps": 1000,
+    "milestones": (210_000, 250_000),
+    "gamma": 0.1,
+}
+
+
+def test_learning_rate_matches_reference():
+    schedule = jax.jit(learning_rate_schedule(**SCHEDULE))
+    got = {step: float(schedule(jnp.int32(step))) for step in REFERENCE}
+    # float32 itself is exact to 6e-8.
+    np.testing.assert_allclose([*got.values()], [*REFERENCE.values()], rtol=3e-7)
+
+
+def test_learning_rate_without_warmup_or_milestones():
+    schedule = learning_rate_schedule(
+        **{**SCHEDULE, "warmup_steps": 0, "milestones": ()}
+    )
+    assert [float(schedule(step)) for step in (0, 10**6)] == [np.float32(0.01)] * 2
+
+
+def test_a_milestone_within_the_warmup_counts_from_the_first_step():
+    schedule = learning_rate_schedule(**{**SCHEDULE, "milestones": (500,)})
+    assert np.isclose(schedule(500), 0.1 * 0.00505, rtol=1e-6)
+
+
+def paths(tree, value=True):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    name = jax.tree_util.keystr
+    return {name(p, simple=True, separator="/") for p, leaf in leaves if leaf == value}
+
+
+def params_of_stages():
+    stage = {"conv1": {"kernel": 0.0, "norm": {"scale": 0.0, "bias": 0.0}}}
+    stages = ("stem", "res2_0", "res2_1", "res3_0", "res4_0", "res5_2")
+    return {
+        "backbone": dict.fromkeys(stages, stage),
+        "fpn": {"lateral2": {"kernel": 0.0, "bias": 0.0}},
+        "mask_head": {"gn_pred": {"scale": 0.0, "bias": 0.0}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("freeze_at", "trained"),
+    [
+        (0, ["stem", "res2_0", "res2_1", "res3_0", "res4_0", "res5_2"]),
+        (1, ["res2_0", "res2_1", "res3_0", "res4_0", "res5_2"]),
+        (2, ["res3_0", "res4_0", "res5_2"]),
+        (4, ["res5_2"]),
+        (5, []),
+    ],
+)
+def test_frozen_stages_and_every_batch_norm_of_the_backbone(freeze_at, trained):
+    mask = trainable_mask(params_of_stages(), freeze_at)
+    assert paths(mask) == {f"backbone/{s}/conv1/kernel" for s in trained} | {
+        "fpn/lateral2/kernel",
+        "fpn/lateral2/bias",
+        "mask_head/gn_pred/scale",
+        "mask_head/gn_pred/bias",
+    }
+
+
+def torch_sgd(params, grads, steps, rates, momentum, decay):
+    """torch.optim.SGD's formula in float64, for one array; decay of this array."""
+    w, v = np.float64(params), 0.0
+    for step in range(steps):
+        v = momentum * v + grads[step] + decay * w
+        w = w - rates[step] * v
+    return w
+
+
+@pytest.mark.parametrize("decay_norm", [0.0, 0.01])
+def test_updates_are_torch_sgd(decay_norm):
+    rng = np.random.default_rng(0)
+    params = toy.toy_init(jax.random.key(0))["params"]
+    params = jax.tree.map(lambda x: x + 1.0, params)
+    mask = trainable_mask(params, 2)
+    schedule = learning_rate_schedule(
+        learning_rate=0.5, warmup_factor=0.1, warmup_steps=3, milestones=(4,), gamma=0.1
+    )
+    tx = make_optimizer(
+        schedule,
+        momentum=0.9,
+        weight_decay=0.1,
+        weight_decay_norm=decay_norm,
+        clip_norm=0.0,
+        trainable=mask,
+    )
+    grads = [
+        jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape)), params)
+        for _ in range(6)
+    ]
+    state, now = tx.init(params), params
+    for g in grads:
+        updates, state = jax.jit(tx.update)(g, state, now)
+        now = jax.tree.map(jnp.add, now, updates)
+    rates = [float(schedule(i)) for i in range(6)]
+
+    def check(path, got, start, trained, *steps):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not trained:
+            np.testing.assert_array_equal(got, start)
+            return
+        decay = decay_norm if "gn0" in name else 0.1
+        want = torch_sgd(start, steps, 6, rates, 0.9, decay)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6, err_msg=name)
+
+    jax.tree_util.tree_map_with_path(check, now, params, mask, *grads)
+    trained = sum(jax.tree.leaves(mask))
+    buffers = [x for x in jax.tree.leaves(state) if x.ndim]
+    assert len(buffers) == trained, "one momentum buffer for each trained parameter"
+
+
+def test_clipping_sees_the_trained_parameters_only():
+    params = toy.toy_init(jax.random.key(0))["params"]
+    mask = trainable_mask(params, 2)
+    tx = make_optimizer(
+        lambda step: 1.0,
+        momentum=0.0,
+        weight_decay=0.0,
+        weight_decay_norm=0.0,
+        clip_norm=1.0,
+        trainable=mask,
+    )
+    # Huge gradients where nothing is trained must not shrink the others.
+    grads = jax.tree.map(
+        lambda x, t: jnp.full(x.shape, 1e-3 if t else 1e6), params, mask
+    )
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(
+        updates["ins_head"]["cate_pred"]["bias"], -1e-3, rtol=1e-6
+    )
+    grads = jax.tree.map(lambda x: jnp.full(x.shape, 10.0), params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    norm = np.sqrt(sum(float((u**2).sum()) for u in jax.tree.leaves(updates)))
+    np.testing.assert_allclose(norm, 1.0, rtol=1e-5)

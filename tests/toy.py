@@ -1,0 +1,179 @@
+"""A task that compiles in a second: the engine's tests train it instead of SOLOv2.
+
+Also a command, for tests that kill it:
+
+    python tests/toy.py --workdir DIR [--config.key=value] [--kill_at STEP]
+"""
+
+import os
+import pathlib
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from configs import base  # noqa: E402
+from solov2_jax import cli  # noqa: E402
+from solov2_jax.config import apply_overrides, check_config  # noqa: E402
+from solov2_jax.training import optim  # noqa: E402
+from solov2_jax.training.loop import train  # noqa: E402
+from solov2_jax.training.task import Task  # noqa: E402
+
+
+def toy_config(**changes):
+    """Returns the base config with short periods; changes as train__steps=3."""
+    config = base.get_config()
+    config.train.steps = 12
+    config.train.batch_size = 8
+    config.train.log_every = 1
+    config.train.checkpoint_every = 4
+    config.optim.warmup_steps = 4
+    config.optim.milestones = (8,)
+    for key, value in changes.items():
+        *groups, name = key.split("__")
+        node = config
+        for group in groups:
+            node = node[group]
+        node[name] = value
+    config.lock()
+    return config
+
+
+def toy_init(key, width=16):
+    """Returns variables named like the network's: a frozen stage, a norm, a head."""
+    keys = jax.random.split(key, 3)
+
+    def kernel(key, a, b):
+        return jax.random.normal(key, (a, b)) / np.sqrt(a)
+
+    params = {
+        "backbone": {
+            "stem": {"conv1": {"kernel": kernel(keys[0], 12, width)}},
+            "res3_0": {
+                "conv1": {
+                    "kernel": kernel(keys[1], width, width),
+                    "norm": {"scale": jnp.ones(width), "bias": jnp.zeros(width)},
+                }
+            },
+        },
+        "ins_head": {
+            "cate_pred": {"kernel": kernel(keys[2], width, 3), "bias": jnp.zeros(3)},
+            "gn0": {"scale": jnp.ones(width), "bias": jnp.zeros(width)},
+        },
+    }
+    return {"params": params, "batch_stats": {"mean": jnp.zeros(width)}}
+
+
+def toy_loss(params, model_state, batch, key):
+    """A small regression with noise, so that the step's key matters."""
+    backbone, head = params["backbone"], params["ins_head"]
+    x = batch["image"].reshape(batch["image"].shape[0], -1)
+    x = jnp.tanh(x @ backbone["stem"]["conv1"]["kernel"])
+    conv = backbone["res3_0"]["conv1"]
+    norm = conv["norm"]
+    x = (x - model_state["batch_stats"]["mean"][None]) @ conv["kernel"]
+    x = jnp.tanh(x * norm["scale"][None] + norm["bias"][None])
+    x = x + 0.1 * jax.random.normal(key, x.shape)
+    x = x * head["gn0"]["scale"][None] + head["gn0"]["bias"][None]
+    y = x @ head["cate_pred"]["kernel"] + head["cate_pred"]["bias"][None]
+    loss = jnp.mean(jnp.square(y - batch["label"]))
+    return loss, {"loss_cate": loss, "num_pairs": jnp.sum(batch["label"] > 0)}
+
+
+def toy_batch(step, size=8, seed=0):
+    """Returns the batch of a step."""
+    rng = np.random.default_rng((seed, step))
+    return {
+        "image": np.float32(rng.normal(size=(size, 2, 2, 3))),
+        "label": np.float32(rng.normal(size=(size, 3))),
+        "image_id": np.arange(step * size, (step + 1) * size),
+    }
+
+
+def toy_batches(start, size=8, seed=0):
+    """Yields the batches from a step on."""
+    while True:
+        yield toy_batch(start, size, seed)
+        start += 1
+
+
+def toy_evaluate(variables):
+    """Returns metrics that get worse after a while: the best is not the last."""
+    norm = float(jnp.linalg.norm(variables["params"]["ins_head"]["cate_pred"]["bias"]))
+    return {"segm/AP": float(np.sin(4 * norm)), "bbox/AP": norm}
+
+
+def toy_task(config, workdir, *, batches=toy_batches, width=16, **replaced):
+    """Returns the task; `replaced` are fields of it."""
+    del workdir
+
+    def init(key):
+        return toy_init(key, width)
+
+    params = jax.eval_shape(init, jax.random.key(0))["params"]
+    trainable = optim.trainable_mask(params, config.model.backbone.freeze_at)
+    o = config.optim
+    schedule = optim.learning_rate_schedule(
+        learning_rate=o.learning_rate,
+        warmup_factor=o.warmup_factor,
+        warmup_steps=o.warmup_steps,
+        milestones=o.milestones,
+        gamma=o.gamma,
+    )
+    tx = optim.make_optimizer(
+        schedule,
+        momentum=o.momentum,
+        weight_decay=o.weight_decay,
+        weight_decay_norm=o.weight_decay_norm,
+        clip_norm=o.clip_norm,
+        trainable=trainable,
+    )
+    fields = {
+        "config": config,
+        "class_names": ("a", "b", "c"),
+        "category_ids": (1, 5, 7),
+        "init": init,
+        "loss_fn": toy_loss,
+        "tx": tx,
+        "schedule": schedule,
+        "trainable": trainable,
+        "batches": lambda step: batches(step, config.train.batch_size, config.seed),
+        "evaluate": toy_evaluate,
+        "fingerprint": "toy",
+    }
+    return Task(**{**fields, **replaced})
+
+
+def main(overrides):
+    """Trains; kills itself hard when the batch of `--kill_at` is asked for."""
+    config = toy_config()
+    apply_overrides(config, overrides)
+    check_config(config)
+
+    def batches(step, size, seed):
+        for batch in toy_batches(step, size, seed):
+            if step == flags.FLAGS.kill_at:
+                print("killed", flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(flags.FLAGS.seconds_per_batch)
+            yield batch
+            step += 1
+
+    def build(config, workdir):
+        return toy_task(config, workdir, batches=batches, width=flags.FLAGS.width)
+
+    train(config, flags.FLAGS.workdir, build)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    flags.DEFINE_integer("kill_at", -1, "Step whose batch is never delivered.")
+    flags.DEFINE_integer("width", 16, "Of the layers.")
+    flags.DEFINE_float("seconds_per_batch", 0.0, "To have time for a signal.")
+    cli.run(main)
