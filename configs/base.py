@@ -141,4 +141,4 @@ def get_config() -> ConfigDict:
     config.eval.batch_size = 1  # images a step
     config.eval.max_images = 0  # 0: all
 
-    return config
+    return config.lock()  # a variant's misspelt key is an error, not a new key
