@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from solov2_jax.weights.names import Flat, shorten
-from solov2_jax.weights.safetensors import write_safetensors
-from solov2_jax.weights.settings import check_config
-from solov2_jax.weights.sources import OURS, Weights, read_weights
+from solov2_jax.weights.formats.safetensors import write_safetensors
+from solov2_jax.weights.formats.torch_writer import write_torch
+from solov2_jax.weights.names import Flat, shorten, to_adelaidet
+from solov2_jax.weights.settings import check_config, depth_of
+from solov2_jax.weights.sources import NO_RULE, OURS, Weights, read_weights
 
 _log = logging.getLogger(__name__)
 _CLASS_LAYER = "params/ins_head/cate_pred/"
@@ -67,6 +68,17 @@ def _groups(leaves: tuple[str, ...]) -> list[str]:
     return [f"{group} ({count})" for group, count in counts.items()]
 
 
+def _partly_new(report: Report) -> dict[str, int]:
+    """Returns the parts of the network that were loaded with holes, and how many."""
+    parts = {leaf.split("/")[1] for leaf in report.loaded}
+    holes: dict[str, int] = {}
+    for leaf in report.new:
+        part = leaf.split("/")[1]
+        if part in parts and not leaf.startswith(_CLASS_LAYER):
+            holes[part] = holes.get(part, 0) + 1
+    return holes
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields (path, leaf) of a nested dict, paths joined by "/"."""
     for name, value in tree.items():
@@ -111,6 +123,53 @@ def _other_classes(flat: Flat, targets: Mapping[str, Any]) -> bool:
     return False
 
 
+def _refuse_misfits(weights: Weights, flat: Flat, targets: Mapping[str, Any]) -> None:
+    """Raises ValueError naming all that keeps the leaves from being put in."""
+    depths = depth_of(flat), depth_of(targets)
+    if None not in depths and depths[0] != depths[1]:
+        raise ValueError(
+            f"{weights.path} holds a ResNet-{depths[0]}, the network is a "
+            f"ResNet-{depths[1]}: set model.backbone.depth"
+        )
+    wrong = _mismatches(flat, targets)
+    if wrong:
+        raise ValueError(
+            f"{weights.path}: {len(wrong)} tensors do not fit the network (see "
+            f"model.ins_head, model.mask_head, model.num_classes): {shorten(wrong, 20)}"
+        )
+    if not flat:
+        raise ValueError(f"{weights.path}: no tensor of it fits the network")
+
+
+def match(
+    weights: Weights, variables: Mapping[str, Any], *, strict: bool = False
+) -> tuple[Flat, Report]:
+    """Returns (leaves of the file that fit the network, report), see `fit`."""
+    targets, flat, dropped = dict(flatten(variables)), dict(weights.flat), []
+    if not strict and _other_classes(flat, targets):
+        for leaf in [leaf for leaf in flat if leaf.startswith(_CLASS_LAYER)]:
+            classes = flat.pop(leaf).shape[-1]
+            dropped.append((leaf, f"class layer of {classes} classes"))
+    _refuse_misfits(weights, flat, targets)
+    new = tuple(leaf for leaf in targets if leaf not in flat)
+    dropped = (*weights.dropped, *dropped)
+    unknown = [name for name, reason in dropped if reason == NO_RULE]
+    if strict and (new or unknown):
+        raise ValueError(
+            f"{weights.path}: strict loading, but the file lacks "
+            f"[{shorten(new)}] and has unknown tensors [{shorten(unknown)}]"
+        )
+    return flat, Report(
+        weights.path,
+        weights.sha256,
+        weights.source,
+        weights.settings,
+        tuple(flat),
+        new,
+        dropped,
+    )
+
+
 def fit(
     weights: Weights,
     variables: Mapping[str, Any],
@@ -131,44 +190,17 @@ def fit(
 
     Raises ValueError with all shape mismatches at once.
     """
-    targets, flat, dropped = dict(flatten(variables)), dict(weights.flat), []
-    if not strict and _other_classes(flat, targets):
-        for leaf in [leaf for leaf in flat if leaf.startswith(_CLASS_LAYER)]:
-            classes = flat.pop(leaf).shape[-1]
-            dropped.append((leaf, f"class layer of {classes} classes"))
-    wrong = _mismatches(flat, targets)
-    if wrong:
-        raise ValueError(
-            f"{weights.path}: {len(wrong)} tensors do not fit the network "
-            f"(another depth, head or number of classes?): {shorten(wrong, 20)}"
-        )
-    bad = [leaf for leaf, value in flat.items() if not np.isfinite(value).all()]
-    if bad:
-        raise ValueError(f"{weights.path}: NaN or infinity in {shorten(bad)}")
-    if not flat:
-        raise ValueError(f"{weights.path}: no tensor of it fits the network")
-    new = tuple(leaf for leaf in targets if leaf not in flat)
-    if strict and new:
-        raise ValueError(
-            f"{weights.path}: strict loading, but the file lacks {shorten(new)}"
-        )
-    result = targets
-    if new and not hasattr(targets[new[0]], "__array__"):
-        if init is None:
-            raise ValueError(f"{weights.path} lacks {shorten(new)}: pass `init`")
-        result = dict(flatten(init()))
-    loaded = {n: np.array(v, targets[n].dtype, order="C") for n, v in flat.items()}
-    report = Report(
-        weights.path,
-        weights.sha256,
-        weights.source,
-        weights.settings,
-        tuple(loaded),
-        new,
-        (*weights.dropped, *dropped),
-    )
+    flat, report = match(weights, variables, strict=strict)
     _log.info("%s", report.summary())
-    return unflatten({**result, **loaded}), report
+    for group, count in _partly_new(report).items():
+        _log.warning("%s: %d leaves of %s are missing", weights.path, count, group)
+    targets = dict(flatten(variables))
+    loaded = {n: np.array(v, targets[n].dtype, order="C") for n, v in flat.items()}
+    if report.new and not hasattr(targets[report.new[0]], "__array__"):
+        if init is None:
+            raise ValueError(f"{weights.path} lacks {shorten(report.new)}: pass `init`")
+        targets = dict(flatten(init()))
+    return unflatten({**targets, **loaded}), report
 
 
 def load_weights(
@@ -178,6 +210,7 @@ def load_weights(
     strict: bool = False,
     source: str = "auto",
     config: Any = None,
+    sha256: str = "",
     init: Callable[[], Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], Report]:
     """Returns (variables with the file's weights put in, report), see `fit`.
@@ -185,16 +218,19 @@ def load_weights(
     With a `config`, its keys are checked against the settings that the weights imply
     (channel order, mean, std, stride placement, depth, head sizes).
     """
-    weights = read_weights(path, source)
+    weights = read_weights(path, source, sha256=sha256)
     if config is not None:
         check_config(weights.settings, config, path)
     return fit(weights, variables, strict=strict, init=init)
 
 
-def save_weights(
-    path: str, variables: Mapping[str, Any], settings: Mapping[str, Any]
-) -> None:
-    """Writes variables as .safetensors with the settings in its metadata."""
-    flat = {name: np.asarray(leaf) for name, leaf in flatten(variables)}
-    metadata = {"format": OURS, "version": "1", "settings": json.dumps(dict(settings))}
-    write_safetensors(path, flat, metadata)
+def save_weights(path: str, flat: Flat, settings: Mapping[str, Any]) -> None:
+    """Writes leaves as .safetensors, or as AdelaiDet's .pth, with their settings."""
+    text = {OURS: json.dumps(dict(settings))}
+    if path.endswith(".safetensors"):
+        leaves = {name: np.asarray(leaf, np.float32) for name, leaf in flat.items()}
+        write_safetensors(path, leaves, {"format": "1", **text})
+    elif path.endswith(".pth"):
+        write_torch(path, to_adelaidet(flat), text)
+    else:
+        raise ValueError(f"{path}: write to a .safetensors file (AdelaiDet's: .pth)")

@@ -1,10 +1,8 @@
 """Names of other programs' tensors -> leaves of our variables, one table per source.
 
-A table is a tuple of rules (source name, target leaf, transform), both written as
-templates whose fields are integers: "res{s}.{i}" matches "res4.11". A field may be
-scaled and shifted, so that "cate_tower.{3i+1}" <-> "cate_tower/gn{i}" and
-"layer{s-1}" <-> "res{s}" read in both directions. Targets are flat paths
-("params/backbone/stem/conv1/kernel"); kernels are HWIO here and OIHW there.
+A table is a tuple of rules (source name, target leaf, transform), names written as
+templates (see `templates.py`): "cate_tower.{3i+1}" <-> "cate_tower/gn{i}". Targets are
+flat paths ("params/backbone/stem/conv1/kernel"); kernels are HWIO here, OIHW there.
 
 This module knows names and array layouts; it reads no files.
 """
@@ -12,15 +10,14 @@ This module knows names and array layouts; it reads no files.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
+
+from solov2_jax.weights.templates import fill, match
 
 Flat = dict[str, np.ndarray]
 
 NORM_EPS = 1e-5  # of the network's frozen batch norms and group norms
-
-_FIELD = re.compile(r"\{(\d*)([a-z])([+-]\d+)?\}")
 
 
 @dataclass(frozen=True)
@@ -152,24 +149,51 @@ def _adelaidet_heads() -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-def _mmdet_heads() -> tuple[Rule, ...]:
-    """Source: mmdet/models/{necks/fpn,dense_heads/solov2_head}.py, 2.x and 3.x."""
-    rules = [
-        *conv("neck.lateral_convs.{l-2}.conv", "fpn/lateral{l}", bias=True),
-        *conv("neck.fpn_convs.{l-2}.conv", "fpn/output{l}", bias=True),
-    ]
-    for theirs, ours in (("cls", "cate"), ("kernel", "kernel")):
-        tower = f"mask_head.{theirs}_convs.{{i}}"
+def _mmdet_heads(
+    ins: str, mask: str, cate: str, preds: Mapping[str, str], pred: str
+) -> tuple[Rule, ...]:
+    """Returns the rules of a head's names, see the two calls.
+
+    Args:
+      ins, mask: prefixes of the instance and the mask head.
+      cate: their name of the class tower; preds: of the last layers, by ours.
+      pred: name of the mask head's last layer.
+    """
+    rules: list[Rule] = []
+    for theirs, ours in ((cate, "cate"), ("kernel", "kernel")):
+        tower = f"{ins}.{theirs}_convs.{{i}}"
         rules += conv(f"{tower}.conv", f"ins_head/{ours}_tower/conv{{i}}")
         rules += group_norm(f"{tower}.gn", f"ins_head/{ours}_tower/gn{{i}}")
-        rules += conv(f"mask_head.conv_{theirs}", f"ins_head/{ours}_pred", bias=True)
-    head = "mask_head.mask_feature_head"
-    block = f"{head}.convs_all_levels.{{l}}.conv{{j}}"
+        rules += conv(f"{ins}.{preds[ours]}", f"ins_head/{ours}_pred", bias=True)
+    block = f"{mask}.convs_all_levels.{{l}}.conv{{j}}"
     rules += conv(f"{block}.conv", "mask_head/level{l}/conv{j}")
     rules += group_norm(f"{block}.gn", "mask_head/level{l}/gn{j}")
-    rules += conv(f"{head}.conv_pred.conv", "mask_head/conv_pred")
-    rules += group_norm(f"{head}.conv_pred.gn", "mask_head/gn_pred")
+    rules += conv(f"{mask}.{pred}.conv", "mask_head/conv_pred")
+    rules += group_norm(f"{mask}.{pred}.gn", "mask_head/gn_pred")
     return tuple(rules)
+
+
+_MMDET_FPN = (
+    *conv("neck.lateral_convs.{l-2}.conv", "fpn/lateral{l}", bias=True),
+    *conv("neck.fpn_convs.{l-2}.conv", "fpn/output{l}", bias=True),
+)
+# mmdet/models/dense_heads/solov2_head.py, mmdetection 2.x and 3.x.
+_MMDET_HEADS = _mmdet_heads(
+    "mask_head",
+    "mask_head.mask_feature_head",
+    "cls",
+    {"cate": "conv_cls", "kernel": "conv_kernel"},
+    "conv_pred",
+)
+# WXinlong/SOLO, the paper's code on mmdetection 1.0:
+# mmdet/models/anchor_heads/solov2_head.py, mask_heads/mask_feat_head.py.
+_SOLO_HEADS = _mmdet_heads(
+    "bbox_head",
+    "mask_feat_head",
+    "cate",
+    {"cate": "solo_cate", "kernel": "solo_kernel"},
+    "conv_pred.0",
+)
 
 
 _COUNTER = Drop(
@@ -203,7 +227,12 @@ DETECTRON2 = Table(
     (_COUNTER, _PIXELS, _OTHER_HEADS, _CLASSIFIER, _MOMENTUM, _STEM_BIAS),
 )
 MMDET = Table(
-    (*_torchvision_backbone("backbone."), *_mmdet_heads()),
+    (
+        *_torchvision_backbone("backbone."),
+        *_MMDET_FPN,
+        *_MMDET_HEADS,
+        *_SOLO_HEADS,
+    ),
     (_COUNTER, _OTHER_HEADS, _EMA_BUFFER),
 )
 TORCHVISION = Table(_torchvision_backbone(""), (_COUNTER, _CLASSIFIER))
@@ -218,47 +247,13 @@ TABLES: dict[str, Table] = {
 }
 
 
-@cache
-def _compile(template: str) -> tuple[re.Pattern[str], tuple[tuple[int, str, int], ...]]:
-    """Returns the template's pattern and its fields (scale, letter, shift)."""
-    pattern, fields, end = "", [], 0
-    for field in _FIELD.finditer(template):
-        pattern += re.escape(template[end : field.start()]) + r"(0|[1-9]\d{0,5})"
-        scale, letter, shift = field.groups()
-        fields.append((int(scale or 1), letter, int(shift or 0)))
-        end = field.end()
-    return re.compile(pattern + re.escape(template[end:])), tuple(fields)
-
-
-def _match(template: str, name: str) -> dict[str, int] | None:
-    """Returns the fields' values when the name has the template's form."""
-    pattern, fields = _compile(template)
-    found = pattern.fullmatch(name)
-    if found is None:
-        return None
-    values: dict[str, int] = {}
-    for (scale, letter, shift), text in zip(fields, found.groups(), strict=True):
-        value, rest = divmod(int(text) - shift, scale)
-        if rest or value < 0 or values.setdefault(letter, value) != value:
-            return None
-    return values
-
-
-def _fill(template: str, values: Mapping[str, int]) -> str:
-    def number(field: re.Match[str]) -> str:
-        scale, letter, shift = field.groups()
-        return str(int(scale or 1) * values[letter] + int(shift or 0))
-
-    return _FIELD.sub(number, template)
-
-
 def targets_of(table: Table, name: str) -> list[tuple[str, str]]:
     """Returns the (leaf, transform) pairs that the source tensor `name` fills."""
     found = []
     for rule in table.rules:
-        values = _match(rule.source, name)
+        values = match(rule.source, name)
         if values is not None:
-            found.append((_fill(rule.target, values), rule.transform))
+            found.append((fill(rule.target, values), rule.transform))
     return found
 
 
@@ -320,11 +315,11 @@ def to_adelaidet(flat: Mapping[str, np.ndarray]) -> Flat:
     state, unknown = {}, []
     for leaf, value in flat.items():
         for rule in ADELAIDET.rules:
-            values = _match(rule.target, leaf)
+            values = match(rule.target, leaf)
             if values is not None:
                 kernel = rule.transform == "kernel"
                 value = value.transpose(3, 2, 0, 1) if kernel else value
-                state[_fill(rule.source, values)] = value
+                state[fill(rule.source, values)] = value
                 break
         else:
             unknown.append(leaf)

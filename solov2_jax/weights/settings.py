@@ -1,9 +1,12 @@
 """The settings that weights imply, and the check of a config against them.
 
-Settings are a flat dict from config key ("input.channel_order") to a plain value,
-plus "norm_eps" and "class_names", which no config key holds.
+Settings are a flat dict from config key ("input.channel_order") to a plain JSON value,
+besides "norm", "norm_eps", "deformable" and "class_names", which no config key holds.
+They come, later ones first, from: the file's own words, the shapes of the weights, the
+conventions of the program that trained them.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +17,6 @@ from solov2_jax.weights.names import NORM_EPS
 
 Settings = dict[str, Any]
 
-# Caffe lineage: the reference's own means.
 _BGR: Settings = {
     "input.channel_order": "BGR",
     "input.mean": [103.53, 116.28, 123.675],
@@ -34,14 +36,20 @@ CONVENTIONS: dict[str, Settings] = {
     "mmdet": _RGB,
     "torchvision": _RGB,
     "timm": _RGB,
+    "solov2_jax": {},
 }
-# Lineages disagree by up to 0.5 grey levels on the same data set's mean.
+# Lineages give the same data set's mean with up to 0.5 grey levels of difference.
 _TOLERANCE = {"input.mean": 1.0, "input.std": 0.5}
-# Another number of classes is a fresh class layer, not a contradiction.
+# Another number of classes means a fresh class layer, not a contradiction.
 _FREE = ("model.num_classes",)
-_ELSEWHERE = ("norm_eps", "norm", "class_names")
+# What the network always is.
+NETWORK: Settings = {
+    "norm": "frozen batch norm",
+    "norm_eps": NORM_EPS,
+    "deformable": False,
+}
 
-_BLOCKS = {
+_BLOCKS: dict[tuple[bool, tuple[int, ...]], int] = {
     (False, (2, 2, 2, 2)): 18,
     (False, (3, 4, 6, 3)): 34,
     (True, (3, 4, 6, 3)): 50,
@@ -50,11 +58,11 @@ _BLOCKS = {
 }
 
 
-def depth_of(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+def depth_of(leaves: Mapping[str, Any]) -> int | None:
     """Returns the ResNet's depth by its blocks, None when there is no such ResNet."""
     blocks: dict[str, int] = {}  # stage -> number of blocks
     bottleneck = False
-    for leaf in shapes:
+    for leaf in leaves:
         found = re.match(r"params/backbone/res(\d)_(\d+)/(\w+)/kernel", leaf)
         if found:
             blocks[found[1]] = max(blocks.get(found[1], 0), int(found[2]) + 1)
@@ -63,13 +71,13 @@ def depth_of(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     return _BLOCKS.get((bottleneck, counts))
 
 
-def settings_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Settings:
+def settings_of_shapes(flat: Mapping[str, np.ndarray]) -> Settings:
     """Returns the settings that the leaves' names and shapes tell by themselves."""
     settings: Settings = {}
-    depth = depth_of(shapes)
+    depth = depth_of(flat)
     if depth is not None:
         settings["model.backbone.depth"] = depth
-    tower = [n for n in shapes if re.match(r"params/ins_head/cate_tower/conv\d", n)]
+    tower = [n for n in flat if re.match(r"params/ins_head/cate_tower/conv\d", n)]
     if tower:
         settings["model.ins_head.num_convs"] = len(tower)
     for key, leaf in {
@@ -79,17 +87,117 @@ def settings_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Settings:
         "model.ins_head.channels": "params/ins_head/cate_tower/conv0/kernel",
         "model.mask_head.channels": "params/mask_head/level0/conv0/kernel",
     }.items():
-        if len(shapes.get(leaf, ())) == 4:
-            settings[key] = shapes[leaf][-1]
+        if leaf in flat and flat[leaf].ndim == 4:
+            settings[key] = flat[leaf].shape[-1]
     return settings
 
 
-def implied_settings(source: str, shapes: Mapping[str, tuple[int, ...]]) -> Settings:
-    """Returns what the source's conventions and the leaves' shapes imply."""
-    settings = {**CONVENTIONS[source], **settings_of_shapes(shapes)}
+def _numbers(text: str) -> list[float]:
+    return [float(n) for n in re.findall(r"[-+]?\d+(?:\.\d*)?", text)]
+
+
+def _mmdet_settings(metadata: Mapping[str, Any]) -> Settings:
+    """Returns what an mmdetection checkpoint's `meta` says: classes, and of its config
+    text the values that stand there once, or always alike."""
+    meta = metadata.get("meta")
+    meta = meta if isinstance(meta, dict) else {}
+    nested = meta.get("dataset_meta")
+    groups = [meta, nested if isinstance(nested, dict) else {}]
+    settings: Settings = {}
+    for group in groups:
+        classes = group.get("CLASSES", group.get("classes"))
+        if isinstance(classes, list | tuple):
+            settings["class_names"] = [str(name) for name in classes]
+    text = str(meta.get("config") or meta.get("cfg") or "")
+
+    def only(pattern: str) -> str | None:
+        values = set(re.findall(pattern, text))
+        return values.pop() if len(values) == 1 else None
+
+    triple = r"=\s*[\[(]([^\])]*)[\])]"
+    for key, name in (("input.mean", "mean"), ("input.std", "std")):
+        value = _numbers(only(rf"\b{name}{triple}") or "")
+        if len(value) == 3:
+            settings[key] = value
+    order = only(r"\b(?:to_rgb|bgr_to_rgb)\s*=\s*(True|False)")
+    if order is not None:
+        settings["input.channel_order"] = "RGB" if order == "True" else "BGR"
+    style = only(r"\bstyle\s*=\s*['\"](caffe|pytorch)['\"]")
+    if style is not None:
+        settings["model.backbone.stride_in_1x1"] = style == "caffe"
+    return settings
+
+
+def _file_settings(
+    source: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
+) -> Settings:
+    """Returns what the file says about itself."""
+    own = metadata.get("solov2_jax")
+    if own is not None:
+        try:
+            settings = json.loads(own)
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"its settings are not JSON ({error})") from error
+        if not isinstance(settings, dict):
+            raise ValueError("its settings are not a JSON object")
+        return settings
+    settings = _mmdet_settings(metadata) if source == "mmdet" else {}
+    if metadata.get("__author__") == "torchvision":  # detectron2's converted weights
+        settings.update(_RGB)
+    for key, name in (("input.mean", "pixel_mean"), ("input.std", "pixel_std")):
+        if name in tensors and tensors[name].size == 3:
+            settings[key] = [round(float(n), 4) for n in tensors[name].ravel()]
+    return settings
+
+
+def implied_settings(
+    source: str,
+    flat: Mapping[str, np.ndarray],
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, Any],
+) -> Settings:
+    """Returns what the source, the weights' shapes and the file itself imply.
+
+    Args:
+      flat: our leaves.
+      tensors, metadata: what the file holds, under its own names.
+    """
+    settings = {
+        **CONVENTIONS[source],
+        **NETWORK,
+        **_file_settings(source, tensors, metadata),
+        **settings_of_shapes(flat),
+    }
     if settings.get("model.backbone.depth") in (18, 34):
-        del settings["model.backbone.stride_in_1x1"]  # basic blocks have no 1x1
-    return {**settings, "norm": "frozen batch norm", "norm_eps": NORM_EPS}
+        settings.pop("model.backbone.stride_in_1x1", None)  # no 1x1 in basic blocks
+    classes, names = settings.get("model.num_classes"), settings.get("class_names")
+    if names is not None and classes is not None and len(names) != classes:
+        raise ValueError(f"it names {len(names)} classes and has weights for {classes}")
+    return settings
+
+
+def settings_of_config(config: Any) -> Settings:
+    """Returns the settings under which a config's weights were trained."""
+    settings = dict(NETWORK)
+    for key in _BGR:
+        value = _lookup(config, key)
+        settings[key] = list(value) if isinstance(value, tuple) else value
+    return settings
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Returns (key, value) of "input.channel_order=RGB"; values are JSON or words."""
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ValueError(f"setting {text!r} is not of the form KEY=VALUE")
+    value = value.strip()
+    value = {"True": "true", "False": "false"}.get(value, value)
+    if value.startswith("("):
+        value = "[" + value.strip("()").rstrip(", ") + "]"
+    try:
+        return key.strip(), json.loads(value)
+    except json.JSONDecodeError:
+        return key.strip(), value
 
 
 def _lookup(config: Any, key: str) -> Any:
@@ -99,11 +207,10 @@ def _lookup(config: Any, key: str) -> Any:
 
 
 def _agree(key: str, ours: Any, theirs: Any) -> bool:
-    if isinstance(theirs, list | tuple):
-        if len(ours) != len(theirs):
-            return False
+    if isinstance(theirs, list | tuple) and isinstance(ours, list | tuple):
         tolerance = _TOLERANCE.get(key, 0.0)
-        return bool(np.allclose(ours, theirs, rtol=0.0, atol=tolerance))
+        same_length = len(ours) == len(theirs)
+        return same_length and bool(np.allclose(ours, theirs, rtol=0.0, atol=tolerance))
     return ours == theirs
 
 
@@ -111,7 +218,9 @@ def check_config(settings: Settings, config: Any, path: str) -> None:
     """Raises ValueError naming every config key that contradicts the settings."""
     wrong = []
     for key, value in settings.items():
-        if key in _ELSEWHERE or key in _FREE:
+        if key in NETWORK and value != NETWORK[key]:
+            wrong.append(f"{key} is {NETWORK[key]} in the network, {value} in the file")
+        if "." not in key or key in _FREE:
             continue
         ours = _lookup(config, key)
         if not _agree(key, ours, value):
