@@ -1,7 +1,7 @@
 """Names of other programs' tensors -> leaves of our variables, one table per source.
 
 A table is a tuple of rules (source name, target leaf, transform), names written as
-templates (see `templates.py`): "cate_tower.{3i+1}" <-> "cate_tower/gn{i}". Targets are
+templates (see `rules.py`): "cate_tower.{3i+1}" <-> "cate_tower/gn{i}". Targets are
 flat paths ("params/backbone/stem/conv1/kernel"); kernels are HWIO here, OIHW there.
 
 This module knows names and array layouts; it reads no files.
@@ -9,69 +9,24 @@ This module knows names and array layouts; it reads no files.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
-from solov2_jax.weights.templates import fill, match
+from solov2_jax.weights.rules import (
+    NORM_EPS,
+    Drop,
+    Rule,
+    Table,
+    batch_norm,
+    conv,
+    fill,
+    group_norm,
+    match,
+)
 
 Flat = dict[str, np.ndarray]
 
-NORM_EPS = 1e-5  # of the network's frozen batch norms and group norms
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Source tensors named `source` fill the leaves named `target`.
-
-    `transform`: "same", "kernel" (OIHW -> HWIO), "zeros" or "identity_var" (the
-    source has an affine norm only: its mean is 0 and its variance + epsilon is 1).
-    """
-
-    source: str
-    target: str
-    transform: str = "same"
-
-
-@dataclass(frozen=True)
-class Drop:
-    """Source tensors that fully match the regular expression are not needed."""
-
-    pattern: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """What one source's names mean."""
-
-    rules: tuple[Rule, ...]
-    drops: tuple[Drop, ...] = ()
-
-
-def conv(source: str, target: str, bias: bool = False) -> tuple[Rule, ...]:
-    """Returns the rules of a convolution, with a bias or without."""
-    kernel = Rule(f"{source}.weight", f"params/{target}/kernel", "kernel")
-    if not bias:
-        return (kernel,)
-    return kernel, Rule(f"{source}.bias", f"params/{target}/bias")
-
-
-def group_norm(source: str, target: str) -> tuple[Rule, ...]:
-    """Returns the rules of a norm's scale and bias."""
-    return (
-        Rule(f"{source}.weight", f"params/{target}/scale"),
-        Rule(f"{source}.bias", f"params/{target}/bias"),
-    )
-
-
-def batch_norm(source: str, target: str) -> tuple[Rule, ...]:
-    """Returns the rules of a batch norm: scale, bias, running mean and variance."""
-    return (
-        *group_norm(source, target),
-        Rule(f"{source}.running_mean", f"batch_stats/{target}/mean"),
-        Rule(f"{source}.running_var", f"batch_stats/{target}/var"),
-    )
+Flat = dict[str, np.ndarray]
 
 
 def _detectron2_backbone(prefix: str) -> tuple[Rule, ...]:

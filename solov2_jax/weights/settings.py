@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from solov2_jax.weights.names import NORM_EPS
+from solov2_jax.weights.rules import NORM_EPS
 
 Settings = dict[str, Any]
 
