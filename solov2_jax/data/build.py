@@ -1,6 +1,7 @@
 """Data sets and batches from a config: the one place here that reads its keys."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from solov2_jax.data.coco import CocoDataset, load_coco
@@ -18,25 +19,35 @@ def load_datasets(config: Any) -> tuple[CocoDataset, CocoDataset]:
     """Returns the training and the validation data set, with equal categories."""
     data = config.data
     if data.name == "shapes":
-        folder = _write_generated(config)
-        train = load_coco(*_generated_split(folder, "train"))
-        val_files = _generated_split(folder, "val")
+        train = load_coco(*_generated_split(_write_generated(config), "train"))
     elif data.name == "":
         train = load_coco(data.train.images, data.train.annotations)
-        val_files = data.val.images, data.val.annotations
     else:
         raise ValueError(
             f'data.name is {data.name!r}; use "" for data.train and data.val, or '
             '"shapes" for the generated data set.'
         )
     names = dict(zip(train.category_ids, train.class_names, strict=True))
-    val = load_coco(*val_files, categories=names)
+    val = load_val_dataset(config, names)
     if config.model.num_classes not in (0, len(names)):
         raise ValueError(
             f"model.num_classes is {config.model.num_classes}, but "
             f"{train.annotation_file} has {len(names)} categories; set 0 to count them."
         )
     return train, val
+
+
+def load_val_dataset(config: Any, categories: Mapping[int, str]) -> CocoDataset:
+    """Returns the validation data set; the training data need not be there.
+
+    Args:
+      categories: id -> name that it must have, those of the training.
+    """
+    if config.data.name == "shapes":
+        files = _generated_split(_write_generated(config), "val")
+    else:
+        files = config.data.val.images, config.data.val.annotations
+    return load_coco(*files, categories=categories)
 
 
 def _write_generated(config: Any) -> str:

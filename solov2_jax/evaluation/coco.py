@@ -12,16 +12,18 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from pycocotools import mask as rle
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from solov2_jax.inference.prediction import Prediction, to_coco_results
 
 log = logging.getLogger(__name__)
+# Its type stubs are narrower than what it takes.
+rle: Any = coco_mask
 
 # In the order of pycocotools' summary.
 FIGURES = (
@@ -50,19 +52,20 @@ class CocoEvaluator:
         category_ids: Sequence[int],
         class_names: Sequence[str],
     ):
-        self.source = "the annotations"
-        if not isinstance(annotations, dict):
+        if isinstance(annotations, dict):
+            self.source, content = "the annotations", annotations
+        else:
             self.source = os.fspath(annotations)
-            annotations = json.loads(Path(annotations).read_text("utf-8"))
+            content = json.loads(Path(annotations).read_text("utf-8"))
         self.category_ids = tuple(int(i) for i in category_ids)
         self.class_names = unique_names(class_names, self.category_ids)
-        known = {int(c["id"]) for c in annotations["categories"]}
+        known = {int(c["id"]) for c in content["categories"]}
         if missing := sorted(set(self.category_ids) - known):
             raise ValueError(
                 f"{self.source}: no category has id {missing[:5]}, which the model's "
                 f"classes stand for; categories there are {sorted(known)[:10]}"
             )
-        self._truth, self.num_without_mask = ground_truth(annotations, self.source)
+        self._truth, self.num_without_mask = ground_truth(content, self.source)
         self.reset()
 
     def reset(self) -> None:
@@ -110,24 +113,21 @@ class CocoEvaluator:
         if not self._seen:
             raise ValueError("nothing to evaluate: no image was processed")
         metrics: dict[str, float] = {}
-        per_class: dict[str, float] = {}
-        for kind in ("segm", "bbox"):
-            evaluation = self._run(kind)
+        masks, boxes = self._run("segm"), self._run("bbox")
+        for kind, evaluation in (("segm", masks), ("bbox", boxes)):
             for name, value in zip(FIGURES, evaluation.stats, strict=True):
                 metrics[f"{kind}/{name}"] = float(value)
-            if kind == "segm":
-                per_class = self._per_class(evaluation)
-        metrics.update(per_class)
+        metrics.update(self._per_class(masks))
         for line in self.report(metrics):
             log.info("%s", line)
         return metrics
 
-    def _run(self, kind: str) -> COCOeval:
+    def _run(self, kind: Literal["segm", "bbox"]) -> COCOeval:
         """Returns pycocotools' finished evaluation of "segm" or "bbox"."""
         # With a box beside the mask, pycocotools would take a prediction's area from
         # the box, and the size ranges of mask AP would no longer be those of masks.
         wanted = "segmentation" if kind == "segm" else "bbox"
-        results = [
+        results: Any = [
             {k: r[k] for k in ("image_id", "category_id", "score", wanted)}
             for r in self._results
         ]

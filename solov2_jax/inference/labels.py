@@ -88,7 +88,7 @@ class Places:
         # [n, h, w], a view: every stride-th pixel.
         self.masks = prediction.masks[:, :: self.stride, :: self.stride]
         self.areas = self.masks.sum((1, 2), dtype=np.int64) * self.stride**2
-        self.covered = integral(self.masks.any(0))
+        self.covered = integral(np.any(self.masks, axis=0))
         self.taken = np.zeros((0, 4), np.int64)
 
     def take(self, box: tuple[int, int, int, int]) -> None:
@@ -108,7 +108,7 @@ class Places:
         if len(self.taken):
             a, b = boxes[:, None], self.taken
             apart = (a[..., :2] > b[:, 2:]) | (a[..., 2:] < b[:, :2])
-            boxes = boxes[apart.any(2).all(1)]
+            boxes = boxes[np.all(np.any(apart, axis=2), axis=1)]
         if not len(boxes):
             return math.inf, None
         own = count(integral(self.masks[i]), boxes, self.stride)
@@ -121,7 +121,8 @@ class Places:
             + DISTANCE * distance / (math.sqrt(area) + height)
         )
         best = int(np.argmin(cost))
-        return float(cost[best]), tuple(int(v) for v in boxes[best])
+        left, top, right, bottom = boxes[best].tolist()
+        return float(cost[best]), (left, top, right, bottom)
 
     def candidates(
         self, i: int, width: int, height: int

@@ -1,7 +1,10 @@
 """What inference hands to people: plain numpy at the original image's size."""
 
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +41,7 @@ class Prediction:
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """Returns a bool [H, W] mask as compressed RLE that json can hold."""
-    encoded = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
+    encoded: Any = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
 
 
@@ -62,3 +65,15 @@ def to_coco_results(
             }
         )
     return results
+
+
+def write_results(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Writes COCO results one a line; a kill leaves the old file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write("[")
+        for i, result in enumerate(results):
+            file.write(",\n" if i else "\n")
+            json.dump(result, file)
+        file.write("\n]\n")
+    os.replace(temporary, path)

@@ -1,0 +1,123 @@
+"""Predictor and data set -> figures on disk, with progress and timing."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from solov2_jax.config import write_json
+from solov2_jax.data.coco import CocoDataset
+from solov2_jax.evaluation.coco import CocoEvaluator
+from solov2_jax.inference.prediction import Prediction, write_results
+
+log = logging.getLogger(__name__)
+
+# Seconds between two lines of progress.
+PROGRESS_EVERY = 10.0
+
+
+@runtime_checkable
+class BatchPredictor(Protocol):
+    """What an evaluation needs of a `Predictor`."""
+
+    def predict_batch(self, batch: Mapping[str, np.ndarray]) -> list[Prediction]: ...
+
+
+@runtime_checkable
+class BatchSource(Protocol):
+    """Batches of evaluation and how many there are; `data.pipeline.Batches` is one."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]: ...
+
+
+def evaluate(
+    predictor: BatchPredictor,
+    dataset: CocoDataset,
+    batches: BatchSource,
+    out_dir: str | os.PathLike[str],
+) -> dict[str, float]:
+    """Returns COCO's figures of the batches' images, see `CocoEvaluator.evaluate`.
+
+    Writes them to `metrics.json` in `out_dir`, with the numbers of images and
+    predictions, and the predictions to `predictions.json` in COCO's results format.
+    """
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    evaluator = CocoEvaluator(
+        dataset.annotation_file, dataset.category_ids, dataset.class_names
+    )
+    clock = Clock(len(batches))
+    iterator = iter(batches)
+    while True:
+        clock.start()
+        batch = next(iterator, None)
+        if batch is None:
+            break
+        clock.lap("data")
+        predictions = predictor.predict_batch(batch)
+        clock.lap("compute", first_of=batch["image"].shape)
+        for prediction in predictions:
+            evaluator.process(prediction)
+        clock.lap("encode")
+        clock.count(len(predictions))
+    log.info("%s", clock.summary())
+    write_results(evaluator.results, out / "predictions.json")
+    metrics = evaluator.evaluate()
+    counts = {"num_images": clock.images, "num_predictions": len(evaluator.results)}
+    write_json({**metrics, **counts}, out / "metrics.json")
+    log.info("written: %s and predictions.json", out / "metrics.json")
+    return metrics
+
+
+class Clock:
+    """Where the time of an evaluation goes, and how far it is."""
+
+    def __init__(self, num_batches: int):
+        self.images = self._batches = 0
+        self._total = num_batches
+        self._seconds = {"data": 0.0, "compute": 0.0, "encode": 0.0, "first": 0.0}
+        self._shapes: set[Any] = set()
+        self._begin = self._shown = self._last = time.perf_counter()
+
+    def start(self) -> None:
+        """Begins a batch."""
+        self._last = time.perf_counter()
+
+    def lap(self, what: str, first_of: Any = None) -> None:
+        """Books the time since the last lap, the first of a shape as compilation."""
+        now = time.perf_counter()
+        if first_of is not None and first_of not in self._shapes:
+            self._shapes.add(first_of)
+            what = "first"
+        self._seconds[what] += now - self._last
+        self._last = now
+
+    def count(self, images: int) -> None:
+        """Counts a batch's images; logs the progress now and then."""
+        self.images += images
+        self._batches += 1
+        if self._last - self._shown > PROGRESS_EVERY:
+            self._shown = self._last
+            elapsed = self._last - self._begin
+            left = elapsed / self._batches * (self._total - self._batches)
+            log.info("%d images evaluated, about %.0f s left", self.images, left)
+
+    def summary(self) -> str:
+        """Returns what an image cost on average."""
+        n = max(self.images, 1)
+        parts = ", ".join(
+            f"{name} {1000 * self._seconds[name] / n:.1f}"
+            for name in ("data", "compute", "encode")
+        )
+        elapsed = self._last - self._begin
+        return (
+            f"predicted {self.images} images in {elapsed:.1f} s; ms an image: {parts}; "
+            f"first batch of {len(self._shapes)} shapes, with compilation: "
+            f"{self._seconds['first']:.1f} s"
+        )

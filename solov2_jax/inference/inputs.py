@@ -1,0 +1,83 @@
+"""A picture -> the network's input: resized, in its channel order, padded."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from solov2_jax.data.images import read_image
+from solov2_jax.data.plan import STRIDE, Bucket, assign_buckets
+from solov2_jax.data.transforms import resize_image, shortest_edge_sizes
+from solov2_jax.inference.programs import round_up
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """How an RGB image becomes the network's input; see `configs/base.py`."""
+
+    channel_order: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    min_size: int
+    max_size: int
+    # Padded shapes to choose from. (): each image's own multiples of 32, as the
+    # reference pads a single image, for the price of a compilation per shape.
+    buckets: tuple[Bucket, ...]
+
+
+def make_example(
+    image: np.ndarray | str, image_id: int, options: InputOptions
+) -> dict[str, np.ndarray]:
+    """Returns one image as a batch of evaluation has it, but without the batch axis.
+
+    Args:
+      image: RGB uint8 [H, W, 3], or a path.
+    """
+    name = f"image {image_id}"
+    if isinstance(image, str):
+        name = image
+        image = read_image(image)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(
+            f"{name} is {image.dtype} {image.shape}; it must be uint8 [height, width, "
+            "3], RGB"
+        )
+    rows, columns = image.shape[:2]
+    size = shortest_edge_sizes(rows, columns, options.min_size, options.max_size)
+    height, width = (int(v) for v in size)
+    shape = (round_up(height, STRIDE), round_up(width, STRIDE))
+    if options.buckets:
+        sizes = np.array([[height, width]])
+        names = np.array([name])
+        chosen = assign_buckets(sizes, options.buckets, names, "input.buckets_test")
+        shape = options.buckets[int(chosen[0])]
+    padded = np.zeros((*shape, 3), np.uint8)
+    resized = resize_image(image, height, width)
+    if options.channel_order == "BGR":
+        resized = resized[..., ::-1]
+    padded[:height, :width] = resized
+    return {
+        "image": padded,
+        "image_size": np.array([height, width], np.int32),
+        "original_size": np.array([rows, columns], np.int32),
+        "image_id": np.array(image_id, np.int64),
+    }
+
+
+def make_batches(
+    examples: Sequence[Mapping[str, np.ndarray]], batch_size: int
+) -> list[dict[str, np.ndarray]]:
+    """Returns at most `batch_size` examples, those of one padded shape together.
+
+    Every batch is filled up, because a smaller one would need another compilation; the
+    padding repeats an image under the id -1.
+    """
+    groups: dict[tuple[int, ...], list[Mapping[str, np.ndarray]]] = {}
+    for example in examples:
+        groups.setdefault(example["image"].shape, []).append(example)
+    batches = []
+    for group in groups.values():
+        padding = {**group[-1], "image_id": np.array(-1)}
+        rows = group + [padding] * (batch_size - len(group))
+        batches.append({key: np.stack([row[key] for row in rows]) for key in padding})
+    return batches

@@ -1,0 +1,231 @@
+"""Images -> predictions, with a trained network.
+
+Source: detectron2 engine/defaults.py, DefaultPredictor; AdelaiDet
+adet/modeling/solov2/solov2.py, inference. Different here: boxes are the masks' own, a
+detection whose mask has no pixel left at the original size is dropped, and memory is
+bounded whatever the image shows.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from solov2_jax.config import load_config
+from solov2_jax.data.plan import check_buckets
+from solov2_jax.inference.inputs import InputOptions, make_batches, make_example
+from solov2_jax.inference.prediction import Prediction
+from solov2_jax.inference.programs import (
+    DetectOptions,
+    compile_detect,
+    paste_detections,
+)
+from solov2_jax.models import build_model
+from solov2_jax.training.checkpoint import restore_variables
+from solov2_jax.weights.convert import fit
+from solov2_jax.weights.settings import check_config
+from solov2_jax.weights.sources import read_weights
+
+PyTree = Any
+log = logging.getLogger(__name__)
+
+
+class Predictor:
+    """Turns batches or single images into predictions at the original size.
+
+    Predictors of one model with the same options share their compiled programs.
+
+    Args:
+      model: `model.apply(variables, image)` gives `Outputs`; hashable.
+      class_names, category_ids: of the labels 0..K-1.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        variables: PyTree,
+        input_options: InputOptions,
+        detect_options: DetectOptions,
+        class_names: Sequence[str],
+        category_ids: Sequence[int],
+    ):
+        self.input = input_options
+        self.mask_threshold = detect_options.mask_threshold
+        self.class_names = tuple(class_names)
+        self.category_ids = tuple(int(i) for i in category_ids)
+        self.variables = jax.device_put(variables)
+        mean, std = input_options.mean, input_options.std
+        self._detect = compile_detect(model, mean, std, detect_options)
+
+    @classmethod
+    def from_workdir(
+        cls,
+        workdir: str | os.PathLike[str],
+        checkpoint: str = "last",
+        overrides: Sequence[str] = (),
+    ) -> "Predictor":
+        """Returns the predictor of a training run.
+
+        Args:
+          checkpoint: "last", "best" or a step.
+          overrides: of its config, such as "--config.input.min_size_test=640".
+        """
+        config = load_workdir_config(workdir, overrides)
+        names, ids = read_classes(workdir)
+        variables, step = restore_variables(workdir, checkpoint)
+        log.info("%s: weights of step %d", workdir, step)
+        model = build_model(config, len(names))
+        return build_predictor(config, model, variables, names, ids)
+
+    @classmethod
+    def from_config(cls, config: Any, weights: str) -> "Predictor":
+        """Returns the predictor of a config and a weights file that fills its network.
+
+        The number of classes is the file's. Class names too, where it has them; else
+        they are "class 1", ... and the category ids are 1, 2, ...
+        """
+        read = read_weights(weights)
+        number = read.num_classes
+        if number is None:
+            raise ValueError(
+                f"{weights} has no class layer (a backbone only?), so it cannot "
+                "predict; give weights of a whole SOLOv2, or train from these with "
+                "--config.init_from"
+            )
+        if config.model.num_classes not in (0, number):
+            raise ValueError(
+                f"model.num_classes is {config.model.num_classes}, but {weights} has "
+                f"{number} classes; set it to 0 to take the file's"
+            )
+        check_config(read.settings, config, weights)
+        model = build_model(config, number)
+        shapes = jax.eval_shape(
+            lambda: model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+        )
+        variables, _ = fit(read, shapes, strict=True)
+        names = read.class_names or [f"class {i + 1}" for i in range(number)]
+        return build_predictor(config, model, variables, names)
+
+    def predict_batch(self, batch: Mapping[str, np.ndarray]) -> list[Prediction]:
+        """Returns a prediction for each image whose id is not -1 (padding).
+
+        Args:
+          batch: image uint8 [B, h, w, 3] in the config's channel order, padded to
+            multiples of 32; image_size and original_size [B, 2] (height, width);
+            image_id [B].
+        """
+        image_size = np.asarray(batch["image_size"], np.int32)
+        found = self._detect(self.variables, batch["image"], image_size)
+        scores, labels, valid = jax.device_get(
+            (found.scores, found.labels, found.valid)
+        )
+        predictions = []
+        for i, image_id in enumerate(batch["image_id"].tolist()):
+            if image_id == -1:
+                continue
+            kept = np.flatnonzero(valid[i])
+            masks, boxes = paste_detections(
+                found.soft_masks,
+                i,
+                kept,
+                image_size[i],
+                batch["original_size"][i],
+                self.mask_threshold,
+            )
+            there = boxes[:, 2] > boxes[:, 0]
+            if not there.all():
+                masks, boxes, kept = masks[there], boxes[there], kept[there]
+            one = Prediction(masks, boxes, scores[i, kept], labels[i, kept], image_id)
+            predictions.append(one)
+        return predictions
+
+    def predict_images(
+        self, images: Iterable[np.ndarray | str], batch_size: int = 1
+    ) -> Iterator[Prediction]:
+        """Yields the prediction of each image, in order; `image_id` counts from 0.
+
+        Args:
+          images: RGB uint8 [H, W, 3], or paths.
+          batch_size: of so many images in a row, those that have one padded shape are
+            computed together.
+        """
+        waiting: list[dict[str, np.ndarray]] = []
+        for number, image in enumerate(images):
+            waiting.append(make_example(image, number, self.input))
+            if len(waiting) == batch_size:
+                yield from self._in_order(waiting, batch_size)
+                waiting = []
+        yield from self._in_order(waiting, batch_size)
+
+    def _in_order(
+        self, examples: Sequence[dict[str, np.ndarray]], batch_size: int
+    ) -> Iterator[Prediction]:
+        done: dict[int, Prediction] = {}
+        for batch in make_batches(examples, batch_size):
+            done.update({p.image_id: p for p in self.predict_batch(batch)})
+        for example in examples:
+            yield done.pop(int(example["image_id"]))
+
+
+def build_predictor(
+    config: Any,
+    model: Any,
+    variables: PyTree,
+    class_names: Sequence[str] | None = None,
+    category_ids: Sequence[int] | None = None,
+) -> Predictor:
+    """Returns the predictor that a config describes: the one place that unpacks it."""
+    test, input_ = config.test, config.input
+    options = {
+        name: getattr(test, name)
+        for name in DetectOptions.__dataclass_fields__
+        if name != "num_grids"
+    }
+    names = class_names or [f"class {i + 1}" for i in range(model.num_classes)]
+    return Predictor(
+        model,
+        variables,
+        InputOptions(
+            channel_order=input_.channel_order,
+            mean=tuple(input_.mean),
+            std=tuple(input_.std),
+            min_size=input_.min_size_test,
+            max_size=input_.max_size_test,
+            buckets=check_buckets(input_.buckets_test, "input.buckets_test"),
+        ),
+        DetectOptions(num_grids=tuple(config.model.ins_head.num_grids), **options),
+        names,
+        category_ids or range(1, len(names) + 1),
+    )
+
+
+def load_workdir_config(
+    workdir: str | os.PathLike[str], overrides: Sequence[str] = ()
+) -> Any:
+    """Returns the config that a run was made with, with overrides applied."""
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{workdir} is not the folder of a run: it has no config.json. Give the "
+            "--workdir that train.py was given"
+        )
+    return load_config(str(path), overrides)
+
+
+def read_classes(workdir: str | os.PathLike[str]) -> tuple[list[str], list[int]]:
+    """Returns the class names and category ids of a run."""
+    path = Path(workdir) / "classes.json"
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        return list(content["names"]), [int(i) for i in content["ids"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'{path}: cannot be read as {{"names": [...], "ids": [...]}} ({error}); '
+            "start train.py again with the same --workdir, which writes it"
+        ) from error

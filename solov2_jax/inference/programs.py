@@ -1,0 +1,121 @@
+"""The two compiled programs of inference.
+
+The first is the network with its post-processing, for a batch of one padded shape. The
+second turns the soft masks of a few detections into masks of the original image, on a
+canvas whose size is rounded up, so that thousands of differently sized photographs need
+a handful of compilations.
+"""
+
+import functools
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from solov2_jax import ops
+from solov2_jax.postprocess import detect, paste_masks
+
+log = logging.getLogger(__name__)
+
+CANVAS_DIVISOR = 128
+# Pixels of the masks that are pasted together: 16 masks of 1024 x 1024.
+CHUNK_PIXELS = 16 * 1024 * 1024
+MAX_CHUNK = 16
+
+
+@dataclass(frozen=True)
+class DetectOptions:
+    """Keyword arguments of `postprocess.detect`; see `configs/base.py`."""
+
+    num_grids: tuple[int, ...]
+    score_threshold: float
+    mask_threshold: float
+    update_threshold: float
+    nms_pre: int
+    max_per_image: int
+    nms_type: str
+    nms_kernel: str
+    nms_sigma: float
+    nms_iou: float
+    max_candidates: int
+
+
+@functools.lru_cache(maxsize=16)
+def compile_detect(
+    model: Any,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    options: DetectOptions,
+) -> Any:
+    """Returns the compiled (variables, image, image_size) -> Detections.
+
+    Cached, so that every evaluation during a training run uses the same program.
+    """
+
+    def run(variables, image, image_size):
+        # Python runs this line only while it is traced: once per shape.
+        log.info("compiling for %d image(s) padded to %d x %d", *image.shape[:3])
+        pixels = ops.normalize_image(image, image_size, mean, std)
+        return detect(model.apply(variables, pixels), **asdict(options))
+
+    return jax.jit(run)
+
+
+@functools.partial(jax.jit, static_argnames=("canvas", "threshold"))
+def _paste(soft_masks, index, part, image_size, original_size, *, canvas, threshold):
+    """Returns the masks and boxes of detections `part` [N] of image `index`."""
+    chosen = jnp.take(soft_masks[index], part, axis=0)
+    return paste_masks(chosen, image_size, original_size, canvas, threshold)
+
+
+def paste_detections(
+    soft_masks: jax.Array,
+    index: int,
+    kept: np.ndarray,
+    image_size: np.ndarray,
+    original_size: np.ndarray,
+    threshold: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns masks bool [n, H, W] and boxes [n, 4] of one image's detections.
+
+    A few at a time: only the result itself grows with the image and their number.
+
+    Args:
+      soft_masks: [B, D, h4, w4], on the device.
+      index: which image of the batch.
+      kept: which of its detections, int [n].
+      image_size, original_size: (height, width) at the network and of the file.
+    """
+    height, width = (int(v) for v in original_size)
+    canvas = (round_up(height, CANVAS_DIVISOR), round_up(width, CANVAS_DIVISOR))
+    chunk = chunk_size(canvas)
+    masks = np.zeros((len(kept), height, width), bool)
+    boxes = np.zeros((len(kept), 4), np.float32)
+    for start in range(0, len(kept), chunk):
+        part = np.asarray(kept[start : start + chunk], np.int32)
+        n = len(part)
+        pasted, found = _paste(
+            soft_masks,
+            np.int32(index),
+            np.pad(part, (0, chunk - n)),
+            np.asarray(image_size, np.int32),
+            np.asarray(original_size, np.int32),
+            canvas=canvas,
+            threshold=threshold,
+        )
+        masks[start : start + n] = np.asarray(pasted)[:n, :height, :width]
+        boxes[start : start + n] = np.asarray(found)[:n]
+    return masks, boxes
+
+
+def chunk_size(canvas: tuple[int, int]) -> int:
+    """Returns how many masks are pasted at once: 16, fewer on a large canvas."""
+    return int(np.clip(CHUNK_PIXELS // (canvas[0] * canvas[1]), 1, MAX_CHUNK))
+
+
+def round_up(size: int, divisor: int) -> int:
+    """Returns the smallest multiple of `divisor` that is not below `size`."""
+    return -(-size // divisor) * divisor
