@@ -4,9 +4,13 @@ The order is a `BatchPlan`; grain only fetches its batches, in threads or proces
 grain itself imports jax in a worker, if it is installed; nothing starts a device.
 """
 
+import atexit
 import dataclasses
+import functools
+import gc
 import logging
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Generator, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -31,7 +35,7 @@ class Resize:
 
     shorts: tuple[int, ...]  # shorter side; one is drawn per image and epoch
     max_size: int  # longer side at most
-    buckets: tuple[planning.Bucket, ...] = ()  # padded shapes; () derives them
+    buckets: tuple[Sequence[int], ...] = ()  # padded (h, w); () derives them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,15 @@ class Batches:
         return max(self._stop - self._start, 0)
 
     def __iter__(self) -> Iterator[ArrayDict]:
+        generator = self._fetch()
+        # Also when the program ends in the middle: worker processes and shared memory
+        # are given back before Python takes its modules apart.
+        close = functools.partial(_close, weakref.ref(generator))
+        atexit.register(close)
+        weakref.finalize(generator, atexit.unregister, close).atexit = False
+        return generator
+
+    def _fetch(self) -> Generator[ArrayDict, None, None]:
         if not len(self):
             return
         reading = self._reading
@@ -83,11 +96,22 @@ class Batches:
             )
         iterator = iter(stream)
         try:
-            for batch in iterator:
-                # Out of the workers' shared memory, which must not outlive them.
-                yield {key: np.array(value) for key, value in batch.items()}
+            yield from map(_own, iterator)
         finally:
             iterator.close()
+            # grain's last batches hang in reference cycles with its StopIteration.
+            gc.collect()
+
+
+def _close(generator: "weakref.ref[Generator[ArrayDict, None, None]]") -> None:
+    """Ends a generator that still exists."""
+    if (alive := generator()) is not None:
+        alive.close()
+
+
+def _own(batch: ArrayDict) -> ArrayDict:
+    """Returns copies outside of the workers' shared memory, which is freed at once."""
+    return {key: np.array(value) for key, value in batch.items()}
 
 
 def train_batches(
@@ -231,5 +255,5 @@ def resize_of(
     return Resize(
         tuple(int(s) for s in shorts),
         int(max_size),
-        tuple((int(b[0]), int(b[1])) if len(b) == 2 else tuple(b) for b in buckets),
+        tuple(buckets),
     )
