@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ class Report:
     def summary(self) -> str:
         """Returns a few lines for the log."""
         lines = [
-            f"{self.path} ({self.source}, sha256 {self.sha256[:12]}...): "
+            f"{self.path} ({self.source}, sha256 {self.sha256[:12] or 'none'}): "
             f"{len(self.loaded)} leaves loaded, {len(self.new)} newly initialised, "
             f"{len(self.dropped)} tensors not used"
         ]
@@ -57,6 +57,19 @@ class Report:
         for reason, dropped in reasons.items():
             lines.append(f"  not used ({reason}): {shorten(dropped, 4)}")
         return "\n".join(lines)
+
+
+def report_of(weights: Weights) -> Report:
+    """Returns the report of weights that no network was given for."""
+    return Report(
+        weights.path,
+        weights.sha256,
+        weights.source,
+        weights.settings,
+        tuple(weights.flat),
+        (),
+        weights.dropped,
+    )
 
 
 def _groups(leaves: tuple[str, ...]) -> list[str]:
@@ -159,15 +172,8 @@ def match(
             f"{weights.path}: strict loading, but the file lacks "
             f"[{shorten(new)}] and has unknown tensors [{shorten(unknown)}]"
         )
-    return flat, Report(
-        weights.path,
-        weights.sha256,
-        weights.source,
-        weights.settings,
-        tuple(flat),
-        new,
-        dropped,
-    )
+    report = replace(report_of(weights), loaded=tuple(flat), new=new, dropped=dropped)
+    return flat, report
 
 
 def fit(

@@ -26,8 +26,6 @@ from solov2_jax.weights.rules import (
 
 Flat = dict[str, np.ndarray]
 
-Flat = dict[str, np.ndarray]
-
 
 def _detectron2_backbone(prefix: str) -> tuple[Rule, ...]:
     """Source: detectron2/modeling/backbone/resnet.py."""
