@@ -13,17 +13,23 @@ Exit code 0: done; 2: an error that the one line `error: ...` explains, also whe
 some of the images could not be read: the others are done then.
 """
 
+from typing import TYPE_CHECKING
+
 from absl import flags
 
 from solov2_jax import cli
 from solov2_jax.config import load_config
+from solov2_jax.inference.files import find_images, name_pictures, predict_files
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
+if TYPE_CHECKING:
+    from solov2_jax.inference.predictor import Predictor
+
+_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a training run.")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "last", "Of the workdir: last, best or a step."
 )
-_CONFIG = flags.DEFINE_string("config", None, "Config file, with --weights.")
-_WEIGHTS = flags.DEFINE_string("weights", None, "Weights file, with --config.")
+_CONFIG = flags.DEFINE_string("config", "", "Config file, with --weights.")
+_WEIGHTS = flags.DEFINE_string("weights", "", "Weights file, with --config.")
 _INPUT = flags.DEFINE_string(
     "input", None, "An image, a folder of images, or a quoted pattern.", required=True
 )
@@ -35,22 +41,23 @@ _SCORE = flags.DEFINE_float(
 )
 
 
+def load_predictor(overrides: list[str]) -> "Predictor":
+    """Returns the predictor that the flags name."""
+    from solov2_jax.inference.predictor import Predictor  # slow: after the checks
+
+    if _WORKDIR.value:
+        return Predictor.from_workdir(_WORKDIR.value, _CHECKPOINT.value, overrides)
+    return Predictor.from_config(load_config(_CONFIG.value, overrides), _WEIGHTS.value)
+
+
 def main(overrides: list[str]) -> None:
     """Predicts as the flags say."""
-    from solov2_jax.inference.files import find_images, name_pictures, predict_files
-
-    by_workdir, by_file = _WORKDIR.value, (_CONFIG.value, _WEIGHTS.value)
-    if bool(by_workdir) == any(by_file) or any(by_file) != all(by_file):
+    given = tuple(bool(f.value) for f in (_WORKDIR, _CONFIG, _WEIGHTS))
+    if given not in ((True, False, False), (False, True, True)):
         raise ValueError("give either --workdir, or --config and --weights together")
     paths = find_images(_INPUT.value)
-    name_pictures(paths, _OUTPUT.value)  # before the slow part: names that clash
-    from solov2_jax.inference.predictor import Predictor
-
-    if by_workdir:
-        predictor = Predictor.from_workdir(by_workdir, _CHECKPOINT.value, overrides)
-    else:
-        config = load_config(_CONFIG.value, overrides)
-        predictor = Predictor.from_config(config, _WEIGHTS.value)
+    name_pictures(paths, _OUTPUT.value)  # raises now instead of after a compilation
+    predictor = load_predictor(overrides)
     problems = predict_files(predictor, paths, _OUTPUT.value, _SCORE.value)
     if problems:
         raise ValueError(

@@ -140,5 +140,10 @@ def get_config() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.batch_size = 1  # images a step
     config.eval.max_images = 0  # 0: all
+    # Pad every image to its own multiples of 32, as the reference does with single
+    # images, instead of to one of a few shapes: an object's grid cell depends on the
+    # padded size. About 40 shapes on COCO, each compiled once. Where
+    # `input.buckets_test` is given, it decides.
+    config.eval.exact_padding = False
 
     return config.lock()  # a variant's misspelt key is an error, not a new key

@@ -1,5 +1,6 @@
 """Data sets and batches from a config: the one place here that reads its keys."""
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -104,15 +105,16 @@ def build_train_batches(
 def build_eval_batches(config: Any, dataset: CocoDataset) -> Batches:
     """Returns batches of every image once, or of the first `eval.max_images`."""
     input_ = config.input
+    resize = resize_of(
+        (input_.min_size_test,),
+        input_.max_size_test,
+        input_.buckets_test,
+        "input.min_size_test",
+    )
     return eval_batches(
         dataset,
         batch_size=config.eval.batch_size,
-        resize=resize_of(
-            (input_.min_size_test,),
-            input_.max_size_test,
-            input_.buckets_test,
-            "input.min_size_test",
-        ),
+        resize=dataclasses.replace(resize, exact=config.eval.exact_padding),
         channel_order=input_.channel_order,
         max_images=config.eval.max_images,
         reading=_reading(config),

@@ -36,6 +36,7 @@ class Resize:
     shorts: tuple[int, ...]  # shorter side; one is drawn per image and epoch
     max_size: int  # longer side at most
     buckets: tuple[Sequence[int], ...] = ()  # padded (h, w); () derives them
+    exact: bool = False  # with (): each image's own multiples of 32, however many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +229,8 @@ def _buckets(
     if resize.buckets:
         buckets = planning.check_buckets(resize.buckets, key)
     else:
+        if resize.exact:
+            limit, tolerance = sizes.size, -1.0  # no two shapes are ever joined
         buckets = planning.derive_buckets(sizes[chosen], limit, tolerance)
         log.info("%s, derived from %d images: %s", key, len(chosen), buckets)
     assigned = np.zeros(sizes.shape[:2], np.int16)

@@ -1,0 +1,198 @@
+"""The predictor with a network that paints: blue, green and red become three classes.
+
+So what comes out is known to the pixel, and nothing here compiles for long.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from solov2_jax.inference import programs
+from solov2_jax.inference.inputs import InputOptions
+from solov2_jax.inference.predictor import Predictor
+from solov2_jax.inference.programs import DetectOptions, chunk_size
+from solov2_jax.structs import Outputs
+
+GRIDS = (4, 3, 2, 1, 1)
+CELLS = sum(g * g for g in GRIDS)
+# Cell -> (feature, class, logit of its score). Cells of the finest grid, that are no
+# neighbours, so that point NMS keeps them. Feature 3 is a bar at the bottom of the
+# padded input.
+OBJECTS = {0: (0, 2, 3.0), 2: (1, 0, 2.0), 8: (2, 1, 1.0), 10: (3, 0, 2.5)}
+INPUT = InputOptions(
+    channel_order="BGR",
+    mean=(0.0, 0.0, 0.0),
+    std=(1.0, 1.0, 1.0),
+    min_size=64,
+    max_size=160,
+    buckets=(),
+)
+DETECT = DetectOptions(
+    num_grids=GRIDS,
+    score_threshold=0.1,
+    mask_threshold=0.5,
+    update_threshold=0.05,
+    nms_pre=20,
+    max_per_image=8,
+    nms_type="matrix",
+    nms_kernel="gaussian",
+    nms_sigma=2.0,
+    nms_iou=0.5,
+    max_candidates=32,
+)
+
+
+@dataclass(frozen=True)
+class Painter:
+    """A network whose mask features are the image's channels at a quarter."""
+
+    name: str
+
+    def apply(self, variables, image):
+        TRACES.append((self.name, image.shape))
+        b, h, w, _ = image.shape
+        on = image[:, 2::4, 2::4] > 128
+        bar = jnp.broadcast_to(jnp.arange(h // 4) >= h // 4 - 4, (b, w // 4, h // 4))
+        on = jnp.concatenate([on, bar.swapaxes(1, 2)[..., None]], axis=-1)
+        kernel = np.zeros((CELLS, 4), np.float32)
+        cate = np.full((CELLS, 3), -10, np.float32)
+        for cell, (feature, label, logit) in OBJECTS.items():
+            kernel[cell, feature] = 1
+            cate[cell, label] = logit
+        score = jnp.asarray(cate) + variables["shift"]
+        return Outputs(
+            cate=jnp.broadcast_to(score, (b, CELLS, 3)),
+            kernel=jnp.broadcast_to(kernel, (b, CELLS, 4)),
+            mask_feat=jnp.where(on, 10.0, -10.0),
+        )
+
+
+TRACES: list = []
+
+
+def predictor(name="a", shift=0.0, **options):
+    return Predictor(
+        Painter(name),
+        {"shift": np.float32(shift)},
+        replace(INPUT, **options),
+        DETECT,
+        ("x", "y", "z"),
+        (1, 2, 3),
+    )
+
+
+def picture(height, width):
+    """A black RGB picture with a blue, a green and a red rectangle."""
+    image = np.zeros((height, width, 3), np.uint8)
+    h, w = height // 8, width // 8
+    image[h : 3 * h, w : 4 * w, 2] = 255
+    image[4 * h : 6 * h, w : 3 * w, 1] = 255
+    image[2 * h : 5 * h, 5 * w : 7 * w, 0] = 255
+    return image
+
+
+def iou(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+@pytest.mark.parametrize("size", [(64, 80), (128, 96), (40, 50), (321, 200)])
+def test_masks_boxes_labels_and_scores_at_the_original_size(size):
+    image = picture(*size)
+    (p,) = predictor().predict_images([image])
+    # The bar lies in the bottom 16 rows of the padded input, beyond or in the image.
+    p = replace_bar(p)
+    assert p.labels.tolist() == [2, 0, 1]
+    assert p.scores == pytest.approx(1 / (1 + np.exp([-3.0, -2.0, -1.0])), abs=1e-3)
+    assert p.masks.shape == (3, *size) and p.masks.dtype == bool
+    for mask, box, channel in zip(p.masks, p.boxes, (2, 1, 0), strict=True):
+        # A quarter of the input's resolution costs up to two input pixels an edge.
+        assert iou(mask, image[..., channel] > 0) > 0.75
+        ys, xs = np.nonzero(mask)
+        assert box.tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+
+
+def replace_bar(p):
+    """Without the bar, which is of class 0 like green but scores higher."""
+    keep = np.abs(p.scores - 1 / (1 + np.exp(-2.5))) > 1e-3
+    return replace(
+        p,
+        masks=p.masks[keep],
+        boxes=p.boxes[keep],
+        scores=p.scores[keep],
+        labels=p.labels[keep],
+    )
+
+
+def test_a_mask_only_in_the_padding_is_dropped():
+    # 64 x 80 has padded rows beyond 64 only if its padded shape is given.
+    full = list(predictor(buckets=((96, 96),)).predict_images([picture(64, 80)]))[0]
+    assert len(full) == 3
+    assert len(list(predictor().predict_images([picture(64, 80)]))[0]) == 4
+    assert (full.boxes[:, 2:] > full.boxes[:, :2]).all()
+
+
+def test_nothing_found_keeps_the_shapes():
+    (p,) = predictor(shift=-20.0).predict_images([picture(64, 80)])
+    assert len(p) == 0
+    assert p.masks.shape == (0, 64, 80) and p.boxes.shape == (0, 4)
+
+
+def test_batches_equal_single_images_and_come_in_order():
+    images = [picture(64, 80), picture(128, 96), picture(64, 90), picture(64, 80) // 2]
+    one = list(predictor().predict_images(images))
+    three = list(predictor().predict_images(images, batch_size=3))
+    assert [p.image_id for p in one] == [p.image_id for p in three] == [0, 1, 2, 3]
+    for a, b in zip(one, three, strict=True):
+        np.testing.assert_array_equal(a.masks, b.masks)
+        np.testing.assert_array_equal(a.boxes, b.boxes)
+        np.testing.assert_allclose(a.scores, b.scores, rtol=1e-6)
+
+
+def test_padding_of_a_batch_gives_no_prediction():
+    batch = {
+        "image": np.zeros((2, 64, 96, 3), np.uint8),
+        "image_size": np.array([[64, 80], [1, 1]]),
+        "original_size": np.array([[32, 40], [1, 1]]),
+        "image_id": np.array([77, -1]),
+    }
+    (p,) = predictor().predict_batch(batch)
+    assert p.image_id == 77 and p.masks.shape[1:] == (32, 40)
+
+
+def test_one_trace_per_shape_shared_by_predictors_of_new_weights():
+    TRACES.clear()
+    first = predictor("traced")
+    for size in ((64, 80), (64, 90), (66, 82), (128, 90)):
+        list(first.predict_images([picture(*size)]))
+    # Padded, the first three are 64 x 96; the last is 96 x 64.
+    assert [shape for _, shape in TRACES] == [(1, 64, 96, 3), (1, 96, 64, 3)]
+    (p,) = predictor("traced", shift=-0.5).predict_images([picture(64, 80)])
+    assert len(TRACES) == 2
+    assert p.scores[0] == pytest.approx(1 / (1 + np.exp(-2.5)), abs=1e-3)
+
+
+def test_masks_pasted_in_small_chunks_are_the_same(monkeypatch):
+    (whole,) = predictor().predict_images([picture(200, 150)])
+    monkeypatch.setattr(programs, "CHUNK_PIXELS", 256 * 256)
+    assert chunk_size((256, 256)) == 1
+    (parts,) = predictor().predict_images([picture(200, 150)])
+    np.testing.assert_array_equal(whole.masks, parts.masks)
+    np.testing.assert_array_equal(whole.boxes, parts.boxes)
+
+
+def test_chunks_are_smaller_on_large_canvases():
+    assert chunk_size((640, 640)) == 16
+    assert chunk_size((3072, 4096)) == 1
+    assert chunk_size((20_000, 20_000)) == 1
+
+
+def test_wrong_images_and_buckets_are_named():
+    with pytest.raises(ValueError, match="must be uint8"):
+        list(predictor().predict_images([np.zeros((4, 4, 3), np.float32)]))
+    with pytest.raises(ValueError, match="must be uint8"):
+        list(predictor().predict_images([np.zeros((4, 4), np.uint8)]))
+    small = predictor(buckets=((32, 32),))
+    with pytest.raises(ValueError, match="input.buckets_test"):
+        list(small.predict_images([picture(64, 80)]))
