@@ -1,0 +1,209 @@
+"""(Outputs, Targets) -> one scalar and its parts.
+
+Sums are over the global batch and divided once, so padding, the number of devices and
+how images are spread over them change nothing; the reference's means are per process.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from solov2_jax.structs import Outputs, Targets
+
+EPSILON = 2e-3  # in the dice denominator
+# The dice loss looks at this many logits at once (16 MiB), whatever the image size.
+TILE_LOGITS = 2**22
+# It skips unused slots where a part of them suffices: one compiled form for each.
+SLOT_PARTS = (0.25, 0.5, 1.0)
+
+
+def solov2_loss(
+    outputs: Outputs,
+    targets: Targets,
+    masks: UInt8[Array, "B G h4 w4"],
+    *,
+    focal_alpha: float,
+    focal_gamma: float,
+    focal_weight: float,
+    dice_weight: float,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Returns the total loss and the metrics, all float32 scalars.
+
+    Metrics: `loss_ins`, `loss_cate` (weighted, they add up to the total); `num_pairs`,
+    of which `pairs_dropped` for want of slots; `num_cells`, positive ones; `mean_iou`
+    of the predicted masks at 0.5 with their pair's, 0 without pairs; `positive_images`,
+    those with at least one pair.
+
+    Source: AdelaiDet adet/modeling/solov2/solov2.py, SOLOv2.loss: dice averages over
+    pairs, focal is a sum over (positive cells + 1). A batch without pairs is no error.
+    """
+    weight = targets.pair_weight
+    kernels = jnp.take_along_axis(outputs.kernel, targets.pair_cell[..., None], axis=1)
+    slots = jnp.arange(1, weight.shape[1] + 1)[None]
+    num_slots = jnp.max(jnp.where(weight > 0, slots, 0))
+    dice, iou = pair_dice(
+        kernels, outputs.mask_feat, masks, targets.pair_instance, num_slots
+    )
+    num_pairs = jnp.maximum(jnp.sum(weight), 1.0)
+    loss_ins = dice_weight * jnp.sum(weight * (1.0 - dice)) / num_pairs
+
+    focal = focal_loss(outputs.cate, targets.cate, focal_alpha, focal_gamma)
+    loss_cate = focal_weight * focal / (jnp.sum(targets.num_cells) + 1)
+
+    kept = jnp.sum(weight > 0, axis=1, dtype=jnp.int32)
+    metrics = {
+        "loss_ins": loss_ins,
+        "loss_cate": loss_cate,
+        "num_pairs": jnp.sum(targets.num_pairs),
+        "pairs_dropped": jnp.sum(targets.num_pairs - kept),
+        "num_cells": jnp.sum(targets.num_cells),
+        "positive_images": jnp.sum(targets.num_pairs > 0),
+        "mean_iou": jnp.sum(weight * iou) / num_pairs,
+    }
+    metrics = {name: value.astype(jnp.float32) for name, value in metrics.items()}
+    return loss_ins + loss_cate, metrics
+
+
+def focal_loss(
+    logits: Float[Array, "*n K"], labels: Int[Array, "*n"], alpha: float, gamma: float
+) -> Float[Array, ""]:
+    """Returns the sum of the sigmoid focal loss; the label K is background.
+
+    Source: fvcore sigmoid_focal_loss, written with logarithms: no power of a rounded 0,
+    and finite gradients at any logit and gamma.
+    """
+    classes = jnp.arange(logits.shape[-1]).reshape((1,) * labels.ndim + (-1,))
+    positive = labels[..., None] == classes
+    logits = logits.astype(jnp.float32)
+    towards = jnp.where(positive, logits, -logits)
+    log_right, log_wrong = jax.nn.log_sigmoid(towards), jax.nn.log_sigmoid(-towards)
+    balance = jnp.where(positive, alpha, 1.0 - alpha)
+    return -jnp.sum(balance * jnp.exp(gamma * log_wrong) * log_right)
+
+
+@jax.custom_vjp
+def pair_dice(
+    kernels: Float[Array, "B P E"],
+    mask_feat: Float[Array, "B h4 w4 E"],
+    masks: UInt8[Array, "B G h4 w4"],
+    pair_instance: Int[Array, "B P"],
+    num_slots: Int[Array, ""],
+) -> tuple[Float[Array, "B P"], Float[Array, "B P"]]:
+    """Returns each pair's dice coefficient, and its mask IoU at 0.5 (no gradient).
+
+    The soft masks of all slots are the largest thing in training, so they are computed
+    in tiles of image rows and never kept: the backward pass computes them again.
+
+    Args:
+      num_slots: slots from here on are skipped where that saves time; 0 stands there
+        or a value that the caller must give no weight.
+
+    Source: AdelaiDet adet/modeling/solov2/loss.py, dice_loss: denominator of squares,
+    over the whole padded map.
+    """
+    return _pair_dice_fwd(kernels, mask_feat, masks, pair_instance, num_slots)[0]
+
+
+def _pair_dice_fwd(kernels, mask_feat, masks, pair_instance, num_slots):
+    size = jnp.sum(masks, axis=(2, 3), dtype=jnp.int32).astype(jnp.float32)
+    size = jnp.take_along_axis(size, pair_instance, axis=1)
+
+    def sums(slots: int) -> Float[Array, "B P 4"]:
+        used, instance = kernels[:, :slots], pair_instance[:, :slots]
+
+        def tile(rows, start, total):
+            logits, target = _tile(used, rows(mask_feat, 1), rows(masks, 2), instance)
+            soft, hard = jax.nn.sigmoid(logits), (logits > 0).astype(jnp.float32)
+            parts = (soft * target, jnp.square(soft), hard * target, hard)
+            return total + jnp.stack([jnp.sum(x, axis=(2, 3)) for x in parts], -1)
+
+        total = jnp.zeros((*instance.shape, 4), jnp.float32)
+        return _pad_slots(_over_tiles(tile, total, instance, masks), kernels.shape[1])
+
+    overlap, squares, hits, area = jnp.moveaxis(
+        _switch_slots(sums, num_slots, kernels.shape[1]), -1, 0
+    )
+    denominator = squares + size + EPSILON
+    dice = 2.0 * overlap / denominator
+    iou = hits / jnp.maximum(area + size - hits, 1.0)
+    arrays = kernels, mask_feat, masks, pair_instance, num_slots
+    return (dice, iou), (*arrays, dice, denominator)
+
+
+def _pair_dice_bwd(residuals, cotangents):
+    kernels, mask_feat, masks, pair_instance, num_slots, dice, denominator = residuals
+    slope = 2.0 * cotangents[0] / denominator
+
+    def grads(slots: int) -> tuple[Array, Array]:
+        used, instance = kernels[:, :slots], pair_instance[:, :slots]
+        d, s = (x[:, :slots, None, None] for x in (dice, slope))
+        einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        put_rows = jax.lax.dynamic_update_slice_in_dim
+
+        def tile(rows, start, total):
+            feat = rows(mask_feat, 1)
+            logits, target = _tile(used, feat, rows(masks, 2), instance)
+            soft = jax.nn.sigmoid(logits)
+            grad = s * (target - d * soft) * soft * (1.0 - soft)
+            grad = grad.astype(feat.dtype)
+            grad_kernels = total[0] + einsum("bphw,bhwe->bpe", grad, feat)
+            grad_feat = einsum("bphw,bpe->bhwe", grad, used).astype(feat.dtype)
+            grad_feat = put_rows(total[1], grad_feat, start, axis=1)
+            return grad_kernels, grad_feat
+
+        total = jnp.zeros(used.shape, jnp.float32), jnp.zeros_like(mask_feat)
+        grad_kernels, grad_feat = _over_tiles(tile, total, instance, masks)
+        grad_kernels = grad_kernels.astype(kernels.dtype)
+        return _pad_slots(grad_kernels, kernels.shape[1]), grad_feat
+
+    return *_switch_slots(grads, num_slots, kernels.shape[1]), None, None, None
+
+
+pair_dice.defvjp(_pair_dice_fwd, _pair_dice_bwd)
+
+
+def _tile(kernels, mask_feat, masks, instance) -> tuple[Array, Array]:
+    """Returns the pairs' logits and target masks, both float32 [B, P, rows, w4]."""
+    logits = jnp.einsum(
+        "bpe,bhwe->bphw", kernels, mask_feat, preferred_element_type=jnp.float32
+    )
+    target = jnp.take_along_axis(masks, instance[:, :, None, None], axis=1)
+    return logits, target.astype(jnp.float32)
+
+
+def _over_tiles(tile: Callable, total, instance: Array, masks: Array):
+    """Returns `total` after `tile(rows, start, total)` for every tile of image rows.
+
+    `rows(x, axis)` cuts the tile's rows out of x; `start` is the first of them.
+    """
+    h4, w4 = masks.shape[2:]
+    fits = [r for r in range(1, h4 + 1) if h4 % r == 0]
+    fits = [r for r in fits if instance.size * r * w4 <= TILE_LOGITS]
+    size = max(fits, default=1)
+
+    def body(i, total):
+        def rows(x, axis):
+            return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
+
+        return tile(rows, i * size, total)
+
+    return (
+        jax.lax.fori_loop(0, h4 // size, body, total) if size < h4 else body(0, total)
+    )
+
+
+def _switch_slots(form: Callable, num_slots: Array, max_slots: int):
+    """Returns `form(slots)` for the smallest sufficient part of `max_slots`."""
+    steps = [math.ceil(part * max_slots) for part in SLOT_PARTS]
+    index = jnp.sum(num_slots > np.array(steps[:-1], np.int32), dtype=jnp.int32)
+    return jax.lax.switch(index, [functools.partial(form, n) for n in steps])
+
+
+def _pad_slots(x: Array, max_slots: int) -> Array:
+    """Returns [B, P, _] with zeros in the slots that were skipped."""
+    return jnp.pad(x, ((0, 0), (0, max_slots - x.shape[1]), (0, 0)))
