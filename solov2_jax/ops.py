@@ -30,11 +30,11 @@ def normalize_image(
     pad second, so that a padded pixel is the mean colour.
     """
     _, h, w, _ = image.shape
-    mean, std = np.float32(mean), np.float32(std)
+    shift, scale = (np.asarray(c, np.float32)[None, None, None] for c in (mean, std))
     inside = (jnp.arange(h)[None, :, None] < image_size[:, 0, None, None]) & (
         jnp.arange(w)[None, None, :] < image_size[:, 1, None, None]
     )
-    x = (image.astype(jnp.float32) - mean[None, None, None]) / std[None, None, None]
+    x = (image.astype(jnp.float32) - shift) / scale
     return jnp.where(inside[..., None], x, 0.0)
 
 

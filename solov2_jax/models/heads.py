@@ -3,6 +3,7 @@
 Source: adet/modeling/solov2/solov2.py, SOLOv2InsHead and SOLOv2MaskHead.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -94,11 +95,12 @@ class MaskHead(nn.Module):
     @nn.compact
     def __call__(self, features: dict[str, jax.Array]) -> jax.Array:
         """Returns non-negative mask features [B, h / 4, w / 4, E]."""
-        total = None
+        levels = []
         for i in range(4):
             x = features[f"p{i + 2}"]
             x = append_coords(x) if i == 3 else x
-            x = MaskLevel(self.channels, i, self.dtype, name=f"level{i}")(x)
-            total = x if total is None else total + x
+            level = MaskLevel(self.channels, i, self.dtype, name=f"level{i}")
+            levels.append(level(x))
+        total = functools.reduce(jnp.add, levels)
         conv = Conv(self.num_kernels, 1, False, dtype=self.dtype, name="conv_pred")
         return nn.relu(GroupNorm(name="gn_pred")(conv([total])[0]))

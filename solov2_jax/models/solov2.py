@@ -1,6 +1,7 @@
 """SOLOv2: normalised images to class logits, dynamic kernels and mask features."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,13 +80,13 @@ def intermediates(
     "ins_head/kernel_pred/4" is the coarsest level's.
     """
     _, state = model.apply(variables, image, capture_intermediates=True)
-    calls = flatten_dict(state["intermediates"])
+    calls: Any = flatten_dict(state["intermediates"])
     found = {}
     for path, values in calls.items():
         leaves = jax.tree_util.tree_leaves_with_path(values)
         for keys, leaf in leaves:
             # The first key counts the calls: leave it out when there was one call.
             keys = keys if len(values) > 1 else keys[1:]
-            names = [str(getattr(k, "key", getattr(k, "idx", ""))) for k in keys]
+            names = [jax.tree_util.keystr((k,), simple=True) for k in keys]
             found["/".join([*path[:-1], *names])] = leaf
     return found
