@@ -15,7 +15,8 @@ Source: Python's Lib/pickletools.py for the opcodes' meaning.
 import pickletools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from io import BufferedIOBase
+from typing import Any
 
 _LINE = 1 << 16  # bytes of the longest text argument
 
@@ -58,7 +59,7 @@ def record(name: str) -> Builder:
 class _Bounded:
     """A file for pickletools whose reads never exceed what is there."""
 
-    def __init__(self, file: BinaryIO, size: int):
+    def __init__(self, file: BufferedIOBase, size: int):
         self._file, self._size = file, size
 
     def tell(self) -> int:
@@ -134,7 +135,7 @@ class Machine:
         if self._budget < 0:
             raise Refused("the file copies its contents more often than weights do")
 
-    def load(self, file: BinaryIO, size: int) -> Any:
+    def load(self, file: BufferedIOBase, size: int) -> Any:
         """Returns the pickled value; the file then stands behind it.
 
         Raises Refused (a ValueError) on anything but plain data.

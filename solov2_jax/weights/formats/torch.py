@@ -15,7 +15,8 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from io import BufferedIOBase
+from typing import Any
 
 import numpy as np
 
@@ -152,13 +153,13 @@ class TorchFile:
         bfloat16 = storage.kind == "bf16"
         dtype = np.dtype(self._order + ("u2" if bfloat16 else storage.kind))
         size = dtype.itemsize
-        self._budget -= math.prod(tensor.shape) * size
-        if self._budget < 0:
-            raise Refused("its tensors share storages more often than weights do")
         if storage.key not in self._cache:
             length = (storage.start + storage.count) * size
             self._cache[storage.key] = self._read_storage(storage.key, length)
         buffer = self._cache[storage.key]
+        self._budget -= math.prod(tensor.shape) * size
+        if self._budget < 0:
+            raise Refused("its tensors share storages more often than weights do")
         if all(tensor.shape):
             view = np.ndarray(
                 tensor.shape,
@@ -220,7 +221,7 @@ def open_zip(path: str) -> Iterator[TorchFile]:
 
 
 def _storage_positions(
-    file: BinaryIO, size: int, keys: Any, kinds: Mapping[str, str], order: str
+    file: BufferedIOBase, size: int, keys: Any, kinds: Mapping[str, str], order: str
 ) -> dict[str, tuple[int, int]]:
     """Returns key -> (position, bytes) of the old format's storages."""
     positions = {}
