@@ -27,6 +27,7 @@ from solov2_jax.inference.programs import (
     paste_detections,
 )
 from solov2_jax.models import build_model
+from solov2_jax.structs import Detections
 from solov2_jax.training.checkpoint import restore_variables
 from solov2_jax.weights.convert import fit
 from solov2_jax.weights.settings import check_config
@@ -122,28 +123,40 @@ class Predictor:
         """
         image_size = np.asarray(batch["image_size"], np.int32)
         found = self._detect(self.variables, batch["image"], image_size)
-        scores, labels, valid = jax.device_get(
-            (found.scores, found.labels, found.valid)
-        )
-        predictions = []
-        for i, image_id in enumerate(batch["image_id"].tolist()):
-            if image_id == -1:
-                continue
-            kept = np.flatnonzero(valid[i])
-            masks, boxes = paste_detections(
-                found.soft_masks,
-                i,
-                kept,
-                image_size[i],
-                batch["original_size"][i],
-                self.mask_threshold,
+        original = np.asarray(batch["original_size"], np.int32)
+        return [
+            self.paste(
+                found, i, image_size[i], original[i], self.mask_threshold, image_id
             )
-            there = boxes[:, 2] > boxes[:, 0]
-            if not there.all():
-                masks, boxes, kept = masks[there], boxes[there], kept[there]
-            one = Prediction(masks, boxes, scores[i, kept], labels[i, kept], image_id)
-            predictions.append(one)
-        return predictions
+            for i, image_id in enumerate(batch["image_id"].tolist())
+            if image_id != -1
+        ]
+
+    @staticmethod
+    def paste(
+        found: Detections,
+        index: int,
+        image_size: Sequence[Any] | np.ndarray,
+        original_size: Sequence[Any] | np.ndarray,
+        threshold: float,
+        image_id: int = 0,
+    ) -> Prediction:
+        """Returns the detections of image `index` at its original size.
+
+        Args:
+          image_size, original_size: (height, width) at the network and of the file.
+          threshold: of the soft masks, after they are resized.
+        """
+        fields = (found.scores[index], found.labels[index], found.valid[index])
+        scores, labels, valid = jax.device_get(fields)
+        kept = np.flatnonzero(valid)
+        masks, boxes = paste_detections(
+            found.soft_masks, index, kept, image_size, original_size, threshold
+        )
+        there = boxes[:, 2] > boxes[:, 0]
+        if not there.all():
+            masks, boxes, kept = masks[there], boxes[there], kept[there]
+        return Prediction(masks, boxes, scores[kept], labels[kept], image_id)
 
     def predict_images(
         self, images: Iterable[np.ndarray | str], batch_size: int = 1

@@ -8,6 +8,7 @@ a handful of compilations.
 
 import functools
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,8 +76,8 @@ def paste_detections(
     soft_masks: jax.Array,
     index: int,
     kept: np.ndarray,
-    image_size: np.ndarray,
-    original_size: np.ndarray,
+    image_size: Sequence[Any] | np.ndarray,
+    original_size: Sequence[Any] | np.ndarray,
     threshold: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns masks bool [n, H, W] and boxes [n, 4] of one image's detections.
