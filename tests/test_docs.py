@@ -1,0 +1,112 @@
+"""What the documents name exists: functions, files, config keys, links."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from configs import base
+from solov2_jax.config import flatten
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+MAP = ROOT / "docs" / "from_detectron2.md"
+EXTERNAL = {"jax", "optax", "tx"}  # named for what they do, not for where it is
+KEYS = flatten(base.get_config())
+
+
+def code(text: str) -> list[str]:
+    """Returns what stands in single backticks, outside of code blocks."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+def is_key(name: str) -> bool:
+    return any(k == name or k.startswith(name.rstrip("*")) for k in KEYS)
+
+
+def resolves(name: str) -> bool:
+    """Returns whether a dotted name below solov2_jax is a module, or in one."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        path = ROOT.joinpath("solov2_jax", *parts[:end])
+        files = [path.with_suffix(".py"), path / "__init__.py"]
+        file = next((f for f in files if f.is_file()), None)
+        if file:
+            return defines(ast.parse(file.read_text()), parts[end:])
+    return False
+
+
+def defines(scope: ast.AST, names: list[str]) -> bool:
+    """Returns whether names[0] is bound in a module or class, names[1] inside it..."""
+    if not names:
+        return True
+    for node in getattr(scope, "body", []):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == names[0]:
+            return defines(node, names[1:])
+        bound = [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]
+        if isinstance(node, ast.Assign | ast.AnnAssign) and names[0] in bound:
+            return len(names) == 1
+        if isinstance(node, ast.ImportFrom):
+            if names[0] in {alias.asname or alias.name for alias in node.names}:
+                return len(names) == 1
+    return False
+
+
+def table_cells(text: str, column: int) -> list[str]:
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    return [row.split(" | ")[column] for row in rows if row.count(" | ") >= 2]
+
+
+def test_names_on_the_right_exist():
+    wrong = []
+    for cell in table_cells(MAP.read_text(), 1):
+        for name in code(cell):
+            if not re.match(r"[a-z]\w*\.[\w.*]+", name):
+                continue
+            name = name.split("(")[0].split()[0]
+            known = is_key(name) or (ROOT / name).is_file() or resolves(name)
+            if not known and name.split(".")[0] not in EXTERNAL:
+                wrong.append(name)
+    assert not wrong, f"{MAP.name} names what does not exist: {wrong}"
+
+
+def test_every_config_key_is_in_the_map():
+    named = code(MAP.read_text().split("## Keys of the configuration")[1])
+    missing = [
+        key
+        for key in KEYS
+        if not any(key == n or (n[-1] == "*" and key.startswith(n[:-1])) for n in named)
+    ]
+    assert not missing, f"{MAP.name} lacks {missing}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_files_and_links_exist(path):
+    text = path.read_text()
+    anchors = {
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)$", text, flags=re.M)
+    }
+    wrong = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        if file and not (path.parent / file).exists():
+            wrong.append(target)
+        if not file and anchor not in anchors:
+            wrong.append(target)
+    for name in code(text):
+        pattern = r"(configs|docs|tests|solov2_jax|benchmarks)/[\w/]+\.(py|md|json|npz)"
+        if re.fullmatch(pattern, name) and not (ROOT / name).is_file():
+            wrong.append(name)
+    assert not wrong, f"{path.name} points to what does not exist: {wrong}"
+
+
+def test_a_wrong_name_is_found():
+    assert resolves("targets.assign_targets") and resolves("models.build_model")
+    assert resolves("training.hooks.Hook.after_step")
+    assert not resolves("targets.assign") and not resolves("models.nothing.Model")
+    assert is_key("data.generated.*") and not is_key("optim.rate")
