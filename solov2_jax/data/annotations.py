@@ -222,20 +222,19 @@ class _Builder:
                     f"{self.path}: annotation {name}: `bbox` is {box}, not four "
                     "numbers (x, y, width, height); correct it or leave it out."
                 )
-            return box
+            return [float(v) for v in box]
         self.counts["derived_boxes"] += 1
         if polygons:
             xy = np.concatenate(polygons).reshape(-1, 2)
             low, high = xy.min(axis=0), xy.max(axis=0)
-            return [low[0], low[1], high[0] - low[0], high[1] - low[1]]
+            return [*low.tolist(), *(high - low).tolist()]
         size = [int(self.heights[row]), int(self.widths[row])]
         return coco_mask.toBbox({"size": size, "counts": runs}).tolist()
 
     def finish(self) -> dict[str, Any]:
         """Returns the columns of the objects that cover something of their image."""
         rows = np.array(self.rows, np.int64)
-        box = np.array(self.boxes, np.float32).reshape(-1, 4)
-        # float32 sums: detectron2's BoxMode.convert goes through a torch tensor.
+        box = np.array(self.boxes, np.float64).reshape(-1, 4)
         box[:, 2:] += box[:, :2]
         keep = _covers(box, self.heights[rows], self.widths[rows])
         keep &= self._segmentation_covers(rows)

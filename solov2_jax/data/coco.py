@@ -39,7 +39,7 @@ class CocoDataset:
     heights: np.ndarray  # int32 [N]
     widths: np.ndarray  # int32 [N]
     start: np.ndarray  # int64 [N + 1]
-    boxes: np.ndarray  # float32 [A, 4], (x0, y0, x1, y1) as annotated, not clipped
+    boxes: np.ndarray  # float64 [A, 4], (x0, y0, x1, y1) as annotated, not clipped
     labels: np.ndarray  # int32 [A]
     annotation_ids: np.ndarray  # int64 [A]
     segmentations: Segmentations

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from solov2_jax.data.masks import decode_runs, parse_runs
 from solov2_jax.data.textures import texture
 
 log = logging.getLogger(__name__)
@@ -233,9 +234,14 @@ def _outline(
 
 def _draw(rings: list[np.ndarray], h: int, w: int) -> np.ndarray:
     """Returns the pixels of an outline less its hole, bool [h, w]."""
-    runs = coco_mask.frPyObjects([r.ravel() for r in rings], h, w)
-    masks = coco_mask.decode(runs).astype(bool)
-    return masks[..., 0] & ~masks[..., 1:].any(axis=-1)
+    drawn = np.zeros((len(rings), h, w), bool)
+    for mask, ring in zip(drawn, rings, strict=True):
+        runs: Any = coco_mask.frPyObjects([ring.ravel()], h, w)
+        crop = decode_runs(parse_runs(runs[0]["counts"]), (h, w))
+        if crop is not None:
+            y, x = crop.pixels.shape
+            mask[crop.top : crop.top + y, crop.left : crop.left + x] = crop.pixels
+    return drawn[0] & ~drawn[1:].any(axis=0)
 
 
 def _area(rings: list[np.ndarray]) -> float:

@@ -34,7 +34,7 @@ def read_image(path: str) -> np.ndarray:
             f"{path}: is not an image that can be read (JPEG, PNG, TIFF, BMP, WebP). "
             "Convert it or remove it from the data set."
         ) from None
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(_too_large(path)) from None
     except (OSError, SyntaxError, EOFError, struct.error, zlib.error) as error:
         raise ValueError(

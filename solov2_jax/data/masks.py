@@ -67,8 +67,11 @@ def parse_runs(counts: bytes) -> np.ndarray:
         return np.zeros(0, np.int64)
     last = (code & 0x20) == 0
     ends = np.flatnonzero(last)
-    first = np.concatenate([[0], ends[:-1] + 1])
-    place = np.arange(len(code)) - np.repeat(first, ends - first + 1)
+    first = np.concatenate([[0], ends + 1])
+    place = np.arange(len(code)) - np.repeat(first, np.diff(first, append=len(code)))
+    first = first[: len(ends)]
+    if not last[-1] or place.max() > 7 or code.min() < 0 or code.max() > 63:
+        raise ValueError("run lengths are damaged: not COCO's compressed string")
     values = np.add.reduceat((code & 0x1F) << (5 * place), first)
     negative = (code[ends] & 0x10) != 0
     values = values - np.where(negative, np.int64(1) << (5 * (place[ends] + 1)), 0)

@@ -155,6 +155,11 @@ def train_batches(
         if keep_empty
         else np.flatnonzero(dataset.objects_per_image)
     )
+    if not len(chosen):
+        raise ValueError(
+            f"{dataset.annotation_file}: no image has an object to train on, and "
+            "data.keep_empty is False; annotate some or set it to True."
+        )
     buckets, assigned = _buckets(
         dataset, sizes, chosen, resize, _TRAIN_BUCKETS, _TRAIN_TOLERANCE, "train"
     )

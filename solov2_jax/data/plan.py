@@ -58,7 +58,7 @@ def scale_index(
 ) -> np.ndarray:
     """Returns which of `number` scales an image gets in an epoch, int64."""
     bits = random_bits(seed, _SCALE, epoch, image)
-    return (bits % np.uint64(number)).astype(np.int64)
+    return np.asarray(bits % np.uint64(number), np.int64)
 
 
 def is_flipped(seed: int, epoch: int, image: int, probability: float) -> bool:
@@ -163,11 +163,6 @@ def train_plan(
       images: indices of the images to train on, int [n].
       image_buckets: bucket of every image of the data set at every scale, int [N, S].
     """
-    if not len(images):
-        raise ValueError(
-            "there is no image to train on; give the training json images (with "
-            "objects, if data.keep_empty is False)."
-        )
     pending = [np.zeros((0, 2), np.int32) for _ in buckets]
     pieces: list[tuple[np.ndarray, np.ndarray]] = []
     made = epoch = 0

@@ -47,12 +47,15 @@ def transform_boxes(
 ) -> np.ndarray:
     """Returns boxes of the resized, maybe flipped image, clipped to it, float32 [n, 4].
 
+    Source: detectron2 data/detection_utils.py, transform_instance_annotations. There a
+    box of four integers is cut to integers again after the resize; not here.
+
     Args:
       boxes: (x0, y0, x1, y1) in the original image.
       old_size, new_size: (height, width).
     """
     scale = np.array([new_size[1] / old_size[1], new_size[0] / old_size[0]] * 2)
-    out = boxes.astype(np.float64) * scale
+    out = boxes * scale
     if flip:
         out[:, [0, 2]] = new_size[1] - out[:, [2, 0]]
     limit = [new_size[1], new_size[0]] * 2
