@@ -102,6 +102,10 @@ def _container(path: str) -> str:
     """Returns the kind of file by its first bytes and, of a zip, its members."""
     with open(path, "rb") as file:
         start = file.read(16)
+    # Its first bytes are a length, which may look like any other format's first byte.
+    length = int.from_bytes(start[:8], "little")
+    if start[8:9] == b"{" and length <= os.path.getsize(path):
+        return "safetensors"
     if start.startswith(b"PK"):
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
@@ -111,7 +115,7 @@ def _container(path: str) -> str:
         magic = torch.MAGIC.to_bytes(10, "little")
         return "old torch" if magic in start else "pickle"
     if start[8:9] == b"{":
-        return "safetensors"
+        raise ValueError(f"a header of {length} bytes: more than the file has")
     if start.startswith(b"\x89HDF"):
         raise ValueError("an HDF5 file; save the weights as .npz or .safetensors")
     raise ValueError(
