@@ -16,6 +16,7 @@ LAYERS = {
     "config": 1,
     "data": 2,
     "ops": 2,
+    "nms": 2,
     "models": 3,
     "targets": 3,
     "losses": 3,

@@ -1,0 +1,310 @@
+"""Outputs -> Detections at a quarter of the size, and masks at the original size.
+
+Memory depends on shapes and limits only, never on the image's content: candidates are
+capped before any mask is computed, and masks are computed in tiles of pixels.
+Shapes: the legend of `structs.py`; M candidates, N those that enter NMS.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from solov2_jax.nms import mask_nms, matrix_nms, point_nms
+from solov2_jax.structs import Detections, Outputs
+
+# Candidates whose masks are looked at together, and pixels at once (7 MiB of logits).
+CHUNK = 512
+TILE_PIXELS = 3584
+# Masks that are enlarged at once.
+PASTE_TOGETHER = 20
+# NMS is compiled for these parts of `nms_pre`; the smallest sufficient one runs.
+NMS_PARTS = (0.25, 0.5, 0.75, 1.0)
+
+
+def detect(
+    outputs: Outputs,
+    *,
+    num_grids: Sequence[int],
+    strides: Sequence[int] = (8, 8, 16, 32, 32),
+    score_threshold: float,
+    mask_threshold: float,
+    update_threshold: float,
+    nms_pre: int,
+    max_per_image: int,
+    nms_type: str,
+    nms_kernel: str,
+    nms_sigma: float,
+    nms_iou: float,
+    max_candidates: int,
+) -> Detections:
+    """Returns the detections of every image, best first.
+
+    Args:
+      num_grids, strides: of the levels; a mask needs more pixels than its stride.
+      score_threshold: a candidate's class score is above it.
+      mask_threshold: a mask's pixels are above it.
+      update_threshold: least score after NMS.
+      nms_pre: candidates that enter NMS, best first after rescoring by the mask.
+      max_per_image: D.
+      nms_type: "matrix" or "mask"; nms_kernel, nms_sigma belong to the first, nms_iou
+        to the second.
+      max_candidates: cell-class pairs whose masks are looked at, best class score
+        first. With at most so many the result is the reference's.
+
+    Source: AdelaiDet adet/modeling/solov2/solov2.py, inference_single_image, which has
+    no `max_candidates` and applies `update_threshold` to matrix NMS only.
+    """
+    if nms_type not in ("matrix", "mask"):
+        raise ValueError(f'nms_type is "{nms_type}": give "matrix" or "mask"')
+    if not len(num_grids) == len(strides):
+        raise ValueError(f"{len(num_grids)} num_grids but {len(strides)} strides")
+    level = np.repeat(np.arange(len(num_grids)), [g * g for g in num_grids])
+    least_area = np.array(strides, np.float32)[level]
+    limit = min(max_candidates, outputs.cate.shape[1] * outputs.cate.shape[2])
+    nms_pre = min(nms_pre, limit)
+
+    def detect_image(image):
+        cate, kernel, feat = image
+        pixels = feat.reshape(-1, feat.shape[-1])  # [h4 * w4, E]
+        scores = jax.nn.sigmoid(cate.astype(jnp.float32))
+        scores = point_nms(scores, num_grids)
+        found, num_found = _find(scores, score_threshold, limit)
+        sums = functools.partial(_mask_sums, pixels=pixels, threshold=mask_threshold)
+        rescore = functools.partial(_rescore, kernel, jnp.asarray(least_area), sums)
+        found, num_kept = _best(found, rescore, nms_pre)
+        score, overlap, area = _in_parts(rescore, found, num_kept)
+        order = jnp.argsort(-score)  # stable: ties stay in the reference's order
+        found, score = jax.tree.map(lambda x: x[order], (found, score))
+        iou = _iou(overlap[order][:, order], area[order])
+        if nms_type == "matrix":
+            score = matrix_nms(score, found.label, iou, nms_kernel, nms_sigma)
+        else:
+            score = jnp.where(mask_nms(found.label, iou, nms_iou), score, 0.0)
+        kept = (score >= update_threshold) & (score > 0)
+        score, best = lax.top_k(
+            jnp.where(kept, score, 0.0), min(max_per_image, nms_pre)
+        )
+        soft = jax.nn.sigmoid(_logits(kernel[found.cell[best]], pixels))
+        soft = jnp.where(score[:, None] > 0, soft, 0.0).reshape(-1, *feat.shape[:2])
+        return score, found.label[best], soft, score > 0, num_found
+
+    detections = lax.map(
+        detect_image, (outputs.cate, outputs.kernel, outputs.mask_feat)
+    )
+    missing = max(max_per_image - nms_pre, 0)
+    return Detections(*(_pad_axis_1(x, missing) for x in detections))
+
+
+class _Candidates(NamedTuple):
+    """Cell-class pairs; those that are none have score 0."""
+
+    score: Float[Array, "M"]  # of the class, before the mask is looked at
+    cell: Int[Array, "M"]
+    label: Int[Array, "M"]
+
+
+def _find(
+    scores: Float[Array, "S K"], threshold: float, limit: int
+) -> tuple[_Candidates, Int[Array, ""]]:
+    """Returns at most `limit` candidates, row-major (cell, class), and how many are.
+
+    The number is that before the limit. Candidates come first, then padding.
+    """
+    num_classes, flat = scores.shape[1], scores.ravel()
+    flat = jnp.where(flat > threshold, flat, 0.0)
+    score, index = lax.top_k(flat, limit)
+    index = jnp.sort(jnp.where(score > 0, index, flat.size))
+    score = jnp.where(index < flat.size, flat[jnp.minimum(index, flat.size - 1)], 0.0)
+    index = jnp.where(score > 0, index, 0)
+    found = _Candidates(score, index // num_classes, index % num_classes)
+    return found, jnp.sum(flat > 0, dtype=jnp.int32)
+
+
+def _best(
+    found: _Candidates, rescore: Callable, nms_pre: int
+) -> tuple[_Candidates, Int[Array, ""]]:
+    """Returns the `nms_pre` candidates best after rescoring, and how many they are.
+
+    Looks at masks only if there are more: as many chunks of them as hold candidates.
+    """
+    count = jnp.sum(found.score > 0, dtype=jnp.int32)
+    if (limit := found.score.size) == nms_pre:
+        return found, count
+    chunk = min(CHUNK, limit)
+    padded = jax.tree.map(lambda x: jnp.pad(x, (0, -limit % chunk)), found)
+
+    def look(i, score):
+        part = jax.tree.map(
+            lambda x: lax.dynamic_slice_in_dim(x, i * chunk, chunk), padded
+        )
+        new, _, _ = rescore(part, overlaps=False)
+        return lax.dynamic_update_slice_in_dim(score, new, i * chunk, 0)
+
+    chunks = jnp.where(count > nms_pre, -(-count // chunk), 0)
+    score = lax.fori_loop(0, chunks, look, jnp.zeros_like(padded.score))
+    _, best = lax.top_k(score, nms_pre)
+    first = jnp.arange(nms_pre, dtype=best.dtype)
+    index = jnp.where(count > nms_pre, jnp.sort(best), first)
+    return jax.tree.map(lambda x: x[index], padded), jnp.minimum(count, nms_pre)
+
+
+def _in_parts(rescore: Callable, found: _Candidates, count: Int[Array, ""]):
+    """Returns `rescore(found)`, computed for the smallest part that holds `count`."""
+    size = found.score.size
+    steps = sorted({math.ceil(size * part) for part in NMS_PARTS})
+
+    def part(n):
+        score, overlap, area = rescore(jax.tree.map(lambda x: x[:n], found))
+        pad = (0, size - n)
+        return jnp.pad(score, pad), jnp.pad(overlap, (pad, pad)), jnp.pad(area, pad)
+
+    index = jnp.sum(count > np.array(steps[:-1], np.int32), dtype=jnp.int32)
+    return lax.switch(index, [functools.partial(part, n) for n in steps])
+
+
+def _rescore(
+    kernel: Float[Array, "S E"],
+    least_area: Float[Array, "S"],
+    sums: Callable,
+    found: _Candidates,
+    overlaps: bool = True,
+) -> tuple[Float[Array, "N"], Float[Array, "N N"] | None, Float[Array, "N"]]:
+    """Returns score times the mask's mean probability, its overlaps and its area.
+
+    The score of a mask with no more pixels than its level's stride is 0.
+    """
+    area, total, overlap = sums(kernel[found.cell], overlaps=overlaps)
+    score = found.score * total / jnp.maximum(area, 1.0)
+    return jnp.where(area > least_area[found.cell], score, 0.0), overlap, area
+
+
+def _mask_sums(
+    kernels: Float[Array, "N E"],
+    *,
+    pixels: Float[Array, "n E"],
+    threshold: float,
+    overlaps: bool,
+) -> tuple[Float[Array, "N"], Float[Array, "N"], Float[Array, "N N"] | None]:
+    """Returns each mask's area, its sum of probabilities, and pairs' common pixels."""
+    num_pixels, size = pixels.shape[0], kernels.shape[0]
+    tile = max(n for n in range(1, TILE_PIXELS + 1) if num_pixels % n == 0)
+
+    def step(total, some):
+        soft = jax.nn.sigmoid(_logits(kernels, some))
+        hard = (soft > threshold).astype(jnp.float32)
+        new = [jnp.sum(hard, axis=1), jnp.sum(soft * hard, axis=1)]
+        if overlaps:
+            # Exact at any precision of the product: zeros, ones and float32 sums.
+            new.append(jnp.einsum("nx,mx->nm", hard, hard))
+        return [a + b for a, b in zip(total, new, strict=True)], None
+
+    zeros = [jnp.zeros(size), jnp.zeros(size)]
+    zeros += [jnp.zeros((size, size))] if overlaps else []
+    tiles = pixels.reshape(-1, tile, pixels.shape[1])
+    (area, total, *overlap), _ = lax.scan(step, zeros, tiles)
+    return area, total, overlap[0] if overlaps else None
+
+
+def _logits(
+    kernels: Float[Array, "N E"], pixels: Float[Array, "n E"]
+) -> Float[Array, "N n"]:
+    """Returns the mask logits: the dynamic 1x1 convolution."""
+    return jnp.einsum("ne,xe->nx", kernels, pixels, preferred_element_type=jnp.float32)
+
+
+def _iou(overlap: Float[Array, "N N"], area: Float[Array, "N"]) -> Float[Array, "N N"]:
+    """Returns the masks' IoU, 0 for two empty ones."""
+    return overlap / jnp.maximum(area[:, None] + area[None] - overlap, 1.0)
+
+
+def _pad_axis_1(x: Array, missing: int) -> Array:
+    """Returns x with zeros up to D detections; counts per image stay as they are."""
+    if x.ndim == 1 or not missing:
+        return x
+    return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+
+
+def paste_masks(
+    soft_masks: Float[Array, "N h4 w4"],
+    image_size: Int[Array, "2"],
+    original_size: Int[Array, "2"],
+    canvas: tuple[int, int],
+    threshold: float,
+) -> tuple[Bool[Array, "N H W"], Float[Array, "N 4"]]:
+    """Returns the masks at the original size, and their tight boxes in its pixels.
+
+    Args:
+      soft_masks: probabilities at a quarter of the padded input.
+      image_size: (height, width) of the input before padding.
+      original_size: (height, width) to resize to; at most the canvas, False beyond it.
+      canvas: static (H, W).
+      threshold: applied after resizing; a pixel is above it.
+
+    A box ends one past its last pixel, as a COCO box does; an empty mask's is all 0.
+
+    Source: solov2.py, inference_single_image: bilinear to the input's size, crop, then
+    bilinear to the original size. The first factor is always 4; the reference derives
+    it from the unpadded height, wrongly for small images. Its boxes are all 0.
+    """
+    height, width = canvas
+    rows, row_weights = _taps(
+        soft_masks.shape[1], image_size[0], original_size[0], height
+    )
+    columns = _taps(soft_masks.shape[2], image_size[1], original_size[1], width)
+    hot = [i[:, None] == jnp.arange(soft_masks.shape[2])[None] for i in columns[0]]
+    across = sum(w[:, None] * x for w, x in zip(columns[1], hot, strict=True))
+
+    def paste(soft: Float[Array, "h4 w4"]):
+        # Full precision also where the device's default is less: pixels near the
+        # threshold would flip.
+        wide = jnp.einsum("hw,Ww->hW", soft, across, precision="highest")
+        taps = zip(row_weights, rows, strict=True)
+        mask = sum(w[:, None] * wide[i] for w, i in taps) > threshold
+        return mask, _tight_box(mask)
+
+    return lax.map(paste, soft_masks.astype(jnp.float32), batch_size=PASTE_TOGETHER)
+
+
+def _taps(
+    size: int, image: Int[Array, ""], original: Int[Array, ""], canvas: int
+) -> tuple[list[Int[Array, "n"]], list[Float[Array, "n"]]]:
+    """Returns the 4 source indices of each canvas position along an axis, and weights.
+
+    Two of the enlarged mask's pixels, each between two of the mask's own; the order of
+    operations is torch's, so that rounding is too.
+    """
+    position = jnp.arange(canvas, dtype=jnp.float32)
+    scale = image.astype(jnp.float32) / original.astype(jnp.float32)
+    inside = (position < original).astype(jnp.float32)
+    indices, weights = [], []
+    for i, weight in _between(scale * (position + 0.5) - 0.5, image):
+        for j, part in _between((i.astype(jnp.float32) + 0.5) * 0.25 - 0.5, size):
+            indices.append(j)
+            weights.append(weight * part * inside)
+    return indices, weights
+
+
+def _between(x: Float[Array, "n"], size: Int[Array, ""] | int):
+    """Returns both neighbours of x as (index, weight), clamped to 0 .. size - 1."""
+    x = jnp.maximum(x, 0.0)
+    low = jnp.minimum(jnp.floor(x).astype(jnp.int32), size - 1)
+    part = x - low.astype(jnp.float32)
+    return (low, 1.0 - part), (jnp.minimum(low + 1, size - 1), part)
+
+
+def _tight_box(mask: Bool[Array, "H W"]) -> Float[Array, "4"]:
+    """Returns (x0, y0, x1 + 1, y1 + 1), or zeros for an empty mask."""
+    ends = []
+    for axis in (0, 1):
+        used = jnp.any(mask, axis=axis)
+        ends.append((jnp.argmax(used), used.size - jnp.argmax(used[::-1])))
+    (x0, x1), (y0, y1) = ends
+    box = jnp.stack([x0, y0, x1, y1]).astype(jnp.float32)
+    return jnp.where(jnp.any(mask), box, 0.0)
