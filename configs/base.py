@@ -114,9 +114,11 @@ def get_config() -> ConfigDict:
     data.prefetch = 2  # batches ready per worker
 
     config.optim = optim = ConfigDict()
+    # "sgd", as the reference, or "adamw", which wants a rate of about 1e-4 to 1e-3.
+    optim.name = "sgd"
     # For 16 images a step; not scaled automatically [SOLVER.BASE_LR].
     optim.learning_rate = 0.01
-    optim.momentum = 0.9  # [SOLVER.MOMENTUM]
+    optim.momentum = 0.9  # Adam's first beta likewise [SOLVER.MOMENTUM]
     optim.weight_decay = 1e-4  # [SOLVER.WEIGHT_DECAY]
     optim.weight_decay_norm = 0.0  # on norm parameters [SOLVER.WEIGHT_DECAY_NORM]
     # Warm-up from `warmup_factor` x rate, in steps [SOLVER.WARMUP_{FACTOR,ITERS}].

@@ -122,6 +122,7 @@ def test_updates_are_torch_sgd(decay_norm):
     )
     tx = make_optimizer(
         schedule,
+        name="sgd",
         momentum=0.9,
         weight_decay=0.1,
         weight_decay_norm=decay_norm,
@@ -158,6 +159,7 @@ def test_clipping_sees_the_trained_parameters_only():
     mask = trainable_mask(params, 2)
     tx = make_optimizer(
         lambda step: 1.0,
+        name="sgd",
         momentum=0.0,
         weight_decay=0.0,
         weight_decay_norm=0.0,
@@ -176,3 +178,39 @@ def test_clipping_sees_the_trained_parameters_only():
     updates, _ = tx.update(grads, tx.init(params), params)
     norm = np.sqrt(sum(float((u**2).sum()) for u in jax.tree.leaves(updates)))
     np.testing.assert_allclose(norm, 1.0, rtol=1e-5)
+
+
+def test_adamw_is_torchs():
+    params = {"fpn": {"lateral2": {"kernel": jnp.full((1, 1, 2, 2), 2.0)}}}
+    tx = make_optimizer(
+        lambda step: 0.1,
+        name="adamw",
+        momentum=0.9,
+        weight_decay=0.05,
+        weight_decay_norm=0.0,
+        clip_norm=0.0,
+        trainable=jax.tree.map(lambda x: True, params),
+    )
+    state, w, m, v = tx.init(params), 2.0, 0.0, 0.0
+    for step, g in enumerate([0.3, -1.0, 0.2], start=1):
+        grads = jax.tree.map(lambda x, g=g: jnp.full_like(x, g), params)
+        updates, state = tx.update(grads, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        # torch.optim.AdamW, written out.
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        adam = (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+        w = w - 0.1 * 0.05 * w - 0.1 * adam
+        np.testing.assert_allclose(params["fpn"]["lateral2"]["kernel"], w, rtol=1e-5)
+
+
+def test_unknown_optimiser_is_an_error():
+    with pytest.raises(ValueError, match=r"optim.name is 'sgdd'; choose 'sgd' or"):
+        make_optimizer(
+            lambda step: 0.1,
+            name="sgdd",
+            momentum=0.9,
+            weight_decay=0.0,
+            weight_decay_norm=0.0,
+            clip_norm=0.0,
+            trainable={},
+        )

@@ -17,6 +17,9 @@ from solov2_jax.models.conv import conv2d, conv2d_levels
 msra_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 xavier_init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 head_init = nn.initializers.normal(0.01)
+# Of the norm that ends a residual branch, when training starts from random weights: a
+# frozen norm does not normalise, and at scale 1 each block would double the variance.
+residual_scale_init = nn.initializers.constant(0.3)
 
 
 class FrozenBatchNorm(nn.Module):
@@ -26,11 +29,12 @@ class FrozenBatchNorm(nn.Module):
     """
 
     epsilon: float = 1e-5
+    scale_init: Initializer = nn.initializers.ones
 
     @nn.compact
     def __call__(self, channels: int) -> tuple[jax.Array, jax.Array]:
         """Returns (factor, shift), float32 [C] each: the norm is factor * x + shift."""
-        scale = self.param("scale", nn.initializers.ones, (channels,))
+        scale = self.param("scale", self.scale_init, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         # The reference's default makes variance + epsilon exactly 1.
@@ -48,13 +52,15 @@ class ConvFrozenBN(nn.Module):
     kernel_size: int
     stride: int = 1
     dtype: Dtype = jnp.float32
+    scale_init: Initializer = nn.initializers.ones
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B _ _ D"]:
         k = self.kernel_size
         shape = (k, k, x.shape[-1], self.features)
         kernel = self.param("kernel", msra_init, shape)
-        factor, shift = FrozenBatchNorm(name="norm")(self.features)
+        norm = FrozenBatchNorm(scale_init=self.scale_init, name="norm")
+        factor, shift = norm(self.features)
         kernel = (kernel * factor[None, None, None]).astype(self.dtype)
         y = conv2d(x.astype(self.dtype), kernel, self.stride)
         return y + shift.astype(self.dtype)[None, None, None]

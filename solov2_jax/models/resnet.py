@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from solov2_jax import ops
-from solov2_jax.models.layers import ConvFrozenBN
+from solov2_jax.models.layers import ConvFrozenBN, residual_scale_init
 
 # depth -> (blocks of res2..res5, bottleneck)
 STAGES = {
@@ -34,7 +34,7 @@ class BasicBlock(nn.Module):
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B _ _ D"]:
         d, s, t = self.features, self.stride, self.dtype
         y = nn.relu(ConvFrozenBN(d, 3, s, t, name="conv1")(x))
-        y = ConvFrozenBN(d, 3, 1, t, name="conv2")(y)
+        y = ConvFrozenBN(d, 3, 1, t, residual_scale_init, name="conv2")(y)
         if x.shape[-1] != d:
             x = ConvFrozenBN(d, 1, s, t, name="shortcut")(x)
         return nn.relu(x + y)
@@ -58,7 +58,7 @@ class BottleneckBlock(nn.Module):
         s1, s3 = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
         y = nn.relu(ConvFrozenBN(width, 1, s1, t, name="conv1")(x))
         y = nn.relu(ConvFrozenBN(width, 3, s3, t, name="conv2")(y))
-        y = ConvFrozenBN(d, 1, 1, t, name="conv3")(y)
+        y = ConvFrozenBN(d, 1, 1, t, residual_scale_init, name="conv3")(y)
         if x.shape[-1] != d:
             x = ConvFrozenBN(d, 1, self.stride, t, name="shortcut")(x)
         return nn.relu(x + y)

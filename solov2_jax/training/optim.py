@@ -69,37 +69,47 @@ def trainable_mask(params: PyTree, freeze_at: int) -> PyTree:
 def make_optimizer(
     schedule: optax.Schedule,
     *,
+    name: str,
     momentum: float,
     weight_decay: float,
     weight_decay_norm: float,
     clip_norm: float,
     trainable: PyTree,
 ) -> optax.GradientTransformation:
-    """Returns clipping -> weight decay -> momentum -> rate, on trainable parameters.
+    """Returns the optimiser of the trainable parameters; the others have no state.
 
-    Written out: v = momentum v + g + decay w; w -= rate v. Parameters that are not
-    trainable get no update and have no momentum buffer.
+    "sgd" is clipping -> weight decay -> momentum -> rate: v = momentum v + g + decay w;
+    w -= rate v. "adamw" is clipping -> Adam -> weight decay -> rate.
 
     Args:
+      name: "sgd" or "adamw".
+      momentum: of SGD, or the first of Adam's two; the second is 0.999.
       weight_decay: of weights and biases alike.
       weight_decay_norm: of the scale and bias of normalisation layers.
       clip_norm: largest L2 norm of all gradients together; 0: no clipping.
       trainable: tree of bools like the parameters.
 
+    Raises:
+      ValueError: for another name.
+
     Source: detectron2/solver/build.py (get_default_optimizer_params), torch.optim.SGD
-    without Nesterov.
+    without Nesterov, torch.optim.AdamW.
     """
-    clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm > 0 else []
-    sgd = optax.chain(
-        *clip,
+    decay = [
         optax.add_decayed_weights(weight_decay, mask=lambda p: _map_norm(p, False)),
         optax.add_decayed_weights(weight_decay_norm, mask=lambda p: _map_norm(p, True)),
-        optax.trace(decay=momentum),
-        optax.scale_by_learning_rate(schedule),
-    )
+    ]
+    if name == "sgd":
+        rule = [*decay, optax.trace(decay=momentum)]
+    elif name == "adamw":
+        rule = [optax.scale_by_adam(b1=momentum), *decay]
+    else:
+        raise ValueError(f"optim.name is {name!r}; choose 'sgd' or 'adamw'")
+    clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm > 0 else []
+    chain = optax.chain(*clip, *rule, optax.scale_by_learning_rate(schedule))
     frozen = jax.tree.map(lambda flag: not flag, trainable)
     return optax.chain(
-        optax.masked(sgd, trainable), optax.masked(optax.set_to_zero(), frozen)
+        optax.masked(chain, trainable), optax.masked(optax.set_to_zero(), frozen)
     )
 
 
