@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_coco
+import tiny_network
 from PIL import Image
 
+from solov2_jax.config import save_config
 from solov2_jax.inference.files import find_images, name_pictures, predict_files
 from solov2_jax.inference.prediction import Prediction, encode_mask
 
@@ -113,3 +116,88 @@ def test_equal_names_in_two_folders_stay_apart(photos, tmp_path):
     predict_files(LeftHalf(), paths, str(tmp_path / "out"), 0.3)
     results = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert [r["file_name"] for r in results] == ["a.png", os.path.join("more", "a.png")]
+
+
+def command(script, *arguments, **environment):
+    """Runs a script as a user does; returns (exit code, what it printed)."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """The folder of a run with the tiny network."""
+    folder = tmp_path_factory.mktemp("run")
+    return tiny_network.write_workdir(folder, tiny_network.tiny_config())
+
+
+def test_predict_with_a_workdir(workdir, photos, tmp_path):
+    out = tmp_path / "out"
+    code, text = command(
+        "predict.py",
+        *("--workdir", workdir, "--input", photos, "--output", out, "--score=0"),
+        *("--config.test.max_per_image=3", "--config.test.update_threshold=0"),
+    )
+    assert code == 2, text
+    # Everything but the damaged image is done, and the message says which it was.
+    assert text.splitlines()[-1].startswith("error: 1 of 3 images could not be read")
+    assert "b.jpg" in text.splitlines()[-1] and "Traceback" not in text
+    assert text.count("compiling") == 1, "one program for two images of one size"
+    results = json.loads((out / "predictions.json").read_text())
+    assert {r["file_name"] for r in results} == {"a.jpg", "a.png"}
+    assert 0 < len(results) <= 6
+    assert {r["category_id"] for r in results} <= {5, 20}
+    assert np.asarray(Image.open(out / "a.png")).shape == (40, 60, 3)
+
+
+def test_predict_with_a_config_and_weights(photos, tmp_path):
+    config = tiny_network.tiny_config()
+    save_config(config, tmp_path / "tiny.json")
+    weights = tiny_network.write_weights(tmp_path, config)
+    code, text = command(
+        "predict.py",
+        *("--config", tmp_path / "tiny.json", "--weights", weights),
+        *("--input", photos / "a.jpg", "--output", tmp_path, "--score", "0"),
+    )
+    assert code == 0, text
+    results = json.loads((tmp_path / "predictions.json").read_text())
+    assert results and {r["class_name"] for r in results} <= {"cat", "dog"}
+
+
+def test_evaluate_a_workdir(workdir, tmp_path):
+    images, annotations = tiny_coco.write(tmp_path)
+    code, text = command(
+        "evaluate.py",
+        *("--workdir", workdir, f"--config.data.val.images={images}"),
+        f"--config.data.val.annotations={annotations}",
+    )
+    assert code == 0, text
+    metrics = json.loads((Path(workdir) / "eval" / "metrics.json").read_text())
+    assert metrics["num_images"] == 3
+    assert 0 <= metrics["segm/AP"] <= 1 and "segm/AP/dog" in metrics
+    results = json.loads((Path(workdir) / "eval" / "predictions.json").read_text())
+    assert len(results) == metrics["num_predictions"] > 0
+    assert {r["image_id"] for r in results} <= {7, 3, 9}
+    assert f"segm/AP {metrics['segm/AP']:.4f}" in text
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("predict.py", ["--workdir=x", "--input=none.jpg", "--output=o"], "none.jpg"),
+        ("predict.py", ["--input=none.jpg", "--output=o"], "--config and --weights"),
+        ("evaluate.py", ["--workdir=nowhere"], "has no config.json"),
+    ],
+)
+def test_user_errors_are_one_line(script, arguments, message):
+    code, text = command(script, *arguments)
+    assert code == 2
+    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert message in line and "Traceback" not in text

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_network
 
+from solov2_jax.config import save_config
 from solov2_jax.inference import programs
 from solov2_jax.inference.inputs import InputOptions
 from solov2_jax.inference.predictor import Predictor
@@ -227,3 +229,45 @@ def test_wrong_images_and_buckets_are_named():
     small = predictor(buckets=((32, 32),))
     with pytest.raises(ValueError, match="input.buckets_test"):
         list(small.predict_images([picture(64, 80)]))
+
+
+def test_from_workdir_reads_config_classes_and_the_asked_checkpoint(tmp_path):
+    config = tiny_network.tiny_config()
+    config.input.buckets_test = ((64, 64),)
+    workdir = tiny_network.write_workdir(tmp_path / "run", config, steps=(3, 7))
+    last = Predictor.from_workdir(workdir)
+    assert (last.class_names, last.category_ids) == (("cat", "dog"), (5, 20))
+    assert last.input.buckets == ((64, 64),)
+    first = Predictor.from_workdir(workdir, "3", ["--config.input.min_size_test=40"])
+    assert first.input.min_size == 40
+    kernels = [p.variables["params"]["fpn"]["output2"]["kernel"] for p in (first, last)]
+    assert (kernels[0] != kernels[1]).any()
+    want = tiny_network.tiny_variables(config, seed=7)["params"]["fpn"]["output2"]
+    np.testing.assert_array_equal(kernels[1], want["kernel"])
+
+
+def test_from_workdir_names_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="has no config.json"):
+        Predictor.from_workdir(tmp_path)
+    config = tiny_network.tiny_config()
+    save_config(config, tmp_path / "config.json")
+    with pytest.raises(ValueError, match="classes.json"):
+        Predictor.from_workdir(tmp_path)
+    (tmp_path / "classes.json").write_text('{"names": ["a", "b"], "ids": [1, 2]}')
+    with pytest.raises(ValueError, match="no checkpoint"):
+        Predictor.from_workdir(tmp_path)
+
+
+def test_from_config_takes_classes_from_the_weights(tmp_path):
+    config = tiny_network.tiny_config()
+    weights = tiny_network.write_weights(tmp_path, config)
+    config.model.num_classes = 0
+    found = Predictor.from_config(config, weights)
+    assert (found.class_names, found.category_ids) == (("cat", "dog"), (1, 2))
+    config.model.num_classes = 80
+    with pytest.raises(ValueError, match="model.num_classes is 80"):
+        Predictor.from_config(config, weights)
+    config.model.num_classes = 0
+    config.model.backbone.depth = 50
+    with pytest.raises(ValueError, match="contradict the config"):
+        Predictor.from_config(config, weights)

@@ -1,0 +1,96 @@
+"""From a data set on disk to metrics.json and predictions.json."""
+
+import json
+
+import numpy as np
+import pytest
+
+import tiny_coco
+from solov2_jax.data.pipeline import Reading, Resize, eval_batches
+from solov2_jax.evaluation.run import evaluate
+from solov2_jax.inference.prediction import Prediction, encode_mask
+
+# tiny_coco's objects: image id -> [(label, x, y, side)]; labels by sorted ids 5, 20.
+TRUTH = {7: [(0, 10, 8, 20), (1, 30, 20, 12)], 3: [(1, 10, 8, 20)], 9: []}
+
+
+class Oracle:
+    """Predicts the annotated squares of each image, and remembers the shapes."""
+
+    def __init__(self):
+        self.shapes = []
+
+    def predict_batch(self, batch):
+        self.shapes.append(batch["image"].shape)
+        rows = zip(batch["image_id"], batch["original_size"], strict=True)
+        return [squares(int(i), size) for i, size in rows if i != -1]
+
+
+def squares(image_id, size):
+    objects = TRUTH[image_id]
+    masks = np.zeros((len(objects), *size), bool)
+    for mask, (_, x, y, side) in zip(masks, objects, strict=True):
+        mask[y : y + side, x : x + side] = True
+    boxes = [(x, y, x + side, y + side) for _, x, y, side in objects]
+    return Prediction(
+        masks,
+        np.array(boxes, np.float32).reshape(-1, 4),
+        np.full(len(objects), 0.7, np.float32),
+        np.array([label for label, *_ in objects], np.int64),
+        image_id,
+    )
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return tiny_coco.load(tmp_path)
+
+
+def batches_of(dataset, **options):
+    resize = Resize(**{"shorts": (48,), "max_size": 64, **options.pop("resize", {})})
+    reading = Reading(num_workers=0, num_threads=1)
+    return eval_batches(
+        dataset, batch_size=2, resize=resize, reading=reading, **options
+    )
+
+
+def test_oracle_scores_1_and_both_files_are_written(dataset, tmp_path, caplog):
+    out = tmp_path / "deep" / "eval"
+    with caplog.at_level("INFO"):
+        metrics = evaluate(Oracle(), dataset, batches_of(dataset), out)
+    assert metrics["segm/AP"] == metrics["bbox/AP"] == pytest.approx(1)
+    assert {"segm/AP/cat", "segm/AP/dog", "bbox/ARl"} <= set(metrics)
+    written = json.loads((out / "metrics.json").read_text())
+    assert written == {**metrics, "num_images": 3, "num_predictions": 3}
+    results = json.loads((out / "predictions.json").read_text())
+    by_image = {i: [r for r in results if r["image_id"] == i] for i in TRUTH}
+    assert [r["category_id"] for r in by_image[7]] == [5, 20]
+    assert by_image[3][0]["bbox"] == [10, 8, 20, 20]
+    mask = np.zeros((64, 48), bool)
+    mask[8:28, 10:30] = True
+    assert by_image[3][0]["segmentation"] == encode_mask(mask)
+    assert sorted(p.name for p in out.iterdir()) == ["metrics.json", "predictions.json"]
+    assert "predicted 3 images" in caplog.text and "3 of 3 images" in caplog.text
+
+
+def test_part_of_the_images(dataset, tmp_path):
+    metrics = evaluate(Oracle(), dataset, batches_of(dataset, max_images=1), tmp_path)
+    assert metrics["segm/AP"] == pytest.approx(1)
+    assert json.loads((tmp_path / "metrics.json").read_text())["num_images"] == 1
+
+
+def test_exact_padding_gives_every_size_its_own_shape(dataset, tmp_path):
+    oracle = Oracle()
+    resize = {"shorts": (64,), "max_size": 96, "exact": True}
+    metrics = evaluate(oracle, dataset, batches_of(dataset, resize=resize), tmp_path)
+    assert metrics["segm/AP"] == pytest.approx(1)
+    # 48 x 64, 64 x 48 and 40 x 40 with the short side 64, at multiples of 32.
+    assert {shape[1:3] for shape in oracle.shapes} == {(64, 96), (96, 64), (64, 64)}
+
+
+def test_no_predictions_at_all(dataset, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(Oracle, "predict_batch", lambda self, batch: [])
+    with pytest.raises(ValueError, match="no image was processed"):
+        evaluate(Oracle(), dataset, batches_of(dataset), tmp_path)
+    assert json.loads((tmp_path / "predictions.json").read_text()) == []
+    assert not (tmp_path / "metrics.json").exists()
