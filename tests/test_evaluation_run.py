@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-
 import tiny_coco
+
 from solov2_jax.data.pipeline import Reading, Resize, eval_batches
 from solov2_jax.evaluation.run import evaluate
 from solov2_jax.inference.prediction import Prediction, encode_mask
