@@ -70,6 +70,12 @@ def _fail(error: BaseException) -> None:
     os._exit(2)
 
 
+def _log_unraisable(error) -> None:
+    """TensorStore's threads print tracebacks after an error that was raised already."""
+    info = (error.exc_type, error.exc_value, error.exc_traceback)
+    logging.getLogger("absl").warning("in the background", exc_info=info)
+
+
 def _set_up() -> None:
     """Console logging, devices and the compilation cache, by the flags."""
     handler = logging.StreamHandler(sys.stdout)
@@ -78,8 +84,11 @@ def _set_up() -> None:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+    logging.raiseExceptions = False  # a full disk is reported once, by what it stops
     # Libraries report errors by raising them; what they log goes to train.log.
     absl_logging.get_absl_handler().setLevel(logging.CRITICAL)
+    if not _DEBUG.value:
+        sys.unraisablehook = _log_unraisable
     if _CPU_DEVICES.value:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)

@@ -41,6 +41,7 @@ _AT_LEAST = {
 }
 _ABOVE_ZERO = ("optim.learning_rate", "optim.gamma", "loss.dice_weight")
 _ONE_OF = {
+    "optim.name": ("sgd", "adamw"),
     "model.dtype": ("float32", "bfloat16"),
     "model.backbone.depth": (18, 34, 50, 101, 152),
     "model.backbone.freeze_at": (0, 1, 2, 3, 4, 5),

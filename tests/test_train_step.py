@@ -59,7 +59,7 @@ def test_the_state_is_donated():
 
 
 def test_one_compilation_for_each_shape(caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="solov2_jax")
     mesh, state, step = make(8)
     small, large = toy.toy_batch(0, size=8), toy.toy_batch(0, size=16)
     for batch in (small, small, large, small, large):

@@ -91,7 +91,7 @@ def toy_batch(step, size=8, seed=0):
     rng = np.random.default_rng((seed, step))
     return {
         "image": np.float32(rng.normal(size=(size, 2, 2, 3))),
-        "label": np.float32(rng.normal(size=(size, 3))),
+        "label": np.float32(rng.normal(size=(size, 3)) + 2),
         "image_id": np.arange(step * size, (step + 1) * size),
     }
 
@@ -128,6 +128,7 @@ def toy_task(config, workdir, *, batches=toy_batches, width=16, **replaced):
     )
     tx = optim.make_optimizer(
         schedule,
+        name="sgd",
         momentum=o.momentum,
         weight_decay=o.weight_decay,
         weight_decay_norm=o.weight_decay_norm,
@@ -150,8 +151,14 @@ def toy_task(config, workdir, *, batches=toy_batches, width=16, **replaced):
     return Task(**{**fields, **replaced})
 
 
+def cache_everything():
+    """Keeps small compiled programs too: the tests start the same ones many times."""
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
 def main(overrides):
     """Trains; kills itself hard when the batch of `--kill_at` is asked for."""
+    cache_everything()
     config = toy_config()
     apply_overrides(config, overrides)
     check_config(config)

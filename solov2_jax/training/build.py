@@ -32,17 +32,15 @@ def build_task(config: Any, workdir: pathlib.Path) -> Task:
 
     train, val = load_datasets(config)
     num_classes = len(train.class_names)
-    if config.model.num_classes not in (0, num_classes):
-        raise ValueError(
-            f"model.num_classes = {config.model.num_classes}, but "
-            f"data.train.annotations has {num_classes} classes; set it to 0 to count"
-        )
     config = config.copy_and_resolve_references()
     config.model.num_classes = num_classes
     model = build_model(config, num_classes)
 
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+
     def init(key: jax.Array) -> dict[str, PyTree]:
-        return dict(model.init(key, jnp.zeros((1, 64, 64, 3))))
+        # Lazy: the forward pass is traced for its shapes and not computed.
+        return dict(model.lazy_init(key, image))
 
     params = jax.eval_shape(init, jax.random.key(0))["params"]
     trainable = trainable_mask(params, config.model.backbone.freeze_at)
@@ -114,6 +112,7 @@ def build_optimizer(
     )
     tx = make_optimizer(
         schedule,
+        name=optim.name,
         momentum=optim.momentum,
         weight_decay=optim.weight_decay,
         weight_decay_norm=optim.weight_decay_norm,
@@ -136,7 +135,11 @@ def build_evaluate(
         from solov2_jax.evaluation.run import evaluate
         from solov2_jax.inference.predictor import build_predictor
 
-        predictor = build_predictor(config, model, jax.device_get(variables))
+        # The state lives on every device; prediction runs on one.
+        variables = jax.device_get(variables)
+        predictor = build_predictor(
+            config, model, variables, dataset.class_names, dataset.category_ids
+        )
         batches = build_eval_batches(config, dataset)
         return evaluate(predictor, dataset, batches, out_dir)
 

@@ -73,8 +73,11 @@ class JsonlWriter:
             self._start = self._file.tell()
             line = {"step": step, **scalars}
         self.last = {k: _finite_or_none(v) for k, v in line.items()}
-        self._file.write(json.dumps(self.last) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(self.last) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"{self._path}: could not be written: {error}") from error
 
     def close(self) -> None:
         self._file.close()
@@ -106,8 +109,8 @@ def _tag(name: str) -> str:
     return f"{kind}/{name}"
 
 
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _finite_or_none(value: float | int | None) -> float | int | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _lines_up_to(path: pathlib.Path, step: int) -> list[dict]:

@@ -1,0 +1,278 @@
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+import toy
+
+from solov2_jax.training import sharding
+from solov2_jax.training.checkpoint import Checkpoints
+from solov2_jax.training.hooks import (
+    BestCheckpoint,
+    Evaluation,
+    IterationTimer,
+    LearningRate,
+    PeriodicCheckpoint,
+    PeriodicWriter,
+    Run,
+)
+from solov2_jax.training.metrics import MetricsWindow
+from solov2_jax.training.state import TrainState
+from solov2_jax.training.step import TrainStep
+from solov2_jax.training.writers import (
+    ConsoleWriter,
+    JsonlWriter,
+    TensorBoardWriter,
+    duration,
+)
+
+
+class FakeCheckpoints(Checkpoints):
+    """Remembers what it was asked to save."""
+
+    def __init__(self, best=None):
+        self.saved, self.best = [], best
+
+    def steps(self):
+        return self.saved
+
+    def save(self, state, position):
+        self.saved.append(position["next_step"])
+
+    def record_best(self, step, metric, value):
+        self.best = {"step": step, "metric": metric, "value": value}
+
+    def check(self):
+        pass
+
+    def wait(self):
+        pass
+
+
+class FakeWriter:
+    def __init__(self):
+        self.lines = []
+
+    def write(self, step, scalars):
+        self.lines.append((step, dict(scalars)))
+
+    def close(self):
+        pass
+
+
+def make_run(step=0, total=10, window=()):
+    task, mesh = toy.toy_task(toy.toy_config(), None), sharding.make_mesh(1)
+    key = jax.random.key(0)
+    step_fn = TrainStep(task.loss_fn, task.tx, mesh, key, task.trainable)
+    state = TrainState(step, {}, {}, ())
+    return Run(state, step, total, 4, step_fn, MetricsWindow(window))
+
+
+def advance(run, hooks, loss=1.0):
+    for hook in hooks:
+        hook.before_step(run)
+    run.step += 1
+    run.data_seconds = 0.01
+    metrics = {"loss": jnp.float32(loss), "grad_norm": jnp.float32(1)}
+    run.window.add(run.step, metrics, [run.step, 99])
+    for hook in hooks:
+        hook.after_step(run)
+
+
+def saver_of(every, best=None):
+    position = lambda run: {"next_step": run.step}  # noqa: E731
+    return PeriodicCheckpoint(FakeCheckpoints(best), every, position)
+
+
+def test_the_writer_gets_means_of_the_window_and_the_other_hooks_values():
+    writer, run = FakeWriter(), make_run()
+    schedule = lambda step: 0.5 * (step + 1)  # noqa: E731
+    hooks = [IterationTimer(2), LearningRate(schedule, 2), PeriodicWriter([writer], 2)]
+    for loss in (1.0, 2.0, 3.0, 4.0, 5.0):
+        advance(run, hooks, loss)
+    assert [step for step, _ in writer.lines] == [2, 4]
+    (_, first), (_, second) = writer.lines
+    assert (first["loss"], second["loss"]) == (1.5, 3.5)
+    assert (first["learning_rate"], second["learning_rate"]) == (1.0, 2.0)
+    assert first["images_per_second"] > 0 and first["data_seconds"] == 0.01
+    assert first["compiles"] == 0 and first["recompiles"] == 0
+
+
+def test_a_period_of_0_means_never():
+    writer, run, saver = FakeWriter(), make_run(total=100), saver_of(0)
+    hooks = [IterationTimer(0), PeriodicWriter([writer], 0), saver]
+    for _ in range(20):
+        advance(run, hooks)
+    assert writer.lines == [] and saver.checkpoints.saved == []
+
+
+def test_the_timer_does_not_count_what_later_hooks_do():
+    class Slow(FakeWriter):
+        def write(self, step, scalars):
+            time.sleep(0.2)
+            super().write(step, scalars)
+
+    writer, run = Slow(), make_run()
+    hooks = [IterationTimer(1), PeriodicWriter([writer], 1)]
+    for _ in range(2):
+        advance(run, hooks)
+    assert all(line["step_seconds"] < 0.1 for _, line in writer.lines)
+
+
+def test_a_resumed_window_gives_the_same_mean():
+    values = [{"loss": 1.0, "grad_norm": 1.0}, {"loss": 2.0, "grad_norm": 1.0}]
+    writer, run = FakeWriter(), make_run(step=2, window=values)
+    advance(run, [PeriodicWriter([writer], 3)], 6.0)
+    assert writer.lines[0][1]["loss"] == 3.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_and_is_never_saved(bad):
+    run, saver = make_run(), saver_of(3)
+    hooks = [saver]
+    advance(run, hooks)
+    advance(run, hooks, bad)
+    with pytest.raises(FloatingPointError, match=f"step 2: loss = {bad}.*ids: 2, 99"):
+        advance(run, hooks)
+    assert saver.checkpoints.saved == []
+
+
+def test_checkpoints_are_saved_periodically_at_the_end_and_once():
+    run, saver = make_run(total=5), saver_of(2)
+    for _ in range(5):
+        advance(run, [saver])
+    saver.after_train(run)
+    assert saver.checkpoints.saved == [2, 4, 5]
+
+
+def test_an_early_stop_is_saved():
+    run, saver = make_run(total=100), saver_of(50)
+    advance(run, [saver])
+    saver.after_train(run)
+    assert saver.checkpoints.saved == [1]
+
+
+def evaluation(scores, writer, every=2, written=None):
+    calls = iter(scores)
+    evaluate = lambda variables: {"segm/AP": next(calls)}  # noqa: E731
+    return Evaluation(evaluate, every, [writer], written or {})
+
+
+def test_evaluates_periodically_and_at_the_end_and_keeps_the_best():
+    writer, run, saver = FakeWriter(), make_run(total=7), saver_of(0)
+    hooks = [saver, evaluation([0.1, 0.5, 0.3, 0.4], writer)]
+    hooks.append(BestCheckpoint(saver, "segm/AP"))
+    for _ in range(7):
+        advance(run, hooks)
+    assert [step for step, _ in writer.lines] == [2, 4, 6, 7]
+    best = {"step": 4, "metric": "segm/AP", "value": 0.5}
+    assert saver.checkpoints.best == best
+    assert saver.checkpoints.saved == [2, 4, 7], "the best ones and the last"
+    assert run.results == {"segm/AP": 0.4}
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.2])
+def test_the_best_of_an_earlier_start_is_not_forgotten(value):
+    best = {"step": 1, "metric": "segm/AP", "value": 0.2}
+    run, saver = make_run(step=1), saver_of(0, dict(best))
+    hooks = [evaluation([value], FakeWriter()), BestCheckpoint(saver, "segm/AP")]
+    advance(run, hooks)
+    assert saver.checkpoints.best == best
+
+
+def test_an_unknown_best_metric_is_an_error_with_a_suggestion():
+    run, saver = make_run(step=1), saver_of(0)
+    hooks = [evaluation([0.1], FakeWriter()), BestCheckpoint(saver, "segm/ap")]
+    with pytest.raises(
+        ValueError, match="best_metric = 'segm/ap'.*did you mean segm/AP"
+    ):
+        advance(run, hooks)
+
+
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for():
+    writer, run = FakeWriter(), make_run(step=2)
+    evaluation([0.7], writer, written={"step": 2, "loss": 1.0}).before_train(run)
+    assert writer.lines == [(2, {"segm/AP": 0.7})]
+
+
+def test_an_evaluation_that_was_written_is_not_repeated():
+    writer, run = FakeWriter(), make_run(step=2)
+    evaluation([], writer, written={"step": 2, "segm/AP": 0.7}).before_train(run)
+    assert writer.lines == [] and run.results == {"segm/AP": 0.7}
+    start = make_run(step=0)
+    evaluation([], writer).before_train(start)
+    assert start.results_step == -1
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_jsonl_is_cut_at_the_resumed_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonlWriter(path, 0)
+    for step in (1, 2, 3):
+        writer.write(step, {"loss": step / 2})
+    writer.close()
+    with open(path, "a") as file:
+        file.write('{"step": 4, "lo')  # a kill in the middle of a line
+    writer = JsonlWriter(path, 2)
+    assert writer.last == {"step": 2, "loss": 1.0}
+    writer.write(2, {"segm/AP": 0.5})  # an evaluation joins its step's line
+    writer.write(3, {"loss": float("nan")})
+    writer.close()
+    assert lines_of(path) == [
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": 1.0, "segm/AP": 0.5},
+        {"step": 3, "loss": None},
+    ]
+    JsonlWriter(path, 0).close()
+    assert lines_of(path) == []
+
+
+def test_tensorboard_writes_event_files(tmp_path):
+    for start in (0, 1):
+        writer = TensorBoardWriter(tmp_path, start)
+        writer.write(start + 1, {"loss": 1.0, "segm/AP": 0.5})
+        writer.close()
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) >= 1
+
+
+def test_console_line(caplog):
+    caplog.set_level("INFO", logger="solov2_jax")
+    scalars = {
+        "loss": 1.5,
+        "loss_ins": 1.0,
+        "learning_rate": 0.01,
+        "images_per_second": 2.5,
+        "step_seconds": 0.8,
+        "data_seconds": 0.1,
+        "eta_seconds": 3661.0,
+        "memory_gb": 1.2,
+        "recompiles": 2.0,
+    }
+    ConsoleWriter(100).write(20, scalars)
+    ConsoleWriter(100).write(20, {"segm/AP": 0.5})
+    assert len(caplog.messages) == 1
+    line = caplog.messages[0]
+    parts = ("step 20/100", "loss 1.5", "lr 0.01", "2.50 images/s", "data 0.100 s")
+    assert all(part in line for part in (*parts, "eta 1:01:01", "RECOMPILES 2"))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(5, "0:05"), (3700, "1:01:40"), (90061, "1 d 1:01:01"), (float("inf"), "?")],
+)
+def test_duration(seconds, text):
+    assert duration(float(seconds)) == text
+
+
+def test_metrics_wait_on_the_device_but_not_without_end():
+    window = MetricsWindow()
+    for step in range(250):
+        window.add(step, {"loss": jnp.float32(1)}, [1])
+    assert len(window.values) == 200
+    for step in range(1000):
+        window.add(step, {"loss": jnp.float32(1)}, [1])
+    assert len(window.values) == 1000
