@@ -282,7 +282,7 @@ def _covers(box: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndar
     """Returns which (x0, y0, x1, y1) have an extent inside of the image, bool [A]."""
     limit = np.stack([widths, heights], axis=-1)
     side = np.clip(box[:, 2:], 0, limit) - np.clip(box[:, :2], 0, limit)
-    return (side > MIN_BOX_SIDE).all(axis=-1)
+    return np.asarray((side > MIN_BOX_SIDE).all(axis=-1))
 
 
 def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -236,8 +236,9 @@ def _draw(rings: list[np.ndarray], h: int, w: int) -> np.ndarray:
     """Returns the pixels of an outline less its hole, bool [h, w]."""
     drawn = np.zeros((len(rings), h, w), bool)
     for mask, ring in zip(drawn, rings, strict=True):
-        runs: Any = coco_mask.frPyObjects([ring.ravel()], h, w)
-        crop = decode_runs(parse_runs(runs[0]["counts"]), (h, w))
+        polygon: Any = [ring.ravel()]
+        (runs,) = coco_mask.frPyObjects(polygon, h, w)
+        crop = decode_runs(parse_runs(runs["counts"]), (h, w))
         if crop is not None:
             y, x = crop.pixels.shape
             mask[crop.top : crop.top + y, crop.left : crop.left + x] = crop.pixels
@@ -289,4 +290,4 @@ def _uncompressed(mask: np.ndarray) -> dict[str, Any]:
     """Returns the run lengths as a list, column by column, zeros first."""
     flat = np.concatenate([[0], mask.T.ravel().astype(np.int8), [-1]])
     edges = np.flatnonzero(np.diff(flat))
-    return {"size": list(mask.shape), "counts": np.diff([0, *edges]).tolist()}
+    return {"size": list(mask.shape), "counts": np.diff(edges, prepend=0).tolist()}

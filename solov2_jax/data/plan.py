@@ -88,9 +88,9 @@ def derive_buckets(
     Args:
       sizes: (height, width), int [..., 2].
     """
-    padded = -(-sizes.reshape(-1, 2) // STRIDE) * STRIDE
-    shapes, weights = np.unique(padded, axis=0, return_counts=True)
-    shapes, weights = shapes.astype(np.int64), weights.astype(np.int64)
+    cells = -(-sizes.reshape(-1, 2).astype(np.int64) // STRIDE)
+    keys, weights = np.unique(cells[:, 0] << 32 | cells[:, 1], return_counts=True)
+    shapes = np.stack([keys >> 32, keys & 0xFFFFFFFF], axis=-1) * STRIDE
     total = int((weights * shapes.prod(axis=1)).sum())
     while len(shapes) > 1:
         union = np.maximum(shapes[:, None], shapes[None])
@@ -103,8 +103,7 @@ def derive_buckets(
             break
         shapes[i], weights[i] = union[i, j], both[i, j]
         shapes, weights = np.delete(shapes, j, axis=0), np.delete(weights, j)
-    order = np.lexsort((shapes[:, 0], shapes.prod(axis=1)))
-    return tuple((int(h), int(w)) for h, w in np.unique(shapes[order], axis=0))
+    return tuple(sorted((int(h), int(w)) for h, w in shapes))
 
 
 def check_buckets(buckets: Sequence[Sequence[int]], key: str) -> tuple[Bucket, ...]:
@@ -130,9 +129,10 @@ def assign_buckets(
     """
     shapes = np.array(buckets, np.int64)
     order = np.argsort(shapes.prod(axis=1), kind="stable")
-    fits = (sizes[..., None, :] <= shapes[order]).all(axis=-1)
-    if not fits.any(axis=-1).all():
-        bad = np.argwhere(~fits.any(axis=-1))
+    result = np.full(sizes.shape[:-1], -1, np.int16)
+    for b in order[::-1]:
+        result[(sizes <= shapes[b]).all(axis=-1)] = b
+    if (bad := np.argwhere(result < 0)).size:
         largest = sizes[tuple(bad[0])].tolist()
         raise ValueError(
             f"{key}: no shape in {[tuple(b) for b in buckets]} holds "
@@ -140,7 +140,7 @@ def assign_buckets(
             f"{largest} (height, width) after the resize. Add a shape that does, or "
             "leave the key empty to have shapes derived."
         )
-    return order[fits.argmax(axis=-1)].astype(np.int16)
+    return result
 
 
 def train_plan(
@@ -170,7 +170,7 @@ def train_plan(
         wanted = (num_steps - made) * batch_size
         epochs = max(1, min(-(-wanted // len(images)), _CHUNK // len(images)))
         block = np.arange(epoch, epoch + epochs)[:, None]
-        order = np.argsort(random_bits(seed, _ORDER, block, images), kind="stable")
+        order = np.argsort(random_bits(seed, _ORDER, block, images))
         chosen = images[order]
         scales = scale_index(seed, block, chosen, image_buckets.shape[1])
         bucket = image_buckets[chosen, scales].ravel()

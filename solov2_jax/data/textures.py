@@ -9,7 +9,8 @@ def texture(rng: np.random.Generator, h: int, w: int, color: np.ndarray) -> np.n
     One of: plain, gradient, stripes, checks, soft blobs; always with fine noise.
     """
     contrast = rng.uniform(-45, 45, 3)
-    pattern = rng.choice([_plain, _gradient, _stripes, _checks, _blobs])(rng, h, w)
+    patterns = (_plain, _gradient, _stripes, _checks, _blobs)
+    pattern = patterns[rng.integers(len(patterns))](rng, h, w)
     noise = rng.normal(0, rng.uniform(1, 8), (h, w, 1))
     return np.clip(color + contrast * pattern[..., None] + noise, 0, 255)
 
