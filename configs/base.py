@@ -104,6 +104,10 @@ def get_config() -> ConfigDict:
     generated.num_val = 64
     generated.image_size = (128, 128)  # height, width
     generated.seed = 0
+    generated.classes = ("ellipse", "rectangle", "triangle", "star", "ring")
+    generated.max_objects = 6  # per image
+    generated.min_radius = 0.09  # of an object, over the image's shorter side
+    generated.max_radius = 0.30
     # Train on images without objects too. The reference drops them
     # [DATALOADER.FILTER_EMPTY_ANNOTATIONS].
     data.keep_empty = True

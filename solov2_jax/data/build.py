@@ -61,6 +61,10 @@ def _write_generated(config: Any) -> str:
             height=generated.image_size[0],
             width=generated.image_size[1],
             seed=generated.seed,
+            classes=tuple(generated.classes),
+            max_objects=generated.max_objects,
+            min_radius=generated.min_radius,
+            max_radius=generated.max_radius,
         ),
     )
 

@@ -1,8 +1,8 @@
 """The embedded data set "shapes": textured scenes with exact masks, from a seed.
 
-Five classes that differ in outline only; colour, texture, size, rotation and number
-vary, objects hide each other, and some are cut by the border. It is written as an
-ordinary COCO folder, so that every later step is the one for real data.
+Up to five classes that differ in outline only; colour, texture, size, rotation and
+number vary, objects hide each other, and some are cut by the border. It is written as
+an ordinary COCO folder, so that every later step is the one for real data.
 """
 
 import dataclasses
@@ -37,12 +37,18 @@ class ShapesSettings:
     height: int = 128
     width: int = 128
     seed: int = 0
+    classes: tuple[str, ...] = tuple(CATEGORIES.values())
     max_objects: int = 6  # per image; at least 1 but for empty images
     min_radius: float = 0.09  # of an object, over the shorter side of the image
     max_radius: float = 0.30
     min_visible: float = 0.4  # an object hidden more than this is not placed
     empty_fraction: float = 0.04  # images without objects
     crowd_fraction: float = 0.04  # images with a crowd region
+
+    @property
+    def categories(self) -> dict[int, str]:
+        """The category ids and names of `classes`."""
+        return {k: name for k, name in CATEGORIES.items() if name in self.classes}
 
 
 def write_shapes(root: str, settings: ShapesSettings) -> str:
@@ -82,6 +88,12 @@ def _check(settings: ShapesSettings) -> None:
             f"data.generated: num_train {settings.num_train} and num_val "
             f"{settings.num_val} must be at least 1."
         )
+    unknown = set(settings.classes) - set(CATEGORIES.values())
+    if unknown or not settings.classes:
+        raise ValueError(
+            f"data.generated.classes {settings.classes}: choose one or more of "
+            f"{tuple(CATEGORIES.values())}."
+        )
     if min(settings.height, settings.width) < 32:
         raise ValueError(
             f"data.generated.image_size {(settings.height, settings.width)} must be "
@@ -118,7 +130,7 @@ def _write_split(
         "info": {"description": f"solov2_jax shapes, {split}"},
         "images": images,
         "annotations": annotations,
-        "categories": [{"id": k, "name": v} for k, v in CATEGORIES.items()],
+        "categories": [{"id": k, "name": v} for k, v in settings.categories.items()],
     }
     with open(os.path.join(folder, f"instances_{split}.json"), "w") as file:
         json.dump(content, file)
@@ -166,7 +178,7 @@ def _place(
     for _ in range(10):
         radius = min(h, w) * float(np.exp(rng.uniform(low, high)))
         center = rng.uniform([0, 0], [w, h])
-        category = int(rng.choice(list(CATEGORIES)))
+        category = int(rng.choice(list(settings.categories)))
         rings = _outline(rng, category, center, radius)
         full = _draw(rings, h, w)
         # At least half of its outline's area lies inside of the picture.
@@ -193,7 +205,7 @@ def _draw_crowd(
 ) -> dict[str, Any]:
     """Draws many tiny objects and returns their one crowd annotation."""
     h, w = settings.height, settings.width
-    category = int(rng.choice(list(CATEGORIES)))
+    category = int(rng.choice(list(settings.categories)))
     size = min(h, w)
     middle = rng.uniform(0.25, 0.75, 2) * [w, h]
     covered = np.zeros((h, w), bool)
