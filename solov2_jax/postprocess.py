@@ -25,7 +25,7 @@ TILE_PIXELS = 3584
 # Masks that are enlarged at once.
 PASTE_TOGETHER = 20
 # NMS is compiled for these parts of `nms_pre`; the smallest sufficient one runs.
-NMS_PARTS = (0.25, 0.5, 0.75, 1.0)
+NMS_PARTS = (0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 def detect(
@@ -266,7 +266,8 @@ def paste_masks(
         # threshold would flip.
         wide = jnp.einsum("hw,Ww->hW", soft, across, precision="highest")
         taps = zip(row_weights, rows, strict=True)
-        mask = sum(w[:, None] * wide[i] for w, i in taps) > threshold
+        tall = functools.reduce(jnp.add, [w[:, None] * wide[i] for w, i in taps])
+        mask = tall > threshold
         return mask, _tight_box(mask)
 
     return lax.map(paste, soft_masks.astype(jnp.float32), batch_size=PASTE_TOGETHER)
