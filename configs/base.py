@@ -32,6 +32,9 @@ def get_config() -> ConfigDict:
     # Stride of a bottleneck in its first 1x1 convolution (True: MSRA/Caffe weights) or
     # in its 3x3 (False: torchvision weights) [MODEL.RESNETS.STRIDE_IN_1X1].
     backbone.stride_in_1x1 = True
+    # "frozen_bn" (pretrained weights) or "gn", group norm, which is trained and lets
+    # the backbone start from random weights [MODEL.RESNETS.NORM].
+    backbone.norm = "frozen_bn"
     model.fpn = fpn = ConfigDict()
     fpn.channels = 256  # [MODEL.FPN.OUT_CHANNELS]
     model.ins_head = ins_head = ConfigDict()

@@ -19,11 +19,12 @@ from flax.traverse_util import flatten_dict
 
 from solov2_jax.config import load_config, split_overrides
 from solov2_jax.models import build_model
-from solov2_jax.models.layers import Conv, ConvFrozenBN, FrozenBatchNorm, GroupNorm
+from solov2_jax.models.layers import Conv, ConvNorm, FrozenBatchNorm, GroupNorm
 from solov2_jax.training.optim import trainable_mask
 
 # Classes shown where the config leaves the count to the annotations: COCO's.
 DEFAULT_NUM_CLASSES = 80
+_NORMS = {"frozen_bn": ", frozen BN", "gn": ""}
 _HEADER = ("module", "what", "output", "parameters", "trainable", "GFLOPs")
 
 
@@ -73,12 +74,12 @@ def summarize(model: nn.Module, height: int, width: int, freeze_at: int) -> list
 
 def _describe(module: nn.Module, channels: int) -> str:
     """Returns e.g. "3x3 256->512, bias" for a module with that many input channels."""
-    if isinstance(module, ConvFrozenBN | Conv):
+    if isinstance(module, ConvNorm | Conv):
         k = module.kernel_size
         conv = f"{k}x{k} {channels}->{module.features}"
         if isinstance(module, Conv):
             return conv + ", bias" * module.use_bias
-        return conv + f" / {module.stride}" * (module.stride > 1) + ", frozen BN"
+        return conv + f" / {module.stride}" * (module.stride > 1) + _NORMS[module.norm]
     if isinstance(module, GroupNorm):
         return f"GroupNorm {module.groups}"
     return type(module).__name__
@@ -87,7 +88,10 @@ def _describe(module: nn.Module, channels: int) -> str:
 def _count(rows: dict[tuple[str, ...], Row], variables, freeze_at: int) -> None:
     """Adds each array of `variables` to the rows of all modules around it."""
     params = _flatten(variables["params"])
-    trainable = _flatten(trainable_mask(variables["params"], freeze_at))
+    stats = _flatten(variables.get("batch_stats", {}))
+    frozen = {path[:-1] for path in stats}
+    norm = "frozen_bn" if frozen else "gn"
+    trainable = _flatten(trainable_mask(variables["params"], freeze_at, norm))
     for path, array in params.items():
         flops = 0
         if path[-1] == "kernel":
@@ -98,13 +102,13 @@ def _count(rows: dict[tuple[str, ...], Row], variables, freeze_at: int) -> None:
             row = rows.get(path[:depth])
             if row is None:  # the frozen batch norm's own level
                 continue
-            if path[-2] == "norm":
+            if path[:-1] in frozen:
                 row.frozen_norm += array.size
                 continue
             row.parameters += array.size
             row.trainable += array.size * trainable[path]
             row.flops += flops
-    for path, array in _flatten(variables.get("batch_stats", {})).items():
+    for path, array in stats.items():
         for depth in range(len(path) - 1):
             rows[path[:depth]].frozen_norm += array.size
 

@@ -27,6 +27,7 @@ def build_model(config: Any, num_classes: int) -> SOLOv2:
         depth=model.backbone.depth,
         freeze_at=model.backbone.freeze_at,
         stride_in_1x1=model.backbone.stride_in_1x1,
+        backbone_norm=model.backbone.norm,
         fpn_channels=model.fpn.channels,
         num_grids=tuple(model.ins_head.num_grids),
         num_kernels=model.ins_head.num_kernels,

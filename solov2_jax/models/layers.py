@@ -45,12 +45,17 @@ class FrozenBatchNorm(nn.Module):
         return lax.stop_gradient((factor, bias - mean.value * factor))
 
 
-class ConvFrozenBN(nn.Module):
-    """Convolution without bias, then frozen batch norm, folded into one convolution."""
+class ConvNorm(nn.Module):
+    """Convolution without bias, then a norm.
+
+    A frozen batch norm is folded into the kernel, so that it costs nothing; group norm
+    ("gn") is for training from random weights, where a frozen norm does not normalise.
+    """
 
     features: int
     kernel_size: int
     stride: int = 1
+    norm: str = "frozen_bn"
     dtype: Dtype = jnp.float32
     scale_init: Initializer = nn.initializers.ones
 
@@ -59,6 +64,13 @@ class ConvFrozenBN(nn.Module):
         k = self.kernel_size
         shape = (k, k, x.shape[-1], self.features)
         kernel = self.param("kernel", msra_init, shape)
+        if self.norm == "gn":
+            y = conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+            return GroupNorm(scale_init=self.scale_init, name="norm")(y)
+        if self.norm != "frozen_bn":
+            raise ValueError(
+                f"model.backbone.norm is {self.norm!r}; choose 'frozen_bn' or 'gn'"
+            )
         norm = FrozenBatchNorm(scale_init=self.scale_init, name="norm")
         factor, shift = norm(self.features)
         kernel = (kernel * factor[None, None, None]).astype(self.dtype)
@@ -94,6 +106,7 @@ class GroupNorm(nn.Module):
 
     groups: int = 32
     epsilon: float = 1e-5
+    scale_init: Initializer = nn.initializers.ones
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
@@ -103,7 +116,7 @@ class GroupNorm(nn.Module):
                 f"GroupNorm: {channels} channels do not divide into {self.groups} "
                 "groups; choose channels that are a multiple of it"
             )
-        scale = self.param("scale", nn.initializers.ones, (channels,))
+        scale = self.param("scale", self.scale_init, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         return ops.group_norm(x, scale, bias, self.groups, self.epsilon)
 

@@ -1,4 +1,4 @@
-"""ResNet-18/34/50/101/152 with frozen batch norm.
+"""ResNet-18/34/50/101/152 with frozen batch norm, or group norm.
 
 Source: detectron2/modeling/backbone/resnet.py, build_resnet_backbone.
 """
@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from solov2_jax import ops
-from solov2_jax.models.layers import ConvFrozenBN, residual_scale_init
+from solov2_jax.models.layers import ConvNorm, residual_scale_init
 
 # depth -> (blocks of res2..res5, bottleneck)
 STAGES = {
@@ -28,15 +28,16 @@ class BasicBlock(nn.Module):
 
     features: int
     stride: int = 1
+    norm: str = "frozen_bn"
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B _ _ D"]:
-        d, s, t = self.features, self.stride, self.dtype
-        y = nn.relu(ConvFrozenBN(d, 3, s, t, name="conv1")(x))
-        y = ConvFrozenBN(d, 3, 1, t, residual_scale_init, name="conv2")(y)
+        d, s, t = self.features, self.stride, (self.norm, self.dtype)
+        y = nn.relu(ConvNorm(d, 3, s, *t, name="conv1")(x))
+        y = ConvNorm(d, 3, 1, *t, residual_scale_init, name="conv2")(y)
         if x.shape[-1] != d:
-            x = ConvFrozenBN(d, 1, s, t, name="shortcut")(x)
+            x = ConvNorm(d, 1, s, *t, name="shortcut")(x)
         return nn.relu(x + y)
 
 
@@ -50,28 +51,30 @@ class BottleneckBlock(nn.Module):
     features: int
     stride: int = 1
     stride_in_1x1: bool = True
+    norm: str = "frozen_bn"
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B _ _ D"]:
-        d, width, t = self.features, self.features // 4, self.dtype
+        d, width, t = self.features, self.features // 4, (self.norm, self.dtype)
         s1, s3 = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
-        y = nn.relu(ConvFrozenBN(width, 1, s1, t, name="conv1")(x))
-        y = nn.relu(ConvFrozenBN(width, 3, s3, t, name="conv2")(y))
-        y = ConvFrozenBN(d, 1, 1, t, residual_scale_init, name="conv3")(y)
+        y = nn.relu(ConvNorm(width, 1, s1, *t, name="conv1")(x))
+        y = nn.relu(ConvNorm(width, 3, s3, *t, name="conv2")(y))
+        y = ConvNorm(d, 1, 1, *t, residual_scale_init, name="conv3")(y)
         if x.shape[-1] != d:
-            x = ConvFrozenBN(d, 1, self.stride, t, name="shortcut")(x)
+            x = ConvNorm(d, 1, self.stride, *t, name="shortcut")(x)
         return nn.relu(x + y)
 
 
 class Stem(nn.Module):
     """7x7 convolution at stride 2, ReLU, 3x3 maximum at stride 2."""
 
+    norm: str = "frozen_bn"
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w 3"]) -> Float[Array, "B _ _ 64"]:
-        x = nn.relu(ConvFrozenBN(64, 7, 2, self.dtype, name="conv1")(x))
+        x = nn.relu(ConvNorm(64, 7, 2, self.norm, self.dtype, name="conv1")(x))
         return ops.max_pool_3x3_stride2(x)
 
 
@@ -84,6 +87,7 @@ class ResNet(nn.Module):
     depth: int = 50
     freeze_at: int = 2
     stride_in_1x1: bool = True
+    norm: str = "frozen_bn"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -93,7 +97,7 @@ class ResNet(nn.Module):
                 f"model.backbone.depth is {self.depth}; known are {list(STAGES)}"
             )
         num_blocks, bottleneck = STAGES[self.depth]
-        x = Stem(self.dtype, name="stem")(image)
+        x = Stem(self.norm, self.dtype, name="stem")(image)
         if self.freeze_at >= 1:
             x = lax.stop_gradient(x)
         features = {}
@@ -104,10 +108,11 @@ class ResNet(nn.Module):
                 name = f"res{stage}_{i}"
                 if bottleneck:
                     block = BottleneckBlock(
-                        width, stride, self.stride_in_1x1, self.dtype, name=name
+                        *(width, stride, self.stride_in_1x1, self.norm, self.dtype),
+                        name=name,
                     )
                 else:
-                    block = BasicBlock(width, stride, self.dtype, name=name)
+                    block = BasicBlock(width, stride, self.norm, self.dtype, name=name)
                 x = block(x)
             if self.freeze_at >= stage:
                 x = lax.stop_gradient(x)

@@ -27,6 +27,7 @@ class SOLOv2(nn.Module):
     depth: int = 50
     freeze_at: int = 2
     stride_in_1x1: bool = True
+    backbone_norm: str = "frozen_bn"
     fpn_channels: int = 256
     num_grids: Sequence[int] = (40, 36, 24, 16, 12)
     num_kernels: int = 256
@@ -45,7 +46,12 @@ class SOLOv2(nn.Module):
                 "(see input.buckets_train and input.buckets_test)"
             )
         features = ResNet(
-            self.depth, self.freeze_at, self.stride_in_1x1, self.dtype, name="backbone"
+            self.depth,
+            self.freeze_at,
+            self.stride_in_1x1,
+            self.backbone_norm,
+            self.dtype,
+            name="backbone",
         )(image.astype(self.dtype))
         features = FPN(self.fpn_channels, self.dtype, name="fpn")(features)
         cate, kernel = InstanceHead(

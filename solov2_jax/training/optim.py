@@ -44,14 +44,12 @@ def learning_rate_schedule(
     return schedule
 
 
-def trainable_mask(params: PyTree, freeze_at: int) -> PyTree:
+def trainable_mask(params: PyTree, freeze_at: int, norm: str = "frozen_bn") -> PyTree:
     """Returns a tree of bools: True for the parameters that training may change.
-
-    Never trained are the stages below `freeze_at` and the affine parameters of the
-    backbone's batch norms, which are frozen everywhere.
 
     Args:
       freeze_at: 0 freezes no stage, 1 the stem, 2 stem and res2, ... 5 all.
+      norm: of the backbone; the affine parameters of "frozen_bn" are never trained.
 
     Source: detectron2/modeling/backbone/resnet.py, ResNet.freeze.
     """
@@ -61,7 +59,9 @@ def trainable_mask(params: PyTree, freeze_at: int) -> PyTree:
         names = _names(path)
         if names[0] != "backbone":
             return True
-        return "norm" not in names and names[1].split("_")[0] not in frozen_stages
+        if "norm" in names and norm == "frozen_bn":
+            return False
+        return names[1].split("_")[0] not in frozen_stages
 
     return jax.tree.map_with_path(trainable, params)
 
