@@ -12,6 +12,13 @@ from solov2_jax.weights.settings import check_config
 from solov2_jax.weights.sources import Weights
 
 
+def network_shapes(config: Any, num_classes: int) -> dict[str, Any]:
+    """Returns the variables' shapes of the network that the config describes."""
+    model = build_model(config, num_classes)
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), image)
+
+
 def check_network(
     config: Any, weights: Weights, strict: bool = False
 ) -> tuple[Flat, Report]:
@@ -21,8 +28,4 @@ def check_network(
     """
     check_config(weights.settings, config, weights.path)
     classes = config.model.num_classes or weights.num_classes or 1
-    model = build_model(config, classes)
-    shapes = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-    )
-    return match(weights, shapes, strict=strict)
+    return match(weights, network_shapes(config, classes), strict=strict)

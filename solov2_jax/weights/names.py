@@ -9,6 +9,7 @@ This module knows names and array layouts; it reads no files.
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import no_type_check
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from solov2_jax.weights.rules import (
     fill,
     group_norm,
     match,
+    skeleton,
 )
 
 Flat = dict[str, np.ndarray]
@@ -200,10 +202,11 @@ TABLES: dict[str, Table] = {
 }
 
 
+@no_type_check
 def targets_of(table: Table, name: str) -> list[tuple[str, str]]:
     """Returns the (leaf, transform) pairs that the source tensor `name` fills."""
     found = []
-    for rule in table.rules:
+    for rule in table.by_source.get(skeleton(name), ()):
         values = match(rule.source, name)
         if values is not None:
             found.append((fill(rule.target, values), rule.transform))
@@ -218,6 +221,7 @@ def drop_reason(table: Table, name: str) -> str | None:
     return None
 
 
+@no_type_check
 def apply_transform(transform: str, value: np.ndarray) -> np.ndarray:
     """Returns our form of a source array: [O, I, h, w] kernels become [h, w, I, O]."""
     if transform == "same":
@@ -267,7 +271,7 @@ def to_adelaidet(flat: Mapping[str, np.ndarray]) -> Flat:
     `from_adelaidet`."""
     state, unknown = {}, []
     for leaf, value in flat.items():
-        for rule in ADELAIDET.rules:
+        for rule in ADELAIDET.by_target.get(skeleton(leaf), ()):
             values = match(rule.target, leaf)
             if values is not None:
                 kernel = rule.transform == "kernel"

@@ -3,12 +3,16 @@
 "res{s}.{i}" matches "res4.11" with s = 4 and i = 11. A field may be scaled and shifted:
 "layer{s-1}" matches "layer3" with s = 4, "tower.{3i+1}" matches "tower.7" with i = 2
 and does not match "tower.8". The same fields fill another template.
+
+`no_type_check` here and beside: called once per opcode or name, too often for the type
+checks that the tests add to every call.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from typing import no_type_check
 
 _FIELD = re.compile(r"\{(\d*)([a-z])([+-]\d+)?\}")
 NORM_EPS = 1e-5  # of the network's frozen batch norms and group norms
@@ -41,6 +45,30 @@ class Table:
 
     rules: tuple[Rule, ...]
     drops: tuple[Drop, ...] = ()
+
+    @cached_property
+    def by_source(self) -> dict[str, list[Rule]]:
+        """Rules by the skeleton of their source name."""
+        return _by_skeleton((rule.source, rule) for rule in self.rules)
+
+    @cached_property
+    def by_target(self) -> dict[str, list[Rule]]:
+        """Rules by the skeleton of their target."""
+        return _by_skeleton((rule.target, rule) for rule in self.rules)
+
+
+def _by_skeleton(rules: Iterable[tuple[str, Rule]]) -> dict[str, list[Rule]]:
+    index: dict[str, list[Rule]] = {}
+    for template, rule in rules:
+        index.setdefault(skeleton(_FIELD.sub("0", template)), []).append(rule)
+    return index
+
+
+@no_type_check
+def skeleton(name: str) -> str:
+    """Returns the name with every number as "#": all that a template can match has
+    the template's skeleton."""
+    return re.sub(r"\d+", "#", name)
 
 
 def conv(source: str, target: str, bias: bool = False) -> tuple[Rule, ...]:
@@ -80,6 +108,7 @@ def _compile(template: str) -> tuple[re.Pattern[str], tuple[tuple[int, str, int]
     return re.compile(pattern + re.escape(template[end:])), tuple(fields)
 
 
+@no_type_check
 def match(template: str, name: str) -> dict[str, int] | None:
     """Returns the fields' values when the name has the template's form."""
     pattern, fields = _compile(template)
@@ -94,6 +123,7 @@ def match(template: str, name: str) -> dict[str, int] | None:
     return values
 
 
+@no_type_check
 def fill(template: str, values: Mapping[str, int]) -> str:
     """Returns the name that the template gives for the fields' values."""
 

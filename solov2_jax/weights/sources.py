@@ -27,7 +27,8 @@ _log = logging.getLogger(__name__)
 
 _STATES = ("model", "state_dict", "model_state_dict", "blobs")
 _EXTRAS = (
-    (r".*optim.*", "optimiser state"),
+    (OURS, "read as settings"),
+    (r".*optim.*|adamw?|sgd", "optimiser state"),
     (r".*ema.*|.*average.*", "moving average (EMA) of the weights"),
     (r".*sched.*", "learning-rate schedule"),
     (r"iteration|epoch|step|message_hub|meta|args|scaler|amp.*|loops?", "run state"),

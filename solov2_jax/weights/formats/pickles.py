@@ -16,7 +16,7 @@ import pickletools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BufferedIOBase
-from typing import Any
+from typing import Any, no_type_check
 
 _LINE = 1 << 16  # bytes of the longest text argument
 
@@ -56,6 +56,7 @@ def record(name: str) -> Builder:
     return lambda machine, args: Record(name)
 
 
+@no_type_check
 class _Bounded:
     """A file for pickletools whose reads never exceed what is there."""
 
@@ -96,6 +97,7 @@ _GETS = frozenset(("GET", "BINGET", "LONG_BINGET"))
 _IGNORED = frozenset(("PROTO", "FRAME"))
 
 
+@no_type_check
 def check_key(key: Any) -> None:
     """Refuses dict keys and set members other than scalars: a deeply nested tuple
     would overflow the interpreter's stack when hashed."""
@@ -103,11 +105,13 @@ def check_key(key: Any) -> None:
         raise Refused(f"a key of type {_describe(key)}: refused")
 
 
+@no_type_check
 def _describe(value: Any) -> str:
     """Returns a name for a message; never the value, which may be huge or deep."""
     return value.name if isinstance(value, Marker | Record) else type(value).__name__
 
 
+@no_type_check
 class Machine:
     """Interprets one pickle from a file.
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedIOBase
-from typing import Any
+from typing import Any, no_type_check
 
 import numpy as np
 
@@ -72,12 +72,14 @@ class Tensor:
     strides: tuple[int, ...]
 
 
+@no_type_check
 def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise Refused(f"a size that is no count ({type(value).__name__}): refused")
     return value
 
 
+@no_type_check
 def _storage(pid: Any) -> Storage:
     """Returns the storage that a persistent id names.
 
@@ -96,6 +98,7 @@ def _storage(pid: Any) -> Storage:
     return Storage(key, _STORAGES[kind.name], _count(start), _count(count))
 
 
+@no_type_check
 def _tensor(machine: Machine, args: tuple) -> Tensor:
     """Source: torch/_utils.py, _rebuild_tensor and _rebuild_tensor_v2."""
     storage, offset, shape, strides = args[:4]
