@@ -34,7 +34,9 @@ def main(overrides: list[str]) -> None:
     classes = zip(predictor.category_ids, predictor.class_names, strict=True)
     dataset = load_val_dataset(config, dict(classes))
     batches = build_eval_batches(config, dataset)
-    metrics = evaluate(predictor, dataset, batches, os.path.join(workdir, "eval"))
+    folder = os.path.join(workdir, "eval")
+    pictures = config.eval.num_pictures
+    metrics = evaluate(predictor, dataset, batches, folder, pictures)
     for name in ("segm/AP", "segm/AP50", "bbox/AP"):
         print(f"{name} {metrics[name]:.4f}")
 

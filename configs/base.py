@@ -108,6 +108,9 @@ def get_config() -> ConfigDict:
     generated.image_size = (128, 128)  # height, width
     generated.seed = 0
     generated.classes = ("ellipse", "rectangle", "triangle", "star", "ring")
+    # Share of objects whose hue tells their class; at 0 only the outline does, which
+    # takes far longer to learn.
+    generated.color_cue = 0.0
     generated.max_objects = 6  # per image
     generated.min_radius = 0.09  # of an object, over the image's shorter side
     generated.max_radius = 0.30
@@ -149,6 +152,8 @@ def get_config() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.batch_size = 1  # images a step
     config.eval.max_images = 0  # 0: all
+    # Images drawn with truth beside prediction, in eval/pictures [VIS_PERIOD].
+    config.eval.num_pictures = 16
     # Pad every image to its own multiples of 32, as the reference does with single
     # images, instead of to one of a few shapes: an object's grid cell depends on the
     # padded size. About 40 shapes on COCO, each compiled once. Where

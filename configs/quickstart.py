@@ -13,16 +13,21 @@ def get_config():
     config = base.get_config()
     config.data.name = "shapes"
     config.data.num_workers = 0
+    config.data.generated.num_train = 800
+    config.data.generated.color_cue = 1.0
+    config.data.generated.min_radius = 0.12
+    config.data.generated.max_radius = 0.35
 
     config.model.backbone.depth = 18
     config.model.backbone.freeze_at = 0
+    config.model.backbone.norm = "gn"
     config.model.fpn.channels = 128
     config.model.ins_head.num_convs = 2
     config.model.ins_head.channels = 128
     config.model.ins_head.num_kernels = 64
-    config.model.ins_head.num_grids = (20, 16, 12, 8, 6)
+    config.model.ins_head.num_grids = (16, 16, 8, 6, 4)
     config.model.mask_head.channels = 64
-    config.targets.scale_ranges = ((1, 24), (12, 48), (24, 72), (48, 96), (72, 256))
+    config.targets.scale_ranges = ((1, 32), (16, 64), (32, 96), (64, 128), (96, 512))
     config.targets.max_pairs = 64
 
     config.input.std = (57.375, 57.12, 58.395)
@@ -30,12 +35,13 @@ def get_config():
     config.input.max_size_train = config.input.max_size_test = 128
     config.input.min_size_test = 128
 
-    config.optim.learning_rate = 0.02
+    config.optim.name = "adamw"
+    config.optim.learning_rate = 0.001
     config.optim.warmup_steps = 50
-    config.optim.milestones = (450, 550)
-    config.optim.clip_norm = 35.0
+    config.optim.milestones = (400, 540)
+    config.optim.clip_norm = 10.0
     config.train.steps = 600
-    config.train.batch_size = 8
+    config.train.batch_size = 4
     config.train.checkpoint_every = 200
     config.eval.batch_size = 8
     return config

@@ -62,6 +62,7 @@ def _write_generated(config: Any) -> str:
             width=generated.image_size[1],
             seed=generated.seed,
             classes=tuple(generated.classes),
+            color_cue=generated.color_cue,
             max_objects=generated.max_objects,
             min_radius=generated.min_radius,
             max_radius=generated.max_radius,

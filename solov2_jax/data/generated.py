@@ -1,10 +1,11 @@
 """The embedded data set "shapes": textured scenes with exact masks, from a seed.
 
-Up to five classes that differ in outline only; colour, texture, size, rotation and
-number vary, objects hide each other, and some are cut by the border. It is written as
-an ordinary COCO folder, so that every later step is the one for real data.
+Up to five classes that differ in outline, and in hue if wanted; texture, size, rotation
+and number vary, objects hide each other, and some are cut by the border. It is written
+as an ordinary COCO folder, so that every later step is the one for real data.
 """
 
+import colorsys
 import dataclasses
 import hashlib
 import json
@@ -23,7 +24,7 @@ from solov2_jax.data.textures import texture
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # of the drawing: raise it when the same settings give other pictures
+_VERSION = 2  # of the drawing: raise it when the same settings give other pictures
 # As in COCO, ids are neither contiguous nor start at 1.
 CATEGORIES = {2: "ellipse", 3: "rectangle", 5: "triangle", 7: "star", 11: "ring"}
 
@@ -38,6 +39,7 @@ class ShapesSettings:
     width: int = 128
     seed: int = 0
     classes: tuple[str, ...] = tuple(CATEGORIES.values())
+    color_cue: float = 0.0  # share of objects whose hue tells their class
     max_objects: int = 6  # per image; at least 1 but for empty images
     min_radius: float = 0.09  # of an object, over the shorter side of the image
     max_radius: float = 0.30
@@ -193,8 +195,27 @@ def _place(
         for o, r in zip(objects, rest, strict=True):
             o.visible = r
         objects.append(_Object(category, rings, full, full))
-        canvas[full] = texture(rng, h, w, _other_color(rng, ground))[full]
+        color = _object_color(rng, ground, category, settings)
+        canvas[full] = texture(rng, h, w, color)[full]
         return
+
+
+def _object_color(
+    rng: np.random.Generator,
+    ground: np.ndarray,
+    category: int,
+    settings: ShapesSettings,
+) -> np.ndarray:
+    """Returns a colour unlike the ground's, in the class's band of hues or any."""
+    if rng.random() >= settings.color_cue:
+        return _other_color(rng, ground)
+    ids = list(settings.categories)
+    while True:
+        hue = (ids.index(category) + rng.uniform(-0.25, 0.25)) / len(ids)
+        rgb = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.5, 1), rng.uniform(0.5, 0.95))
+        color = 255 * np.array(rgb)
+        if np.abs(color - ground).max() > 40:
+            return color
 
 
 def _draw_crowd(

@@ -12,6 +12,7 @@ import numpy as np
 from solov2_jax.config import write_json
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.evaluation.coco import CocoEvaluator
+from solov2_jax.evaluation.pictures import write_pictures
 from solov2_jax.inference.prediction import Prediction, write_results
 
 log = logging.getLogger(__name__)
@@ -41,17 +42,20 @@ def evaluate(
     dataset: CocoDataset,
     batches: BatchSource,
     out_dir: str | os.PathLike[str],
+    num_pictures: int = 0,
 ) -> dict[str, float]:
     """Returns COCO's figures of the batches' images, see `CocoEvaluator.evaluate`.
 
     Writes them to `metrics.json` in `out_dir`, with the numbers of images and
-    predictions, and the predictions to `predictions.json` in COCO's results format.
+    predictions, the predictions to `predictions.json` in COCO's results format, and
+    the first `num_pictures` images with truth and prediction to `pictures`.
     """
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     evaluator = CocoEvaluator(
         dataset.annotation_file, dataset.category_ids, dataset.class_names
     )
+    shown: dict[int, Prediction] = {}
     clock = Clock(len(batches))
     iterator = iter(batches)
     while True:
@@ -64,6 +68,8 @@ def evaluate(
         clock.lap("compute", first_of=batch["image"].shape)
         for prediction in predictions:
             evaluator.process(prediction)
+            if len(shown) < num_pictures:
+                shown[prediction.image_id] = prediction
         clock.lap("encode")
         clock.count(len(predictions))
     log.info("%s", clock.summary())
@@ -72,6 +78,8 @@ def evaluate(
     counts = {"num_images": clock.images, "num_predictions": len(evaluator.results)}
     write_json({**metrics, **counts}, out / "metrics.json")
     log.info("written: %s and predictions.json", out / "metrics.json")
+    if write_pictures(dataset, shown, out / "pictures"):
+        log.info("look at %s", out / "pictures")
     return metrics
 
 
