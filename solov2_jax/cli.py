@@ -5,11 +5,11 @@ lets `main(overrides)` raise ValueError for whatever its user can mend.
 """
 
 import logging
-import os
 import pathlib
 import socket
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import jax
 from absl import app, flags
@@ -48,7 +48,6 @@ def run(main: Callable[[list[str]], None]) -> None:
             return rest
         except (flags.Error, ValueError) as error:
             _fail(error)
-            raise AssertionError from error  # not reached
 
     def guarded(argv: list[str]) -> None:
         del argv
@@ -63,11 +62,10 @@ def run(main: Callable[[list[str]], None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def _fail(error: BaseException) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    # Not sys.exit: threads of a failed data pipeline or save must not delay the end.
+def _fail(error: BaseException) -> NoReturn:
     sys.stdout.flush()
-    os._exit(2)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def _log_unraisable(error) -> None:

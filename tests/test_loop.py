@@ -55,7 +55,7 @@ def command(workdir, *arguments):
 
 def run(workdir, *arguments):
     result = subprocess.run(
-        command(workdir, *arguments), capture_output=True, text=True, timeout=120
+        command(workdir, *arguments), capture_output=True, text=True, timeout=900
     )
     return result.returncode, result.stdout + result.stderr
 
@@ -138,7 +138,7 @@ def test_a_signal_saves_and_ends_with_0(tmp_path, number):
     while "step 2/50" not in output:
         output += process.stdout.readline()
     process.send_signal(number)
-    output += process.communicate(timeout=60)[0]
+    output += process.communicate(timeout=900)[0]
     assert process.returncode == 0, output
     assert f"stopped by {signal.Signals(number).name} after step" in output
     last = lines_of(tmp_path)[-1]["step"]
@@ -281,6 +281,15 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, uninterrupted):
     assert "checkpoints/12 is unreadable" in output
     assert "at step 8" in output and "Traceback" not in output
     assert numbers_of(tmp_path) == uninterrupted
+
+
+def test_two_runs_in_one_workdir_are_an_error(tmp_path):
+    with workdirs.locked(tmp_path):
+        with pytest.raises(ValueError, match="another process is training in it"):
+            train(toy.toy_config(), tmp_path, toy.toy_task)
+    assert not (tmp_path / "config.json").exists()
+    with workdirs.locked(tmp_path):
+        pass
 
 
 def test_batch_size_and_workdir_errors(tmp_path):

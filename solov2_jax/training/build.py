@@ -2,7 +2,7 @@
 
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -43,12 +43,13 @@ def build_task(config: Any, workdir: pathlib.Path) -> Task:
         return dict(model.lazy_init(key, image))
 
     params = jax.eval_shape(init, jax.random.key(0))["params"]
-    trainable = trainable_mask(params, config.model.backbone.freeze_at)
+    backbone = config.model.backbone
+    trainable = trainable_mask(params, backbone.freeze_at, backbone.norm)
     schedule, tx = build_optimizer(config, trainable)
     shard = (jax.process_index(), jax.process_count())
 
-    def batches(step: int) -> Iterator[dict[str, np.ndarray]]:
-        return iter(build_train_batches(config, train, step, shard))
+    def batches(step: int) -> Generator[dict[str, np.ndarray], None, None]:
+        yield from build_train_batches(config, train, step, shard)
 
     return Task(
         config=config,
@@ -141,7 +142,7 @@ def build_evaluate(
             config, model, variables, dataset.class_names, dataset.category_ids
         )
         batches = build_eval_batches(config, dataset)
-        return evaluate(predictor, dataset, batches, out_dir)
+        return evaluate(predictor, dataset, batches, out_dir, config.eval.num_pictures)
 
     return evaluate_variables
 

@@ -222,6 +222,7 @@ class Evaluation(QuietHook):
         return run.due(self._every) or run.finished
 
     def _run(self, run: Run) -> None:
+        run.window.fetch()  # raises rather than evaluating what is not finite
         log.info("evaluating at step %d", run.step)
         start = time.perf_counter()
         run.results = self._evaluate(run.state.variables)

@@ -55,7 +55,9 @@ def train(
       build: what is trained, on which data; tests pass something small.
     """
     path = workdir.make_workdir(folder)
-    with workdir.logging_to(path / "train.log"), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(workdir.locked(path))
+        stack.enter_context(workdir.logging_to(path / "train.log"))
         return _train(config, path, build, stack)
 
 
@@ -71,7 +73,8 @@ def _train(config, path, build, stack) -> dict[str, float]:
     if step >= config.train.steps:
         log.info("%d of %d steps are done: nothing to train", step, config.train.steps)
 
-    key = jax.random.key(config.seed)
+    # 1: of the steps; `restore` draws the initial weights with 0.
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
     step_fn = TrainStep(task.loss_fn, task.tx, mesh, key, task.trainable)
     window = MetricsWindow(position["window"])
     size = config.train.batch_size
@@ -82,8 +85,9 @@ def _train(config, path, build, stack) -> dict[str, float]:
     for writer in writers:
         stack.callback(writer.close)
     hooks = make_hooks(config, task, checkpoints, writers)
+    batches = stack.enter_context(contextlib.closing(task.batches(step)))
     with stop_on_signal(run):
-        train_steps(run, task.batches(step), mesh, hooks)
+        train_steps(run, batches, mesh, hooks)
     if run.stop:
         log.info(
             "stopped by %s after step %d of %d; the checkpoint is saved: the same "

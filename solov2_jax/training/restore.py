@@ -32,7 +32,7 @@ def restore(
     2. `init_from` is set: its weights, at step 0.
     3. Otherwise: random weights, at step 0.
     """
-    key = jax.random.fold_in(jax.random.key(config.seed), 0x1D)
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
     shapes = jax.eval_shape(lambda k: state_of(task.init(k), task.tx), key)
     if list_steps(workdir):
         restored = restore_state(workdir, abstract(shapes, mesh))

@@ -1,6 +1,6 @@
 """What the training loop trains: it knows this, and neither SOLOv2 nor COCO."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ class Task:
     tx: optax.GradientTransformation
     schedule: optax.Schedule
     trainable: PyTree
-    batches: Callable[[int], Iterator[dict[str, np.ndarray]]]  # from a step on
+    batches: Callable[
+        [int], Generator[dict[str, np.ndarray], None, None]
+    ]  # from a step on
     evaluate: Callable[[dict[str, PyTree]], dict[str, float]]  # of variables
     fingerprint: str  # of the training data's content

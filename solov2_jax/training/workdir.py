@@ -5,6 +5,7 @@ classes.json names and category ids       train.log         everything that was 
 """
 
 import contextlib
+import fcntl
 import importlib.metadata
 import logging
 import os
@@ -50,6 +51,23 @@ def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
             "that you may write to"
         ) from error
     return path
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps a second run out of the folder; a kill frees it too."""
+    if jax.process_index() != 0:
+        yield  # the first process holds it for all
+        return
+    with open(workdir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"--workdir {workdir}: another process is training in it; wait for it, "
+                "stop it, or give another folder"
+            ) from error
+        yield
 
 
 @contextlib.contextmanager
