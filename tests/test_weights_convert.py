@@ -217,10 +217,17 @@ def test_settings_follow_the_source(tmp_path):
     for weights in (adelaidet, mmdet):
         assert weights.settings["model.backbone.depth"] == 50
         assert weights.num_classes == 5 and weights.class_names is None
-        assert weights.settings["norm"] == "frozen batch norm"
+        assert weights.settings["model.backbone.norm"] == "frozen_bn"
         assert weights.settings["norm_eps"] == 1e-5
     basic = read_weights(write_state(tmp_path / "b.pth", renamed(small_state("r18"))))
     assert "model.backbone.stride_in_1x1" not in basic.settings
+
+
+def test_a_backbone_with_group_norm_is_told_by_its_missing_statistics(tmp_path):
+    state = {k: v for k, v in small_state("r50").items() if "running" not in k}
+    weights = read_weights(write_state(tmp_path / "x.pth", state))
+    assert weights.settings["model.backbone.norm"] == "gn"
+    assert names.to_adelaidet(weights.flat).keys() == state.keys()
 
 
 def test_mmdetection_tells_its_classes_and_its_config(tmp_path):
@@ -282,6 +289,7 @@ def test_class_names_travel(tmp_path):
         ("input.std", (58.395, 57.12, 57.375)),
         ("model.backbone.stride_in_1x1", False),
         ("model.backbone.depth", 101),
+        ("model.backbone.norm", "gn"),
         ("model.ins_head.num_convs", 2),
         ("model.ins_head.channels", 512),
         ("model.ins_head.num_kernels", 128),
@@ -333,9 +341,18 @@ def test_settings_can_be_corrected(tmp_path):
 def test_settings_that_are_no_settings(tmp_path):
     path = str(tmp_path / "x.safetensors")
     flat = {"params/a": np.zeros(1, np.float32)}
-    for text in ("[1]", "3", "nonsense"):
+    for text, message in {
+        "[1]": "settings are not a JSON object",
+        "nonsense": "settings are not JSON",
+        "[" * 100_000: "settings are not JSON",
+        '{"input.size": 3}': "setting 'input.size' is none of",
+        '{"input.mean": [1, 2]}': r"setting input.mean = \[1, 2\] should be like",
+        '{"input.mean": ["a", 1, 2]}': "setting input.mean",
+        '{"class_names": [[]]}': "setting class_names",
+        '{"model.backbone.depth": "50"}': "depth = 50 should be like 50",
+    }.items():
         write_safetensors(path, flat, {"solov2_jax": text})
-        with pytest.raises(ValueError, match="settings are not"):
+        with pytest.raises(ValueError, match=message):
             read_weights(path)
     save_weights(path, flat, {"norm_eps": 1e-3})
     with pytest.raises(ValueError, match="norm_eps is 1e-05 in the network, 0.001"):

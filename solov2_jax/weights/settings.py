@@ -1,7 +1,7 @@
 """The settings that weights imply, and the check of a config against them.
 
 Settings are a flat dict from config key ("input.channel_order") to a plain JSON value,
-besides "norm", "norm_eps", "deformable" and "class_names", which no config key holds.
+besides "norm_eps", "deformable" and "class_names", which no config key holds.
 They come, later ones first, from: the file's own words, the shapes of the weights, the
 conventions of the program that trained them.
 """
@@ -43,10 +43,21 @@ _TOLERANCE = {"input.mean": 1.0, "input.std": 0.5}
 # Another number of classes means a fresh class layer, not a contradiction.
 _FREE = ("model.num_classes",)
 # What the network always is.
-NETWORK: Settings = {
-    "norm": "frozen batch norm",
-    "norm_eps": NORM_EPS,
-    "deformable": False,
+NETWORK: Settings = {"norm_eps": NORM_EPS, "deformable": False}
+
+# Every setting there is, with a value of its form.
+_FORMS: Settings = {
+    **_BGR,
+    **NETWORK,
+    "class_names": ["person"],
+    "model.backbone.depth": 50,
+    "model.backbone.norm": "frozen_bn",
+    "model.fpn.channels": 256,
+    "model.num_classes": 80,
+    "model.ins_head.num_convs": 4,
+    "model.ins_head.channels": 512,
+    "model.ins_head.num_kernels": 256,
+    "model.mask_head.channels": 128,
 }
 
 _BLOCKS: dict[tuple[bool, tuple[int, ...]], int] = {
@@ -77,6 +88,9 @@ def settings_of_shapes(flat: Mapping[str, np.ndarray]) -> Settings:
     depth = depth_of(flat)
     if depth is not None:
         settings["model.backbone.depth"] = depth
+    if "params/backbone/stem/conv1/norm/scale" in flat:
+        frozen = "batch_stats/backbone/stem/conv1/norm/mean" in flat
+        settings["model.backbone.norm"] = "frozen_bn" if frozen else "gn"
     tower = [n for n in flat if re.match(r"params/ins_head/cate_tower/conv\d", n)]
     if tower:
         settings["model.ins_head.num_convs"] = len(tower)
@@ -89,6 +103,25 @@ def settings_of_shapes(flat: Mapping[str, np.ndarray]) -> Settings:
     }.items():
         if leaf in flat and flat[leaf].ndim == 4:
             settings[key] = flat[leaf].shape[-1]
+    return settings
+
+
+def check_form(settings: Any) -> Settings:
+    """Returns the settings when they are a dict of known keys and fitting values."""
+    if not isinstance(settings, dict):
+        raise ValueError("its settings are not a JSON object")
+    for key, value in settings.items():
+        if key not in _FORMS:
+            raise ValueError(f"setting {key!r} is none of {', '.join(sorted(_FORMS))}")
+        form = _FORMS[key]
+        if isinstance(form, list):
+            kinds = str if isinstance(form[0], str) else int | float
+            fits = isinstance(value, list) and all(isinstance(v, kinds) for v in value)
+            fits = fits and (key == "class_names" or len(value) == len(form))
+        else:
+            fits = type(value) is type(form)
+        if not fits:
+            raise ValueError(f"setting {key} = {str(value)[:60]} should be like {form}")
     return settings
 
 
@@ -107,8 +140,9 @@ def _mmdet_settings(metadata: Mapping[str, Any]) -> Settings:
     for group in groups:
         classes = group.get("CLASSES", group.get("classes"))
         if isinstance(classes, list | tuple):
-            settings["class_names"] = [str(name) for name in classes]
-    text = str(meta.get("config") or meta.get("cfg") or "")
+            settings["class_names"] = list(classes)
+    text = meta.get("config", meta.get("cfg"))
+    text = text if isinstance(text, str) else ""
 
     def only(pattern: str) -> str | None:
         values = set(re.findall(pattern, text))
@@ -135,19 +169,16 @@ def _file_settings(
     own = metadata.get("solov2_jax")
     if own is not None:
         try:
-            settings = json.loads(own)
-        except (TypeError, json.JSONDecodeError) as error:
+            return check_form(json.loads(own))
+        except (TypeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"its settings are not JSON ({error})") from error
-        if not isinstance(settings, dict):
-            raise ValueError("its settings are not a JSON object")
-        return settings
     settings = _mmdet_settings(metadata) if source == "mmdet" else {}
     if metadata.get("__author__") == "torchvision":  # detectron2's converted weights
         settings.update(_RGB)
     for key, name in (("input.mean", "pixel_mean"), ("input.std", "pixel_std")):
         if name in tensors and tensors[name].size == 3:
             settings[key] = [round(float(n), 4) for n in tensors[name].ravel()]
-    return settings
+    return check_form(settings)
 
 
 def implied_settings(

@@ -18,7 +18,7 @@ from solov2_jax.weights import names
 from solov2_jax.weights.formats import arrays, pickles, torch
 from solov2_jax.weights.formats.npz import read_npz
 from solov2_jax.weights.formats.safetensors import read_safetensors
-from solov2_jax.weights.settings import Settings, implied_settings
+from solov2_jax.weights.settings import Settings, check_form, implied_settings
 
 OURS = "solov2_jax"
 SOURCES = ("auto", *names.TABLES, OURS)
@@ -227,12 +227,7 @@ def _read(path: str, source: str, digest: str, override: Settings) -> Weights:
         )
     flat = _as_float32(flat)
     settings = implied_settings(found, flat, contents.tensors, contents.metadata)
-    unknown = sorted(set(override) - set(settings))
-    if unknown:
-        raise ValueError(
-            f"setting {unknown[0]!r} is none of {', '.join(sorted(settings))}"
-        )
-    settings.update(override)
+    settings.update(check_form(override))
     return Weights(path, digest, found, flat, settings, (*dropped, *contents.dropped))
 
 
