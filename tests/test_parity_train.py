@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
+from golden_weights import golden_model
 
 from configs import base
-from golden_weights import golden_model
 from solov2_jax.data.masks import Crop, mass_center, quarter
 from solov2_jax.training.build import build_loss, build_optimizer
 from solov2_jax.training.optim import trainable_mask
