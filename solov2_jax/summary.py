@@ -142,7 +142,7 @@ def format_table(rows: Sequence[Row], depth: int = 0) -> str:
 
 
 def _giga(flops: int) -> str:
-    return f"{flops / 1e9:,.2f}" if flops else ""
+    return f"{flops / 1e9:,.3f}" if flops else ""
 
 
 def format_shapes(shapes: Sequence[tuple[int, ...]]) -> str:
