@@ -367,8 +367,10 @@ def test_checksums(tmp_path):
     digest = sha256_of(path)
     weights = read_weights(path, sha256=digest.upper())
     assert report_of(weights).sha256 == digest
-    with pytest.raises(ValueError, match=f"sha256 is {digest}, expected 00"):
-        read_weights(path, sha256="00")
+    assert read_weights(path, sha256=digest[:8]).sha256 == digest
+    for wrong in ("00", digest[:7], digest[:-1] + "x", "0" * 64):
+        with pytest.raises(ValueError, match=f"sha256 is {digest}, expected {wrong}"):
+            read_weights(path, sha256=wrong)
 
 
 def wide_state():

@@ -181,6 +181,7 @@ def test_caffe2_names_and_affine_norms():
 def test_detectron2_names_without_and_with_prefix():
     state = {k: v for k, v in small_state("r50").items() if "bottom_up" in k}
     bare = {k.removeprefix("backbone.bottom_up."): v for k, v in state.items()}
+    assert names.drop_reason(names.DETECTRON2, "stem.fc.weight")
     for theirs in (bare, state):
         equal(
             names.from_names(names.DETECTRON2, theirs)[0], names.from_adelaidet(state)
