@@ -17,8 +17,6 @@ from absl import flags
 
 from solov2_jax import cli
 from solov2_jax.config import load_config, write_json
-from solov2_jax.training.run_weights import read_run
-from solov2_jax.weights.build import check_network
 from solov2_jax.weights.convert import report_of, save_weights
 from solov2_jax.weights.settings import parse_setting
 from solov2_jax.weights.sources import SOURCES, Weights, read_weights, sha256_of
@@ -52,6 +50,8 @@ def _read() -> Weights:
     if os.path.isdir(_INPUT.value):
         if _SHA256.value or _SETTING.value:
             raise ValueError("--sha256 and --setting are for files, not for workdirs")
+        from solov2_jax.training.run_weights import read_run  # slow to import
+
         return read_run(_INPUT.value, _CHECKPOINT.value)
     settings = dict(parse_setting(text) for text in _SETTING.value)
     return read_weights(
@@ -79,6 +79,8 @@ def main(overrides: list[str]) -> None:
     output, weights = _output(), _read()
     flat, report = weights.flat, report_of(weights)
     if _CONFIG.value:
+        from solov2_jax.weights.build import check_network  # slow to import
+
         config = load_config(_CONFIG.value, overrides)
         flat, report = check_network(config, weights, _STRICT.value)
     save_weights(output, flat, weights.settings)

@@ -440,9 +440,6 @@ def test_the_command_writes_into_a_folder(tmp_path):
     [
         (["--input", "missing.pth", "--output", "x.safetensors"], "no such weights"),
         (["--input", "x.pth", "--output", "y.pth"], "writes .safetensors files"),
-        (["--input", "x.pth", "--output", "o", "--source", "tf"], "source"),
-        (["--input", "x.pth", "--output", "o", "--sha256", "00"], "expected 00"),
-        (["--input", "x.pth", "--output", "o", "--setting", "a"], "KEY=VALUE"),
         (["--input", "x.pth", "--output", "o", "--strict"], "need a --config"),
         (["--input", ".", "--output", "o"], "no checkpoint"),
     ],

@@ -155,7 +155,8 @@ _COUNTER = Drop(
     r".*\.num_batches_tracked", "counts batches; frozen batch norms need no counter"
 )
 _CLASSIFIER = Drop(
-    r"((stem\.)?fc|fc1000|pred|classifier|linear)[._].*", "ImageNet classifier, not used"
+    r"((stem\.)?fc|fc1000|pred|classifier|linear)[._].*",
+    "ImageNet classifier, not used",
 )
 _OTHER_HEADS = Drop(
     r"(proposal_generator|roi_heads?|rpn_head|bbox_head|sem_seg_head|anchor_generator"
