@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -300,12 +299,8 @@ def test_batch_size_and_workdir_errors(tmp_path):
         train(toy.toy_config(), tmp_path / "file" / "run", toy.toy_task)
 
 
-def test_no_step_waits_for_the_devices_but_for_the_one_before(tmp_path):
-    """With log_every=0 the metrics of a short run are read once, at the end."""
-    config = toy.toy_config(train__log_every=0)
-    start = time.perf_counter()
-    train(config, tmp_path, toy.toy_task)
-    assert time.perf_counter() - start < 60
+def test_a_log_period_of_0_writes_the_evaluation_only(tmp_path):
+    train(toy.toy_config(train__log_every=0), tmp_path, toy.toy_task)
     assert [set(line) - {"step"} for line in lines_of(tmp_path)] == [
         {"segm/AP", "bbox/AP"}
     ]

@@ -50,8 +50,9 @@ def restore(
         )(jax.device_put(variables, sharding.replicated(mesh)))
         log.info("start: weights of %s, step 0", config.init_from)
         return state, start
+    state = create_state(task.init, task.tx, key, mesh)
     log.info("start: random weights (seed %d), step 0", config.seed)
-    return create_state(task.init, task.tx, key, mesh), start
+    return state, start
 
 
 def initial_weights(config: Any, variables: dict[str, PyTree]) -> dict[str, PyTree]:
