@@ -15,7 +15,8 @@ def get_config():
     config.data.num_workers = 0
     config.data.generated.num_train = 800
     config.data.generated.color_cue = 1.0
-    config.data.generated.min_radius = 0.14
+    config.data.generated.max_objects = 4
+    config.data.generated.min_radius = 0.16
     config.data.generated.max_radius = 0.35
 
     config.model.backbone.depth = 18
@@ -38,7 +39,7 @@ def get_config():
     config.optim.name = "adamw"
     config.optim.learning_rate = 0.001
     config.optim.warmup_steps = 50
-    config.optim.milestones = (600, 800)
+    config.optim.milestones = (650, 820)
     config.optim.clip_norm = 10.0
     config.train.steps = 900
     config.train.batch_size = 4
