@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint_files import (
@@ -25,6 +26,10 @@ from test_weights_names import mmdet_name
 
 from configs import base
 from solov2_jax.config import load_config
+from solov2_jax.training.checkpoint import Checkpoints
+from solov2_jax.training.run_weights import read_run
+from solov2_jax.training.state import TrainState
+from solov2_jax.training.workdir import describe_run
 from solov2_jax.weights import names
 from solov2_jax.weights.build import network_shapes
 from solov2_jax.weights.convert import (
@@ -433,6 +438,34 @@ def test_the_command_writes_into_a_folder(tmp_path):
     assert read_weights(str(tmp_path / "out" / "start.safetensors")).num_classes == 3
     report = json.loads((tmp_path / "out/start.safetensors.report.json").read_text())
     assert report["sha256"] == sha256_of(start) and report["loaded"] == 168
+
+
+def test_a_runs_weights_have_its_settings_and_its_classes(tmp_path):
+    state = small_state("r18")
+    variables = variables_of(state)
+    train_state = TrainState(
+        jnp.int32(3), variables["params"], {"batch_stats": variables["batch_stats"]}, ()
+    )
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(train_state, {})
+    checkpoints.close()
+    config = config_of(18)
+    config.input.channel_order = "RGB"
+    describe_run(tmp_path, config, ["a", "b", "c"], [1, 2, 3])
+    weights = read_run(tmp_path)
+    assert weights.path.endswith("(step 3)")
+    assert weights.class_names == ("a", "b", "c")
+    assert weights.settings["input.channel_order"] == "RGB"
+    assert "model.backbone.stride_in_1x1" not in weights.settings
+    check_config(weights.settings, config, weights.path)
+    path = str(tmp_path / "model.pth")
+    save_weights(path, weights.flat, weights.settings)
+    again = read_weights(path)
+    assert again.settings == weights.settings and again.source == "adelaidet"
+    assert names.to_adelaidet(again.flat).keys() == state.keys()
+    (tmp_path / "classes.json").unlink()
+    with pytest.raises(ValueError, match="classes.json: unreadable"):
+        read_run(tmp_path)
 
 
 @pytest.mark.parametrize(

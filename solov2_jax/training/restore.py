@@ -7,16 +7,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from solov2_jax.config import write_json
 from solov2_jax.training import sharding
-from solov2_jax.training.checkpoint import (
-    list_steps,
-    restore_state,
-    restore_variables,
-)
+from solov2_jax.training.checkpoint import list_steps, restore_state
+from solov2_jax.training.run_weights import read_run
 from solov2_jax.training.state import TrainState, abstract, create_state, state_of
 from solov2_jax.training.task import Task
 from solov2_jax.weights import convert
-from solov2_jax.weights.sources import Weights
+from solov2_jax.weights.settings import check_config
+from solov2_jax.weights.sources import read_weights
 
 log = logging.getLogger("solov2_jax")
 
@@ -44,7 +43,8 @@ def restore(
     start = {"window": []}
     if config.init_from:
         state = create_state(task.init, task.tx, key, mesh)
-        variables = initial_weights(config, state.variables)
+        variables, report = initial_weights(config, state.variables)
+        write_json(report.to_dict(), workdir / "init_from.json")
         state = jax.jit(
             lambda v: state_of(v, task.tx), out_shardings=sharding.replicated(mesh)
         )(jax.device_put(variables, sharding.replicated(mesh)))
@@ -55,20 +55,25 @@ def restore(
     return state, start
 
 
-def initial_weights(config: Any, variables: dict[str, PyTree]) -> dict[str, PyTree]:
-    """Returns the variables with those of `init_from` put in; the log says which."""
+def initial_weights(
+    config: Any, variables: dict[str, PyTree]
+) -> tuple[dict[str, PyTree], convert.Report]:
+    """Returns (variables with those of `init_from` put in, report of what went where).
+
+    Raises ValueError if the config contradicts what the weights were trained with.
+    """
     source = pathlib.Path(config.init_from)
     if source.is_dir():
-        found, step = restore_variables(source, "last")
-        flat = dict(convert.flatten(jax.device_get(found)))
-        weights = Weights(f"{source} (step {step})", "", "workdir", flat, settings={})
-        return convert.fit(weights, variables)[0]
-    if source.is_file():
-        return convert.load_weights(str(source), variables, config=config)[0]
-    raise ValueError(
-        f"init_from = {config.init_from!r}: no such file or folder; give a weights "
-        "file or another run's workdir, or '' for random weights"
-    )
+        weights = read_run(source)
+    elif source.is_file():
+        weights = read_weights(str(source))
+    else:
+        raise ValueError(
+            f"init_from = {config.init_from!r}: no such file or folder; give a weights "
+            "file or another run's workdir, or '' for random weights"
+        )
+    check_config(weights.settings, config, weights.path)
+    return convert.fit(weights, variables)
 
 
 def check_position(

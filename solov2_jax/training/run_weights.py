@@ -9,7 +9,11 @@ import jax
 from solov2_jax.config import read_config
 from solov2_jax.training.checkpoint import restore_variables
 from solov2_jax.weights.convert import flatten
-from solov2_jax.weights.settings import settings_of_config, settings_of_shapes
+from solov2_jax.weights.settings import (
+    drop_needless,
+    settings_of_config,
+    settings_of_shapes,
+)
 from solov2_jax.weights.sources import Weights
 
 
@@ -23,6 +27,7 @@ def read_run(workdir: str | os.PathLike, checkpoint: str = "last") -> Weights:
     flat = dict(flatten(jax.device_get(variables)))
     settings = settings_of_config(read_config(folder / "config.json"))
     settings.update(settings_of_shapes(flat))
+    drop_needless(settings)
     try:
         classes = json.loads((folder / "classes.json").read_text())
         settings["class_names"] = [str(name) for name in classes["names"]]

@@ -199,12 +199,18 @@ def implied_settings(
         **_file_settings(source, tensors, metadata),
         **settings_of_shapes(flat),
     }
-    if settings.get("model.backbone.depth") in (18, 34):
-        settings.pop("model.backbone.stride_in_1x1", None)  # no 1x1 in basic blocks
+    drop_needless(settings)
     classes, names = settings.get("model.num_classes"), settings.get("class_names")
     if names is not None and classes is not None and len(names) != classes:
         raise ValueError(f"it names {len(names)} classes and has weights for {classes}")
     return settings
+
+
+def drop_needless(settings: Settings) -> None:
+    """Removes, in place, what means nothing for the network: basic blocks (ResNet-18
+    and 34) have no 1x1 convolution that could have the stride."""
+    if settings.get("model.backbone.depth") in (18, 34):
+        settings.pop("model.backbone.stride_in_1x1", None)
 
 
 def settings_of_config(config: Any) -> Settings:
