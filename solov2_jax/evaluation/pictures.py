@@ -23,8 +23,8 @@ def write_pictures(
     dataset: CocoDataset,
     predictions: Mapping[int, Prediction],
     folder: str | os.PathLike[str],
-) -> int:
-    """Writes `<image id>.jpg`, truth left and prediction right; returns how many.
+) -> None:
+    """Writes `<image id>.jpg`: truth left, prediction right.
 
     Args:
       predictions: by image id; images that are not in it get no picture.
@@ -44,7 +44,6 @@ def write_pictures(
         gap = np.full((sides[0].shape[0], 8, 3), 255, np.uint8)
         picture = np.concatenate([sides[0], gap, sides[1]], axis=1)
         Image.fromarray(picture).save(out / f"{image_id}.jpg", quality=92)
-    return len(predictions)
 
 
 def truth(dataset: CocoDataset, index: int) -> Prediction:

@@ -78,7 +78,8 @@ def evaluate(
     counts = {"num_images": clock.images, "num_predictions": len(evaluator.results)}
     write_json({**metrics, **counts}, out / "metrics.json")
     log.info("written: %s and predictions.json", out / "metrics.json")
-    if write_pictures(dataset, shown, out / "pictures"):
+    if shown:
+        write_pictures(dataset, shown, out / "pictures")
         log.info("look at %s", out / "pictures")
     return metrics
 
