@@ -26,7 +26,8 @@ def main(overrides: list[str]) -> None:
     from solov2_jax.training.loop import train  # slow to import: after the checks
 
     metrics = train(config, _WORKDIR.value)
-    for name in (config.train.best_metric, "segm/AP", "segm/AP50", "bbox/AP"):
+    names = (config.train.best_metric, "segm/AP", "segm/AP50", "bbox/AP")
+    for name in dict.fromkeys(names):
         if name in metrics:
             print(f"{name} {metrics[name]:.4f}")
 

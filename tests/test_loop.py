@@ -172,6 +172,17 @@ def test_a_stopped_run_continues_with_the_same_means(tmp_path, uninterrupted):
     assert numbers_of(tmp_path / "a") == numbers_of(tmp_path / "b")
 
 
+def test_a_signal_that_ends_the_reading_processes_too_is_saved(tmp_path):
+    def batches(step, size, seed):
+        yield from (toy.toy_batch(i, size, seed) for i in range(step, 3))
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("a worker is gone")
+
+    build = lambda c, w: toy.toy_task(c, w, batches=batches)  # noqa: E731
+    assert train(toy.toy_config(), tmp_path, build) == {}
+    assert list_steps(tmp_path) == [3]
+
+
 def test_a_workdir_of_another_config_is_an_error_that_lists_the_keys(tmp_path):
     train(toy.toy_config(train__steps=2), tmp_path, toy.toy_task)
     other = toy.toy_config(train__steps=2, optim__momentum=0.8, seed=3)

@@ -109,7 +109,12 @@ def train_steps(
         for hook in hooks:
             hook.before_step(run)
         start = time.perf_counter()
-        batch = next(batches)
+        try:
+            batch = next(batches)
+        except Exception:
+            if run.stop:
+                break  # Ctrl-C reaches the reading processes too: save all the same
+            raise
         run.data_seconds = time.perf_counter() - start
         arrays = sharding.put_batch(batch, mesh)
         run.state, metrics = run.step_fn(run.state, arrays)
