@@ -28,8 +28,18 @@ def shapes_of(config):
     return jax.eval_shape(run, jax.random.key(0))
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
-@pytest.mark.parametrize("norm", ["frozen_bn", "gn"])
+@pytest.mark.parametrize(
+    "depth, norm",
+    [
+        (18, "frozen_bn"),
+        (34, "frozen_bn"),
+        (50, "frozen_bn"),
+        (101, "frozen_bn"),
+        (152, "frozen_bn"),
+        (18, "gn"),
+        (50, "gn"),
+    ],
+)
 def test_outputs_of_every_backbone(depth, norm):
     config = tiny_config()
     config.model.backbone.depth, config.model.backbone.norm = depth, norm
