@@ -1,6 +1,6 @@
 """Blocks shared by the backbone and the heads."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from solov2_jax import ops
-from solov2_jax.models.conv import conv2d, conv2d_levels
+from solov2_jax.models.conv import conv2d, conv2d_levels, prepare_kernel
 
 # The reference's initialisers. MSRA: He, fan out, normal. Caffe2's Xavier, used by the
 # FPN, is uniform in +-sqrt(3 / fan_in).
@@ -20,6 +20,26 @@ head_init = nn.initializers.normal(0.01)
 # Of the norm that ends a residual branch, when training starts from random weights: a
 # frozen norm does not normalise, and at scale 1 each block would double the variance.
 residual_scale_init = nn.initializers.constant(0.3)
+
+
+def _prepared(
+    module: nn.Module,
+    kernel: Callable[[], jax.Array],
+    xs: Sequence[jax.Array],
+    stride: int = 1,
+) -> jax.Array:
+    """Returns `kernel()`, or the form of it that the collection "prepared" holds.
+
+    Applying a model with that collection mutable returns it: whatever depends on the
+    parameters only, computed once for many calls without gradients.
+    """
+    if module.has_variable("prepared", "kernel"):
+        return module.get_variable("prepared", "kernel")
+    value = kernel()
+    if module.is_mutable_collection("prepared") and not module.is_initializing():
+        value = prepare_kernel(value, xs, stride)
+        module.put_variable("prepared", "kernel", value)
+    return value
 
 
 class FrozenBatchNorm(nn.Module):
@@ -73,8 +93,12 @@ class ConvNorm(nn.Module):
             )
         norm = FrozenBatchNorm(scale_init=self.scale_init, name="norm")
         factor, shift = norm(self.features)
-        kernel = (kernel * factor[None, None, None]).astype(self.dtype)
-        y = conv2d(x.astype(self.dtype), kernel, self.stride)
+        x = x.astype(self.dtype)
+
+        def folded() -> jax.Array:
+            return (kernel * factor[None, None, None]).astype(self.dtype)
+
+        y = conv2d(x, _prepared(self, folded, [x], self.stride), self.stride)
         return y + shift.astype(self.dtype)[None, None, None]
 
 
@@ -94,7 +118,8 @@ class Conv(nn.Module):
         k = self.kernel_size
         shape = (k, k, xs[0].shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
-        ys = conv2d_levels([x.astype(self.dtype) for x in xs], kernel)
+        xs = [x.astype(self.dtype) for x in xs]
+        ys = conv2d_levels(xs, _prepared(self, lambda: kernel, xs))
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,))
             ys = [y + bias.astype(self.dtype)[None, None, None] for y in ys]

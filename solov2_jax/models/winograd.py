@@ -1,0 +1,228 @@
+"""3x3 convolution at stride 1 by Winograd's minimal filtering F(4x4, 3x3), for CPUs.
+
+A tile of 4x4 outputs takes 36 products for each pair of channels instead of 144. The
+products are one batched matrix product; the transforms around it are additions.
+
+Source: Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks", 2015,
+equations 12 to 19, for the points 0, +-2/3, +-3/2 and infinity. Their 0, +-1, +-2 round
+more than twice as much: with these the error is about 1e-6 of the result's spread,
+which float32 bears and bfloat16 does not.
+
+Shapes: T tiles, C and D channels; a plane is one image of one level.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+# Tiles that are transformed together: their 36 matrices stay in the cache between the
+# transform and the product. A larger input is gone through in strips of tile rows.
+STRIP_TILES = 256
+# The filter's gradient has 36 sums to add up for each strip, so there strips are long.
+FILTER_GRAD_TILES = 1024
+
+_A, _B = 2 / 3, 3 / 2  # the points; their product is 1
+_A2, _B2 = _A**2, _B**2
+_S = _A2 + _B2
+# Data, filter and output transforms; a row of the last makes one of 4 outputs of 6.
+_DATA = (
+    (1, 0, -_S, 0, 1, 0),
+    (0, -_B, -_B2, _A, 1, 0),
+    (0, _B, -_B2, -_A, 1, 0),
+    (0, -_A, -_A2, _B, 1, 0),
+    (0, _A, -_A2, -_B, 1, 0),
+    (0, 1, 0, -_S, 0, 1),
+)
+_NA, _NB = 1 / (2 * _A2 * (_A2 - _B2)), 1 / (2 * _B2 * (_B2 - _A2))
+_FILTER = (
+    (1, 0, 0),
+    (_NA, _NA * _A, _NA * _A2),
+    (_NA, -_NA * _A, _NA * _A2),
+    (_NB, _NB * _B, _NB * _B2),
+    (_NB, -_NB * _B, _NB * _B2),
+    (0, 0, 1),
+)
+_OUTPUT = (
+    (1, 1, 1, 1, 1, 0),
+    (0, _A, -_A, _B, -_B, 0),
+    (0, _A2, _A2, _B2, _B2, 0),
+    (0, _A**3, -(_A**3), _B**3, -(_B**3), 1),
+)
+_PRODUCT = (((2,), (1,)), ((0,), (0,)))  # [36, T, C] x [36, C, D]
+_OUTER = (((1,), (1,)), ((0,), (0,)))  # [36, T, C] x [36, T, D]
+
+
+def transform_filter(kernel: Float[Array, "3 3 C D"]) -> Float[Array, "36 C D"]:
+    """Returns the kernel as `convolve` takes it: G g G^T of every pair of channels."""
+    rows = _stack(_FILTER, [kernel[i] for i in range(3)], axis=0)  # [6, 3, C, D]
+    both = _stack(_FILTER, [rows[:, j] for j in range(3)], axis=1)
+    return both.reshape(36, *kernel.shape[2:])
+
+
+def convolve(xs: list[jax.Array], weights: Float[Array, "36 C D"]) -> list[jax.Array]:
+    """Returns the convolution, padded by one pixel, of arrays [B, h, w, C] each.
+
+    Args:
+      weights: of `transform_filter`.
+    """
+    if sum(count_tiles(x.shape) for x in xs) <= 2 * STRIP_TILES:
+        return _convolve_together(xs, weights)
+    return [_convolve_strips(x, weights) for x in xs]
+
+
+def filter_grad(xs: list[jax.Array], grads: list[jax.Array]) -> Float[Array, "3 3 C D"]:
+    """Returns the gradient of the kernel, of inputs [B, h, w, C] and outputs' grads."""
+    total = None
+    if sum(count_tiles(x.shape) for x in xs) <= 2 * FILTER_GRAD_TILES:
+        x = jnp.concatenate([_data_tiles(_padded(x)) for x in xs], axis=1)
+        g = jnp.concatenate([_grad_tiles(_whole_tiles(g)) for g in grads], axis=1)
+        total = lax.dot_general(x, g, _OUTER)
+    else:
+        for x, g in zip(xs, grads, strict=True):
+            part = _filter_grad_strips(x, g)
+            total = part if total is None else total + part
+    assert total is not None, "at least one input"
+    m = total.reshape(6, 6, *total.shape[1:])
+    back = tuple(zip(*_FILTER, strict=True))
+    columns = _stack(back, [m[:, j] for j in range(6)], axis=1)  # [6, 3, C, D]
+    return _stack(back, [columns[i] for i in range(6)], axis=0)
+
+
+def _convolve_together(xs, weights):
+    """One product for the tiles of all inputs."""
+    tiles = [_data_tiles(_padded(x)) for x in xs]
+    product = lax.dot_general(
+        tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, axis=1),
+        weights,
+        _PRODUCT,
+    )
+    results, start = [], 0
+    for x, tile in zip(xs, tiles, strict=True):
+        b, h, w, _ = x.shape
+        part = lax.slice_in_dim(product, start, start + tile.shape[1], axis=1)
+        results.append(_outputs(part, b, -(-h // 4))[:, :h, :w])
+        start += tile.shape[1]
+    return results
+
+
+def _convolve_strips(x, weights):
+    """Strips of tile rows, one after the other, each with its halo of two rows."""
+    b, h, w, _ = x.shape
+    rows, strips = _strips(x, STRIP_TILES)
+    padded = _padded(x, 4 * rows * strips)
+
+    def strip(i):
+        part = _cut(padded, i, strips, rows, halo=2)
+        product = lax.dot_general(_data_tiles(part), weights, _PRODUCT)
+        return _outputs(product, 1, rows)[0]
+
+    y = lax.map(strip, jnp.arange(b * strips))  # [b * strips, 4 * rows, 4 * tw, D]
+    return y.reshape(b, 4 * rows * strips, *y.shape[2:])[:, :h, :w]
+
+
+def _filter_grad_strips(x, g):
+    """Returns the sums of the 36 outer products over all tiles: [36, C, D]."""
+    rows, strips = _strips(x, FILTER_GRAD_TILES)
+    x, g = _padded(x, 4 * rows * strips), _whole_tiles(g, 4 * rows * strips)
+
+    def strip(i, total):
+        data = _data_tiles(_cut(x, i, strips, rows, halo=2))
+        grad = _grad_tiles(_cut(g, i, strips, rows, halo=0))
+        return total + lax.dot_general(data, grad, _OUTER)
+
+    total = jnp.zeros((36, x.shape[-1], g.shape[-1]), x.dtype)
+    return lax.fori_loop(0, x.shape[0] * strips, strip, total)
+
+
+def count_tiles(shape: Sequence[int]) -> int:
+    """Returns how many 4x4 tiles cover the planes of an array [B, h, w, C]."""
+    return shape[0] * -(-shape[1] // 4) * -(-shape[2] // 4)
+
+
+def _strips(x: jax.Array, most: int) -> tuple[int, int]:
+    """Returns tile rows of a strip and strips of an image, padded as little as can be.
+
+    Every strip has the same number of rows, and at most about `most` tiles.
+    """
+    tall, wide = -(-x.shape[1] // 4), -(-x.shape[2] // 4)
+    strips = -(-tall // max(1, most // wide))
+    rows = -(-tall // strips)
+    return rows, -(-tall // rows)
+
+
+def _cut(x: jax.Array, i: jax.Array, strips: int, rows: int, halo: int) -> jax.Array:
+    """Returns strip i of all images' strips: [1, 4 * rows + halo, _, _]."""
+    start = (i // strips, i % strips * 4 * rows, 0, 0)
+    return lax.dynamic_slice(x, start, (1, 4 * rows + halo, *x.shape[2:]))
+
+
+def _padded(x: jax.Array, height: int = 0) -> jax.Array:
+    """Returns x with a border of one zero, its height (or the given) and width whole
+    tiles."""
+    _, h, w, _ = x.shape
+    down, right = (height or -(-h // 4) * 4) - h, -(-w // 4) * 4 - w
+    return jnp.pad(x, ((0, 0), (1, 1 + down), (1, 1 + right), (0, 0)))
+
+
+def _whole_tiles(g: jax.Array, height: int = 0) -> jax.Array:
+    """Returns g padded with zeros to whole tiles, or to the given height."""
+    _, h, w, _ = g.shape
+    down, right = (height or -(-h // 4) * 4) - h, -(-w // 4) * 4 - w
+    return jnp.pad(g, ((0, 0), (0, down), (0, right), (0, 0)))
+
+
+def _data_tiles(x: jax.Array) -> jax.Array:
+    """Returns B^T d B of every 6x6 tile, 4 pixels apart: [36, T, C]."""
+    b, h, w, c = x.shape
+    tall, wide = (h - 2) // 4, (w - 2) // 4
+    rows = _stack(_DATA, [_every_fourth(x, 1, i, tall) for i in range(6)], axis=0)
+    columns = [_every_fourth(rows, 3, j, wide) for j in range(6)]
+    return _stack(_DATA, columns, axis=1).reshape(36, b * tall * wide, c)
+
+
+def _grad_tiles(g: jax.Array) -> jax.Array:
+    """Returns A g A^T of every 4x4 tile: [36, T, D]."""
+    b, h, w, d = g.shape
+    matrix = tuple(zip(*_OUTPUT, strict=True))
+    rows = _stack(matrix, [_every_fourth(g, 1, i, h // 4) for i in range(4)], axis=0)
+    columns = [_every_fourth(rows, 3, j, w // 4) for j in range(4)]
+    return _stack(matrix, columns, axis=1).reshape(36, b * (h // 4) * (w // 4), d)
+
+
+def _outputs(product: Float[Array, "36 T D"], b: int, tall: int) -> jax.Array:
+    """Returns A^T m A of every tile, put together: [B, h, w, D]."""
+    _, tiles, d = product.shape
+    m = product.reshape(6, 6, b, tall, tiles // (b * tall), d)
+    rows = _stack(_OUTPUT, [m[i] for i in range(6)], axis=3)  # [6, b, tall, 4, wide, d]
+    both = _combine(_OUTPUT, [rows[j] for j in range(6)], axis=4)
+    return both.reshape(b, 4 * tall, -1, d)
+
+
+def _every_fourth(x: jax.Array, axis: int, start: int, count: int) -> jax.Array:
+    return lax.slice_in_dim(x, start, start + 4 * count - 3, 4, axis)
+
+
+def _stack(matrix, parts, axis: int) -> jax.Array:
+    """Returns `_combine`, kept apart from what follows.
+
+    Without the barrier XLA fuses both phases of a transform into one, which computes
+    each of 36 results from 36 inputs anew and takes many times longer to compile.
+    """
+    return lax.optimization_barrier(_combine(matrix, parts, axis))
+
+
+def _combine(matrix, parts, axis: int) -> jax.Array:
+    """Returns matrix times parts, stacked along `axis`."""
+    results = []
+    for row in matrix:
+        terms = [
+            part if c == 1 else c * part
+            for c, part in zip(row, parts, strict=True)
+            if c != 0
+        ]
+        results.append(functools.reduce(jnp.add, terms))
+    return jnp.stack(results, axis)
