@@ -70,9 +70,8 @@ def test_winograd_is_used_where_it_is_meant():
 
 @pytest.mark.parametrize("tiles", [8, 10_000], ids=["strips", "together"])
 def test_winograd_forms(tiles, monkeypatch):
-    """Strips, whole planes and the filter's gradient, against sums in float64."""
+    """Strips and whole planes, in all three directions, against sums in float64."""
     monkeypatch.setattr(winograd, "STRIP_TILES", tiles)
-    monkeypatch.setattr(winograd, "FILTER_GRAD_TILES", tiles)
     rng = np.random.default_rng(0)
     xs = [rng.normal(size=(2, 45, 13, 5)), rng.normal(size=(2, 12, 30, 5))]
     gs = [rng.normal(size=(*x.shape[:3], 7)) for x in xs]
@@ -85,18 +84,20 @@ def test_winograd_forms(tiles, monkeypatch):
     taps = [(i, j) for i in range(3) for j in range(3)]
     values = [sum(shifted(x, i, j) @ kernel[i, j] for i, j in taps) for x in xs]
     pairs = list(zip(xs, gs, strict=True))
+    back = [sum(shifted(g, 2 - i, 2 - j) @ kernel[i, j].T for i, j in taps) for g in gs]
     grads = [
         sum(np.einsum("bhwc,bhwd->cd", shifted(x, i, j), g) for x, g in pairs)
         for i, j in taps
     ]
 
-    def both(xs, gs, kernel):
+    def all_three(xs, gs, kernel):
         weights = winograd.transform_filter(kernel)
-        return winograd.convolve(xs, weights), winograd.filter_grad(xs, gs)
+        values = winograd.convolve(xs, weights), winograd.input_grad(gs, weights)
+        return values, winograd.filter_grad(xs, gs)
 
     arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (xs, gs, kernel))
-    got, got_grad = jax.jit(both)(*arrays)
-    got, want = [*got, got_grad], [*values, np.reshape(grads, (3, 3, 5, 7))]
+    got = jax.tree.leaves(jax.jit(all_three)(*arrays))
+    want = [*values, *back, np.reshape(grads, (3, 3, 5, 7))]
     # float32 rounds to 6e-8 of sums of up to 1890 terms, the transforms add some.
     for a, b in zip(got, want, strict=True):
         assert np.abs(a - b).max() <= 5e-6 * np.abs(b).max()

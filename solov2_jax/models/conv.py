@@ -99,9 +99,14 @@ def _conv2d_cpu_bwd(stride, residuals, grads):
     xs, kernel = residuals
     if kernel.shape[0] == 1:
         return _pointwise_grads(xs, kernel, stride, grads)
+    if _is_winograd(xs, kernel, stride):
+        weights = winograd.transform_filter(kernel)
+        return winograd.input_grad(grads, weights), winograd.filter_grad(xs, grads)
     flipped = kernel[::-1, ::-1].swapaxes(2, 3)
-    spread = [_spread(g, stride, *x.shape[1:3]) for x, g in zip(xs, grads, strict=True)]
-    dxs = _conv2d_cpu(spread, flipped, 1)
+    dxs = [
+        _lax_conv(_spread(g, stride, *x.shape[1:3]), flipped, 1)
+        for x, g in zip(xs, grads, strict=True)
+    ]
     if _is_winograd(xs, kernel, stride, grad=True):
         return dxs, winograd.filter_grad(xs, grads)
     taps = [

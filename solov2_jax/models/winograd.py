@@ -13,17 +13,17 @@ Shapes: T tiles, C and D channels; a plane is one image of one level.
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 # Tiles that are transformed together: their 36 matrices stay in the cache between the
 # transform and the product. A larger input is gone through in strips of tile rows.
 STRIP_TILES = 256
-# The filter's gradient has 36 sums to add up for each strip, so there strips are long.
-FILTER_GRAD_TILES = 1024
 
 _A, _B = 2 / 3, 3 / 2  # the points; their product is 1
 _A2, _B2 = _A**2, _B**2
@@ -52,73 +52,112 @@ _OUTPUT = (
     (0, _A2, _A2, _B2, _B2, 0),
     (0, _A**3, -(_A**3), _B**3, -(_B**3), 1),
 )
+_GRAD = tuple(zip(*_OUTPUT, strict=True))
+# Both axes at once, as a matrix product: [36, 9].
+_FILTER_2D = np.kron(_FILTER, _FILTER).astype(np.float32)
+# The input's gradient is a convolution with the flipped kernel. The points are closed
+# under inversion, and a flipped filter's value at a point is a multiple of the filter's
+# at its inverse: the transformed filter serves both directions, with these transforms.
+_INVERSE = (5, 3, 4, 1, 2, 0)
+_MULTIPLE = (1, -_A2, -_A2, -_B2, -_B2, 1)  # of the filter's value at each point
+_DATA_BACK = tuple(
+    tuple(m * c for c in _DATA[i]) for i, m in zip(_INVERSE, _MULTIPLE, strict=True)
+)
+_OUTPUT_BACK = tuple(tuple(row[i] for i in _INVERSE) for row in _OUTPUT)
 _PRODUCT = (((2,), (1,)), ((0,), (0,)))  # [36, T, C] x [36, C, D]
+_PRODUCT_BACK = (((2,), (2,)), ((0,), (0,)))  # [36, T, D] x [36, C, D]
 _OUTER = (((1,), (1,)), ((0,), (0,)))  # [36, T, C] x [36, T, D]
 
 
 def transform_filter(kernel: Float[Array, "3 3 C D"]) -> Float[Array, "36 C D"]:
     """Returns the kernel as `convolve` takes it: G g G^T of every pair of channels."""
-    rows = _stack(_FILTER, [kernel[i] for i in range(3)], axis=0)  # [6, 3, C, D]
-    both = _stack(_FILTER, [rows[:, j] for j in range(3)], axis=1)
-    return both.reshape(36, *kernel.shape[2:])
+    flat = kernel.reshape(9, -1)
+    return _dot(_FILTER_2D, flat).reshape(36, *kernel.shape[2:])
 
 
-def convolve(xs: list[jax.Array], weights: Float[Array, "36 C D"]) -> list[jax.Array]:
+class _Direction(NamedTuple):
+    data: tuple[tuple[float, ...], ...]
+    product: lax.DotDimensionNumbers
+    output: tuple[tuple[float, ...], ...]
+
+
+_FORWARD = _Direction(_DATA, _PRODUCT, _OUTPUT)
+_BACK = _Direction(_DATA_BACK, _PRODUCT_BACK, _OUTPUT_BACK)
+
+
+def convolve(
+    xs: Sequence[jax.Array], weights: Float[Array, "36 C D"]
+) -> list[jax.Array]:
     """Returns the convolution, padded by one pixel, of arrays [B, h, w, C] each.
 
     Args:
       weights: of `transform_filter`.
     """
-    if sum(count_tiles(x.shape) for x in xs) <= 2 * STRIP_TILES:
-        return _convolve_together(xs, weights)
-    return [_convolve_strips(x, weights) for x in xs]
+    return _convolve(xs, weights, _FORWARD)
+
+
+def input_grad(
+    grads: Sequence[jax.Array], weights: Float[Array, "36 C D"]
+) -> list[jax.Array]:
+    """Returns the gradients of `convolve`'s inputs, of those of its outputs."""
+    return _convolve(grads, weights, _BACK)
 
 
 def filter_grad(xs: list[jax.Array], grads: list[jax.Array]) -> Float[Array, "3 3 C D"]:
     """Returns the gradient of the kernel, of inputs [B, h, w, C] and outputs' grads."""
     total = None
-    if sum(count_tiles(x.shape) for x in xs) <= 2 * FILTER_GRAD_TILES:
-        x = jnp.concatenate([_data_tiles(_padded(x)) for x in xs], axis=1)
-        g = jnp.concatenate([_grad_tiles(_whole_tiles(g)) for g in grads], axis=1)
+    if sum(count_tiles(x.shape) for x in xs) <= 2 * STRIP_TILES:
+        x = jnp.concatenate([_tiles(_DATA, _padded(x)) for x in xs], axis=1)
+        g = jnp.concatenate([_tiles(_GRAD, _whole_tiles(g)) for g in grads], axis=1)
         total = lax.dot_general(x, g, _OUTER)
     else:
         for x, g in zip(xs, grads, strict=True):
             part = _filter_grad_strips(x, g)
             total = part if total is None else total + part
     assert total is not None, "at least one input"
-    m = total.reshape(6, 6, *total.shape[1:])
-    back = tuple(zip(*_FILTER, strict=True))
-    columns = _stack(back, [m[:, j] for j in range(6)], axis=1)  # [6, 3, C, D]
-    return _stack(back, [columns[i] for i in range(6)], axis=0)
+    return _dot(_FILTER_2D.T, total.reshape(36, -1)).reshape(3, 3, *total.shape[1:])
 
 
-def _convolve_together(xs, weights):
+def _convolve(xs, weights, way: _Direction):
+    if sum(count_tiles(x.shape) for x in xs) > 2 * STRIP_TILES:
+        return [_convolve_strips(x, weights, way) for x in xs]
+    if len(xs) == 1:
+        (x,) = xs
+        b, h, w, _ = x.shape
+        product = lax.dot_general(_tiles(way.data, _padded(x)), weights, way.product)
+        return [_outputs(way.output, product, b, -(-h // 4))[:, :h, :w]]
+    return _convolve_together(xs, weights, way)
+
+
+def _convolve_together(xs, weights, way: _Direction):
     """One product for the tiles of all inputs."""
-    tiles = [_data_tiles(_padded(x)) for x in xs]
-    product = lax.dot_general(
-        tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, axis=1),
-        weights,
-        _PRODUCT,
-    )
+    tiles = [_tiles(way.data, _padded(x)) for x in xs]
+    product = lax.dot_general(jnp.concatenate(tiles, axis=1), weights, way.product)
+    # Put apart only after the transform, which leaves the least to copy.
+    m = product.reshape(6, 6, *product.shape[1:])
+    rows = _stack(way.output, [m[i] for i in range(6)], axis=2)  # [6, T, 4, D]
+    both = _stack(way.output, [rows[j] for j in range(6)], axis=2)  # [T, 4, 4, D]
     results, start = [], 0
     for x, tile in zip(xs, tiles, strict=True):
         b, h, w, _ = x.shape
-        part = lax.slice_in_dim(product, start, start + tile.shape[1], axis=1)
-        results.append(_outputs(part, b, -(-h // 4))[:, :h, :w])
+        part = both[start : start + tile.shape[1]]
+        part = part.reshape(b, -(-h // 4), -(-w // 4), 4, 4, -1).swapaxes(2, 3)
+        part = part.reshape(b, -(-h // 4) * 4, -(-w // 4) * 4, -1)
+        results.append(part[:, :h, :w])
         start += tile.shape[1]
     return results
 
 
-def _convolve_strips(x, weights):
+def _convolve_strips(x, weights, way: _Direction):
     """Strips of tile rows, one after the other, each with its halo of two rows."""
     b, h, w, _ = x.shape
-    rows, strips = _strips(x, STRIP_TILES)
+    rows, strips = _strips(x.shape)
     padded = _padded(x, 4 * rows * strips)
 
     def strip(i):
         part = _cut(padded, i, strips, rows, halo=2)
-        product = lax.dot_general(_data_tiles(part), weights, _PRODUCT)
-        return _outputs(product, 1, rows)[0]
+        product = lax.dot_general(_tiles(way.data, part), weights, way.product)
+        return _outputs(way.output, product, 1, rows)[0]
 
     y = lax.map(strip, jnp.arange(b * strips))  # [b * strips, 4 * rows, 4 * tw, D]
     return y.reshape(b, 4 * rows * strips, *y.shape[2:])[:, :h, :w]
@@ -126,16 +165,21 @@ def _convolve_strips(x, weights):
 
 def _filter_grad_strips(x, g):
     """Returns the sums of the 36 outer products over all tiles: [36, C, D]."""
-    rows, strips = _strips(x, FILTER_GRAD_TILES)
+    rows, strips = _strips(x.shape)
     x, g = _padded(x, 4 * rows * strips), _whole_tiles(g, 4 * rows * strips)
 
     def strip(i, total):
-        data = _data_tiles(_cut(x, i, strips, rows, halo=2))
-        grad = _grad_tiles(_cut(g, i, strips, rows, halo=0))
+        data = _tiles(_DATA, _cut(x, i, strips, rows, halo=2))
+        grad = _tiles(_GRAD, _cut(g, i, strips, rows, halo=0))
         return total + lax.dot_general(data, grad, _OUTER)
 
     total = jnp.zeros((36, x.shape[-1], g.shape[-1]), x.dtype)
     return lax.fori_loop(0, x.shape[0] * strips, strip, total)
+
+
+def _dot(matrix: np.ndarray, x: jax.Array) -> jax.Array:
+    """Returns a small constant matrix times x, in full precision."""
+    return jnp.dot(jnp.asarray(matrix, x.dtype), x, precision="highest")
 
 
 def count_tiles(shape: Sequence[int]) -> int:
@@ -143,13 +187,13 @@ def count_tiles(shape: Sequence[int]) -> int:
     return shape[0] * -(-shape[1] // 4) * -(-shape[2] // 4)
 
 
-def _strips(x: jax.Array, most: int) -> tuple[int, int]:
+def _strips(shape: Sequence[int]) -> tuple[int, int]:
     """Returns tile rows of a strip and strips of an image, padded as little as can be.
 
-    Every strip has the same number of rows, and at most about `most` tiles.
+    Every strip has the same number of rows.
     """
-    tall, wide = -(-x.shape[1] // 4), -(-x.shape[2] // 4)
-    strips = -(-tall // max(1, most // wide))
+    tall, wide = -(-shape[1] // 4), -(-shape[2] // 4)
+    strips = -(-tall // max(1, STRIP_TILES // wide))
     rows = -(-tall // strips)
     return rows, -(-tall // rows)
 
@@ -175,30 +219,25 @@ def _whole_tiles(g: jax.Array, height: int = 0) -> jax.Array:
     return jnp.pad(g, ((0, 0), (0, down), (0, right), (0, 0)))
 
 
-def _data_tiles(x: jax.Array) -> jax.Array:
-    """Returns B^T d B of every 6x6 tile, 4 pixels apart: [36, T, C]."""
+def _tiles(matrix, x: jax.Array) -> jax.Array:
+    """Returns M d M^T of every tile d, for a matrix M [6, 6] or [6, 4]: [36, T, C].
+
+    Tiles are 4 pixels apart; those of 6 pixels overlap, and x has two pixels more.
+    """
+    side = len(matrix[0])
     b, h, w, c = x.shape
-    tall, wide = (h - 2) // 4, (w - 2) // 4
-    rows = _stack(_DATA, [_every_fourth(x, 1, i, tall) for i in range(6)], axis=0)
-    columns = [_every_fourth(rows, 3, j, wide) for j in range(6)]
-    return _stack(_DATA, columns, axis=1).reshape(36, b * tall * wide, c)
+    tall, wide = (h - side + 4) // 4, (w - side + 4) // 4
+    rows = _stack(matrix, [_every_fourth(x, 1, i, tall) for i in range(side)], axis=0)
+    columns = [_every_fourth(rows, 3, j, wide) for j in range(side)]
+    return _stack(matrix, columns, axis=1).reshape(36, b * tall * wide, c)
 
 
-def _grad_tiles(g: jax.Array) -> jax.Array:
-    """Returns A g A^T of every 4x4 tile: [36, T, D]."""
-    b, h, w, d = g.shape
-    matrix = tuple(zip(*_OUTPUT, strict=True))
-    rows = _stack(matrix, [_every_fourth(g, 1, i, h // 4) for i in range(4)], axis=0)
-    columns = [_every_fourth(rows, 3, j, w // 4) for j in range(4)]
-    return _stack(matrix, columns, axis=1).reshape(36, b * (h // 4) * (w // 4), d)
-
-
-def _outputs(product: Float[Array, "36 T D"], b: int, tall: int) -> jax.Array:
-    """Returns A^T m A of every tile, put together: [B, h, w, D]."""
+def _outputs(matrix, product: Float[Array, "36 T D"], b: int, tall: int) -> jax.Array:
+    """Returns M m M^T of every tile m, put together: [B, h, w, D]."""
     _, tiles, d = product.shape
     m = product.reshape(6, 6, b, tall, tiles // (b * tall), d)
-    rows = _stack(_OUTPUT, [m[i] for i in range(6)], axis=3)  # [6, b, tall, 4, wide, d]
-    both = _combine(_OUTPUT, [rows[j] for j in range(6)], axis=4)
+    rows = _stack(matrix, [m[i] for i in range(6)], axis=3)  # [6, b, tall, 4, wide, d]
+    both = _combine(matrix, [rows[j] for j in range(6)], axis=4)
     return both.reshape(b, 4 * tall, -1, d)
 
 
