@@ -35,8 +35,8 @@ def main(overrides: list[str]) -> None:
     dataset = load_val_dataset(config, dict(classes))
     batches = build_eval_batches(config, dataset)
     folder = os.path.join(workdir, "eval")
-    pictures = config.eval.num_pictures
-    metrics = evaluate(predictor, dataset, batches, folder, pictures)
+    options = config.eval.num_pictures, config.eval.backend
+    metrics = evaluate(predictor, dataset, batches, folder, *options)
     for name in ("segm/AP", "segm/AP50", "bbox/AP"):
         print(f"{name} {metrics[name]:.4f}")
 

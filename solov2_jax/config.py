@@ -49,6 +49,7 @@ _ONE_OF = {
     "test.nms_kernel": ("gaussian", "linear"),
     "input.channel_order": ("BGR", "RGB"),
     "data.name": ("", "shapes"),
+    "eval.backend": ("fast", "pycocotools"),
 }
 
 

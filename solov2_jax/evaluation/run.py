@@ -3,7 +3,9 @@
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +21,8 @@ log = logging.getLogger(__name__)
 
 # Seconds between two lines of progress.
 PROGRESS_EVERY = 10.0
+# Batches whose masks may wait for the encoder; more would only cost memory.
+WAITING_BATCHES = 1
 
 
 @runtime_checkable
@@ -43,6 +47,7 @@ def evaluate(
     batches: BatchSource,
     out_dir: str | os.PathLike[str],
     num_pictures: int = 0,
+    backend: str = "fast",
 ) -> dict[str, float]:
     """Returns COCO's figures of the batches' images, see `CocoEvaluator.evaluate`.
 
@@ -53,26 +58,9 @@ def evaluate(
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     evaluator = CocoEvaluator(
-        dataset.annotation_file, dataset.category_ids, dataset.class_names
+        dataset.annotation_file, dataset.category_ids, dataset.class_names, backend
     )
-    shown: dict[int, Prediction] = {}
-    clock = Clock(len(batches))
-    iterator = iter(batches)
-    while True:
-        clock.start()
-        batch = next(iterator, None)
-        if batch is None:
-            break
-        clock.lap("data")
-        predictions = predictor.predict_batch(batch)
-        clock.lap("compute", first_of=batch["image"].shape)
-        for prediction in predictions:
-            evaluator.process(prediction)
-            if len(shown) < num_pictures:
-                shown[prediction.image_id] = prediction
-        clock.lap("encode")
-        clock.count(len(predictions))
-    log.info("%s", clock.summary())
+    shown, clock = predict(predictor, batches, evaluator, num_pictures)
     write_results(evaluator.results, out / "predictions.json")
     metrics = evaluator.evaluate()
     counts = {"num_images": clock.images, "num_predictions": len(evaluator.results)}
@@ -84,8 +72,52 @@ def evaluate(
     return metrics
 
 
+def predict(
+    predictor: BatchPredictor,
+    batches: BatchSource,
+    evaluator: CocoEvaluator,
+    keep: int = 0,
+) -> tuple[dict[int, Prediction], "Clock"]:
+    """Returns the first `keep` predictions and the times; `evaluator` gets them all.
+
+    Masks are encoded in a thread of their own while the device computes the next batch.
+    """
+    kept: dict[int, Prediction] = {}
+    clock = Clock(len(batches))
+    iterator = iter(batches)
+    encoding: deque[Future[None]] = deque()
+
+    def encode(predictions: Sequence[Prediction]) -> None:
+        for prediction in predictions:
+            evaluator.process(prediction)
+
+    with ThreadPoolExecutor(1) as thread:
+        while True:
+            clock.start()
+            batch = next(iterator, None)
+            clock.lap("data")
+            if batch is None:
+                break
+            predictions = predictor.predict_batch(batch)
+            clock.lap("compute", first_of=batch["image"].shape)
+            kept |= {p.image_id: p for p in predictions[: keep - len(kept)]}
+            encoding.append(thread.submit(encode, predictions))
+            while len(encoding) > WAITING_BATCHES:
+                encoding.popleft().result()
+            clock.lap("encode")
+            clock.count(len(predictions))
+        while encoding:
+            encoding.popleft().result()
+        clock.lap("encode")
+    log.info("%s", clock.summary())
+    return kept, clock
+
+
 class Clock:
-    """Where the time of an evaluation goes, and how far it is."""
+    """Where the time of an evaluation goes, and how far it is.
+
+    "encode" is what the encoder, which works beside the device, makes it wait.
+    """
 
     def __init__(self, num_batches: int):
         self.images = self._batches = 0
