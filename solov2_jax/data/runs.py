@@ -20,13 +20,13 @@ def encode_masks(masks: np.ndarray, boxes: np.ndarray) -> list[str]:
     for i, (mask, box) in enumerate(zip(masks, boxes, strict=True)):
         x0, y0 = np.maximum(np.floor(box[:2]), 0).astype(int).tolist()
         x1, y1 = np.ceil(box[2:]).astype(int).tolist()
-        crop = mask[y0:y1, x0:x1]
-        if np.count_nonzero(crop) != np.count_nonzero(mask):
+        found = runs_of_crop(mask[y0:y1, x0:x1], y0, x0, size)
+        if found[1::2].sum() != np.count_nonzero(mask):
             raise ValueError(
                 f"detection {i}: its mask has pixels outside of its box {box.tolist()} "
                 "(x0, y0, x1, y1); boxes must hold the whole mask"
             )
-        runs.append(runs_of_crop(crop, y0, x0, size))
+        runs.append(found)
     return compress_runs(runs)
 
 
