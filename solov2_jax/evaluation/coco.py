@@ -7,7 +7,7 @@ predictions are RLE from the moment they arrive; figures that do not exist say w
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from solov2_jax.evaluation.explain import reasons
@@ -138,13 +138,21 @@ class CocoEvaluator:
             for kind, score in scores.items()
             for name, value in score.figures.items()
         }
-        named = dict(zip(self.category_ids, self.class_names, strict=True))
-        names = [named[i] for i in sorted(named)]
-        for name, value in zip(names, scores["segm"].class_precision(), strict=True):
-            metrics[f"segm/AP/{name}"] = float(value)
-        for line in self.report(metrics, *columns):
+        by_class = scores["segm"].class_precision().tolist()
+        for name, value in zip(self.sorted_names(), by_class, strict=True):
+            metrics[f"segm/AP/{name}"] = value
+        for line in self.table(metrics) + self.reasons(metrics):
             log.info("%s", line)
         return metrics
+
+    def sorted_names(self) -> list[str]:
+        """Returns the class names in the order of their category ids."""
+        named = dict(zip(self.category_ids, self.class_names, strict=True))
+        return [named[i] for i in sorted(named)]
+
+    def reasons(self, metrics: Mapping[str, float]) -> list[str]:
+        """Returns why figures are -1 or 0, a line for each reason."""
+        return reasons(metrics, *self.columns(), len(self._results))
 
     def _score(self, kind: Kind, objects: Objects, found: Detections) -> Score:
         if self._backend == "fast":
@@ -152,10 +160,8 @@ class CocoEvaluator:
         ids = sorted(self.category_ids)
         return score_pycocotools(self.truth, self._results, kind, self.image_ids, ids)
 
-    def report(
-        self, metrics: dict[str, float], objects: Objects, found: Detections
-    ) -> list[str]:
-        """Returns the lines of a table of `metrics`, with the reason of odd figures."""
+    def table(self, metrics: Mapping[str, float]) -> list[str]:
+        """Returns the lines of a table of `metrics`, and what they are about."""
         lines = [f"{'':5}" + "".join(f"{name:>7}" for name in FIGURES)]
         for kind in ("segm", "bbox"):
             row = (figure(metrics[f"{kind}/{name}"]) for name in FIGURES)
@@ -175,7 +181,7 @@ class CocoEvaluator:
                 f"{self.truth.num_without_mask} annotations have no usable mask and "
                 "are left out, as in training"
             )
-        return lines + reasons(metrics, objects, found, len(self._results))
+        return lines
 
     def objects_per_class(self) -> dict[int, int]:
         """Returns how many objects, crowds aside, the processed images have."""

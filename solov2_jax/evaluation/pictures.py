@@ -1,8 +1,9 @@
 """Ground truth beside prediction, for a look at what an evaluation saw."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -10,6 +11,7 @@ from PIL import Image
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.images import read_image
 from solov2_jax.data.masks import rasterize
+from solov2_jax.evaluation.tables import rle
 from solov2_jax.inference.draw import draw_prediction
 from solov2_jax.inference.prediction import Prediction
 
@@ -37,13 +39,50 @@ def write_pictures(
     for image_id, prediction in predictions.items():
         index = indices[image_id]
         image = read_image(dataset.path(index))
-        sides = [
-            _enlarged(image, shown, dataset.class_names)
-            for shown in (truth(dataset, index), prediction.above(MIN_SCORE))
-        ]
-        gap = np.full((sides[0].shape[0], 8, 3), 255, np.uint8)
-        picture = np.concatenate([sides[0], gap, sides[1]], axis=1)
+        shown = (truth(dataset, index), prediction.above(MIN_SCORE))
+        picture = side_by_side(image, *shown, dataset.class_names)
         Image.fromarray(picture).save(out / f"{image_id}.jpg", quality=92)
+
+
+def side_by_side(
+    image: np.ndarray,
+    left: Prediction,
+    right: Prediction,
+    class_names: Sequence[str],
+) -> np.ndarray:
+    """Returns both drawn into the image [H, W, 3], small images enlarged."""
+    sides = [_enlarged(image, shown, class_names) for shown in (left, right)]
+    gap = np.full((sides[0].shape[0], 8, 3), 255, np.uint8)
+    return np.concatenate([sides[0], gap, sides[1]], axis=1)
+
+
+def from_records(
+    records: Sequence[Mapping[str, Any]],
+    labels: Mapping[int, int],
+    image_id: int,
+    size: tuple[int, int],
+) -> Prediction:
+    """Returns COCO results or annotations (RLE masks) of one image, best score first.
+
+    Args:
+      labels: category id -> label.
+      size: (height, width) of the image.
+    """
+    scores = np.array([r.get("score", 1.0) for r in records], np.float32)
+    order = np.argsort(-scores, kind="stable")
+    chosen = [records[i] for i in order.tolist()]
+    masks = [rle.decode(r["segmentation"]).astype(bool) for r in chosen]
+    full = [m.any() for m in masks]
+    masks = [m for m, keep in zip(masks, full, strict=True) if keep]
+    boxes = [_box(mask) for mask in masks]
+    found = np.array([labels[r["category_id"]] for r in chosen], np.int32)
+    return Prediction(
+        np.array(masks, bool).reshape(-1, *size),
+        np.array(boxes, np.float32).reshape(-1, 4),
+        scores[order][full],
+        found[full],
+        image_id,
+    )
 
 
 def truth(dataset: CocoDataset, index: int) -> Prediction:
