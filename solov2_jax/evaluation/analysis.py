@@ -207,6 +207,19 @@ def error_split(
     return ErrorSplit(counts, base, gains)
 
 
+def errors_from(
+    objects: Objects, found: Detections, outcome: Outcome, threshold: float
+) -> dict[str, int]:
+    """Returns how many errors there are from a score on; missed: objects not found."""
+    use = found.score >= threshold
+    counts = np.bincount(
+        outcome.error[use & (outcome.error >= 0)], minlength=MISSED + 1
+    )
+    hits = int((use & outcome.right).sum())
+    counts[MISSED] = int((~objects.crowd).sum()) - hits
+    return dict(zip(ERRORS, counts.tolist(), strict=True))
+
+
 def _mended(found: Detections, outcome: Outcome, wrong: np.ndarray) -> np.ndarray:
     """Returns which wrong detections become right when they find what they meant."""
     mended = np.zeros(len(wrong), bool)

@@ -50,7 +50,7 @@ def errors(study: Study) -> Figure:
     """Returns how many errors there are of each kind and what each kind costs."""
     figure, (left, right) = _figure(10, 3.1, 2)
     split, rows = study.errors, np.arange(len(ERRORS))[::-1]
-    counts = [split.counts[e] for e in ERRORS]
+    counts = [study.shown_errors[e] for e in ERRORS]
     gains = [split.gains[e] for e in ERRORS]
     for ax, values, color, form in (
         (left, gains, ORANGE, "{:+.3f}"),
@@ -63,7 +63,7 @@ def errors(study: Study) -> Figure:
         ax.set_xticks([])
         ax.margins(x=0.16)
     _title(left, "AP50 that mending one kind would add")
-    _title(right, "Number of errors, whatever the score")
+    _title(right, f"Number of errors from score {study.threshold:.3f} on")
     return figure
 
 
@@ -95,6 +95,8 @@ def curves(study: Study) -> Figure:
         fontsize=9,
         color=ORANGE,
         fontweight="bold",
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
+        zorder=6,
     )
     for ax in (left, right):
         ax.set(xlim=(0, 1.01), ylim=(0, 1.05))
@@ -145,8 +147,8 @@ def confusion(study: Study) -> Figure:
     """Returns the confusion matrix, shaded by the share of each row."""
     matrix = study.confusion
     k = len(matrix) - 1
-    size = min(9.5, 3.4 + 0.55 * k)
-    figure, (ax,) = _figure(size + 1.4, size)
+    size = min(8.8, 1.9 + 0.5 * k)
+    figure, (ax,) = _figure(size + 1.2, size)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     small = 9 if k <= MAX_COUNTED else 6
@@ -204,7 +206,7 @@ def sizes(study: Study) -> Figure:
 
 def size_name(low: float, high: float) -> str:
     """Returns a range of sides as text."""
-    return f"{low:.0f} to {high:.0f}" if np.isfinite(high) else f"{low:.0f} and more"
+    return f"{low:.0f}\u2013{high:.0f}" if np.isfinite(high) else f"\u2265 {low:.0f}"
 
 
 def calibration(study: Study) -> Figure:

@@ -150,6 +150,11 @@ class CocoEvaluator:
         named = dict(zip(self.category_ids, self.class_names, strict=True))
         return [named[i] for i in sorted(named)]
 
+    def metric_names(self) -> list[str]:
+        """Returns the keys of what `evaluate` returns."""
+        figures = [f"{kind}/{name}" for kind in ("segm", "bbox") for name in FIGURES]
+        return figures + [f"segm/AP/{name}" for name in self.sorted_names()]
+
     def reasons(self, metrics: Mapping[str, float]) -> list[str]:
         """Returns why figures are -1 or 0, a line for each reason."""
         return reasons(metrics, *self.columns(), len(self._results))

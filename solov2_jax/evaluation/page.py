@@ -55,7 +55,8 @@ table.sort th:hover { color: var(--ink); text-decoration: underline; }
   margin-right: 8px; vertical-align: middle; }
 .note { background: #fff7e6; border: 1px solid #f0d9a8; border-radius: 8px;
   padding: 8px 14px; margin: 10px 0; }
-figure { margin: 0 0 20px; }
+.gallery { display: flex; flex-wrap: wrap; gap: 18px; }
+figure { margin: 0; }
 @media (max-width: 720px) { .tiles { grid-template-columns: repeat(3, 1fr); } }
 """
 
@@ -76,6 +77,14 @@ document.querySelectorAll("table.sort th").forEach(th => th.onclick = () => {
 
 
 @dataclass(frozen=True)
+class Chart:
+    """A picture of numbers."""
+
+    url: str
+    width: int  # in the page, pixels
+
+
+@dataclass(frozen=True)
 class Picture:
     """A picture of the gallery."""
 
@@ -84,11 +93,11 @@ class Picture:
     url: str
 
 
-def page(study: Study, charts: Mapping[str, str], pictures: Sequence[Picture]) -> str:
+def page(study: Study, charts: Mapping[str, Chart], pictures: Sequence[Picture]) -> str:
     """Returns the page.
 
     Args:
-      charts: URLs by the names in `charts.charts`.
+      charts: by the names in `charts.charts`.
     """
     sections = [
         _figures(study),
@@ -113,19 +122,31 @@ def page(study: Study, charts: Mapping[str, str], pictures: Sequence[Picture]) -
     )
 
 
-def _section(title: str, content: str, chart: str = "") -> str:
-    image = f'<img src="{chart}" alt="{escape(title)}">' if chart else ""
+def _section(title: str, content: str, chart: Chart | None = None) -> str:
+    image = ""
+    if chart:
+        style = f'style="width: {chart.width}px" alt="{escape(title)}"'
+        image = f'<img src="{chart.url}" {style}>'
     text, _, after = content.partition("<!--chart-->")
     return f"<section><h2>{escape(title)}</h2>{text}{image}{after}</section>"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """Returns a table; cells are HTML, and those that are whole <td> stay."""
+    """Returns a table; cells are HTML, and those that are whole <td> stay.
+
+    Args:
+      head: plain text, with "<" in front where the column is aligned to the left.
+    """
     cells = (
         "".join(c if c.startswith("<td") else f"<td>{c}</td>" for c in row)
         for row in rows
     )
-    names = "".join(f"<th>{escape(h)}</th>" for h in head)
+    names = "".join(
+        f'<th class="text">{escape(h[1:])}</th>'
+        if h[:1] == "<"
+        else f"<th>{escape(h)}</th>"
+        for h in head
+    )
     body = "".join(f"<tr>{row}</tr>" for row in cells)
     return (
         f'<table class="{kind}"><thead><tr>{names}</tr></thead>'
@@ -166,6 +187,7 @@ def _errors(study: Study) -> str:
         [
             f"<td>{e}</td>",
             f'<td class="text">{escape(MEANINGS[e])}</td>',
+            str(study.shown_errors[e]),
             str(split.counts[e]),
             f"{split.gains[e]:+.4f}",
         ]
@@ -173,9 +195,20 @@ def _errors(study: Study) -> str:
     ]
     return (
         f"<p>{text}</p><!--chart-->"
-        + _table(["kind", "what it is", "errors", "AP50 gain"], rows)
-        + '<p class="soft">Every detection counts, also those of a low score. Gains '
-        "do not add up: mending one kind changes what the others cost.</p>"
+        + _table(
+            [
+                "kind",
+                "<what it is",
+                f"from {study.threshold:.3f} on",
+                "all",
+                "AP50 gain",
+            ],
+            rows,
+        )
+        + '<p class="soft">Gains are those of all detections, as AP sees them; they do '
+        "not add up, because mending one kind changes what the others cost. Missed "
+        "from a score on: every object without a right detection; missed in all: "
+        "those that no localisation or class error is about.</p>"
     )
 
 
@@ -211,7 +244,7 @@ def _classes(study: Study) -> str:
     ]
     head = [
         "class",
-        "mask AP",
+        "<mask AP",
         "objects",
         "predictions",
         "best threshold",
@@ -230,14 +263,18 @@ def _confusion(study: Study) -> str:
     matrix = study.confusion[:-1, :-1].copy()
     np.fill_diagonal(matrix, 0)
     pairs = [
-        [escape(study.names[i]), escape(study.names[j]), str(matrix[i, j])]
+        [
+            escape(study.names[i]),
+            f'<td class="text">{escape(study.names[j])}</td>',
+            str(matrix[i, j]),
+        ]
         for i, j in zip(
             *np.unravel_index(np.argsort(-matrix, None), matrix.shape), strict=True
         )
         if matrix[i, j]
     ][:MAX_CONFUSED]
     table = (
-        _table(["annotated", "predicted", "times"], pairs)
+        _table(["annotated", "<predicted", "times"], pairs)
         if pairs
         else ("<p>No object was taken for another class.</p>")
     )
@@ -271,7 +308,7 @@ def _gallery(study: Study, pictures: Sequence[Picture]) -> str:
         return "<p>Every object was found, and nothing else.</p>"
     text = (
         f"<p>Lowest F1 first, at score {study.threshold:.3f}: annotated left, "
-        "predicted right.</p>"
+        'predicted right.</p><div class="gallery">'
     )
     for p in pictures:
         row = p.row
@@ -280,4 +317,4 @@ def _gallery(study: Study, pictures: Sequence[Picture]) -> str:
             f"{row.objects} objects, {row.right} found, {row.missed} missed, "
             f"{row.false} false; F1 {row.f1:.2f}</figcaption></figure>"
         )
-    return text
+    return f"{text}</div>"

@@ -24,7 +24,7 @@ from solov2_jax.evaluation.analysis import ERRORS
 from solov2_jax.evaluation.breakdown import ImageRow, worst_first
 from solov2_jax.evaluation.charts import charts, size_name
 from solov2_jax.evaluation.coco import CocoEvaluator
-from solov2_jax.evaluation.page import Picture, page
+from solov2_jax.evaluation.page import Chart, Picture, page
 from solov2_jax.evaluation.pictures import from_records, side_by_side
 from solov2_jax.evaluation.study import Study
 
@@ -55,7 +55,7 @@ def write_report(
     for name, figure in charts(study).items():
         path = out / "charts" / f"{name}.png"
         figure.savefig(path, facecolor="white")
-        images[name] = data_url(path)
+        images[name] = Chart(data_url(path), round(96 * figure.get_figwidth()))
     write_tables(out / "tables", study)
     pictures = []
     gallery = Gallery(evaluator, image_root)

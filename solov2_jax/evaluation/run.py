@@ -14,6 +14,7 @@ import numpy as np
 from solov2_jax.config import write_json
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.evaluation.coco import CocoEvaluator
+from solov2_jax.evaluation.expect import Expectation, check_names
 from solov2_jax.evaluation.pictures import write_pictures
 from solov2_jax.inference.prediction import Prediction, write_results
 
@@ -48,18 +49,26 @@ def evaluate(
     out_dir: str | os.PathLike[str],
     num_pictures: int = 0,
     backend: str = "fast",
+    *,
+    expectations: Sequence[Expectation] = (),
+    report: str = "",
 ) -> dict[str, float]:
     """Returns COCO's figures of the batches' images, see `CocoEvaluator.evaluate`.
 
     Writes them to `metrics.json` in `out_dir`, with the numbers of images and
     predictions, the predictions to `predictions.json` in COCO's results format, and
     the first `num_pictures` images with truth and prediction to `pictures`.
+
+    Args:
+      expectations: their names are checked before anything is predicted.
+      report: the title of a report that is written to `report`; "": none.
     """
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     evaluator = CocoEvaluator(
         dataset.annotation_file, dataset.category_ids, dataset.class_names, backend
     )
+    check_names(expectations, evaluator.metric_names())
     shown, clock = predict(predictor, batches, evaluator, num_pictures)
     write_results(evaluator.results, out / "predictions.json")
     metrics = evaluator.evaluate()
@@ -69,6 +78,17 @@ def evaluate(
     if shown:
         write_pictures(dataset, shown, out / "pictures")
         log.info("look at %s", out / "pictures")
+    if report:
+        from solov2_jax.evaluation.report import write_report  # needs matplotlib
+        from solov2_jax.evaluation.study import make_study
+
+        facts = {
+            "data": os.path.basename(dataset.annotation_file),
+            "images": str(clock.images),
+            "predictions": str(len(evaluator.results)),
+        }
+        study = make_study(evaluator, metrics, report, facts, clock.milliseconds())
+        write_report(out / "report", study, evaluator, dataset.image_root)
     return metrics
 
 
@@ -149,13 +169,16 @@ class Clock:
             left = elapsed / self._batches * (self._total - self._batches)
             log.info("%d images evaluated, about %.0f s left", self.images, left)
 
-    def summary(self) -> str:
-        """Returns what an image cost on average."""
+    def milliseconds(self) -> dict[str, float]:
+        """Returns what an image cost on average, the first batches of shapes aside."""
         n = max(self.images, 1)
-        parts = ", ".join(
-            f"{name} {1000 * self._seconds[name] / n:.1f}"
-            for name in ("data", "compute", "encode")
-        )
+        parts = ("data", "compute", "encode")
+        return {name: 1000 * self._seconds[name] / n for name in parts}
+
+    def summary(self) -> str:
+        """Returns what an image cost on average, as text."""
+        spent = self.milliseconds().items()
+        parts = ", ".join(f"{name} {value:.1f}" for name, value in spent)
         elapsed = self._last - self._begin
         return (
             f"predicted {self.images} images in {elapsed:.1f} s; ms an image: {parts}; "

@@ -35,6 +35,7 @@ class Study:
     curve: analysis.Curve  # of all classes together
     class_curves: list[analysis.Curve]
     errors: analysis.ErrorSplit
+    shown_errors: dict[str, int]  # their numbers from the threshold on
     confusion: np.ndarray  # int64 [K + 1, K + 1], at the threshold
     sizes: list[breakdown.SizeRow]
     calibration: breakdown.Calibration
@@ -87,6 +88,7 @@ def make_study(
         whole,
         each,
         analysis.error_split(objects, found, outcome, k),
+        analysis.errors_from(objects, found, outcome, threshold),
         analysis.confusion_matrix(
             objects, found, overlaps, outcome.ignored, threshold, k
         ),
