@@ -104,7 +104,8 @@ def curves(study: Study) -> Figure:
     _title(left, "Precision over recall, IoU 0.5", "recall", "precision")
     _title(right, "F1 over the score threshold", "score threshold", "F1")
     where = "upper right" if best < 0.5 else "upper left"
-    right.legend(frameon=False, fontsize=8.5, loc=where)
+    style = {"framealpha": 0.9, "edgecolor": "none", "fontsize": 8.5}
+    right.legend(loc=where, **style)
     return figure
 
 
@@ -127,14 +128,15 @@ def classes(study: Study) -> Figure:
     """Returns mask AP of the classes, best first; of many, the best and the worst."""
     rows = [row for row in study.classes if row.ap >= 0]
     rows.sort(key=lambda row: -row.ap)
-    title = "Mask AP of each class"
+    title = "Mask AP of each class, and its number of objects"
     if len(rows) > MAX_BARS:
         rows = rows[: MAX_BARS // 2] + rows[-MAX_BARS // 2 :]
-        title = f"Mask AP, best and worst {MAX_BARS // 2} classes"
+        half = MAX_BARS // 2
+        title = f"Mask AP and number of objects, best and worst {half} classes"
     figure, (ax,) = _figure(10, 1.0 + 0.24 * max(len(rows), 2))
     places = np.arange(len(rows))[::-1]
     bars = ax.barh(places, [r.ap for r in rows], color=BLUE, height=0.68)
-    labels = [f"{r.ap:.3f}   {r.objects} objects" for r in rows]
+    labels = [f"{r.ap:.3f}   of {r.objects}" for r in rows]
     ax.bar_label(bars, labels, padding=5, fontsize=8.5, color=INK)
     ax.set_yticks(places, [r.name for r in rows])
     ax.set(xlim=(0, 1.12), ylim=(-0.6, max(len(rows), 1) - 0.4), xticks=[])
