@@ -25,9 +25,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import harness
 import numpy as np
 import worker
-from pycocotools import mask as coco_mask
 
 from solov2_jax.evaluation.coco import CocoEvaluator
+from solov2_jax.evaluation.pictures import from_records
 from solov2_jax.evaluation.truth import read_truth
 from solov2_jax.inference.prediction import Prediction, encode_mask
 
@@ -165,8 +165,8 @@ def read_pool(path: str) -> list[Image]:
             record = truth.images[a["image_id"]]
             pool[a["image_id"]] = Image((record["height"], record["width"]), [], [], [])
         image = pool[a["image_id"]]
-        decoded: Any = coco_mask.decode(a["segmentation"])
-        image.masks.append(decoded.astype(bool))
+        whole = from_records([a], {a["category_id"]: 0}, 0, image.size)
+        image.masks.append(whole.masks[0])
         image.labels.append(labels[a["category_id"]])
         image.crowd.append(a["iscrowd"])
     return list(pool.values())

@@ -48,7 +48,7 @@ def _title(ax: Axes, title: str, x: str = "", y: str = "") -> None:
 
 def errors(study: Study) -> Figure:
     """Returns how many errors there are of each kind and what each kind costs."""
-    figure, (left, right) = _figure(10, 3.1, 2)
+    figure, (left, right) = _figure(10.0, 3.1, 2)
     split, rows = study.errors, np.arange(len(ERRORS))[::-1]
     counts = [study.shown_errors[e] for e in ERRORS]
     gains = [split.gains[e] for e in ERRORS]
@@ -69,7 +69,7 @@ def errors(study: Study) -> Figure:
 
 def curves(study: Study) -> Figure:
     """Returns precision over recall, and F1 over the score threshold."""
-    figure, (left, right) = _figure(10, 4.2, 2)
+    figure, (left, right) = _figure(10.0, 4.2, 2)
     most = sorted(study.classes, key=lambda row: -row.objects)[: len(COLORS)]
     colors = dict(zip([row.name for row in most], COLORS, strict=False))
     pairs = list(zip(study.classes, study.class_curves, strict=True))
@@ -133,7 +133,7 @@ def classes(study: Study) -> Figure:
         rows = rows[: MAX_BARS // 2] + rows[-MAX_BARS // 2 :]
         half = MAX_BARS // 2
         title = f"Mask AP and number of objects, best and worst {half} classes"
-    figure, (ax,) = _figure(10, 1.0 + 0.24 * max(len(rows), 2))
+    figure, (ax,) = _figure(10.0, 1.0 + 0.24 * max(len(rows), 2))
     places = np.arange(len(rows))[::-1]
     bars = ax.barh(places, [r.ap for r in rows], color=BLUE, height=0.68)
     labels = [f"{r.ap:.3f}   of {r.objects}" for r in rows]
@@ -174,7 +174,7 @@ def confusion(study: Study) -> Figure:
 
 def sizes(study: Study) -> Figure:
     """Returns how many objects of each size were found, and how well."""
-    figure, (left, right) = _figure(10, 3.1, 2)
+    figure, (left, right) = _figure(10.0, 3.1, 2)
     x = np.arange(len(study.sizes))
     found = np.array([r.found for r in study.sizes])
     objects = np.array([r.objects for r in study.sizes])
@@ -213,7 +213,7 @@ def size_name(low: float, high: float) -> str:
 
 def calibration(study: Study) -> Figure:
     """Returns the share of right detections by score, and how many there are."""
-    figure, (left, right) = _figure(10, 3.4, 2)
+    figure, (left, right) = _figure(10.0, 3.4, 2)
     found = study.calibration
     full = found.count > 0
     left.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1.2)

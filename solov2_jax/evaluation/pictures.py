@@ -10,8 +10,7 @@ from PIL import Image
 
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.images import read_image
-from solov2_jax.data.masks import rasterize
-from solov2_jax.evaluation.tables import rle
+from solov2_jax.data.masks import Crop, decode_runs, parse_runs, rasterize
 from solov2_jax.inference.draw import draw_prediction
 from solov2_jax.inference.prediction import Prediction
 
@@ -69,20 +68,31 @@ def from_records(
       size: (height, width) of the image.
     """
     scores = np.array([r.get("score", 1.0) for r in records], np.float32)
-    order = np.argsort(-scores, kind="stable")
-    chosen = [records[i] for i in order.tolist()]
-    masks = [rle.decode(r["segmentation"]).astype(bool) for r in chosen]
-    full = [m.any() for m in masks]
-    masks = [m for m, keep in zip(masks, full, strict=True) if keep]
-    boxes = [_box(mask) for mask in masks]
-    found = np.array([labels[r["category_id"]] for r in chosen], np.int32)
+    masks, boxes, chosen = [], [], []
+    for i in np.argsort(-scores, kind="stable").tolist():
+        counts = records[i]["segmentation"]["counts"]
+        counts = counts.encode("ascii") if isinstance(counts, str) else counts
+        crop = decode_runs(parse_runs(counts), size)
+        if crop is None:
+            continue
+        masks.append(full_mask(crop, size))
+        boxes.append(_box(masks[-1]))
+        chosen.append(i)
     return Prediction(
         np.array(masks, bool).reshape(-1, *size),
         np.array(boxes, np.float32).reshape(-1, 4),
-        scores[order][full],
-        found[full],
+        scores[chosen],
+        np.array([labels[records[i]["category_id"]] for i in chosen], np.int32),
         image_id,
     )
+
+
+def full_mask(crop: Crop, size: tuple[int, int]) -> np.ndarray:
+    """Returns the mask in an image of this size, bool [H, W]."""
+    mask = np.zeros(size, bool)
+    h, w = crop.pixels.shape
+    mask[crop.top : crop.top + h, crop.left : crop.left + w] = crop.pixels > 0
+    return mask
 
 
 def truth(dataset: CocoDataset, index: int) -> Prediction:
@@ -93,10 +103,7 @@ def truth(dataset: CocoDataset, index: int) -> Prediction:
         crop = rasterize(dataset.segmentations, i, size, size, False)
         if crop is None:
             continue
-        mask = np.zeros(size, bool)
-        h, w = crop.pixels.shape
-        mask[crop.top : crop.top + h, crop.left : crop.left + w] = crop.pixels > 0
-        masks.append(mask[None])
+        masks.append(full_mask(crop, size)[None])
         labels.append(dataset.labels[i])
     stacked = np.concatenate(masks)
     boxes = np.array([_box(mask) for mask in stacked], np.float32).reshape(-1, 4)
