@@ -10,7 +10,6 @@ from solov2_jax.config import write_json
 from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.evaluation.compare import Comparison, compare, comparison_lines
 from solov2_jax.evaluation.expect import Expectation, check_names
-from solov2_jax.evaluation.report import write_report
 from solov2_jax.evaluation.results import read_results
 from solov2_jax.evaluation.study import Study, make_study
 from solov2_jax.evaluation.truth import Truth, read_truth
@@ -56,6 +55,8 @@ def evaluate_files(
         write_json({**metrics, **counts}, out / "metrics.json")
         log.info("written: %s", out / "metrics.json")
     if out and report:
+        from solov2_jax.evaluation.report import write_report  # loads matplotlib
+
         study = _study(evaluator, metrics, predictions)
         write_report(out / "report", study, evaluator, images or None)
     if against:

@@ -20,6 +20,11 @@ MEANINGS = {
     "background": "touches no object (IoU below 0.1)",
     "missed": "an object that no detection is about",
 }
+PARTS = {
+    "data": "waiting for images",
+    "compute": "network, NMS and masks at full size",
+    "encode": "waiting for the masks' encoder, which works beside it",
+}
 MAX_CONFUSED = 8  # pairs of classes that are named
 
 STYLE = """
@@ -55,7 +60,9 @@ table.sort th:hover { color: var(--ink); text-decoration: underline; }
   margin-right: 8px; vertical-align: middle; }
 .note { background: #fff7e6; border: 1px solid #f0d9a8; border-radius: 8px;
   padding: 8px 14px; margin: 10px 0; }
-.gallery { display: flex; flex-wrap: wrap; gap: 18px; }
+.gallery { display: grid; gap: 18px;
+  grid-template-columns: repeat(auto-fill, minmax(440px, 1fr)); }
+.wide { grid-column: 1 / -1; }
 figure { margin: 0; }
 @media (max-width: 720px) { .tiles { grid-template-columns: repeat(3, 1fr); } }
 """
@@ -91,6 +98,7 @@ class Picture:
     row: ImageRow
     name: str
     url: str
+    wide: bool  # in a row of its own
 
 
 def page(study: Study, charts: Mapping[str, Chart], pictures: Sequence[Picture]) -> str:
@@ -299,8 +307,10 @@ def _calibration(study: Study) -> str:
 
 
 def _speed(study: Study) -> str:
-    rows = [[escape(name), f"{value:.1f}"] for name, value in study.speed.items()]
-    return _table(["part", "ms an image"], rows)
+    rows = [[PARTS[name], f"{value:.1f}"] for name, value in study.speed.items()]
+    return _table(["part", "ms an image"], rows) + (
+        '<p class="soft">Without the first batch of each shape, which compiles.</p>'
+    )
 
 
 def _gallery(study: Study, pictures: Sequence[Picture]) -> str:
@@ -313,7 +323,8 @@ def _gallery(study: Study, pictures: Sequence[Picture]) -> str:
     for p in pictures:
         row = p.row
         text += (
-            f'<figure><img src="{p.url}" alt=""><figcaption>{escape(p.name)}: '
+            f'<figure class="{"wide" if p.wide else ""}"><img src="{p.url}" alt="">'
+            f"<figcaption>{escape(p.name)}: "
             f"{row.objects} objects, {row.right} found, {row.missed} missed, "
             f"{row.false} false; F1 {row.f1:.2f}</figcaption></figure>"
         )

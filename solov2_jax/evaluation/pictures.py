@@ -11,7 +11,7 @@ from PIL import Image
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.images import read_image
 from solov2_jax.data.masks import Crop, decode_runs, parse_runs, rasterize
-from solov2_jax.inference.draw import draw_prediction
+from solov2_jax.inference.draw import distinct_colors, draw_masks, draw_prediction
 from solov2_jax.inference.prediction import Prediction
 
 # Shown are predictions with at least this score, as `predict.py` does by default.
@@ -49,7 +49,11 @@ def side_by_side(
     right: Prediction,
     class_names: Sequence[str],
 ) -> np.ndarray:
-    """Returns both drawn into the image [H, W, 3], small images enlarged."""
+    """Returns both drawn into the image [H, W, 3], small images enlarged.
+
+    Args:
+      class_names: (): without labels.
+    """
     sides = [_enlarged(image, shown, class_names) for shown in (left, right)]
     gap = np.full((sides[0].shape[0], 8, 3), 255, np.uint8)
     return np.concatenate([sides[0], gap, sides[1]], axis=1)
@@ -130,6 +134,7 @@ def _enlarged(image, prediction: Prediction, class_names) -> np.ndarray:
         prediction.labels,
         prediction.image_id,
     )
-    return draw_prediction(
-        image.repeat(factor, 0).repeat(factor, 1), large, class_names
-    )
+    canvas = image.repeat(factor, 0).repeat(factor, 1)
+    if not class_names:
+        return draw_masks(canvas, large, distinct_colors(len(large)))
+    return draw_prediction(canvas, large, class_names)

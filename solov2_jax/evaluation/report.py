@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 GALLERY = 12  # images
 # Pictures of the gallery are reduced to this width, pixels.
 PICTURE_WIDTH = 1400
+WIDE = 700  # from here on, a picture has a row of its own
 PAPER = 235  # grey on which masks are drawn when there is no image
 
 
@@ -61,8 +62,10 @@ def write_report(
     gallery = Gallery(evaluator, image_root)
     for row in worst_first(study.images)[:GALLERY]:
         path = out / "gallery" / f"{row.image_id}.jpg"
-        gallery.draw(row, study.threshold).save(path, quality=88)
-        pictures.append(Picture(row, gallery.file_name(row), data_url(path)))
+        picture = gallery.draw(row, study.threshold)
+        picture.save(path, quality=88)
+        wide = picture.width > WIDE
+        pictures.append(Picture(row, gallery.file_name(row), data_url(path), wide))
     path = out / "report.html"
     path.write_text(page(study, images, pictures), "utf-8")
     log.info("report: %s", path)
@@ -109,6 +112,7 @@ class Gallery:
             for records in (there, self._found.get(row.image_id, []))
         ]
         names = self._evaluator.sorted_names()
+        names = names if len(names) > 1 else []  # one class needs no labels
         picture = Image.fromarray(
             side_by_side(image, sides[0], sides[1].above(threshold), names)
         )

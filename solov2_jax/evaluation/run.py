@@ -79,7 +79,7 @@ def evaluate(
         write_pictures(dataset, shown, out / "pictures")
         log.info("look at %s", out / "pictures")
     if report:
-        from solov2_jax.evaluation.report import write_report  # needs matplotlib
+        from solov2_jax.evaluation.report import write_report  # loads matplotlib
         from solov2_jax.evaluation.study import make_study
 
         facts = {
