@@ -49,11 +49,7 @@ def evaluate_files(
     metrics = evaluator.evaluate()
     out = Path(out_dir) if out_dir else None
     if out:
-        out.mkdir(parents=True, exist_ok=True)
-        number = len(evaluator.results)
-        counts = {"num_images": len(truth.images), "num_predictions": number}
-        write_json({**metrics, **counts}, out / "metrics.json")
-        log.info("written: %s", out / "metrics.json")
+        _write_metrics(out, metrics, evaluator)
     if out and report:
         from solov2_jax.evaluation.report import write_report  # loads matplotlib
 
@@ -70,8 +66,18 @@ def evaluate_files(
         for line in comparison_lines(found, predictions, against, files):
             log.info("%s", line)
         if out:
-            _write(out, found, files)
+            _write_changes(out, found, files)
     return metrics
+
+
+def _write_metrics(
+    out: Path, metrics: dict[str, float], evaluator: CocoEvaluator
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    number = len(evaluator.results)
+    counts = {"num_images": len(evaluator.image_ids), "num_predictions": number}
+    write_json({**metrics, **counts}, out / "metrics.json")
+    log.info("written: %s", out / "metrics.json")
 
 
 def _study(evaluator: CocoEvaluator, metrics: dict[str, float], path: str) -> Study:
@@ -87,7 +93,7 @@ def _files(truth: Truth) -> dict[int, str]:
     return {i: str(r.get("file_name", i)) for i, r in truth.images.items()}
 
 
-def _write(out: Path, found: Comparison, files: dict[int, str]) -> None:
+def _write_changes(out: Path, found: Comparison, files: dict[int, str]) -> None:
     """Writes every change, also those that the log leaves out."""
     changes = [*found.figures, *found.classes]
     with (out / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
