@@ -49,6 +49,7 @@ _ONE_OF = {
     "test.nms_kernel": ("gaussian", "linear"),
     "input.channel_order": ("BGR", "RGB"),
     "data.name": ("", "shapes"),
+    "eval.backend": ("fast", "pycocotools"),
 }
 
 
@@ -165,6 +166,11 @@ def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[st
 def check_config(config: ConfigDict) -> None:
     """Raises one ValueError that names every key with an impossible value."""
     flat, wrong = flatten(config), []
+    if missing := [k for k in (*_AT_LEAST, *_ABOVE_ZERO, *_ONE_OF) if k not in flat]:
+        raise ValueError(
+            f"config: {', '.join(missing)} missing; was the file written by an older "
+            "version? Add what configs/base.py has"
+        )
     for key, least in _AT_LEAST.items():
         if flat[key] < least:
             wrong.append(f"{key} = {flat[key]} must be at least {least}")

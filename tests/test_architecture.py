@@ -33,7 +33,7 @@ SCRIPTS_LAYER = 7
 # a checkpoint); their modules still form no circle, see `cycle_errors`.
 OPEN_LAYER = 5
 # Worker processes and offline evaluation stay light: no JAX, also not indirectly.
-JAX_FREE = ("data", "evaluation.coco")
+JAX_FREE = ("data", "evaluation.coco", "evaluation.offline", "evaluation.report")
 JAX_PACKAGES = {"jax", "jaxlib", "flax", "optax", "orbax", "jaxtyping"}
 # Only here is a ConfigDict made. Who takes a whole config, a `build_*` or `load_*`
 # function, reads its attributes and needs no import for that.

@@ -72,8 +72,8 @@ def perfect():
     return [prediction(10, [SMALL, MEDIUM], [0, 0]), prediction(4, [OTHER], [1])]
 
 
-def run(truth, predictions):
-    evaluator = CocoEvaluator(truth, IDS, NAMES)
+def run(truth, predictions, backend="fast"):
+    evaluator = CocoEvaluator(truth, IDS, NAMES, backend)
     for p in predictions:
         evaluator.process(p)
     return evaluator.evaluate()
@@ -124,6 +124,51 @@ def test_no_predictions_give_zero_and_say_why(truth, caplog):
     assert "no annotated object is larger than 96 x 96" in caplog.text
 
 
+def test_zero_says_whether_classes_or_masks_are_wrong(truth, caplog):
+    swapped = [prediction(10, [SMALL, MEDIUM], [1, 1]), prediction(4, [OTHER], [0])]
+    with caplog.at_level("INFO"):
+        assert run(truth, swapped)["segm/AP"] == 0
+    assert "3 of 3 predictions have a mask IoU of 0.5 or more" in caplog.text
+    assert "the classes are not" in caplog.text
+    caplog.clear()
+    x0, y0, x1, y1 = SMALL
+    half = prediction(10, [(x0 + 10, y0, x1 + 10, y1)], [0])  # IoU 1/3
+    with caplog.at_level("INFO"):
+        assert run(truth, [half, prediction(4, [], [])])["segm/AP"] == 0
+    assert "not one of 1 predictions" in caplog.text
+    assert "the best has 0.33; weights that are not trained" in caplog.text
+
+
+def test_zero_of_one_size_says_how_near_it_came(truth, caplog):
+    x0, y0, x1, y1 = SMALL
+    half = (x0 + 10, y0, x1 + 10, y1)
+    found = [prediction(10, [half, MEDIUM], [0, 0]), prediction(4, [OTHER], [1])]
+    with caplog.at_level("INFO"):
+        metrics = run(truth, found)
+    assert metrics["segm/APs"] == 0 < metrics["segm/APm"]
+    assert (
+        "APs is 0: 1 annotated objects are smaller than 32 x 32 pixels and 1 "
+        "predictions are; the largest mask IoU of such an object with a prediction is "
+        "0.33" in caplog.text
+    )
+
+
+def test_results_of_other_categories_are_named(truth, caplog):
+    evaluator = CocoEvaluator(truth, IDS, NAMES)
+    evaluator.process(perfect()[0])
+    results = [{**r, "category_id": 99} for r in evaluator.results]
+    other = CocoEvaluator(truth, IDS, NAMES)
+    other.add_results(results)
+    with caplog.at_level("INFO"):
+        assert other.evaluate()["segm/AP"] == 0
+    assert "none of the 2 predictions is of these images and categories" in caplog.text
+
+
+def test_unknown_backend_is_named(truth):
+    with pytest.raises(ValueError, match=r"eval.backend is 'faster'"):
+        CocoEvaluator(truth, IDS, NAMES, "faster")
+
+
 def test_mask_size_ranges_use_the_masks_area(truth):
     # A thin cross of 236 pixels in a 60 x 60 box: small as a mask, medium as a box.
     cross = np.zeros((HEIGHT, WIDTH), bool)
@@ -162,6 +207,7 @@ def test_equals_pycocotools_on_noisy_predictions(truth):
         scores = np.sort(rng.random(12))[::-1].tolist()
         predictions.append(prediction(image_id, moved, labels, scores))
     metrics = run(truth, predictions)
+    assert run(truth, predictions, "pycocotools") == metrics
 
     evaluator = CocoEvaluator(truth, IDS, NAMES)
     for p in predictions:

@@ -1,71 +1,66 @@
-"""Predictions -> COCO's average precision, by pycocotools.
+"""Predictions -> COCO's average precision.
 
 Source: detectron2 evaluation/coco_evaluation.py, COCOEvaluator (reset, process,
 evaluate). Different here: box AP means something, because boxes are the masks' own;
 predictions are RLE from the moment they arrive; figures that do not exist say why.
 """
 
-import contextlib
-import io
-import json
 import logging
 import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
-from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-
+from solov2_jax.evaluation.explain import reasons
+from solov2_jax.evaluation.figures import (
+    BACKENDS,
+    FIGURES,
+    Score,
+    score_fast,
+    score_pycocotools,
+)
+from solov2_jax.evaluation.tables import (
+    Detections,
+    Kind,
+    Objects,
+    make_detections,
+    make_objects,
+)
+from solov2_jax.evaluation.truth import Truth, read_truth
 from solov2_jax.inference.prediction import Prediction, to_coco_results
 
 log = logging.getLogger(__name__)
-# Its type stubs are narrower than what it takes.
-rle: Any = coco_mask
-
-# In the order of pycocotools' summary.
-FIGURES = (
-    *("AP", "AP50", "AP75", "APs", "APm", "APl"),
-    *("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
-)
-SIZE_RANGES = {
-    "s": "smaller than 32 x 32",
-    "m": "from 32 x 32 to 96 x 96",
-    "l": "larger than 96 x 96",
-}
 
 
 class CocoEvaluator:
     """Collects predictions image by image, then computes the twelve figures of COCO.
 
     Args:
-      annotations: an instances json file, or its content.
+      annotations: an instances json file, or its content, or what `read_truth` returns.
       category_ids: the annotation file's category id of each label 0..K-1.
       class_names: their names.
+      backend: "fast" or "pycocotools"; the figures are equal to the last digit.
     """
 
     def __init__(
         self,
-        annotations: str | os.PathLike[str] | dict[str, Any],
+        annotations: str | os.PathLike[str] | dict[str, Any] | Truth,
         category_ids: Sequence[int],
         class_names: Sequence[str],
+        backend: str = "fast",
     ):
-        if isinstance(annotations, dict):
-            self.source, content = "the annotations", annotations
-        else:
-            self.source = os.fspath(annotations)
-            content = json.loads(Path(annotations).read_text("utf-8"))
+        if backend not in BACKENDS:
+            raise ValueError(f"eval.backend is {backend!r}; use one of {BACKENDS}")
+        known = isinstance(annotations, Truth)
+        self.truth = annotations if known else read_truth(annotations)
+        self.source, self._backend = self.truth.source, backend
         self.category_ids = tuple(int(i) for i in category_ids)
         self.class_names = unique_names(class_names, self.category_ids)
-        known = {int(c["id"]) for c in content["categories"]}
-        if missing := sorted(set(self.category_ids) - known):
+        there = self.truth.categories
+        if missing := sorted(set(self.category_ids) - set(there)):
             raise ValueError(
                 f"{self.source}: no category has id {missing[:5]}, which the model's "
-                f"classes stand for; categories there are {sorted(known)[:10]}"
+                f"classes stand for; categories there are {sorted(there)[:10]}"
             )
-        self._truth, self.num_without_mask = ground_truth(content, self.source)
         self.reset()
 
     def reset(self) -> None:
@@ -78,10 +73,19 @@ class CocoEvaluator:
         """The predictions so far in COCO's results format."""
         return self._results
 
+    @property
+    def image_ids(self) -> list[int]:
+        """The images that were processed, sorted."""
+        return sorted(self._seen)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.category_ids)
+
     def process(self, prediction: Prediction) -> None:
         """Adds one image's predictions; an image without any counts too."""
         image_id = int(prediction.image_id)
-        image = self._truth.imgs.get(image_id)
+        image = self.truth.images.get(image_id)
         if image is None:
             raise ValueError(f"{self.source}: no image has id {image_id}")
         if image_id in self._seen:
@@ -100,9 +104,21 @@ class CocoEvaluator:
         self._seen.add(image_id)
         self._results.extend(to_coco_results(prediction, self.category_ids))
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.category_ids)
+    def add_results(self, results: Sequence[dict[str, Any]]) -> None:
+        """Adds results in COCO's format, as predictions of every image of the truth."""
+        self._seen.update(self.truth.images)
+        self._results.extend(results)
+
+    def columns(self) -> tuple[Objects, Detections]:
+        """Returns what is annotated and what was predicted on the processed images.
+
+        Labels are places in the sorted category ids, images places in `image_ids`.
+        """
+        ids = sorted(self.category_ids)
+        return (
+            make_objects(self.truth.annotations, self.image_ids, ids),
+            make_detections(self._results, self.image_ids, ids),
+        )
 
     def evaluate(self) -> dict[str, float]:
         """Returns `segm/AP`, ... `bbox/ARl` and `segm/AP/<class name>`, all 0..1.
@@ -112,143 +128,74 @@ class CocoEvaluator:
         """
         if not self._seen:
             raise ValueError("nothing to evaluate: no image was processed")
-        metrics: dict[str, float] = {}
-        masks, boxes = self._run("segm"), self._run("bbox")
-        for kind, evaluation in (("segm", masks), ("bbox", boxes)):
-            for name, value in zip(FIGURES, evaluation.stats, strict=True):
-                metrics[f"{kind}/{name}"] = float(value)
-        metrics.update(self._per_class(masks))
-        for line in self.report(metrics):
+        columns = self.columns()
+        scores = {
+            "segm": self._score("segm", *columns),
+            "bbox": self._score("bbox", *columns),
+        }
+        metrics = {
+            f"{kind}/{name}": value
+            for kind, score in scores.items()
+            for name, value in score.figures.items()
+        }
+        by_class = scores["segm"].class_precision().tolist()
+        for name, value in zip(self.sorted_names(), by_class, strict=True):
+            metrics[f"segm/AP/{name}"] = value
+        for line in self.table(metrics) + self.reasons(metrics):
             log.info("%s", line)
         return metrics
 
-    def _run(self, kind: Literal["segm", "bbox"]) -> COCOeval:
-        """Returns pycocotools' finished evaluation of "segm" or "bbox"."""
-        # With a box beside the mask, pycocotools would take a prediction's area from
-        # the box, and the size ranges of mask AP would no longer be those of masks.
-        wanted = "segmentation" if kind == "segm" else "bbox"
-        results: Any = [
-            {k: r[k] for k in ("image_id", "category_id", "score", wanted)}
-            for r in self._results
-        ]
-        with contextlib.redirect_stdout(io.StringIO()):
-            predicted = self._truth.loadRes(results) if results else empty(self._truth)
-            evaluation = COCOeval(self._truth, predicted, kind)
-            evaluation.params.imgIds = sorted(self._seen)
-            evaluation.params.catIds = list(self.category_ids)
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
-        return evaluation
+    def sorted_names(self) -> list[str]:
+        """Returns the class names in the order of their category ids."""
+        named = dict(zip(self.category_ids, self.class_names, strict=True))
+        return [named[i] for i in sorted(named)]
 
-    def _per_class(self, evaluation: COCOeval) -> dict[str, float]:
-        """Returns mask AP of each class, over all sizes and 100 detections."""
-        # precision [IoU threshold, recall, class, size range, detections]
-        by_class = np.moveaxis(evaluation.eval["precision"][:, :, :, 0, -1], 2, 0)
-        values = {}
-        for label, precision in zip(evaluation.params.catIds, by_class, strict=True):
-            name = self.class_names[self.category_ids.index(label)]
-            exists = precision[precision > -1]
-            values[f"segm/AP/{name}"] = float(exists.mean()) if exists.size else -1.0
-        return values
+    def metric_names(self) -> list[str]:
+        """Returns the keys of what `evaluate` returns."""
+        figures = [f"{kind}/{name}" for kind in ("segm", "bbox") for name in FIGURES]
+        return figures + [f"segm/AP/{name}" for name in self.sorted_names()]
 
-    def report(self, metrics: dict[str, float]) -> list[str]:
-        """Returns the lines of a table of `metrics`, with the reason of odd figures."""
+    def reasons(self, metrics: Mapping[str, float]) -> list[str]:
+        """Returns why figures are -1 or 0, a line for each reason."""
+        return reasons(metrics, *self.columns(), len(self._results))
+
+    def _score(self, kind: Kind, objects: Objects, found: Detections) -> Score:
+        if self._backend == "fast":
+            return score_fast(objects, found, kind, self.num_classes)
+        ids = sorted(self.category_ids)
+        return score_pycocotools(self.truth, self._results, kind, self.image_ids, ids)
+
+    def table(self, metrics: Mapping[str, float]) -> list[str]:
+        """Returns the lines of a table of `metrics`, and what they are about."""
         lines = [f"{'':5}" + "".join(f"{name:>7}" for name in FIGURES)]
         for kind in ("segm", "bbox"):
             row = (figure(metrics[f"{kind}/{name}"]) for name in FIGURES)
             lines.append(f"{kind:5}" + "".join(f"{v:>7}" for v in row))
-        counts = self._objects_per_class()
+        counts = self.objects_per_class()
         cells = [
             (name, figure(metrics[f"segm/AP/{name}"]), str(counts[category]))
             for category, name in zip(self.category_ids, self.class_names, strict=True)
         ]
         lines += class_table(cells)
-        total = len(self._truth.imgs)
         lines.append(
-            f"{len(self._seen)} of {total} images, {sum(counts.values())} objects, "
-            f"{len(self._results)} predictions"
+            f"{len(self._seen)} of {len(self.truth.images)} images, "
+            f"{sum(counts.values())} objects, {len(self._results)} predictions"
         )
-        if not self._results:
-            lines.append("every figure is 0 because there is not one prediction")
-        if self.num_without_mask:
+        if self.truth.num_without_mask:
             lines.append(
-                f"{self.num_without_mask} annotations have no usable mask and are "
-                "left out, as in training"
+                f"{self.truth.num_without_mask} annotations have no usable mask and "
+                "are left out, as in training"
             )
-        for suffix, words in SIZE_RANGES.items():
-            if metrics[f"segm/AP{suffix}"] < 0:
-                lines.append(f"AP{suffix}: no annotated object is {words} pixels")
         return lines
 
-    def _objects_per_class(self) -> dict[int, int]:
+    def objects_per_class(self) -> dict[int, int]:
         """Returns how many objects, crowds aside, the processed images have."""
         counts = dict.fromkeys(self.category_ids, 0)
-        for annotation in self._truth.dataset["annotations"]:
+        for annotation in self.truth.annotations:
             category = annotation["category_id"]
             if annotation["image_id"] in self._seen and category in counts:
                 counts[category] += not annotation["iscrowd"]
         return counts
-
-
-def ground_truth(content: dict[str, Any], source: str) -> tuple[COCO, int]:
-    """Returns pycocotools' index of an instances json and how many objects it lacks.
-
-    Objects without a usable mask are left out, missing `area`, `bbox` and `iscrowd` are
-    filled in, and ids are counted from 1: pycocotools takes a match with an object of
-    id 0 for no match.
-    """
-    sizes = {i["id"]: (int(i["height"]), int(i["width"])) for i in content["images"]}
-    categories = {c["id"] for c in content["categories"]}
-    annotations = []
-    for a in content["annotations"]:
-        for key, known in (("image_id", sizes), ("category_id", categories)):
-            if a[key] not in known:
-                raise ValueError(
-                    f"{source}: annotation {a.get('id')} has {key} {a[key]}, which is "
-                    "not in the file; remove the annotation or add the entry"
-                )
-        mask = to_rle(a.get("segmentation"), sizes[a["image_id"]])
-        if mask is None:
-            continue
-        annotations.append(
-            {
-                "id": len(annotations) + 1,
-                "image_id": a["image_id"],
-                "category_id": a["category_id"],
-                "segmentation": mask,
-                "area": float(a["area"]) if "area" in a else float(rle.area(mask)),
-                "bbox": a["bbox"] if a.get("bbox") else rle.toBbox(mask).tolist(),
-                "iscrowd": int(a.get("iscrowd", 0)),
-            }
-        )
-    coco = COCO()
-    coco.dataset = {
-        "images": content["images"],
-        "categories": content["categories"],
-        "annotations": annotations,
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco, len(content["annotations"]) - len(annotations)
-
-
-def to_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any] | None:
-    """Returns polygons, RLE or uncompressed RLE as RLE; None without a usable one."""
-    if isinstance(segmentation, dict):
-        if isinstance(segmentation["counts"], list):
-            return rle.frPyObjects(segmentation, *size)
-        return segmentation
-    polygons = [p for p in segmentation or () if len(p) >= 6 and len(p) % 2 == 0]
-    return rle.merge(rle.frPyObjects(polygons, *size)) if polygons else None
-
-
-def empty(truth: COCO) -> COCO:
-    """Returns the index of no predictions at all, which `loadRes` cannot make."""
-    coco = COCO()
-    coco.dataset = {**truth.dataset, "annotations": []}
-    coco.createIndex()
-    return coco
 
 
 def unique_names(names: Sequence[str], ids: Sequence[int]) -> tuple[str, ...]:

@@ -3,7 +3,9 @@
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +14,7 @@ import numpy as np
 from solov2_jax.config import write_json
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.evaluation.coco import CocoEvaluator
+from solov2_jax.evaluation.expect import Expectation, check_names
 from solov2_jax.evaluation.pictures import write_pictures
 from solov2_jax.inference.prediction import Prediction, write_results
 
@@ -19,6 +22,8 @@ log = logging.getLogger(__name__)
 
 # Seconds between two lines of progress.
 PROGRESS_EVERY = 10.0
+# Batches whose masks may wait for the encoder; more would only cost memory.
+WAITING_BATCHES = 1
 
 
 @runtime_checkable
@@ -43,36 +48,28 @@ def evaluate(
     batches: BatchSource,
     out_dir: str | os.PathLike[str],
     num_pictures: int = 0,
+    backend: str = "fast",
+    *,
+    expectations: Sequence[Expectation] = (),
+    report: str = "",
 ) -> dict[str, float]:
     """Returns COCO's figures of the batches' images, see `CocoEvaluator.evaluate`.
 
     Writes them to `metrics.json` in `out_dir`, with the numbers of images and
     predictions, the predictions to `predictions.json` in COCO's results format, and
     the first `num_pictures` images with truth and prediction to `pictures`.
+
+    Args:
+      expectations: their names are checked before anything is predicted.
+      report: the title of a report that is written to `report`; "": none.
     """
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     evaluator = CocoEvaluator(
-        dataset.annotation_file, dataset.category_ids, dataset.class_names
+        dataset.annotation_file, dataset.category_ids, dataset.class_names, backend
     )
-    shown: dict[int, Prediction] = {}
-    clock = Clock(len(batches))
-    iterator = iter(batches)
-    while True:
-        clock.start()
-        batch = next(iterator, None)
-        if batch is None:
-            break
-        clock.lap("data")
-        predictions = predictor.predict_batch(batch)
-        clock.lap("compute", first_of=batch["image"].shape)
-        for prediction in predictions:
-            evaluator.process(prediction)
-            if len(shown) < num_pictures:
-                shown[prediction.image_id] = prediction
-        clock.lap("encode")
-        clock.count(len(predictions))
-    log.info("%s", clock.summary())
+    check_names(expectations, evaluator.metric_names())
+    shown, clock = predict(predictor, batches, evaluator, num_pictures)
     write_results(evaluator.results, out / "predictions.json")
     metrics = evaluator.evaluate()
     counts = {"num_images": clock.images, "num_predictions": len(evaluator.results)}
@@ -81,11 +78,66 @@ def evaluate(
     if shown:
         write_pictures(dataset, shown, out / "pictures")
         log.info("look at %s", out / "pictures")
+    if report:
+        from solov2_jax.evaluation.report import write_report  # loads matplotlib
+        from solov2_jax.evaluation.study import make_study
+
+        facts = {
+            "data": os.path.basename(dataset.annotation_file),
+            "images": str(clock.images),
+            "predictions": str(len(evaluator.results)),
+        }
+        study = make_study(evaluator, metrics, report, facts, clock.milliseconds())
+        write_report(out / "report", study, evaluator, dataset.image_root)
     return metrics
 
 
+def predict(
+    predictor: BatchPredictor,
+    batches: BatchSource,
+    evaluator: CocoEvaluator,
+    keep: int = 0,
+) -> tuple[dict[int, Prediction], "Clock"]:
+    """Returns the first `keep` predictions and the times; `evaluator` gets them all.
+
+    Masks are encoded in a thread of their own while the device computes the next batch.
+    """
+    kept: dict[int, Prediction] = {}
+    clock = Clock(len(batches))
+    iterator = iter(batches)
+    encoding: deque[Future[None]] = deque()
+
+    def encode(predictions: Sequence[Prediction]) -> None:
+        for prediction in predictions:
+            evaluator.process(prediction)
+
+    with ThreadPoolExecutor(1) as thread:
+        while True:
+            clock.start()
+            batch = next(iterator, None)
+            clock.lap("data")
+            if batch is None:
+                break
+            predictions = predictor.predict_batch(batch)
+            clock.lap("compute", first_of=batch["image"].shape)
+            kept |= {p.image_id: p for p in predictions[: keep - len(kept)]}
+            encoding.append(thread.submit(encode, predictions))
+            while len(encoding) > WAITING_BATCHES:
+                encoding.popleft().result()
+            clock.lap("encode")
+            clock.count(len(predictions))
+        while encoding:
+            encoding.popleft().result()
+        clock.lap("encode")
+    log.info("%s", clock.summary())
+    return kept, clock
+
+
 class Clock:
-    """Where the time of an evaluation goes, and how far it is."""
+    """Where the time of an evaluation goes, and how far it is.
+
+    "encode" is what the encoder, which works beside the device, makes it wait.
+    """
 
     def __init__(self, num_batches: int):
         self.images = self._batches = 0
@@ -117,13 +169,16 @@ class Clock:
             left = elapsed / self._batches * (self._total - self._batches)
             log.info("%d images evaluated, about %.0f s left", self.images, left)
 
-    def summary(self) -> str:
-        """Returns what an image cost on average."""
+    def milliseconds(self) -> dict[str, float]:
+        """Returns what an image cost on average, the first batches of shapes aside."""
         n = max(self.images, 1)
-        parts = ", ".join(
-            f"{name} {1000 * self._seconds[name] / n:.1f}"
-            for name in ("data", "compute", "encode")
-        )
+        parts = ("data", "compute", "encode")
+        return {name: 1000 * self._seconds[name] / n for name in parts}
+
+    def summary(self) -> str:
+        """Returns what an image cost on average, as text."""
+        spent = self.milliseconds().items()
+        parts = ", ".join(f"{name} {value:.1f}" for name, value in spent)
         elapsed = self._last - self._begin
         return (
             f"predicted {self.images} images in {elapsed:.1f} s; ms an image: {parts}; "

@@ -142,7 +142,8 @@ def build_evaluate(
             config, model, variables, dataset.class_names, dataset.category_ids
         )
         batches = build_eval_batches(config, dataset)
-        return evaluate(predictor, dataset, batches, out_dir, config.eval.num_pictures)
+        options = config.eval.num_pictures, config.eval.backend
+        return evaluate(predictor, dataset, batches, out_dir, *options)
 
     return evaluate_variables
 
