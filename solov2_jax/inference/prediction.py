@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle
 
+from solov2_jax.inference.crops import MaskCrops, Window
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -18,7 +20,8 @@ class Prediction:
     Shapes: n detections (at most `test.max_per_image`), H W the original image.
     """
 
-    masks: np.ndarray  # bool [n, H, W], none of them empty
+    # bool [n, H, W], none of them empty; of a tiled image they are made when asked for.
+    masks: np.ndarray | MaskCrops
     boxes: np.ndarray  # float32 [n, 4], tight (x0, y0, x1, y1), x1 and y1 exclusive
     scores: np.ndarray  # float32 [n], descending
     labels: np.ndarray  # int [n], 0..K-1
@@ -37,6 +40,26 @@ class Prediction:
             scores=self.scores[keep],
             labels=self.labels[keep],
         )
+
+    def crop(self, index: int) -> tuple[Window, np.ndarray]:
+        """Returns the window (rows, columns) of an object and the mask inside it."""
+        if isinstance(self.masks, MaskCrops):
+            return self.masks.crop(index)
+        x0, y0, x1, y1 = self.boxes[index].astype(int).tolist()
+        window = slice(y0, y1), slice(x0, x1)
+        return window, self.masks[index][window]
+
+    def thinned(self, stride: int) -> np.ndarray:
+        """Returns every `stride`-th row and column of the masks, bool [n, h, w]."""
+        if isinstance(self.masks, MaskCrops):
+            return self.masks.thinned(stride)
+        return self.masks[:, ::stride, ::stride]
+
+    def encode(self, index: int) -> dict[str, Any]:
+        """Returns a mask as compressed RLE of the whole image, for json."""
+        if isinstance(self.masks, MaskCrops):
+            return self.masks.encode(index)
+        return encode_mask(self.masks[index])
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
@@ -61,7 +84,7 @@ def to_coco_results(
                 "category_id": int(category_ids[int(prediction.labels[i])]),
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "score": float(prediction.scores[i]),
-                "segmentation": encode_mask(prediction.masks[i]),
+                "segmentation": prediction.encode(i),
             }
         )
     return results
