@@ -39,8 +39,8 @@ class PackedMask:
         out = np.zeros((max(y1 - y0, 0), max(x1 - x0, 0)), bool)
         common = intersect(self.rectangle, window)
         if common is not None:
-            own = self.unpack()[_slices(common, self.rectangle)]
-            out[_slices(common, window)] = own
+            own = self.unpack()[slices(common, self.rectangle)]
+            out[slices(common, window)] = own
         return out
 
 
@@ -62,7 +62,8 @@ def intersect(a: Rectangle, b: Rectangle) -> Rectangle | None:
     return (y0, x0, y1, x1) if y0 < y1 and x0 < x1 else None
 
 
-def _slices(part: Rectangle, whole: Rectangle) -> Window:
+def slices(part: Rectangle, whole: Rectangle) -> Window:
+    """Returns where a rectangle lies within another one's pixels."""
     y, x = whole[:2]
     return slice(part[0] - y, part[2] - y), slice(part[1] - x, part[3] - x)
 
@@ -98,13 +99,13 @@ class MaskCrops:
             raise ValueError("masks that are stored as crops cannot be had uncopied")
         masks = np.zeros(self.shape, bool)
         for mask, packed in zip(masks, self.packed, strict=True):
-            mask[_slices(packed.rectangle, (0, 0, 0, 0))] = packed.unpack()
+            mask[slices(packed.rectangle, (0, 0, 0, 0))] = packed.unpack()
         return masks if dtype is None else masks.astype(dtype, copy=False)
 
     def crop(self, index: int) -> tuple[Window, np.ndarray]:
         """Returns the window (rows, columns) of an object and the mask inside it."""
         mask = self.packed[index]
-        return _slices(mask.rectangle, (0, 0, 0, 0)), mask.unpack()
+        return slices(mask.rectangle, (0, 0, 0, 0)), mask.unpack()
 
     def boxes(self) -> np.ndarray:
         """Returns the tight boxes (x0, y0, x1, y1), float32 [n, 4]."""
@@ -146,7 +147,7 @@ class MaskCrops:
 
     def _whole(self, packed: PackedMask) -> np.ndarray:
         mask = np.zeros(self.shape[1:], bool)
-        mask[_slices(packed.rectangle, (0, 0, 0, 0))] = packed.unpack()
+        mask[slices(packed.rectangle, (0, 0, 0, 0))] = packed.unpack()
         return mask
 
 

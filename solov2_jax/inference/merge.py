@@ -17,11 +17,12 @@ from solov2_jax.inference.crops import (
     intersect,
     overlapping_pairs,
     pack,
+    slices,
 )
 
 # Least IoU, where both views look, of two masks of one object.
 AGREE = 0.5
-# A cut object of which others have this share is a part of them.
+# A cut object goes if others explain this share of it.
 CONTAINED = 0.7
 # How much of an object a view sees: all of it in a tile, all in the whole image at a
 # lower resolution, or a part that the tile's border cuts off. The least is the best.
@@ -74,7 +75,7 @@ def merge(
     objects = [settle([found[i] for i in group], views) for group in groups]
     objects.sort(key=lambda o: -o.score)
     pairs, common = rivals(objects)
-    gone = explained(objects, pairs)
+    gone = explained(objects, pairs, views)
     left = ~gone[pairs].any(axis=1)
     pairs, common = pairs[left], common[left]
     area = np.array([o.mask.area for o in objects], np.float64)
@@ -146,14 +147,12 @@ def join(group: Sequence[Found], views: Sequence[View]) -> PackedMask | None:
     canvas = np.zeros((y1 - y0, x1 - x0), bool)
     seen = frozenset().union(*(part.views for part in group))
     for part in group:
-        top, left, bottom, right = part.mask.rectangle
         pixels = part.mask.unpack().copy()
         for view in seen - part.views:
             core = intersect(views[view].core, part.mask.rectangle)
             if core is not None:
-                a, b, c, d = core
-                pixels[a - top : c - top, b - left : d - left] = False
-        canvas[top - y0 : bottom - y0, left - x0 : right - x0] |= pixels
+                pixels[slices(core, part.mask.rectangle)] = False
+        canvas[slices(part.mask.rectangle, (y0, x0, y1, x1))] |= pixels
     return pack(canvas, y0, x0)
 
 
@@ -180,22 +179,29 @@ def rivals(objects: Sequence[Found]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(pairs, int).reshape(-1, 2), np.array(common, np.float64)
 
 
-def explained(objects: Sequence[Found], pairs: np.ndarray) -> np.ndarray:
-    """Returns which cut objects lie in others of other views, bool [n].
+def explained(
+    objects: Sequence[Found], pairs: np.ndarray, views: Sequence[View]
+) -> np.ndarray:
+    """Returns which cut objects most of whose pixels others explain, bool [n].
 
-    The others are those that a view saw whole, and larger parts.
+    A pixel is explained by an object that a view saw whole, by a larger cut one, and by
+    lying in the core of a view that is none of the object's: that one knows it better.
     """
     gone = np.zeros(len(objects), bool)
     for i, part in enumerate(objects):
         if part.kind != CUT:
             continue
+        rectangle, own = part.mask.rectangle, part.mask.unpack()
+        known = np.zeros(own.shape, bool)
+        for core in (intersect(views[v].core, rectangle) for v in part.views):
+            if core is not None:
+                known[slices(core, rectangle)] = True
+        covered = ~known
         beside = pairs[(pairs == i).any(axis=1)].sum(axis=1) - i
-        covered = np.zeros(part.mask.unpack().shape, bool)
         for other in (objects[j] for j in beside.tolist()):
             if other.kind != CUT or other.mask.area > part.mask.area:
-                covered |= other.mask.within(part.mask.rectangle)
-        common = (covered & part.mask.unpack()).sum()
-        gone[i] = common >= CONTAINED * part.mask.area
+                covered |= other.mask.within(rectangle)
+        gone[i] = (covered & own).sum() >= CONTAINED * part.mask.area
     return gone
 
 
