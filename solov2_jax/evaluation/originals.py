@@ -3,23 +3,15 @@
 Tiles and scales are made of the original image, so its size must not be lost before.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.images import read_sized
 from solov2_jax.inference.prediction import Prediction
-
-
-class ImagePredictor(Protocol):
-    """What is needed of a predictor."""
-
-    def predict_images(
-        self, images: Iterable[np.ndarray | str], batch_size: int = 1
-    ) -> Iterable[Prediction]: ...
+from solov2_jax.inference.tiling import PicturePredictor
 
 
 class Originals:
@@ -52,7 +44,7 @@ class OriginalPredictor:
       batch_size: views of an image that are computed together.
     """
 
-    def __init__(self, predictor: ImagePredictor, batch_size: int = 1):
+    def __init__(self, predictor: PicturePredictor, batch_size: int = 1):
         self._predictor, self._batch_size = predictor, batch_size
 
     def predict_batch(self, batch: Mapping[str, np.ndarray]) -> list[Prediction]:
