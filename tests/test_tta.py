@@ -70,7 +70,7 @@ def picture(height, width):
     h, w = height // 8, width // 8
     image[h : 3 * h, w : 4 * w, 2] = 255
     image[4 * h : 6 * h, w : 3 * w, 1] = 255
-    image[2 * h : 5 * h, 5 * w : 7 * w, 0] = 255
+    image[2 * h : 5 * h, 4 * w + 2 : 7 * w, 0] = 255
     return image
 
 
@@ -137,6 +137,21 @@ def test_scores_are_means_over_views_and_a_view_without_the_object_counts_0():
     half = predict(image, Channels(minimum=100), scales=(1.0, 2.0))
     for label, score in zip(half.labels.tolist(), half.scores.tolist(), strict=True):
         assert score == pytest.approx(one[label] / 2, rel=0.05)
+
+
+@pytest.mark.parametrize("size", [(64, 80), (61, 83), (40, 51)])
+def test_objects_at_the_borders_reach_them(size):
+    image = np.zeros((*size, 3), np.uint8)
+    image[:20, 12:, 0] = 255  # to the right border, where padding begins
+    image[30:, :20, 1] = 255
+    one = predict(image, flip=True)
+    two = predict(np.ascontiguousarray(image[:, ::-1]), flip=True)
+    np.testing.assert_array_equal(one.masks, two.masks[..., ::-1])
+    for mask, label in zip(one.masks, one.labels, strict=True):
+        assert iou(mask, image[..., label] > 0) > 0.85
+    masks = dict(zip(one.labels.tolist(), one.masks, strict=True))
+    assert masks[0][:15, -1].all() and masks[0][0, 20:].all()
+    assert masks[1][-1, :15].all() and masks[1][-5:, 0].all()
 
 
 def test_nothing_found():

@@ -76,20 +76,28 @@ class AugmentedPredictor:
             found.append(self.predictor.detect(batch))
             sizes.append(examples[0]["image_size"])
         largest = int(np.argmax([s.prod() for s in sizes]))
-        cells = -(-sizes[largest] // 4)
+        cells = jnp.asarray(-(-sizes[largest] // 4))
         frame = found[largest].soft_masks.shape[2:]
         aligned = [
             align(f.soft_masks, size, cells, frame, self.options.mirrored)
             for f, size in zip(found, sizes, strict=True)
         ]
         soft_masks = jnp.concatenate(aligned)
-        fused = self._fuse(found, soft_masks)
+        fused = self._fuse(found, soft_masks, cells)
         return self.predictor.paste(
-            fused, 0, 4 * cells, image.shape[:2], self.predictor.mask_threshold, number
+            fused,
+            0,
+            4 * np.asarray(cells),
+            image.shape[:2],
+            self.predictor.mask_threshold,
+            number,
         )
 
     def _fuse(
-        self, found: Sequence[Detections], soft_masks: Float[Array, "N h w"]
+        self,
+        found: Sequence[Detections],
+        soft_masks: Float[Array, "N h w"],
+        cells: Int[Array, "2"],
     ) -> Detections:
         """Returns the detections of all views as one image's, in the frame."""
         fields = [(f.scores, f.labels, f.valid) for f in found]
@@ -111,7 +119,7 @@ class AugmentedPredictor:
         return Detections(
             jnp.asarray(np.pad(means, fill), jnp.float32)[None],
             jnp.asarray(np.pad(best, fill))[None],
-            average(jnp.asarray(weights), soft_masks)[None],
+            average(jnp.asarray(weights), soft_masks, cells)[None],
             jnp.asarray(np.pad(means, fill) > 0)[None],
             jnp.asarray([len(groups)]),
         )
@@ -183,10 +191,20 @@ def mask_iou(
 
 @jax.jit
 def average(
-    weights: Float[Array, "D N"], soft_masks: Float[Array, "N h w"]
+    weights: Float[Array, "D N"],
+    soft_masks: Float[Array, "N h w"],
+    cells: Int[Array, "2"],
 ) -> Float[Array, "D h w"]:
-    """Returns weighted sums of soft masks."""
-    return jnp.einsum("dn,nhw->dhw", weights, soft_masks, precision="highest")
+    """Returns weighted sums of soft masks in the frame, continued beyond its cells.
+
+    So that a mask at the image's border is not mixed with the zeros there.
+    """
+    total = jnp.einsum("dn,nhw->dhw", weights, soft_masks, precision="highest")
+    rows, columns = (
+        jnp.minimum(jnp.arange(size), cells[axis] - 1)
+        for axis, size in enumerate(total.shape[1:])
+    )
+    return total[:, rows][:, :, columns]
 
 
 def group_views(
