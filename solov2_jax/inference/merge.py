@@ -188,6 +188,10 @@ def explained(
     lying in the core of a view that is none of the object's: that one knows it better.
     """
     gone = np.zeros(len(objects), bool)
+    beside: list[list[int]] = [[] for _ in objects]
+    for i, j in pairs.tolist():
+        beside[i].append(j)
+        beside[j].append(i)
     for i, part in enumerate(objects):
         if part.kind != CUT:
             continue
@@ -197,8 +201,7 @@ def explained(
             if core is not None:
                 known[slices(core, rectangle)] = True
         covered = ~known
-        beside = pairs[(pairs == i).any(axis=1)].sum(axis=1) - i
-        for other in (objects[j] for j in beside.tolist()):
+        for other in (objects[j] for j in beside[i]):
             if other.kind != CUT or other.mask.area > part.mask.area:
                 covered |= other.mask.within(rectangle)
         gone[i] = (covered & own).sum() >= CONTAINED * part.mask.area
