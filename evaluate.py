@@ -8,6 +8,8 @@
     python evaluate.py --annotations instances.json --predictions a.json \
         --against b.json
 
+`--tta=flip,0.8,1,1.25` and `--tile=512` evaluate with several views of each image.
+
 Writes `eval/metrics.json` and `eval/predictions.json` (COCO's results format) into the
 workdir, and `eval/report/report.html` with `--report`. Predictions of any tool in that
 format are scored with `--predictions`; `--output` names the folder for what is written.
@@ -21,6 +23,7 @@ import sys
 from absl import flags
 
 from solov2_jax import cli
+from solov2_jax.view_flags import view_options
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a training run.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "last, best or a step.")
@@ -72,18 +75,26 @@ def score_run(overrides: list[str], expectations: list) -> dict[str, float]:
         raise ValueError("give --workdir (of a training run), or --predictions")
     from solov2_jax.inference.predictor import Predictor, load_workdir_config
 
+    tta, tiles = view_options()
     config = load_workdir_config(workdir, overrides)
     from solov2_jax.data.build import build_eval_batches, load_val_dataset
+    from solov2_jax.evaluation.originals import OriginalPredictor, Originals
     from solov2_jax.evaluation.run import evaluate
+    from solov2_jax.inference.views import build_views
 
     predictor = Predictor.from_workdir(workdir, _CHECKPOINT.value, overrides)
     classes = zip(predictor.category_ids, predictor.class_names, strict=True)
     dataset = load_val_dataset(config, dict(classes))
+    batches = build_eval_batches(config, dataset)
+    if tta or tiles:
+        looking = build_views(predictor, tta, tiles, batches.buckets)
+        predictor = OriginalPredictor(looking, config.eval.batch_size)
+        batches = Originals(dataset, config.eval.max_images)
     run = os.path.basename(os.path.abspath(workdir))
     return evaluate(
         predictor,
         dataset,
-        build_eval_batches(config, dataset),
+        batches,
         _OUTPUT.value or os.path.join(workdir, "eval"),
         config.eval.num_pictures,
         config.eval.backend,

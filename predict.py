@@ -6,8 +6,9 @@
 
 Each image is padded to its own multiple of 32, exactly as the reference does with one
 image; every new padded shape compiles once. `--config.input.buckets_test` restricts the
-shapes. `--score 0` keeps every detection that the network's own thresholds
-(`--config.test.*`) let through.
+shapes. `--tile 512` cuts large images into overlapping tiles, `--tta flip,0.8,1,1.25`
+averages several views. `--score 0` keeps every detection that the network's own
+thresholds (`--config.test.*`) let through.
 
 Exit code 0: done; 2: an error that the one line `error: ...` explains, also when only
 some of the images could not be read: the others are done then.
@@ -20,6 +21,7 @@ from absl import flags
 from solov2_jax import cli
 from solov2_jax.config import load_config
 from solov2_jax.inference.files import find_images, name_pictures, predict_files
+from solov2_jax.view_flags import view_options
 
 if TYPE_CHECKING:
     from solov2_jax.inference.predictor import Predictor
@@ -57,7 +59,12 @@ def main(overrides: list[str]) -> None:
         raise ValueError("give either --workdir, or --config and --weights together")
     paths = find_images(_INPUT.value)
     name_pictures(paths, _OUTPUT.value)  # raises now instead of after a compilation
+    tta, tiles = view_options()
     predictor = load_predictor(overrides)
+    if tta or tiles:
+        from solov2_jax.inference.views import build_views
+
+        predictor = build_views(predictor, tta, tiles)
     problems = predict_files(predictor, paths, _OUTPUT.value, _SCORE.value)
     if problems:
         raise ValueError(

@@ -26,6 +26,7 @@ LAYERS = {
     "inference": 5,
     "evaluation": 5,
     "cli": 6,
+    "view_flags": 6,
     "summary": 6,
 }
 SCRIPTS_LAYER = 7

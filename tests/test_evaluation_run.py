@@ -8,7 +8,7 @@ import tiny_coco
 
 from solov2_jax.data.pipeline import Reading, Resize, eval_batches
 from solov2_jax.evaluation.run import evaluate
-from solov2_jax.inference.prediction import Prediction, encode_mask
+from solov2_jax.inference.prediction import Prediction
 
 # tiny_coco's objects: image id -> [(label, x, y, side)]; labels by sorted ids 5, 20.
 TRUTH = {7: [(0, 10, 8, 20), (1, 30, 20, 12)], 3: [(1, 10, 8, 20)], 9: []}
@@ -68,7 +68,7 @@ def test_oracle_scores_1_and_both_files_are_written(dataset, tmp_path, caplog):
     assert by_image[3][0]["bbox"] == [10, 8, 20, 20]
     mask = np.zeros((64, 48), bool)
     mask[8:28, 10:30] = True
-    assert by_image[3][0]["segmentation"] == encode_mask(mask)
+    assert by_image[3][0]["segmentation"] == tiny_coco.encode_mask(mask)
     assert sorted(p.name for p in out.iterdir()) == ["metrics.json", "predictions.json"]
     assert "predicted 3 images" in caplog.text and "3 of 3 images" in caplog.text
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from solov2_jax.config import save_config
 from solov2_jax.inference.files import find_images, name_pictures, predict_files
-from solov2_jax.inference.prediction import Prediction, encode_mask
+from solov2_jax.inference.prediction import Prediction
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -99,7 +99,7 @@ def test_bad_files_are_reported_and_good_ones_done(photos, tmp_path):
     assert first["score"] == pytest.approx(0.9) and first["bbox"] == [0, 0, 30, 40]
     left = np.zeros((40, 60), bool)
     left[:, :30] = True
-    assert first["segmentation"] == encode_mask(left)
+    assert first["segmentation"] == tiny_coco.encode_mask(left)
 
 
 def test_score_0_keeps_everything(photos, tmp_path):

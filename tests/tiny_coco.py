@@ -6,9 +6,16 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as rle
 
 from solov2_jax.data import masks
 from solov2_jax.data.coco import CocoDataset, load_coco
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """Returns a bool [H, W] mask as pycocotools encodes it, with text for json."""
+    encoded: Any = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
 
 
 def square(x: float, y: float, side: float) -> list[list[float]]:

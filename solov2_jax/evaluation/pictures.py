@@ -128,7 +128,7 @@ def _box(mask: np.ndarray) -> np.ndarray:
 def _enlarged(image, prediction: Prediction, class_names) -> np.ndarray:
     factor = max(1, MIN_HEIGHT // image.shape[0])
     large = Prediction(
-        prediction.masks.repeat(factor, 1).repeat(factor, 2),
+        np.asarray(prediction.masks).repeat(factor, 1).repeat(factor, 2),
         prediction.boxes * factor,
         prediction.scores,
         prediction.labels,

@@ -70,8 +70,7 @@ def draw_masks(
     """
     picture = image.copy()
     thickness = max(1, round(min(image.shape[:2]) / 400))
-    boxes = prediction.boxes
-    crops = [crop(m, box) for m, box in zip(prediction.masks, boxes, strict=True)]
+    crops = [prediction.crop(i) for i in range(len(prediction))]
     largest_first = np.argsort([-int(mask.sum()) for _, mask in crops], kind="stable")
     for i in largest_first:
         window, mask = crops[i]
@@ -82,14 +81,6 @@ def draw_masks(
         window, mask = crops[i]
         picture[window][contour(mask, thickness)] = colors[i]
     return picture
-
-
-def crop(mask: np.ndarray, box: np.ndarray) -> tuple[tuple[slice, slice], np.ndarray]:
-    """Returns the window (rows, columns) of an object's box and the mask inside it."""
-    x0, y0 = np.floor(box[:2]).astype(int)
-    x1, y1 = np.ceil(box[2:]).astype(int)
-    window = (slice(max(y0, 0), y1), slice(max(x0, 0), x1))
-    return window, mask[window]
 
 
 def contour(mask: np.ndarray, thickness: int) -> np.ndarray:

@@ -25,6 +25,18 @@ class InputOptions:
     buckets: tuple[Bucket, ...]
 
 
+def load_image(image: np.ndarray | str, name: str) -> np.ndarray:
+    """Returns RGB uint8 [H, W, 3] of a path or of such an array, or raises."""
+    if isinstance(image, str):
+        return read_image(image)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(
+            f"{name} is {image.dtype} {image.shape}; it must be uint8 [height, width, "
+            "3], RGB"
+        )
+    return image
+
+
 def make_example(
     image: np.ndarray | str, image_id: int, options: InputOptions
 ) -> dict[str, np.ndarray]:
@@ -33,15 +45,8 @@ def make_example(
     Args:
       image: RGB uint8 [H, W, 3], or a path.
     """
-    name = f"image {image_id}"
-    if isinstance(image, str):
-        name = image
-        image = read_image(image)
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(
-            f"{name} is {image.dtype} {image.shape}; it must be uint8 [height, width, "
-            "3], RGB"
-        )
+    name = image if isinstance(image, str) else f"image {image_id}"
+    image = load_image(image, name)
     rows, columns = image.shape[:2]
     size = shortest_edge_sizes(rows, columns, options.min_size, options.max_size)
     height, width = (int(v) for v in size)

@@ -86,7 +86,7 @@ class Places:
         self.stride = max(1, math.ceil(max(self.height, self.width) / GRID))
         self.boxes = prediction.boxes
         # [n, h, w], a view: every stride-th pixel.
-        self.masks = prediction.masks[:, :: self.stride, :: self.stride]
+        self.masks = prediction.thinned(self.stride)
         self.areas = self.masks.sum((1, 2), dtype=np.int64) * self.stride**2
         self.covered = integral(np.any(self.masks, axis=0))
         self.taken = np.zeros((0, 4), np.int64)

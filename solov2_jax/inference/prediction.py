@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as rle
 
 from solov2_jax.data.runs import encode_masks
+from solov2_jax.inference.crops import MaskCrops, Window
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Prediction:
     Shapes: n detections (at most `test.max_per_image`), H W the original image.
     """
 
-    masks: np.ndarray  # bool [n, H, W], none of them empty
+    # bool [n, H, W], none of them empty; of a tiled image they are made when asked for.
+    masks: np.ndarray | MaskCrops
     boxes: np.ndarray  # float32 [n, 4], tight (x0, y0, x1, y1), x1 and y1 exclusive
     scores: np.ndarray  # float32 [n], descending
     labels: np.ndarray  # int [n], 0..K-1
@@ -40,11 +41,25 @@ class Prediction:
             labels=self.labels[keep],
         )
 
+    def crop(self, index: int) -> tuple[Window, np.ndarray]:
+        """Returns the window (rows, columns) of an object and the mask inside it."""
+        if isinstance(self.masks, MaskCrops):
+            return self.masks.crop(index)
+        x0, y0, x1, y1 = self.boxes[index].astype(int).tolist()
+        window = slice(y0, y1), slice(x0, x1)
+        return window, self.masks[index][window]
 
-def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """Returns a bool [H, W] mask as compressed RLE that json can hold."""
-    encoded: Any = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
+    def thinned(self, stride: int) -> np.ndarray:
+        """Returns every `stride`-th row and column of the masks, bool [n, h, w]."""
+        if isinstance(self.masks, MaskCrops):
+            return self.masks.thinned(stride)
+        return self.masks[:, ::stride, ::stride]
+
+    def encode(self) -> list[str]:
+        """Returns the masks as COCO's compressed run lengths of the whole image."""
+        if isinstance(self.masks, MaskCrops):
+            return self.masks.encode()
+        return encode_masks(self.masks, self.boxes)
 
 
 def to_coco_results(
@@ -53,8 +68,7 @@ def to_coco_results(
     """Returns the prediction in COCO's results format: RLE mask, box as x, y, w, h."""
     results = []
     size = list(prediction.masks.shape[1:])
-    runs = encode_masks(prediction.masks, prediction.boxes)
-    for i, counts in enumerate(runs):
+    for i, counts in enumerate(prediction.encode()):
         x0, y0, x1, y1 = (float(v) for v in prediction.boxes[i])
         results.append(
             {

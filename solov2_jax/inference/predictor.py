@@ -57,6 +57,7 @@ class Predictor:
         category_ids: Sequence[int],
     ):
         self.input = input_options
+        self.options = detect_options
         self.mask_threshold = detect_options.mask_threshold
         self.class_names = tuple(class_names)
         self.category_ids = tuple(int(i) for i in category_ids)
@@ -122,7 +123,7 @@ class Predictor:
             image_id [B].
         """
         image_size = np.asarray(batch["image_size"], np.int32)
-        found = self._detect(self.variables, batch["image"], image_size)
+        found = self.detect(batch)
         original = np.asarray(batch["original_size"], np.int32)
         return [
             self.paste(
@@ -131,6 +132,11 @@ class Predictor:
             for i, image_id in enumerate(batch["image_id"].tolist())
             if image_id != -1
         ]
+
+    def detect(self, batch: Mapping[str, np.ndarray]) -> Detections:
+        """Returns the detections of a batch's images, on the device."""
+        image_size = np.asarray(batch["image_size"], np.int32)
+        return self._detect(self.variables, batch["image"], image_size)
 
     @staticmethod
     def paste(
