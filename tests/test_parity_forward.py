@@ -103,8 +103,10 @@ def check_detections(arrays, key, size, outputs, nms_type, nms_kernel):
     n, *original = arrays[f"{key}_masks_shape"]
     assert np.all(found.valid[0, :n]) and not np.any(found.valid[0, n:])
     np.testing.assert_array_equal(found.labels[0, :n], arrays[f"{key}_classes"])
-    scores = arrays[f"{key}_scores"]
-    np.testing.assert_allclose(found.scores[0, :n], scores, rtol=0, atol=1e-4)
+    # A score holds the mean over the mask's pixels above 0.5: one that rounding moves
+    # over the threshold changes it by up to half of one over their number.
+    off = np.sort(np.abs(found.scores[0, :n] - arrays[f"{key}_scores"]))
+    assert off[-1] <= 2e-4 and off[-3] <= 1e-5
     masks, _ = paste_detections(
         found.soft_masks, 0, np.arange(n), size, original, threshold=0.5
     )
