@@ -25,11 +25,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import harness
 import numpy as np
 import worker
+from pycocotools import mask as rle
 
 from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.evaluation.pictures import from_records
 from solov2_jax.evaluation.truth import read_truth
-from solov2_jax.inference.prediction import Prediction, encode_mask
+from solov2_jax.inference.prediction import Prediction
 
 POOL = 24  # images whose masks are held: 30 MB each at 480 x 640
 DETECTIONS = 100  # an image
@@ -123,6 +124,12 @@ def plain_results(prediction: Prediction, ids: list[int]) -> list[dict[str, Any]
             }
         )
     return results
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """Returns a bool [H, W] mask as pycocotools encodes it, for json."""
+    encoded: Any = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
 
 
 def make_pool(rng: np.random.Generator) -> list[Image]:

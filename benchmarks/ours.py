@@ -199,7 +199,7 @@ def train(case: Path) -> worker.Work:
     counter = jax_side.CompileCounter()
     config, model, predictor = load_network(case)
     mesh, backbone = sharding.make_mesh(), config.model.backbone
-    variables = jax.device_put(predictor.variables, sharding.replicated(mesh))
+    variables = predictor.variables
     del predictor
     trainable = trainable_mask(variables["params"], backbone.freeze_at, backbone.norm)
     _, tx = build_optimizer(config, trainable)
@@ -207,7 +207,10 @@ def train(case: Path) -> worker.Work:
     fields = {k: v for k, v in load_arrays(case).items() if k != "full_masks"}
     fields = {k: v for k, v in fields.items() if not k.startswith("target_")}
     batch = sharding.put_batch(fields, mesh)
-    state, losses = state_of(variables, tx), []
+    # By one program, as a training makes its state: arrays placed in another way would
+    # cost a second compilation of the step.
+    make = jax.jit(lambda v: state_of(v, tx), out_shardings=sharding.replicated(mesh))
+    state, losses = make(variables), []
     del variables
 
     def run() -> None:
