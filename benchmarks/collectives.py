@@ -12,8 +12,9 @@ KINDS = (
     "collective-permute",
     "all-to-all",
 )
-# "%name = (f32[3,4]{1,0}, s32[]) all-reduce-start(...)"; a "-done" is its other half.
-_LINE = re.compile(rf"= (\(?[^=]*?\)?) ({'|'.join(KINDS)})(?:-start)?\(")
+# "%name = (f32[3,4]{1,0}, /*index=1*/s32[]) all-reduce-start(...)"; a "-done" is its
+# other half.
+_LINE = re.compile(rf"^\s*(?:ROOT )?%\S+ = (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
 _ARRAY = re.compile(r"\b(pred|bf16|[fsu]\d+)\[([\d,]*)\]")
 _SIZES = {"pred": 1, "bf16": 2}
 

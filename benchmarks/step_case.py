@@ -53,6 +53,12 @@ class StepCase:
         """Returns the state at step 0, random weights."""
         return create_state(self._init, self._tx, jax.random.key(0), self.mesh)
 
+    def state_of(self, variables: PyTree) -> TrainState:
+        """Returns the state at step 0 of given variables."""
+        copied = sharding.replicated(self.mesh)
+        build = jax.jit(lambda v: state_of(v, self._tx), out_shardings=copied)
+        return build(jax.device_put(variables, copied))
+
     def abstract_state(self) -> TrainState:
         """Returns the state's shapes: enough to compile for."""
         shapes = jax.eval_shape(
