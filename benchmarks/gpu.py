@@ -14,6 +14,7 @@ are missing and the output says so. Writes results/gpu.json.
 import argparse
 import datetime
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -99,18 +100,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def make_case(folder: Path, args: Any) -> None:
-    """Writes the case in a process of its own: the GPU stays free."""
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import jax; "
-        "jax.config.update('jax_platforms', 'cpu'); from pathlib import Path; "
-        "import gpu_case as g; "
-        "c = g.make_config(sys.argv[3], sys.argv[4] == 'True'); "
-        "g.write_case(Path(sys.argv[2]), c, *eval(sys.argv[5]))"
-    )
-    batch = 2 if args.tiny else 16
-    given = [str(HERE), str(folder), args.config, str(args.tiny)]
-    given.append(repr((batch, tuple(args.size))))
-    subprocess.run([sys.executable, "-c", code, *given], check=True)
+    """Writes the case in a process of its own, on the CPU: the GPU stays free."""
+    command = [sys.executable, str(HERE / "gpu_case.py"), "--folder", str(folder)]
+    command += ["--config", args.config, "--size", *map(str, args.size)]
+    command += ["--batch", "2", "--tiny"] if args.tiny else ["--batch", "16"]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    subprocess.run(command, env=env, check=True)
 
 
 def side(command: list[str], deadline: float) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What both programs of gpu.py are given: sizes, weights, a batch with its targets."""
 
-import json
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,18 @@ def variables(model: Any) -> Any:
     return noise_variables(model, candidates=600)
 
 
-def read_config(folder: Path) -> Any:
-    """Returns config.json as a plain dictionary."""
-    return json.loads((folder / "config.json").read_text())
+def main() -> None:
+    """Writes the case that the arguments describe."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--size", type=int, nargs=2, required=True)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    config = make_config(args.config, args.tiny)
+    write_case(args.folder, config, args.batch, tuple(args.size))
+
+
+if __name__ == "__main__":
+    main()
