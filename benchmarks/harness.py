@@ -11,15 +11,18 @@ import argparse
 import datetime
 import json
 import os
-import platform
-import statistics
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+import report
+
+HERE = Path(__file__).resolve().parent
+
+RESULTS = HERE / "results"
 OURS = "ours"
 
 # Given to all programs of a measurement or to none. "tuned": freed memory stays in the
@@ -141,7 +144,7 @@ def alternate(
             worker.stop()
     figures = {w.name: _figures(w, waited[w.name]) for w in running}
     ours, *peers = running
-    ratios = {p.name: ratio(ours.samples, p.samples) for p in peers}
+    ratios = {p.name: report.ratio(ours.samples, p.samples) for p in peers}
     return {"programs": figures, "ratios": ratios, "failed": failed}
 
 
@@ -168,8 +171,8 @@ def _figures(worker: _Running, waited: float) -> dict[str, Any]:
     samples = worker.samples
     figures = {
         "about": worker.ready,
-        "seconds": summary([s["seconds"] for s in samples]),
-        "cpu_seconds": summary([s["cpu_seconds"] for s in samples]),
+        "seconds": report.summary([s["seconds"] for s in samples]),
+        "cpu_seconds": report.summary([s["cpu_seconds"] for s in samples]),
         "peak_memory_gb": worker.end["peak_memory_gb"],
         "compiles": worker.end["compiles"],
         "cpu_seconds_while_waiting": waited,
@@ -177,57 +180,10 @@ def _figures(worker: _Running, waited: float) -> dict[str, Any]:
     }
     if "stages" in samples[0]:
         figures["stages"] = {
-            name: summary([s["stages"][name] for s in samples])
+            name: report.summary([s["stages"][name] for s in samples])
             for name in samples[0]["stages"]
         }
     return figures
-
-
-def summary(values: Sequence[float]) -> dict[str, float]:
-    """Returns median, extremes, quartiles and number of the values."""
-    q1, median, q3 = values[0], values[0], values[0]
-    if len(values) > 1:
-        q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return {
-        "median": median,
-        "min": min(values),
-        "max": max(values),
-        "q1": q1,
-        "q3": q3,
-        "n": len(values),
-    }
-
-
-def ratio(
-    ours: Sequence[Mapping[str, float]], peer: Sequence[Mapping[str, float]]
-) -> dict[str, Any]:
-    """Returns our time over the peer's: of the medians, and of runs side by side."""
-    wall, cpu = (
-        [[s[key] for s in samples] for samples in (ours, peer)]
-        for key in ("seconds", "cpu_seconds")
-    )
-    pairs = [a / b for a, b in zip(*wall, strict=True)]
-    return {
-        "of_medians": statistics.median(wall[0]) / statistics.median(wall[1]),
-        "of_pairs": summary(pairs),
-        "of_cpu_medians": statistics.median(cpu[0]) / statistics.median(cpu[1]),
-    }
-
-
-def describe_machine() -> dict[str, Any]:
-    """Returns processor, cores, memory and system: nothing that names a machine."""
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in info if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    known = {"avx2", "avx512f", "avx512_bf16", "amx_tile"}
-    return {
-        "cpu": fields.get("model name", platform.machine()),
-        "vectors": sorted(known & set(fields.get("flags", "").split())),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gb": round(memory / 1e9, 1),
-        "system": f"{platform.system()} {platform.release().split('-')[0]}",
-    }
 
 
 def add_arguments(parser: argparse.ArgumentParser, runs: int) -> None:
@@ -239,55 +195,41 @@ def add_arguments(parser: argparse.ArgumentParser, runs: int) -> None:
 
 
 def measure(
-    name: str, work: Mapping[str, Any], programs: Sequence[Program], args: Any
+    name: str,
+    work: Mapping[str, Any],
+    programs: Sequence[Program],
+    args: Any,
+    tolerances: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Returns what `alternate` does, printed and written to <results>/<name>.json.
 
     Args:
       work: what all programs do: config, size, batch ...
+      tolerances: of what they found, see `report.differences`. Programs that did
+        different work are not compared: the benchmark fails.
     """
     try:
         found = alternate(programs, args.runs, args.warmups, args.allocator)
+        if wrong := report.differences(found["programs"], tolerances or {}):
+            raise BenchmarkError(f"the programs' work differs: {'; '.join(wrong)}")
     except BenchmarkError as error:
         raise SystemExit(f"error: {error}") from error
+    report.drop_classes(found["programs"])
     content = {
         "name": name,
         "date": datetime.date.today().isoformat(),
-        "machine": describe_machine(),
+        "machine": report.describe_machine(),
         "work": dict(work),
         "allocator": args.allocator,
         "warmups": args.warmups,
         **found,
     }
-    args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"{name}.json"
-    path.write_text(json.dumps(_rounded(content), indent=1) + "\n")
-    report(content)
+    report.write(content, args.results)
+    report.show(content)
     return content
 
 
-def _rounded(value: Any) -> Any:
-    """Returns the same with floats to five significant digits."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: _rounded(v) for key, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list) else value
-
-
-def report(content: Mapping[str, Any]) -> None:
-    """Prints a result for the one who waits for it."""
-    print(f"{content['name']} ({content['allocator']} allocator)")
-    for name, figures in content["programs"].items():
-        s, cpu = figures["seconds"], figures["cpu_seconds"]["median"]
-        line = f"  {name:24} {s['median']:8.3f} s ({s['min']:.3f} to {s['max']:.3f})"
-        line += f"  cpu {cpu:8.3f} s  {figures['peak_memory_gb']:.2f} GB"
-        if name in content["ratios"]:
-            line += f"  ours / it {content['ratios'][name]['of_medians']:.2f}"
-        print(line)
-        for stage, seconds in figures.get("stages", {}).items():
-            print(f"      {stage:20} {seconds['median']:8.3f} s")
-        if figures["found"]:
-            print(f"      {figures['found']}")
-    for name, why in content["failed"].items():
-        print(f"  {name}: {why}")
+def ours(kind: str, case: Path) -> Program:
+    """Returns our worker for a kind of work."""
+    command = [sys.executable, str(HERE / "ours.py"), kind, "--case", str(case)]
+    return Program(OURS, command)

@@ -18,21 +18,32 @@ from solov2_jax.models import SOLOv2
 from solov2_jax.weights.names import from_adelaidet, to_adelaidet
 
 CATE_GAIN, KERNEL_GAIN = 1.5, 0.25  # of the R18 goldens
+_CATE = "ins_head.cate_pred.weight"
 _FACTORS = {
     "backbone.bottom_up.stem.conv1.weight": 1 / 58,
-    "ins_head.cate_pred.weight": CATE_GAIN,
     "ins_head.kernel_pred.weight": KERNEL_GAIN,
 }
 
 
-def golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns the float32 array of a basic-block ResNet's parameter."""
+def golden_weight(
+    name: str,
+    shape: tuple[int, ...],
+    last: str = "conv2",
+    cate_gain: float = CATE_GAIN,
+) -> np.ndarray:
+    """Returns the float32 array of a parameter.
+
+    Args:
+      last: convolution of a residual branch: "conv3" in bottlenecks.
+      cate_gain: of the class logits' filters.
+    """
     noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
     if len(shape) == 4:
         noise -= noise.mean(axis=(1, 2, 3), keepdims=True)
         gain = 1.0 if ".fpn_" in name else 2.0
         noise *= np.sqrt(gain / np.prod(shape[1:]))
-        return np.float32(noise * _FACTORS.get(name, 1.0))
+        factor = cate_gain if name == _CATE else _FACTORS.get(name, 1.0)
+        return np.float32(noise * factor)
     if name.endswith("running_mean"):
         return np.float32(0.05 * noise)
     if name.endswith("running_var"):
@@ -41,8 +52,8 @@ def golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.float32(-4.595 + 0.1 * noise)
     if name.endswith(".bias"):
         return np.float32(0.05 * noise)
-    last = ".res" in name and name.endswith(".conv2.norm.weight")
-    return np.float32((1 + 0.1 * noise) * (0.3 if last else 1.0))
+    damped = ".res" in name and name.endswith(f".{last}.norm.weight")
+    return np.float32((1 + 0.1 * noise) * (0.3 if damped else 1.0))
 
 
 @functools.cache
