@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import toy
 
+from solov2_jax.training import sharding
 from solov2_jax.training import workdir as workdirs
 from solov2_jax.training.checkpoint import list_steps, restore_variables
 from solov2_jax.training.loop import train
+from solov2_jax.training.restore import restore
+from solov2_jax.weights.convert import flatten, save_weights
 
 TIMING = {"step_seconds", "data_seconds", "images_per_second", "eta_seconds"}
 TIMING |= {"memory_gb", "compiles"}
@@ -246,6 +249,20 @@ def test_init_from_another_run(tmp_path, caplog):
     with pytest.raises(ValueError, match="init_from = '/nowhere': no such file"):
         config = toy.toy_config(init_from="/nowhere")
         train(config, tmp_path / "c", toy.toy_task)
+
+
+def test_what_the_weights_lack_is_drawn_as_without_them(tmp_path):
+    config = toy.toy_config(init_from=str(tmp_path / "part.safetensors"))
+    task = toy.toy_task(config, tmp_path)
+    mesh = sharding.make_mesh(2)
+    scratch, _ = restore(toy.toy_config(), tmp_path, task, mesh)
+    flat = dict(flatten(jax.device_get(scratch.variables)))
+    lacking = "params/ins_head/cate_pred/kernel"
+    file = {name: leaf + 1 for name, leaf in flat.items() if name != lacking}
+    save_weights(config.init_from, file, {})
+    state, _ = restore(config, tmp_path, task, mesh)
+    for name, leaf in flatten(jax.device_get(state.variables)):
+        np.testing.assert_array_equal(leaf, file.get(name, flat[name]))
 
 
 def test_a_loss_that_is_not_finite_names_step_and_images(tmp_path):

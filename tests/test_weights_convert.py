@@ -192,8 +192,16 @@ def test_shapes_alone_suffice_when_everything_is_filled(tmp_path):
     path = write_state(tmp_path / "y.pth", backbone)
     with pytest.raises(ValueError, match="pass `init`"):
         load_weights(path, shapes)
-    loaded, _ = load_weights(path, shapes, init=lambda: variables_of(state, 0.25))
+    drawn = dict(flatten(variables_of(state, 0.25)))
+    asked = []
+
+    def init(leaves):
+        asked.extend(leaves)
+        return {leaf: drawn[leaf] for leaf in leaves}
+
+    loaded, _ = load_weights(path, shapes, init=init)
     assert (loaded["params"]["fpn"]["lateral2"]["bias"] == 0.25).all()
+    assert asked and not any("backbone" in leaf for leaf in asked)
 
 
 def test_half_precision_weights_become_float32(tmp_path):

@@ -153,8 +153,9 @@ class Predictor:
           image_size, original_size: (height, width) at the network and of the file.
           threshold: of the soft masks, after they are resized.
         """
-        fields = (found.scores[index], found.labels[index], found.valid[index])
-        scores, labels, valid = jax.device_get(fields)
+        # Small enough to fetch whole; taking a row on the device is a program each.
+        fields = jax.device_get((found.scores, found.labels, found.valid))
+        scores, labels, valid = (field[index] for field in fields)
         kept = np.flatnonzero(valid)
         masks, boxes = paste_detections(
             found.soft_masks, index, kept, image_size, original_size, threshold

@@ -2,6 +2,7 @@
 
 import logging
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from solov2_jax.config import write_json
 from solov2_jax.training import sharding
 from solov2_jax.training.checkpoint import list_steps, restore_state
 from solov2_jax.training.run_weights import read_run
-from solov2_jax.training.state import TrainState, abstract, create_state, state_of
+from solov2_jax.training.state import TrainState, abstract, create_state, draw, state_of
 from solov2_jax.training.task import Task
 from solov2_jax.weights import convert
 from solov2_jax.weights.settings import check_config
@@ -42,8 +43,12 @@ def restore(
         return state, position
     start = {"window": []}
     if config.init_from:
-        state = create_state(task.init, task.tx, key, mesh)
-        variables, report = initial_weights(config, state.variables)
+
+        def init(names: Sequence[str]) -> dict[str, jax.Array]:
+            # Only these are drawn: the file's leaves need no random generator.
+            return draw(lambda k: _leaves(task.init(k), names), key, mesh)
+
+        variables, report = initial_weights(config, shapes.variables, init)
         write_json(report.to_dict(), workdir / "init_from.json")
         state = jax.jit(
             lambda v: state_of(v, task.tx), out_shardings=sharding.replicated(mesh)
@@ -55,10 +60,22 @@ def restore(
     return state, start
 
 
+def _leaves(variables: dict[str, PyTree], names: Sequence[str]) -> dict[str, jax.Array]:
+    flat = dict(convert.flatten(variables))
+    return {name: flat[name] for name in names}
+
+
 def initial_weights(
-    config: Any, variables: dict[str, PyTree]
+    config: Any,
+    shapes: dict[str, PyTree],
+    init: Callable[[Sequence[str]], dict[str, jax.Array]],
 ) -> tuple[dict[str, PyTree], convert.Report]:
     """Returns (variables with those of `init_from` put in, report of what went where).
+
+    Args:
+      shapes: of the variables.
+      init: names of leaves -> those leaves as training starts with them; for what the
+        file lacks.
 
     Raises ValueError if the config contradicts what the weights were trained with.
     """
@@ -73,7 +90,7 @@ def initial_weights(
             "file or another run's workdir, or '' for random weights"
         )
     check_config(weights.settings, config, weights.path)
-    return convert.fit(weights, variables)
+    return convert.fit(weights, shapes, init=init)
 
 
 def check_position(

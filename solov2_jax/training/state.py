@@ -41,15 +41,17 @@ def create_state(
       init_fn: key -> {"params": ..., other collections}.
     """
 
-    def create(key: jax.Array) -> TrainState:
-        return state_of(init_fn(key), tx)
+    return draw(lambda key: state_of(init_fn(key), tx), key, mesh)
 
-    # Dozens of random generators, each run once: on a CPU, optimising them costs three
-    # times what it saves.
+
+def draw(init_fn: Callable[[jax.Array], PyTree], key: jax.Array, mesh: Mesh) -> PyTree:
+    """Returns init_fn(key) on the mesh, by one program that runs once."""
+    # Dozens of random generators: on a CPU, optimising them costs three times what it
+    # saves.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
     build = jax.jit(
-        create, out_shardings=sharding.replicated(mesh), compiler_options=options
+        init_fn, out_shardings=sharding.replicated(mesh), compiler_options=options
     )
     return build(key)
 

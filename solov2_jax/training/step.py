@@ -46,14 +46,16 @@ class TrainStep:
         self.compile_seconds = 0.0
         self._shapes: set[tuple] = set()
 
-        def step(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
+        def step(state: TrainState, batch: PyTree, key: jax.Array):
             self.compiles += 1  # runs when traced, not when executed
             return _step(state, batch, loss_fn, tx, key, trainable)
 
         copied, by_batch = sharding.replicated(mesh), sharding.split_by_batch(mesh)
+        # An argument: as a constant, each seed would be another program to compile.
+        self._key = jax.device_put(key, copied)
         self._step = jax.jit(
             step,
-            in_shardings=(copied, by_batch),
+            in_shardings=(copied, by_batch, copied),
             out_shardings=(copied, copied),
             donate_argnums=0,
         )
@@ -66,7 +68,7 @@ class TrainStep:
         if not known:
             log.info("compiling the train step for arrays of %s ...", name)
         start = time.perf_counter()
-        result = self._step(state, batch)
+        result = self._step(state, batch, self._key)
         self.compile_seconds = 0.0
         if self.compiles > before:
             self.compile_seconds = time.perf_counter() - start
@@ -76,6 +78,10 @@ class TrainStep:
                 log.warning("recompiled for a shape seen before: %s", name)
         self._shapes.add(shapes)
         return result
+
+    def lower(self, state: PyTree, batch: PyTree) -> jax.stages.Lowered:
+        """Returns the step before its compilation, for arrays or for their shapes."""
+        return self._step.lower(state, batch, self._key)
 
 
 def _step(state, batch, loss_fn, tx, key, trainable) -> tuple[TrainState, Metrics]:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -181,7 +181,7 @@ def fit(
     variables: Mapping[str, Any],
     *,
     strict: bool = False,
-    init: Callable[[], Mapping[str, Any]] | None = None,
+    init: Callable[[Sequence[str]], Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], Report]:
     """Returns (variables with the weights put in, report).
 
@@ -192,7 +192,8 @@ def fit(
         arrays of the leaf's type, the others as they are.
       strict: refuse weights that leave a leaf unfilled or a tensor without a rule.
         Otherwise a class layer for another number of classes is left out.
-      init: returns initialised variables; called once, when a leaf stays unfilled.
+      init: leaves that stay unfilled -> {leaf: initialised array}; called once, if
+        there are any.
 
     Raises ValueError with all shape mismatches at once.
     """
@@ -205,7 +206,7 @@ def fit(
     if report.new and not hasattr(targets[report.new[0]], "__array__"):
         if init is None:
             raise ValueError(f"{weights.path} lacks {shorten(report.new)}: pass `init`")
-        targets = dict(flatten(init()))
+        targets.update(init(report.new))
     return unflatten({**targets, **loaded}), report
 
 
@@ -217,7 +218,7 @@ def load_weights(
     source: str = "auto",
     config: Any = None,
     sha256: str = "",
-    init: Callable[[], Mapping[str, Any]] | None = None,
+    init: Callable[[Sequence[str]], Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], Report]:
     """Returns (variables with the file's weights put in, report), see `fit`.
 

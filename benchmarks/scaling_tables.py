@@ -1,0 +1,167 @@
+"""The tables of docs/scaling.md, from results/scaling.json."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from collectives import KINDS
+from markdown import table
+
+
+def blocks(content: Mapping[str, Any]) -> dict[str, str]:
+    """Returns {name: table} of what the result holds."""
+    found = {}
+    if paper := content.get("paper"):
+        found["basis"] = basis(paper)
+        found["links"] = links(paper)
+        found["efficiency"] = efficiency(paper)
+        found["input"] = host_input(paper)
+    if emulated := content.get("emulated"):
+        found["sent"] = sent(emulated)
+        found["emulated"] = cost(emulated)
+    return found
+
+
+def basis(paper: Mapping[str, Any]) -> str:
+    """Returns what the prediction starts from."""
+    flops, gradients, given = (
+        paper[key] for key in ("flops_per_image", "gradients", "assumptions")
+    )
+    rows = [
+        ("configuration, padded size", f"{paper['config']}, {_size(paper['size'])}"),
+        (
+            "convolutions of one image, forward / whole step",
+            f"{flops['forward'] / 1e9:.0f} / {flops['step'] / 1e9:.0f} GFLOP",
+        ),
+        (
+            "gradients summed each step, float32",
+            f"{gradients['arrays']} arrays, {gradients['bytes'] / 1e6:.1f} MB",
+        ),
+        ("time of a step on one chip", paper["step"]),
+        ("backward pass, of a step's FLOPs", f"{paper['backward_share']:.0%}"),
+        ("assumed: of a link's published rate", f"{given['link_share']:.0%}"),
+        (
+            "assumed: an empty all-reduce in a host / more between hosts / a torus hop",
+            " / ".join(
+                f"{given[key] * 1e6:.0f} µs"
+                for key in ("host_latency", "network_latency", "hop_latency")
+            ),
+        ),
+        (
+            "gradients put together in one message up to",
+            f"{given['combine_bytes'] / 2**20:.0f} MiB",
+        ),
+    ]
+    return table(("what", "value"), rows)
+
+
+def links(paper: Mapping[str, Any]) -> str:
+    """Returns the published figures."""
+    rows = []
+    for s in paper["systems"]:
+        outside = f"{s['outside'] / 1e9:.4g}" if s["outside"] else "-"
+        rate = (f"{s['peak'] / 1e12:.0f}", f"{s['inside'] / 1e9:.0f}", outside)
+        rows.append((s["name"], *rate, str(s["chips_per_host"]), s["source"]))
+    return table(
+        (
+            "system",
+            "bf16 TFLOP/s",
+            "GB/s one way, in the host or torus",
+            "GB/s one way, between hosts",
+            "chips a host",
+            "source",
+        ),
+        rows,
+    )
+
+
+def efficiency(paper: Mapping[str, Any]) -> str:
+    """Returns efficiency without / with overlap by number of chips."""
+    chips = list(paper["rows"][0]["chips"])
+    rows = []
+    for row in paper["rows"]:
+        cells = [
+            f"{100 * c['efficiency']:.0f} / {100 * c['efficiency_overlapped']:.0f}"
+            for c in row["chips"].values()
+        ]
+        reduce = [1e3 * c["all_reduce_s"] for c in row["chips"].values()]
+        rows.append(
+            (
+                row["system"],
+                str(row["images_per_chip"]),
+                f"{1e3 * row['step_s']:.1f}",
+                f"{min(reduce):.2f} to {max(reduce):.2f}",
+                *cells,
+            )
+        )
+    header = ("system", "images a chip", "step ms", "all-reduce ms", *chips)
+    return table(header, rows)
+
+
+def host_input(paper: Mapping[str, Any]) -> str:
+    """Returns what a host must deliver at full efficiency."""
+    most = {}
+    for row in paper["rows"]:  # the largest batch is the last one
+        most[row["system"]] = row
+    rows = [
+        (
+            name,
+            f"{row['host']['images_per_s']:.0f}",
+            f"{row['host']['decode_cores']:.0f}",
+            f"{row['host']['read_mb_per_s']:.0f}",
+            f"{row['host']['to_chips_mb_per_s'] / 1e3:.1f}",
+        )
+        for name, row in most.items()
+    ]
+    cores = f"cores, at {paper['images_per_core']:g} images/s each"
+    return table(
+        ("system", "images/s a host", cores, "JPEG MB/s", "to the chips GB/s"), rows
+    )
+
+
+def sent(emulated: Mapping[str, Any]) -> str:
+    """Returns what the compiled step sends, by form and number of devices."""
+    rows = []
+    for form, title in (("cpu", "CPU"), ("accelerator", "GPU and TPU")):
+        for devices, row in emulated[form].items():
+            found = row["collectives"]
+            cells = []
+            for kind in KINDS:
+                some = [c for c in found if c["kind"] == kind]
+                arrays, size = (
+                    sum(c[key] for c in some) for key in ("arrays", "bytes")
+                )
+                mb = f"{size / 1e6:.3g} MB"
+                cells.append(f"{len(some)} of {arrays}, {mb}" if some else "0")
+            rows.append((f"{title}, {devices}", *cells))
+    return table(("convolutions as on, devices", *KINDS), rows)
+
+
+def cost(emulated: Mapping[str, Any]) -> str:
+    """Returns losses and CPU seconds by number of devices, at the same total work."""
+    one = emulated["cpu"]["1"]
+    rows = []
+    for devices, row in emulated["cpu"].items():
+        pairs = zip(row["losses"], one["losses"], strict=True)
+        largest = max(abs(a - b) / abs(b) for a, b in pairs)
+        cpu = row["cpu_seconds"]
+        rows.append(
+            (
+                devices,
+                f"{largest:.1e}",
+                f"{cpu['median']:.3f} ({cpu['min']:.3f} to {cpu['max']:.3f})",
+                f"{cpu['median'] / one['cpu_seconds']['median']:.2f}",
+                f"{row['seconds']['median']:.3f}",
+            )
+        )
+    header = (
+        "devices",
+        "largest relative difference of a loss",
+        "CPU seconds a step",
+        "of one device's",
+        "seconds a step",
+    )
+    return table(header, rows)
+
+
+def _size(size: list[int]) -> str:
+    return " x ".join(map(str, size))
