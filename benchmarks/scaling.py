@@ -205,9 +205,16 @@ def compile_step(config: Any, devices: int, batch: Any) -> tuple[Any, Any]:
 
 
 def listed(found: list[Any]) -> list[dict[str, Any]]:
-    """Returns the operations as json, the largest first."""
-    rows = [dataclasses.asdict(c) for c in found]
-    return sorted(rows, key=lambda row: -row["bytes"])
+    """Returns operations, arrays and bytes of each kind."""
+    return [
+        {
+            "kind": kind,
+            "operations": sum(c.kind == kind for c in found),
+            "arrays": sum(c.arrays for c in found if c.kind == kind),
+            "bytes": sum(c.bytes for c in found if c.kind == kind),
+        }
+        for kind in dict.fromkeys(c.kind for c in found)
+    ]
 
 
 def timed(compiled: Any, case: Any, batch: Any, steps: int) -> dict[str, Any]:

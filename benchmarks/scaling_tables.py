@@ -123,15 +123,13 @@ def sent(emulated: Mapping[str, Any]) -> str:
     rows = []
     for form, title in (("cpu", "CPU"), ("accelerator", "GPU and TPU")):
         for devices, row in emulated[form].items():
-            found = row["collectives"]
-            cells = []
-            for kind in KINDS:
-                some = [c for c in found if c["kind"] == kind]
-                arrays, size = (
-                    sum(c[key] for c in some) for key in ("arrays", "bytes")
-                )
-                mb = f"{size / 1e6:.3g} MB"
-                cells.append(f"{len(some)} of {arrays}, {mb}" if some else "0")
+            found = {c["kind"]: c for c in row["collectives"]}
+            cells = [
+                f"{c['operations']} of {c['arrays']}, {c['bytes'] / 1e6:.3g} MB"
+                if (c := found.get(kind))
+                else "0"
+                for kind in KINDS
+            ]
             rows.append((f"{title}, {devices}", *cells))
     return table(("convolutions as on, devices", *KINDS), rows)
 

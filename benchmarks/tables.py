@@ -26,8 +26,9 @@ HEADER = (
 
 
 def load_results(folder: Path) -> list[dict[str, Any]]:
-    """Returns all results, by name."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    """Returns the results of programs that took turns, by name."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [result for result in found if "work" in result]
 
 
 def render(text: str, results: Sequence[Mapping[str, Any]]) -> str:
