@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from solov2_jax import cli
-from solov2_jax.config import load_config
 from solov2_jax.inference.files import find_images, name_pictures, predict_files
 from solov2_jax.view_flags import view_options
 
@@ -45,11 +44,11 @@ _SCORE = flags.DEFINE_float(
 
 def load_predictor(overrides: list[str]) -> "Predictor":
     """Returns the predictor that the flags name."""
-    from solov2_jax.inference.predictor import Predictor  # slow: after the checks
+    from solov2_jax import Predictor  # slow: after the checks
 
     if _WORKDIR.value:
         return Predictor.from_workdir(_WORKDIR.value, _CHECKPOINT.value, overrides)
-    return Predictor.from_config(load_config(_CONFIG.value, overrides), _WEIGHTS.value)
+    return Predictor.from_weights(_WEIGHTS.value, _CONFIG.value, overrides)
 
 
 def main(overrides: list[str]) -> None:

@@ -24,7 +24,7 @@ def load_network(case: Path) -> tuple[Any, Any, Any]:
     config = read_config(case / "config.json")
     model = build_model(config, config.model.num_classes)
     weights = json.loads((case / "weights.json").read_text())
-    return config, model, Predictor.from_config(config, weights["adelaidet"])
+    return config, model, Predictor.from_weights(weights["adelaidet"], config)
 
 
 def load_arrays(case: Path) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def make_outputs(args: Any, config: Any) -> dict[str, np.ndarray]:
     """Returns the network's outputs with exactly `args.candidates` candidates."""
     model = build_model(config, config.model.num_classes)
     weights = cases.write_weights(config)["adelaidet"]
-    variables = Predictor.from_config(config, weights).variables
+    variables = Predictor.from_weights(weights, config).variables
     image = cases.pad_images(cases.make_images(args), config)
     size = np.array([args.size], np.int32)
     mean, std = tuple(config.input.mean), tuple(config.input.std)

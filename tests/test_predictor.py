@@ -4,12 +4,14 @@ So what comes out is known to the pixel, and nothing here compiles for long.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_network
+from PIL import Image
 
 from solov2_jax.config import save_config
 from solov2_jax.inference import programs
@@ -206,6 +208,27 @@ def test_one_trace_per_shape_shared_by_predictors_of_new_weights():
     assert p.scores[0] == pytest.approx(1 / (1 + np.exp(-2.5)), abs=1e-3)
 
 
+def test_one_call_one_image_with_class_names_array_or_path(tmp_path):
+    image = picture(64, 80)
+    found = predictor()(image)
+    assert found.names == [("x", "y", "z")[i] for i in found.labels]
+    Image.fromarray(image).save(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", str(tmp_path / "a.png")):
+        np.testing.assert_array_equal(predictor()(path).masks, found.masks)
+
+
+def test_compiled_ahead_is_not_compiled_again():
+    TRACES.clear()
+    ready = predictor("ahead", buckets=((64, 96), (160, 96)))
+    ready.compile(ready.input.buckets, batch_size=2)
+    compiled = [(2, 64, 96, 3), (2, 160, 96, 3)]
+    assert [shape for _, shape in TRACES] == compiled
+    images = [picture(64, 80), picture(128, 80), picture(64, 90)]
+    assert [p.image_id for p in ready.predict_images(images, batch_size=2)] == [0, 1, 2]
+    assert [shape for _, shape in TRACES] == compiled
+    assert ready.padded_shape(128, 80) == (160, 96)
+
+
 def test_masks_pasted_in_small_chunks_are_the_same(monkeypatch):
     (whole,) = predictor().predict_images([picture(200, 150)])
     monkeypatch.setattr(programs, "CHUNK_PIXELS", 256 * 256)
@@ -226,6 +249,10 @@ def test_wrong_images_and_buckets_are_named():
         list(predictor().predict_images([np.zeros((4, 4, 3), np.float32)]))
     with pytest.raises(ValueError, match="must be uint8"):
         list(predictor().predict_images([np.zeros((4, 4), np.uint8)]))
+    with pytest.raises(ValueError, match="has no pixels"):
+        predictor()(np.zeros((0, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        list(predictor().predict_images([], batch_size=0))
     small = predictor(buckets=((32, 32),))
     with pytest.raises(ValueError, match="input.buckets_test"):
         list(small.predict_images([picture(64, 80)]))
@@ -258,16 +285,22 @@ def test_from_workdir_names_what_is_missing(tmp_path):
         Predictor.from_workdir(tmp_path)
 
 
-def test_from_config_takes_classes_from_the_weights(tmp_path):
+def test_from_weights_takes_classes_from_the_weights(tmp_path):
     config = tiny_network.tiny_config()
     weights = tiny_network.write_weights(tmp_path, config)
     config.model.num_classes = 0
-    found = Predictor.from_config(config, weights)
+    found = Predictor.from_weights(weights, config)
     assert (found.class_names, found.category_ids) == (("cat", "dog"), (1, 2))
+    save_config(config, tmp_path / "tiny.json")
+    half = ["--config.input.min_size_test=40"]
+    named = Predictor.from_weights(Path(weights), tmp_path / "tiny.json", half)
+    assert named.input.min_size == 40 and named.class_names == found.class_names
+    with pytest.raises(ValueError, match="need a config file"):
+        Predictor.from_weights(weights, config, half)
     config.model.num_classes = 80
     with pytest.raises(ValueError, match="model.num_classes is 80"):
-        Predictor.from_config(config, weights)
+        Predictor.from_weights(weights, config)
     config.model.num_classes = 0
     config.model.backbone.depth = 50
     with pytest.raises(ValueError, match="contradict the config"):
-        Predictor.from_config(config, weights)
+        Predictor.from_weights(weights, config)

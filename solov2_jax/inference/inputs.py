@@ -1,5 +1,6 @@
 """A picture -> the network's input: resized, in its channel order, padded."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,29 +26,33 @@ class InputOptions:
     buckets: tuple[Bucket, ...]
 
 
-def load_image(image: np.ndarray | str, name: str) -> np.ndarray:
+def load_image(image: np.ndarray | str | os.PathLike[str], name: str) -> np.ndarray:
     """Returns RGB uint8 [H, W, 3] of a path or of such an array, or raises."""
-    if isinstance(image, str):
-        return read_image(image)
+    if isinstance(image, str | os.PathLike):
+        return read_image(os.fspath(image))
+    if not isinstance(image, np.ndarray):
+        raise ValueError(
+            f"{name} is a {type(image).__name__}; give a path or a numpy array, uint8 "
+            "[height, width, 3], RGB"
+        )
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(
             f"{name} is {image.dtype} {image.shape}; it must be uint8 [height, width, "
             "3], RGB"
         )
+    if not image.size:
+        raise ValueError(f"{name} is {image.shape}: it has no pixels")
     return image
 
 
-def make_example(
-    image: np.ndarray | str, image_id: int, options: InputOptions
-) -> dict[str, np.ndarray]:
-    """Returns one image as a batch of evaluation has it, but without the batch axis.
+def padded_shape(
+    rows: int, columns: int, name: str, options: InputOptions
+) -> tuple[Bucket, Bucket]:
+    """Returns (height, width) of an image after the resize and after the padding.
 
     Args:
-      image: RGB uint8 [H, W, 3], or a path.
+      name: of the image, for the message.
     """
-    name = image if isinstance(image, str) else f"image {image_id}"
-    image = load_image(image, name)
-    rows, columns = image.shape[:2]
     size = shortest_edge_sizes(rows, columns, options.min_size, options.max_size)
     height, width = (int(v) for v in size)
     shape = (round_up(height, STRIDE), round_up(width, STRIDE))
@@ -56,6 +61,22 @@ def make_example(
         names = np.array([name])
         chosen = assign_buckets(sizes, options.buckets, names, "input.buckets_test")
         shape = options.buckets[int(chosen[0])]
+    return (height, width), shape
+
+
+def make_example(
+    image: np.ndarray | str | os.PathLike[str], image_id: int, options: InputOptions
+) -> dict[str, np.ndarray]:
+    """Returns one image as a batch of evaluation has it, but without the batch axis.
+
+    Args:
+      image: RGB uint8 [H, W, 3], or a path.
+    """
+    is_path = isinstance(image, str | os.PathLike)
+    name = os.fspath(image) if is_path else f"image {image_id}"
+    image = load_image(image, name)
+    rows, columns = image.shape[:2]
+    (height, width), shape = padded_shape(rows, columns, name, options)
     padded = np.zeros((*shape, 3), np.uint8)
     resized = resize_image(image, height, width)
     if options.channel_order == "BGR":

@@ -26,6 +26,12 @@ class Prediction:
     scores: np.ndarray  # float32 [n], descending
     labels: np.ndarray  # int [n], 0..K-1
     image_id: int
+    class_names: tuple[str, ...] = ()  # of all labels; (): not known
+
+    @property
+    def names(self) -> list[str]:
+        """The class name of each detection."""
+        return [self.class_names[label] for label in self.labels.tolist()]
 
     def __len__(self) -> int:
         return len(self.scores)

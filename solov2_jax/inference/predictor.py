@@ -18,8 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from solov2_jax.config import load_config
-from solov2_jax.data.plan import check_buckets
-from solov2_jax.inference.inputs import InputOptions, make_batches, make_example
+from solov2_jax.data.plan import Bucket, check_buckets
+from solov2_jax.inference.inputs import (
+    InputOptions,
+    make_batches,
+    make_example,
+    padded_shape,
+)
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.programs import (
     DetectOptions,
@@ -34,13 +39,16 @@ from solov2_jax.weights.settings import check_config
 from solov2_jax.weights.sources import read_weights
 
 PyTree = Any
+Image = np.ndarray | str | os.PathLike[str]
 log = logging.getLogger(__name__)
 
 
 class Predictor:
-    """Turns batches or single images into predictions at the original size.
+    """Turns images into predictions at their original size.
 
-    Predictors of one model with the same options share their compiled programs.
+    One program is compiled for each padded shape and batch size, when it is first
+    needed or by `compile`. Predictors of one model with the same options share them.
+    All methods may be called from several threads.
 
     Args:
       model: `model.apply(variables, image)` gives `Outputs`; hashable.
@@ -86,12 +94,26 @@ class Predictor:
         return build_predictor(config, model, variables, names, ids)
 
     @classmethod
-    def from_config(cls, config: Any, weights: str) -> "Predictor":
-        """Returns the predictor of a config and a weights file that fills its network.
+    def from_weights(
+        cls,
+        weights: str | os.PathLike[str],
+        config: Any,
+        overrides: Sequence[str] = (),
+    ) -> "Predictor":
+        """Returns the predictor of a weights file that fills the network of a config.
 
         The number of classes is the file's. Class names too, where it has them; else
         they are "class 1", ... and the category ids are 1, 2, ...
+
+        Args:
+          config: a config file, such as "configs/r50_3x.py", or a loaded config.
+          overrides: of a config file, such as "--config.input.min_size_test=640".
         """
+        if isinstance(config, str | os.PathLike):
+            config = load_config(os.fspath(config), overrides)
+        elif overrides:
+            raise ValueError(f"overrides {list(overrides)} need a config file's path")
+        weights = os.fspath(weights)
         read = read_weights(weights)
         number = read.num_classes
         if number is None:
@@ -114,6 +136,49 @@ class Predictor:
         names = read.class_names or [f"class {i + 1}" for i in range(number)]
         return build_predictor(config, model, variables, names)
 
+    def __call__(self, image: Image) -> Prediction:
+        """Returns the prediction of one image: RGB uint8 [H, W, 3], or a path."""
+        (prediction,) = self.predict_images([image])
+        return prediction
+
+    def predict_images(
+        self, images: Iterable[Image], batch_size: int = 1
+    ) -> Iterator[Prediction]:
+        """Yields the prediction of each image, in order; `image_id` counts from 0.
+
+        Args:
+          images: RGB uint8 [H, W, 3], or paths.
+          batch_size: of so many images in a row, those that have one padded shape are
+            computed together.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        waiting: list[dict[str, np.ndarray]] = []
+        for number, image in enumerate(images):
+            waiting.append(self.prepare(image, number))
+            if len(waiting) == batch_size:
+                yield from self._in_order(waiting, batch_size)
+                waiting = []
+        yield from self._in_order(waiting, batch_size)
+
+    def prepare(self, image: Image, image_id: int = 0) -> dict[str, np.ndarray]:
+        """Returns one image as the network's input, without a batch axis; no JAX.
+
+        `inputs.make_batches` makes batches of them for `predict_batch`.
+        """
+        return make_example(image, image_id, self.input)
+
+    def padded_shape(self, height: int, width: int) -> Bucket:
+        """Returns the padded (height, width) at which an image goes through."""
+        return padded_shape(height, width, f"{height} x {width}", self.input)[1]
+
+    def compile(self, shapes: Iterable[Bucket], batch_size: int = 1) -> None:
+        """Compiles ahead, for padded (height, width) shapes, by running on nothing."""
+        for height, width in shapes:
+            image = np.zeros((batch_size, height, width, 3), np.uint8)
+            size = np.full((batch_size, 2), (height, width), np.int32)
+            jax.block_until_ready(self._detect(self.variables, image, size))
+
     def predict_batch(self, batch: Mapping[str, np.ndarray]) -> list[Prediction]:
         """Returns a prediction for each image whose id is not -1 (padding).
 
@@ -127,7 +192,13 @@ class Predictor:
         original = np.asarray(batch["original_size"], np.int32)
         return [
             self.paste(
-                found, i, image_size[i], original[i], self.mask_threshold, image_id
+                found,
+                i,
+                image_size[i],
+                original[i],
+                self.mask_threshold,
+                image_id,
+                self.class_names,
             )
             for i, image_id in enumerate(batch["image_id"].tolist())
             if image_id != -1
@@ -146,12 +217,14 @@ class Predictor:
         original_size: Sequence[Any] | np.ndarray,
         threshold: float,
         image_id: int = 0,
+        class_names: tuple[str, ...] = (),
     ) -> Prediction:
         """Returns the detections of image `index` at its original size.
 
         Args:
           image_size, original_size: (height, width) at the network and of the file.
           threshold: of the soft masks, after they are resized.
+          class_names: of all labels.
         """
         # Small enough to fetch whole; taking a row on the device is a program each.
         fields = jax.device_get((found.scores, found.labels, found.valid))
@@ -163,25 +236,8 @@ class Predictor:
         there = boxes[:, 2] > boxes[:, 0]
         if not there.all():
             masks, boxes, kept = masks[there], boxes[there], kept[there]
-        return Prediction(masks, boxes, scores[kept], labels[kept], image_id)
-
-    def predict_images(
-        self, images: Iterable[np.ndarray | str], batch_size: int = 1
-    ) -> Iterator[Prediction]:
-        """Yields the prediction of each image, in order; `image_id` counts from 0.
-
-        Args:
-          images: RGB uint8 [H, W, 3], or paths.
-          batch_size: of so many images in a row, those that have one padded shape are
-            computed together.
-        """
-        waiting: list[dict[str, np.ndarray]] = []
-        for number, image in enumerate(images):
-            waiting.append(make_example(image, number, self.input))
-            if len(waiting) == batch_size:
-                yield from self._in_order(waiting, batch_size)
-                waiting = []
-        yield from self._in_order(waiting, batch_size)
+        scores, labels = scores[kept], labels[kept]
+        return Prediction(masks, boxes, scores, labels, image_id, class_names)
 
     def _in_order(
         self, examples: Sequence[dict[str, np.ndarray]], batch_size: int

@@ -93,6 +93,11 @@ class TiledPredictor:
         self.class_names = predictor.class_names
         self.category_ids = predictor.category_ids
 
+    def __call__(self, image: np.ndarray | str) -> Prediction:
+        """Returns the prediction of one image: RGB uint8 [H, W, 3], or a path."""
+        (prediction,) = self.predict_images([image])
+        return prediction
+
     def predict_images(
         self, images: Iterable[np.ndarray | str], batch_size: int = 1
     ) -> Iterator[Prediction]:
@@ -130,6 +135,7 @@ class TiledPredictor:
             np.array([o.score for o in objects], np.float32),
             np.array([o.label for o in objects], np.int32),
             number,
+            self.class_names,
         )
 
     def _picture(self, image: np.ndarray, view: View) -> np.ndarray:

@@ -53,6 +53,11 @@ class AugmentedPredictor:
         self.class_names = predictor.class_names
         self.category_ids = predictor.category_ids
 
+    def __call__(self, image: np.ndarray | str) -> Prediction:
+        """Returns the prediction of one image: RGB uint8 [H, W, 3], or a path."""
+        (prediction,) = self.predict_images([image])
+        return prediction
+
     def predict_images(
         self, images: Iterable[np.ndarray | str], batch_size: int = 1
     ) -> Iterator[Prediction]:
@@ -91,6 +96,7 @@ class AugmentedPredictor:
             image.shape[:2],
             self.predictor.mask_threshold,
             number,
+            self.class_names,
         )
 
     def _fuse(
