@@ -158,7 +158,7 @@ def _draw(shape: dict[str, Any], where: str, size: tuple[int, int]) -> np.ndarra
     try:
         points = np.array(shape.get("points"), np.float64)
     except (TypeError, ValueError):
-        points = np.zeros(0)
+        points = np.zeros((0, 0))
     wild = points.ndim != 2 or points.shape[1] != 2
     if wild or not (np.abs(points) < MAX_COORDINATE).all():
         raise ValueError(f"{where}: `points` must be pairs of numbers [x, y], pixels.")
