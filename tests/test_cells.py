@@ -17,7 +17,7 @@ H, W, G = 96, 160, 6
 def trained(boxes: np.ndarray, centers: np.ndarray):
     number = len(boxes)
     pad = G - number
-    batch = Batch(
+    fields = dict(
         image=np.zeros((1, H, W, 3), np.uint8),
         image_size=np.array([[H, W]], np.int32),
         boxes=np.pad(boxes, ((0, pad), (0, 0)))[None].astype(np.float32),
@@ -27,6 +27,7 @@ def trained(boxes: np.ndarray, centers: np.ndarray):
         valid=(np.arange(G) < number)[None],
         image_id=np.zeros(1, np.int32),
     )
+    batch = Batch(**jax.tree.map(jax.numpy.asarray, fields))
     return jax.jit(
         lambda b: assign_targets(
             b,
@@ -75,8 +76,8 @@ def test_cells_are_those_of_training(found):
 
 
 def test_two_objects_in_one_cell():
-    box = np.array([[10, 10, 20, 20], [11, 11, 19, 19], [120, 60, 130, 70]])
-    center = np.array([[15.0, 15], [15, 15], [125, 65]])
+    box = np.array([[3, 3, 13, 13], [4, 4, 12, 12], [120, 60, 130, 70]])
+    center = np.array([[8.0, 8], [8, 8], [125, 65]])
     cells = assign_cells(
         box, center, (H, W), num_grids=GRIDS, scale_ranges=RANGES, sigma=0.2
     )
