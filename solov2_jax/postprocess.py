@@ -1,4 +1,4 @@
-"""Outputs -> Detections at a quarter of the size, and masks at the original size.
+"""Outputs -> Detections, whose masks are at a quarter of the size.
 
 Memory depends on shapes and limits only, never on the image's content: candidates are
 capped before any mask is computed, and masks are computed in tiles of pixels.
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from solov2_jax.nms import mask_nms, matrix_nms, point_nms
 from solov2_jax.structs import Detections, Outputs
@@ -22,8 +22,6 @@ from solov2_jax.structs import Detections, Outputs
 # Candidates whose masks are looked at together, and pixels at once (7 MiB of logits).
 CHUNK = 512
 TILE_PIXELS = 3584
-# Masks that are enlarged at once.
-PASTE_TOGETHER = 20
 # NMS is compiled for these parts of `nms_pre`; the smallest sufficient one runs.
 NMS_PARTS = (0.1, 0.25, 0.5, 0.75, 1.0)
 
@@ -229,83 +227,3 @@ def _pad_axis_1(x: Array, missing: int) -> Array:
     if x.ndim == 1 or not missing:
         return x
     return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
-
-
-def paste_masks(
-    soft_masks: Float[Array, "N h4 w4"],
-    image_size: Int[Array, "2"],
-    original_size: Int[Array, "2"],
-    canvas: tuple[int, int],
-    threshold: float,
-) -> tuple[Bool[Array, "N H W"], Float[Array, "N 4"]]:
-    """Returns the masks at the original size, and their tight boxes in its pixels.
-
-    Args:
-      soft_masks: probabilities at a quarter of the padded input.
-      image_size: (height, width) of the input before padding.
-      original_size: (height, width) to resize to; at most the canvas, False beyond it.
-      canvas: static (H, W).
-      threshold: applied after resizing; a pixel is above it.
-
-    A box ends one past its last pixel, as a COCO box does; an empty mask's is all 0.
-
-    Source: solov2.py, inference_single_image: bilinear to the input's size, crop, then
-    bilinear to the original size. The first factor is always 4; the reference derives
-    it from the unpadded height, wrongly for small images. Its boxes are all 0.
-    """
-    height, width = canvas
-    rows, row_weights = _taps(
-        soft_masks.shape[1], image_size[0], original_size[0], height
-    )
-    columns = _taps(soft_masks.shape[2], image_size[1], original_size[1], width)
-    hot = [i[:, None] == jnp.arange(soft_masks.shape[2])[None] for i in columns[0]]
-    across = sum(w[:, None] * x for w, x in zip(columns[1], hot, strict=True))
-
-    def paste(soft: Float[Array, "h4 w4"]):
-        # Full precision also where the device's default is less: pixels near the
-        # threshold would flip.
-        wide = jnp.einsum("hw,Ww->hW", soft, across, precision="highest")
-        taps = zip(row_weights, rows, strict=True)
-        tall = functools.reduce(jnp.add, [w[:, None] * wide[i] for w, i in taps])
-        mask = tall > threshold
-        return mask, _tight_box(mask)
-
-    return lax.map(paste, soft_masks.astype(jnp.float32), batch_size=PASTE_TOGETHER)
-
-
-def _taps(
-    size: int, image: Int[Array, ""], original: Int[Array, ""], canvas: int
-) -> tuple[list[Int[Array, "n"]], list[Float[Array, "n"]]]:
-    """Returns the 4 source indices of each canvas position along an axis, and weights.
-
-    Two of the enlarged mask's pixels, each between two of the mask's own; the order of
-    operations is torch's, so that rounding is too.
-    """
-    position = jnp.arange(canvas, dtype=jnp.float32)
-    scale = image.astype(jnp.float32) / original.astype(jnp.float32)
-    inside = (position < original).astype(jnp.float32)
-    indices, weights = [], []
-    for i, weight in _between(scale * (position + 0.5) - 0.5, image):
-        for j, part in _between((i.astype(jnp.float32) + 0.5) * 0.25 - 0.5, size):
-            indices.append(j)
-            weights.append(weight * part * inside)
-    return indices, weights
-
-
-def _between(x: Float[Array, "n"], size: Int[Array, ""] | int):
-    """Returns both neighbours of x as (index, weight), clamped to 0 .. size - 1."""
-    x = jnp.maximum(x, 0.0)
-    low = jnp.minimum(jnp.floor(x).astype(jnp.int32), size - 1)
-    part = x - low.astype(jnp.float32)
-    return (low, 1.0 - part), (jnp.minimum(low + 1, size - 1), part)
-
-
-def _tight_box(mask: Bool[Array, "H W"]) -> Float[Array, "4"]:
-    """Returns (x0, y0, x1 + 1, y1 + 1), or zeros for an empty mask."""
-    ends = []
-    for axis in (0, 1):
-        used = jnp.any(mask, axis=axis)
-        ends.append((jnp.argmax(used), used.size - jnp.argmax(used[::-1])))
-    (x0, x1), (y0, y1) = ends
-    box = jnp.stack([x0, y0, x1, y1]).astype(jnp.float32)
-    return jnp.where(jnp.any(mask), box, 0.0)

@@ -21,6 +21,7 @@ LAYERS = {
     "targets": 3,
     "losses": 3,
     "postprocess": 3,
+    "paste": 3,
     "weights": 4,
     "training": 5,
     "inference": 5,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from solov2_jax import nms, postprocess
+from solov2_jax.paste import WINDOWS, paste_masks
 from solov2_jax.structs import Outputs
 
 GRIDS, K, E, H4, W4 = (8, 6, 4), 3, 6, 16, 24
@@ -280,7 +281,7 @@ def test_linear_matrix_nms_of_three_equal_masks():
 
 
 def paste(soft, image_size, original, threshold=0.5, canvas=None):
-    program = jax.jit(postprocess.paste_masks, static_argnums=(3, 4))
+    program = jax.jit(paste_masks, static_argnums=(3, 4))
     sizes = jnp.int32(image_size), jnp.int32(original)
     masks, boxes = program(jnp.asarray(soft), *sizes, canvas or original, threshold)
     return np.asarray(masks), np.asarray(boxes)
@@ -324,7 +325,7 @@ def test_canvas_is_empty_beyond_the_image_and_sizes_do_not_retrace():
     @functools.partial(jax.jit, static_argnums=3)
     def counted(*args):
         traces.append(1)
-        return postprocess.paste_masks(*args, 0.5)
+        return paste_masks(*args, 0.5)
 
     soft = np.random.default_rng(0).random((5, 16, 16)).astype(np.float32)
     for original in ((50, 70), (33, 80), (1, 1), (60, 80)):
@@ -346,3 +347,22 @@ def test_boxes_are_tight_and_zero_for_an_empty_mask():
         tight = [x.min(), y.min(), x.max() + 1, y.max() + 1] if len(x) else [0] * 4
         np.testing.assert_array_equal(box, tight)
     assert not masks[7].any() and masks.any((1, 2)).sum() > 15
+
+
+@pytest.mark.parametrize("original", [(45, 130), (160, 150)])
+def test_a_mask_enlarged_within_a_window_equals_the_whole(monkeypatch, original):
+    """Spots of all sizes and places, against one window that is the canvas."""
+    rng = np.random.default_rng(1)
+    y, x = np.mgrid[:40, :48]
+    soft = []
+    for part in np.repeat(WINDOWS, 6):
+        cy, cx = rng.uniform(0, 37), rng.uniform(0, 44)
+        distance = np.maximum(np.abs(y - cy) / 37, np.abs(x - cx) / 44)
+        soft.append(1 / (1 + np.exp(60 * (distance - rng.uniform(0.2, 0.8) * part))))
+    args = np.float32(soft), (148, 176), original, 0.3, (160, 152)
+    masks, boxes = paste(*args)
+    monkeypatch.setattr("solov2_jax.paste.WINDOWS", (1,))
+    whole, whole_boxes = paste(*args)
+    assert np.ptp(whole.sum((1, 2))) > 5000, "sizes differ"
+    np.testing.assert_array_equal(masks, whole)
+    np.testing.assert_array_equal(boxes, whole_boxes)

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from solov2_jax import ops
-from solov2_jax.postprocess import detect, paste_masks
+from solov2_jax.paste import paste_masks
+from solov2_jax.postprocess import detect
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def compile_detect(
 @functools.partial(jax.jit, static_argnames=("canvas", "threshold"))
 def _paste(soft_masks, index, part, image_size, original_size, *, canvas, threshold):
     """Returns the masks and boxes of detections `part` [N] of image `index`."""
-    chosen = jnp.take(soft_masks[index], part, axis=0)
+    chosen = jnp.take(soft_masks[index], part, axis=0, mode="fill", fill_value=0)
     return paste_masks(chosen, image_size, original_size, canvas, threshold)
 
 
@@ -93,6 +94,7 @@ def paste_detections(
     height, width = (int(v) for v in original_size)
     canvas = (round_up(height, CANVAS_DIVISOR), round_up(width, CANVAS_DIVISOR))
     chunk = chunk_size(canvas)
+    none = soft_masks.shape[1]  # pads with empty masks, which cost next to nothing
     masks = np.zeros((len(kept), height, width), bool)
     boxes = np.zeros((len(kept), 4), np.float32)
     for start in range(0, len(kept), chunk):
@@ -101,7 +103,7 @@ def paste_detections(
         pasted, found = _paste(
             soft_masks,
             np.int32(index),
-            np.pad(part, (0, chunk - n)),
+            np.pad(part, (0, chunk - n), constant_values=none),
             np.asarray(image_size, np.int32),
             np.asarray(original_size, np.int32),
             canvas=canvas,

@@ -1,0 +1,192 @@
+"""Soft masks at a quarter of the input's size -> masks and boxes at the original size.
+
+Shapes: h4, w4 of the soft masks, H and W of the canvas, a static size that holds the
+original image.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+# On the CPU a mask is enlarged within the smallest of these parts of the canvas, by
+# side, that holds it; elsewhere so many whole ones together.
+WINDOWS = (1 / 8, 1 / 4, 1 / 2, 1.0)
+PASTE_TOGETHER = 20
+
+
+def paste_masks(
+    soft_masks: Float[Array, "N h4 w4"],
+    image_size: Int[Array, "2"],
+    original_size: Int[Array, "2"],
+    canvas: tuple[int, int],
+    threshold: float,
+) -> tuple[Bool[Array, "N H W"], Float[Array, "N 4"]]:
+    """Returns the masks at the original size, and their tight boxes in its pixels.
+
+    Args:
+      soft_masks: probabilities at a quarter of the padded input.
+      image_size: (height, width) of the input before padding.
+      original_size: (height, width) to resize to; at most the canvas, False beyond it.
+      canvas: static (H, W).
+      threshold: applied after resizing, at least 0; a pixel is above it.
+
+    A box ends one past its last pixel, as a COCO box does; an empty mask's is all 0.
+
+    Source: solov2.py, inference_single_image: bilinear to the input's size, crop, then
+    bilinear to the original size. The first factor is always 4; the reference derives
+    it from the unpadded height, wrongly for small images. Its boxes are all 0.
+    """
+    _, h4, w4 = soft_masks.shape
+    rows = _taps(h4, image_size[0], original_size[0], canvas[0])
+    columns = _taps(w4, image_size[1], original_size[1], canvas[1])
+    hot = [i[:, None] == jnp.arange(w4)[None] for i in columns.indices]
+    across = sum(w[:, None] * x for w, x in zip(columns.weights, hot, strict=True))
+    soft_masks = soft_masks.astype(jnp.float32)
+    if jax.default_backend() == "cpu":
+        return lax.map(
+            lambda soft: _paste_within(soft, rows, columns, across, canvas, threshold),
+            soft_masks,
+        )
+    window = _Window(0, 0, 0, h4, *canvas)
+    return lax.map(
+        lambda soft: _enlarge(soft, rows, across, window, canvas, threshold),
+        soft_masks,
+        batch_size=PASTE_TOGETHER,
+    )
+
+
+class _Window(NamedTuple):
+    """A part of the canvas and the rows of the soft mask that it is made from."""
+
+    source: Int[Array, ""] | int  # its first row of the soft mask
+    y: Int[Array, ""] | int
+    x: Int[Array, ""] | int
+    source_rows: int
+    height: int
+    width: int
+
+
+class _Taps(NamedTuple):
+    """Of each canvas position along an axis: 4 source indices, ascending, and weights.
+
+    Beyond the original image the weights are 0.
+    """
+
+    indices: list[Int[Array, "n"]]
+    weights: list[Float[Array, "n"]]
+
+    def reached(self, used: Bool[Array, "m"]) -> Bool[Array, "n"]:
+        """Returns which canvas positions take anything from the used source ones."""
+        taps = zip(self.indices, self.weights, strict=True)
+        return functools.reduce(jnp.logical_or, [used[i] & (w > 0) for i, w in taps])
+
+
+def _taps(
+    size: int, image: Int[Array, ""], original: Int[Array, ""], canvas: int
+) -> _Taps:
+    """Returns the taps of an axis of `size` for each position of the canvas.
+
+    Two of the enlarged mask's pixels, each between two of the mask's own; the order of
+    operations is torch's, so that rounding is too.
+    """
+    position = jnp.arange(canvas, dtype=jnp.float32)
+    scale = image.astype(jnp.float32) / original.astype(jnp.float32)
+    inside = (position < original).astype(jnp.float32)
+    indices, weights = [], []
+    for i, weight in _between(scale * (position + 0.5) - 0.5, image):
+        for j, part in _between((i.astype(jnp.float32) + 0.5) * 0.25 - 0.5, size):
+            indices.append(j)
+            weights.append(weight * part * inside)
+    return _Taps(indices, weights)
+
+
+def _between(x: Float[Array, "n"], size: Int[Array, ""] | int):
+    """Returns both neighbours of x as (index, weight), clamped to 0 .. size - 1."""
+    x = jnp.maximum(x, 0.0)
+    low = jnp.minimum(jnp.floor(x).astype(jnp.int32), size - 1)
+    part = x - low.astype(jnp.float32)
+    return (low, 1.0 - part), (jnp.minimum(low + 1, size - 1), part)
+
+
+def _paste_within(
+    soft: Float[Array, "h4 w4"],
+    rows: _Taps,
+    columns: _Taps,
+    across: Float[Array, "W w4"],
+    canvas: tuple[int, int],
+    threshold: float,
+) -> tuple[Bool[Array, "H W"], Float[Array, "4"]]:
+    """Returns mask and box, made within the smallest window that holds the mask."""
+    h4, above = soft.shape[0], soft > threshold
+    used_rows, used_columns = rows.reached(above.any(1)), columns.reached(above.any(0))
+    (top, bottom), (left, right) = _ends(used_rows), _ends(used_columns)
+    first = jnp.min(jnp.where(used_rows, rows.indices[0], h4 - 1))
+    last = jnp.max(jnp.where(used_rows, rows.indices[-1], 0))
+    # A row that no part of the mask reaches may need source rows beyond the window.
+    rows = _Taps(rows.indices, [jnp.where(used_rows, w, 0.0) for w in rows.weights])
+    wholes = (h4, *canvas)
+
+    def within(part: float):
+        sizes = tuple(math.ceil(part * whole) for whole in wholes)
+        starts = (
+            jnp.clip(start, 0, whole - size)
+            for start, whole, size in zip(
+                (first, top, left), wholes, sizes, strict=True
+            )
+        )
+        window = _Window(*starts, *sizes)
+        cut = functools.partial(_cut, start=window.y, size=window.height)
+        source = [cut(i) - window.source for i in rows.indices]
+        taps = _Taps(
+            [jnp.clip(i, 0, window.source_rows - 1) for i in source],
+            [cut(w) for w in rows.weights],
+        )
+        part_of_soft = _cut(soft, window.source, window.source_rows)
+        return _enlarge(part_of_soft, taps, across, window, canvas, threshold)
+
+    needed = (last - first + 1, bottom - top, right - left)
+    index = jnp.int32(0)
+    for part in WINDOWS[:-1]:
+        sizes = [math.ceil(part * whole) for whole in wholes]
+        index += jnp.any(jnp.stack(needed) > jnp.array(sizes)).astype(jnp.int32)
+    return lax.switch(index, [functools.partial(within, part) for part in WINDOWS])
+
+
+def _enlarge(
+    soft: Float[Array, "n w4"],
+    rows: _Taps,
+    across: Float[Array, "W w4"],
+    window: _Window,
+    canvas: tuple[int, int],
+    threshold: float,
+) -> tuple[Bool[Array, "H W"], Float[Array, "4"]]:
+    """Returns mask and box on the canvas, from a window's rows of the soft mask."""
+    # Full precision also where the device's default is less: pixels near the threshold
+    # would flip.
+    part = _cut(across, window.x, window.width)
+    wide = jnp.einsum("hw,Ww->hW", soft, part, precision="highest")
+    taps = zip(rows.weights, rows.indices, strict=True)
+    tall = functools.reduce(jnp.add, [w[:, None] * wide[i] for w, i in taps])
+    # Maxima of floats are several times faster on the CPU than "any" of booleans.
+    tall = lax.optimization_barrier(tall)
+    has_row, has_column = tall.max(1) > threshold, tall.max(0) > threshold
+    (y0, y1), (x0, x1) = _ends(has_row), _ends(has_column)
+    box = jnp.stack([window.x + x0, window.y + y0, window.x + x1, window.y + y1])
+    mask = lax.dynamic_update_slice(
+        jnp.zeros(canvas, bool), tall > threshold, (window.y, window.x)
+    )
+    return mask, jnp.where(jnp.any(has_row), box.astype(jnp.float32), 0.0)
+
+
+def _ends(used: Bool[Array, "n"]) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """Returns the first place that is True, and one past the last; (0, n) for none."""
+    return jnp.argmax(used), used.size - jnp.argmax(used[::-1])
+
+
+def _cut(x: Array, start: Array | int, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, start, size)
