@@ -29,7 +29,9 @@ from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.programs import (
     DetectOptions,
     compile_detect,
+    compile_prepare,
     paste_detections,
+    round_up,
 )
 from solov2_jax.models import build_model
 from solov2_jax.structs import Detections
@@ -264,16 +266,19 @@ def build_predictor(
         if name != "num_grids"
     }
     names = class_names or [f"class {i + 1}" for i in range(model.num_classes)]
+    buckets = check_buckets(input_.buckets_test, "input.buckets_test")
+    longest = (input_.min_size_test, input_.max_size_test)
+    size = max(buckets, default=tuple(round_up(side, 32) for side in longest))
     return Predictor(
         model,
-        variables,
+        compile_prepare(model, size)(variables),
         InputOptions(
             channel_order=input_.channel_order,
             mean=tuple(input_.mean),
             std=tuple(input_.std),
             min_size=input_.min_size_test,
             max_size=input_.max_size_test,
-            buckets=check_buckets(input_.buckets_test, "input.buckets_test"),
+            buckets=buckets,
         ),
         DetectOptions(num_grids=tuple(config.model.ins_head.num_grids), **options),
         names,

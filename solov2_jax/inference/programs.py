@@ -66,6 +66,22 @@ def compile_detect(
     return jax.jit(run)
 
 
+@functools.lru_cache(maxsize=16)
+def compile_prepare(model: Any, size: tuple[int, int]) -> Any:
+    """Returns the compiled variables -> variables with the collection "prepared".
+
+    It holds what depends on the parameters only, in the form that is fastest for images
+    of `size` (height, width) and right for all: several times the size of the kernels.
+    """
+
+    def run(variables):
+        image = jnp.zeros((1, *size, 3), jnp.float32)
+        return model.apply(variables, image, mutable=["prepared"])[1]
+
+    compiled = jax.jit(run)
+    return lambda variables: {**variables, **compiled(variables)}
+
+
 @functools.partial(jax.jit, static_argnames=("canvas", "threshold"))
 def _paste(soft_masks, index, part, image_size, original_size, *, canvas, threshold):
     """Returns the masks and boxes of detections `part` [N] of image `index`."""
