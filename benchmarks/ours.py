@@ -57,7 +57,7 @@ def network(case: Path) -> worker.Work:
     last: list[Any] = []
 
     def run() -> None:
-        last[:] = [jax.block_until_ready(apply(predictor.variables, image))]
+        last[:] = [jax.block_until_ready(apply(predictor._ready, image))]
 
     first = worker.first_call(run)
 
@@ -95,7 +95,7 @@ def image(case: Path) -> worker.Work:
     first = worker.first_call(run)
     # Outside of the timed runs: the predictions do not keep this number.
     detections = jax.device_get(
-        predictor._detect(predictor.variables, batch["image"], batch["image_size"])
+        predictor._detect(predictor._ready, batch["image"], batch["image_size"])
     )
 
     def found() -> dict[str, Any]:
@@ -124,7 +124,7 @@ def stages(case: Path) -> worker.Work:
     arrays = load_arrays(case)
     programs = stage_programs.network_stages(model)
     detect = stage_programs.detect_stage(config)
-    variables, pixels = predictor.variables, normalize(config, arrays)
+    variables, pixels = predictor._ready, normalize(config, arrays)
     size = arrays["image_size"]
 
     def run() -> dict[str, float]:
@@ -199,7 +199,7 @@ def train(case: Path) -> worker.Work:
     counter = jax_side.CompileCounter()
     config, model, predictor = load_network(case)
     mesh, backbone = sharding.make_mesh(), config.model.backbone
-    variables = predictor.variables
+    variables = jax.device_put(predictor.variables)
     del predictor
     trainable = trainable_mask(variables["params"], backbone.freeze_at, backbone.norm)
     _, tx = build_optimizer(config, trainable)

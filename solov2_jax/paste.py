@@ -132,21 +132,22 @@ def _paste_within(
     wholes = (h4, *canvas)
 
     def within(part: float):
-        sizes = tuple(math.ceil(part * whole) for whole in wholes)
-        starts = (
-            jnp.clip(start, 0, whole - size)
-            for start, whole, size in zip(
-                (first, top, left), wholes, sizes, strict=True
-            )
+        source_rows, height, width = (math.ceil(part * whole) for whole in wholes)
+        window = _Window(
+            jnp.clip(first, 0, h4 - source_rows),
+            jnp.clip(top, 0, canvas[0] - height),
+            jnp.clip(left, 0, canvas[1] - width),
+            source_rows,
+            height,
+            width,
         )
-        window = _Window(*starts, *sizes)
-        cut = functools.partial(_cut, start=window.y, size=window.height)
+        cut = functools.partial(_cut, start=window.y, size=height)
         source = [cut(i) - window.source for i in rows.indices]
         taps = _Taps(
-            [jnp.clip(i, 0, window.source_rows - 1) for i in source],
+            [jnp.clip(i, 0, source_rows - 1) for i in source],
             [cut(w) for w in rows.weights],
         )
-        part_of_soft = _cut(soft, window.source, window.source_rows)
+        part_of_soft = _cut(soft, window.source, source_rows)
         return _enlarge(part_of_soft, taps, across, window, canvas, threshold)
 
     needed = (last - first + 1, bottom - top, right - left)

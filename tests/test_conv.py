@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
 from solov2_jax.models import conv, winograd
 from solov2_jax.models.layers import Conv, ConvNorm
+from solov2_jax.training.state import state_of
 
 CASES = {
     "winograd": ([(2, 23, 27), (2, 8, 6)], 3, 1, 128, 136, jnp.float32),
@@ -119,3 +121,5 @@ def test_a_prepared_model_computes_the_same():
     assert shapes["a"]["kernel"] == shapes["c"]["kernel"] == (36, 128, 128)
     got = model.apply({**variables, **prepared}, x)
     np.testing.assert_array_equal(got, model.apply(variables, x))
+    with pytest.raises(AssertionError, match="do not train"):
+        state_of({**variables, **prepared}, optax.sgd(0.1))

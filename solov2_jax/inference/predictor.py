@@ -9,7 +9,7 @@ bounded whatever the image shows.
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Predictor:
     Args:
       model: `model.apply(variables, image)` gives `Outputs`; hashable.
       class_names, category_ids: of the labels 0..K-1.
+      prepare: variables -> what the model is applied with instead, once.
     """
 
     def __init__(
@@ -65,13 +66,16 @@ class Predictor:
         detect_options: DetectOptions,
         class_names: Sequence[str],
         category_ids: Sequence[int],
+        prepare: Callable[[PyTree], PyTree] | None = None,
     ):
         self.input = input_options
         self.options = detect_options
         self.mask_threshold = detect_options.mask_threshold
         self.class_names = tuple(class_names)
         self.category_ids = tuple(int(i) for i in category_ids)
-        self.variables = jax.device_put(variables)
+        self.variables = variables
+        placed = jax.device_put(variables)
+        self._ready = prepare(placed) if prepare else placed
         mean, std = input_options.mean, input_options.std
         self._detect = compile_detect(model, mean, std, detect_options)
 
@@ -209,7 +213,7 @@ class Predictor:
     def detect(self, batch: Mapping[str, np.ndarray]) -> Detections:
         """Returns the detections of a batch's images, on the device."""
         image_size = np.asarray(batch["image_size"], np.int32)
-        return self._detect(self.variables, batch["image"], image_size)
+        return self._detect(self._ready, batch["image"], image_size)
 
     @staticmethod
     def paste(
@@ -271,7 +275,7 @@ def build_predictor(
     size = max(buckets, default=tuple(round_up(side, 32) for side in longest))
     return Predictor(
         model,
-        compile_prepare(model, size)(variables),
+        variables,
         InputOptions(
             channel_order=input_.channel_order,
             mean=tuple(input_.mean),
@@ -283,6 +287,7 @@ def build_predictor(
         DetectOptions(num_grids=tuple(config.model.ins_head.num_grids), **options),
         names,
         category_ids or range(1, len(names) + 1),
+        compile_prepare(model, size),
     )
 
 

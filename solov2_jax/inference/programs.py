@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from solov2_jax import ops
 from solov2_jax.paste import paste_masks
@@ -68,10 +69,10 @@ def compile_detect(
 
 @functools.lru_cache(maxsize=16)
 def compile_prepare(model: Any, size: tuple[int, int]) -> Any:
-    """Returns the compiled variables -> variables with the collection "prepared".
+    """Returns the compiled variables -> variables with prepared kernels in their place.
 
-    It holds what depends on the parameters only, in the form that is fastest for images
-    of `size` (height, width) and right for all: several times the size of the kernels.
+    Those are in the form that is fastest for images of `size` (height, width) and right
+    for all. They are for prediction: no gradient reaches the parameters through them.
     """
 
     def run(variables):
@@ -79,7 +80,15 @@ def compile_prepare(model: Any, size: tuple[int, int]) -> Any:
         return model.apply(variables, image, mutable=["prepared"])[1]
 
     compiled = jax.jit(run)
-    return lambda variables: {**variables, **compiled(variables)}
+
+    def prepare(variables):
+        made = compiled(variables)
+        replaced = flatten_dict(made["prepared"])
+        params = flatten_dict(variables["params"])
+        left = {path: leaf for path, leaf in params.items() if path not in replaced}
+        return {**variables, **made, "params": unflatten_dict(left)}
+
+    return prepare
 
 
 @functools.partial(jax.jit, static_argnames=("canvas", "threshold"))

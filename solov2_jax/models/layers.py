@@ -31,7 +31,8 @@ def _prepared(
     """Returns `kernel()`, or the form of it that the collection "prepared" holds.
 
     Applying a model with that collection mutable returns it: whatever depends on the
-    parameters only, computed once for many calls without gradients.
+    parameters only, computed once for many calls without gradients. The parameters
+    "kernel" for which it has an entry are not needed then.
     """
     if module.has_variable("prepared", "kernel"):
         return module.get_variable("prepared", "kernel")
@@ -83,22 +84,23 @@ class ConvNorm(nn.Module):
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B _ _ D"]:
         k = self.kernel_size
         shape = (k, k, x.shape[-1], self.features)
-        kernel = self.param("kernel", msra_init, shape)
-        if self.norm == "gn":
-            y = conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
-            return GroupNorm(scale_init=self.scale_init, name="norm")(y)
-        if self.norm != "frozen_bn":
+        if self.norm not in ("frozen_bn", "gn"):
             raise ValueError(
                 f"model.backbone.norm is {self.norm!r}; choose 'frozen_bn' or 'gn'"
             )
-        norm = FrozenBatchNorm(scale_init=self.scale_init, name="norm")
-        factor, shift = norm(self.features)
-        x = x.astype(self.dtype)
+        x, factor, shift = x.astype(self.dtype), None, None
+        if self.norm == "frozen_bn":
+            norm = FrozenBatchNorm(scale_init=self.scale_init, name="norm")
+            factor, shift = norm(self.features)
 
         def folded() -> jax.Array:
-            return (kernel * factor[None, None, None]).astype(self.dtype)
+            kernel = self.param("kernel", msra_init, shape)
+            kernel = kernel if factor is None else kernel * factor[None, None, None]
+            return kernel.astype(self.dtype)
 
         y = conv2d(x, _prepared(self, folded, [x], self.stride), self.stride)
+        if shift is None:
+            return GroupNorm(scale_init=self.scale_init, name="norm")(y)
         return y + shift.astype(self.dtype)[None, None, None]
 
 
@@ -117,9 +119,12 @@ class Conv(nn.Module):
         """Maps arrays [B, _, _, C], one per level, to [B, _, _, D]."""
         k = self.kernel_size
         shape = (k, k, xs[0].shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
         xs = [x.astype(self.dtype) for x in xs]
-        ys = conv2d_levels(xs, _prepared(self, lambda: kernel, xs))
+
+        def kernel() -> jax.Array:
+            return self.param("kernel", self.kernel_init, shape).astype(self.dtype)
+
+        ys = conv2d_levels(xs, _prepared(self, kernel, xs))
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,))
             ys = [y + bias.astype(self.dtype)[None, None, None] for y in ys]

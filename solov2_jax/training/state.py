@@ -60,6 +60,7 @@ def state_of(
     variables: dict[str, PyTree], tx: optax.GradientTransformation
 ) -> TrainState:
     """Returns the state at step 0 of given variables."""
+    assert "prepared" not in variables, "kernels prepared for prediction do not train"
     model_state = {name: tree for name, tree in variables.items() if name != "params"}
     params = variables["params"]
     return TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params))
