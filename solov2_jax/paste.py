@@ -44,8 +44,9 @@ def paste_masks(
     _, h4, w4 = soft_masks.shape
     rows = _taps(h4, image_size[0], original_size[0], canvas[0])
     columns = _taps(w4, image_size[1], original_size[1], canvas[1])
-    hot = [i[:, None] == jnp.arange(w4)[None] for i in columns.indices]
-    across = sum(w[:, None] * x for w, x in zip(columns.weights, hot, strict=True))
+    taps = zip(columns.weights, columns.indices, strict=True)
+    hot = [w[:, None] * (i[:, None] == jnp.arange(w4)[None]) for w, i in taps]
+    across = functools.reduce(jnp.add, hot)
     soft_masks = soft_masks.astype(jnp.float32)
     if jax.default_backend() == "cpu":
         return lax.map(
@@ -185,8 +186,9 @@ def _enlarge(
 
 
 def _ends(used: Bool[Array, "n"]) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """Returns the first place that is True, and one past the last; (0, n) for none."""
-    return jnp.argmax(used), used.size - jnp.argmax(used[::-1])
+    """Returns the first place that is True, and one past the last; 0, 0 for none."""
+    end = used.size - jnp.argmax(used[::-1])
+    return jnp.argmax(used), jnp.where(jnp.any(used), end, 0)
 
 
 def _cut(x: Array, start: Array | int, size: int) -> Array:
