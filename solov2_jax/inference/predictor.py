@@ -183,7 +183,7 @@ class Predictor:
         for height, width in shapes:
             image = np.zeros((batch_size, height, width, 3), np.uint8)
             size = np.full((batch_size, 2), (height, width), np.int32)
-            jax.block_until_ready(self._detect(self.variables, image, size))
+            jax.block_until_ready(self._detect(self._ready, image, size))
 
     def predict_batch(self, batch: Mapping[str, np.ndarray]) -> list[Prediction]:
         """Returns a prediction for each image whose id is not -1 (padding).
