@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
@@ -28,14 +27,32 @@ _CACHE = flags.DEFINE_string(
     "Folder of compiled programs, so that a second start is quick; '' for none. "
     "JAX_COMPILATION_CACHE_DIR, where it is set, wins.",
 )
+_KEEP_MEMORY = flags.DEFINE_bool(
+    "keep_memory",
+    None,
+    "Keep freed memory in the process: on a CPU programs run up to a third faster, and "
+    "training holds half as much memory again. Default: on, but in training. Linux.",
+)
+# glibc gives XLA's large temporaries back to the system after every call, and the next
+# call pays for them page by page. It reads these when a process starts, never later.
+_KEEPING = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 36),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+}
+_RESTARTED = "SOLOV2_JAX_RESTARTED"
 # What users can mend. Anything else is a defect of ours and shows its traceback.
 _USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
-def run(main: Callable[[list[str]], None]) -> None:
+def run(main: Callable[[list[str]], None], keep_memory: bool = False) -> None:
     """Runs a command; `main` gets the "--config.key=value" arguments.
 
     A user's error ends in one line, `error: ...`, and exit code 2.
+
+    Args:
+      keep_memory: the default of --keep_memory, which starts the process anew.
     """
     overrides: list[str] = []
 
@@ -52,6 +69,8 @@ def run(main: Callable[[list[str]], None]) -> None:
 
     def guarded(argv: list[str]) -> None:
         del argv
+        chosen = _KEEP_MEMORY.value
+        _restart(keep_memory if chosen is None else chosen)
         _set_up()
         try:
             main(overrides)
@@ -69,6 +88,22 @@ def _fail(error: BaseException) -> NoReturn:
     sys.exit(2)
 
 
+def _restart(keep_memory: bool) -> None:
+    """Starts the process anew with the allocator's settings, if it should have them.
+
+    Settings that are in the environment already are the user's, and stay.
+    """
+    if os.environ.pop(_RESTARTED, ""):
+        for name in _KEEPING:  # for this process, not for its children
+            os.environ.pop(name, None)
+        return
+    given = [n for n in os.environ if n.startswith("MALLOC_") or n == "GLIBC_TUNABLES"]
+    if keep_memory and sys.platform == "linux" and not given:
+        sys.stdout.flush()
+        environment = {**os.environ, **_KEEPING, _RESTARTED: "1"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
 def _log_unraisable(error) -> None:
     """TensorStore's threads print tracebacks after an error that was raised already."""
     info = (error.exc_type, error.exc_value, error.exc_traceback)
@@ -77,6 +112,8 @@ def _log_unraisable(error) -> None:
 
 def _set_up() -> None:
     """Console logging, devices and the compilation cache, by the flags."""
+    import jax  # slow: after the restart
+
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log = logging.getLogger("solov2_jax")
