@@ -60,7 +60,8 @@ def test_winograd_is_used_where_it_is_meant():
         shapes, k, stride, c, d, dtype = CASES[case]
         xs = [jax.ShapeDtypeStruct((*s, c), dtype) for s in shapes]
         kernel = jax.ShapeDtypeStruct((k, k, c, width or d), dtype)
-        return conv._is_winograd(xs, kernel, stride, grad)
+        test = conv._is_winograd_grad if grad else conv._is_winograd
+        return test(xs, kernel, stride)
 
     assert is_used("winograd") and is_used("winograd", grad=True)
     assert not is_used("winograd for the filter")
@@ -68,6 +69,7 @@ def test_winograd_is_used_where_it_is_meant():
     for case in ("bfloat16", "taps at stride 2", "pointwise"):
         assert not is_used(case) and not is_used(case, grad=True)
     assert not is_used("winograd", width=32, grad=True)
+    assert is_used("winograd for the filter", width=256), "few channels on one side"
 
 
 @pytest.mark.parametrize("tiles", [8, 10_000], ids=["strips", "together"])

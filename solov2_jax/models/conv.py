@@ -22,9 +22,12 @@ from jaxtyping import Array, Float
 
 from solov2_jax.models import winograd
 
-# With fewer channels or tiles, the transforms cost more than the products they save.
-WINOGRAD_MIN_CHANNELS = 128
+# With fewer channels (on either side, and their product) or tiles, the transforms cost
+# more than the products they save. A kernel that is transformed once pays with few tiles.
+WINOGRAD_MIN_CHANNELS = 64
+WINOGRAD_MIN_PAIRS = 128 * 128
 WINOGRAD_MIN_TILES = 64
+PREPARED_MIN_TILES = 16
 # Of the filter's gradient, where XLA's own form is far slower.
 WINOGRAD_GRAD_MIN_CHANNELS = 64
 WINOGRAD_GRAD_MIN_TILES = 32
@@ -64,7 +67,7 @@ def prepare_kernel(
     For kernels that stay the same from call to call: the result has no gradient form.
     """
     cpu = jax.default_backend() == "cpu"
-    wide = cpu and _is_winograd(xs, kernel, stride)
+    wide = cpu and _is_winograd(xs, kernel, stride, min_tiles=PREPARED_MIN_TILES)
     return winograd.transform_filter(kernel) if wide else kernel
 
 
@@ -107,7 +110,7 @@ def _conv2d_cpu_bwd(stride, residuals, grads):
         _lax_conv(_spread(g, stride, *x.shape[1:3]), flipped, 1)
         for x, g in zip(xs, grads, strict=True)
     ]
-    if _is_winograd(xs, kernel, stride, grad=True):
+    if _is_winograd_grad(xs, kernel, stride):
         return dxs, winograd.filter_grad(xs, grads)
     taps = [
         _tap_filter_grad(x, g, kernel.shape[0], stride)
@@ -116,15 +119,23 @@ def _conv2d_cpu_bwd(stride, residuals, grads):
     return dxs, functools.reduce(jnp.add, taps)
 
 
-def _is_winograd(xs, kernel, stride, grad=False):
-    """Whether Winograd's form is the fastest, forward or for the filter's gradient."""
-    channels, tiles = WINOGRAD_MIN_CHANNELS, WINOGRAD_MIN_TILES
-    if grad:
-        channels, tiles = WINOGRAD_GRAD_MIN_CHANNELS, WINOGRAD_GRAD_MIN_TILES
-    wide = min(kernel.shape[2:]) >= channels
-    enough = sum(winograd.count_tiles(x.shape) for x in xs) >= tiles
+def _is_winograd(xs, kernel, stride, min_tiles=WINOGRAD_MIN_TILES):
+    """Whether Winograd's form is the fastest, forward and for the input's gradient."""
+    pairs = kernel.shape[2] * kernel.shape[3]
+    wide = min(kernel.shape[2:]) >= WINOGRAD_MIN_CHANNELS and pairs >= WINOGRAD_MIN_PAIRS
+    return wide and _has_tiles(xs, kernel, stride, min_tiles)
+
+
+def _is_winograd_grad(xs, kernel, stride):
+    """Whether it is the fastest for the filter's gradient."""
+    wide = min(kernel.shape[2:]) >= WINOGRAD_GRAD_MIN_CHANNELS
+    return wide and _has_tiles(xs, kernel, stride, WINOGRAD_GRAD_MIN_TILES)
+
+
+def _has_tiles(xs, kernel, stride, least):
+    enough = sum(winograd.count_tiles(x.shape) for x in xs) >= least
     float32 = xs[0].dtype == jnp.float32
-    return kernel.shape[0] == 3 and stride == 1 and wide and enough and float32
+    return kernel.shape[0] == 3 and stride == 1 and enough and float32
 
 
 _conv2d_cpu.defvjp(_conv2d_cpu_fwd, _conv2d_cpu_bwd)
