@@ -123,4 +123,4 @@ def score_files(overrides: list[str], expectations: list) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    cli.run(main, keep_memory=True)
+    cli.run(main)

@@ -73,4 +73,4 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, keep_memory=True)
+    cli.run(main)

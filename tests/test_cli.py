@@ -19,7 +19,7 @@ def main(overrides):
     print(overrides)
 
 if __name__ == "__main__":
-    cli.run(main, keep_memory=True)
+    cli.run(main)
 """
 
 
