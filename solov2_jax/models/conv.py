@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from solov2_jax.models import winograd
 
 # With fewer channels (on either side, and their product) or tiles, the transforms cost
-# more than the products they save. A kernel that is transformed once pays with few tiles.
+# more than the products they save. A kernel transformed once needs fewer tiles.
 WINOGRAD_MIN_CHANNELS = 64
 WINOGRAD_MIN_PAIRS = 128 * 128
 WINOGRAD_MIN_TILES = 64
@@ -122,7 +122,9 @@ def _conv2d_cpu_bwd(stride, residuals, grads):
 def _is_winograd(xs, kernel, stride, min_tiles=WINOGRAD_MIN_TILES):
     """Whether Winograd's form is the fastest, forward and for the input's gradient."""
     pairs = kernel.shape[2] * kernel.shape[3]
-    wide = min(kernel.shape[2:]) >= WINOGRAD_MIN_CHANNELS and pairs >= WINOGRAD_MIN_PAIRS
+    wide = (
+        min(kernel.shape[2:]) >= WINOGRAD_MIN_CHANNELS and pairs >= WINOGRAD_MIN_PAIRS
+    )
     return wide and _has_tiles(xs, kernel, stride, min_tiles)
 
 
