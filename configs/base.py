@@ -147,6 +147,9 @@ def get_config() -> ConfigDict:
     train.checkpoint_every = 5000  # [SOLVER.CHECKPOINT_PERIOD]
     train.eval_every = 0  # the end is always evaluated [TEST.EVAL_PERIOD]
     train.keep_checkpoints = 3  # newest ones; the best is kept besides
+    # Steps in a row whose loss or gradient is not finite before training stops. Such a
+    # step changes neither parameters nor optimiser.
+    train.max_skipped = 10
     train.best_metric = "segm/AP"  # of the evaluation; the best checkpoint's measure
 
     config.eval = ConfigDict()

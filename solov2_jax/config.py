@@ -36,6 +36,7 @@ _AT_LEAST = {
     "train.checkpoint_every": 0,
     "train.eval_every": 0,
     "train.keep_checkpoints": 1,
+    "train.max_skipped": 1,
     "eval.batch_size": 1,
     "eval.max_images": 0,
 }

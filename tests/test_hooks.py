@@ -1,4 +1,5 @@
 import json
+import math
 import time
 
 import jax
@@ -66,7 +67,7 @@ def make_run(step=0, total=10, window=()):
     key = jax.random.key(0)
     step_fn = TrainStep(task.loss_fn, task.tx, mesh, key, task.trainable)
     state = TrainState(step, {}, {}, ())
-    return Run(state, step, total, 4, step_fn, MetricsWindow(window))
+    return Run(state, step, total, 4, step_fn, MetricsWindow(2, {"window": window}))
 
 
 def advance(run, hooks, loss=1.0):
@@ -74,7 +75,8 @@ def advance(run, hooks, loss=1.0):
         hook.before_step(run)
     run.step += 1
     run.data_seconds = 0.01
-    metrics = {"loss": jnp.float32(loss), "grad_norm": jnp.float32(1)}
+    metrics = {"loss": loss, "grad_norm": 1.0, "skipped": not math.isfinite(loss)}
+    metrics = {name: jnp.float32(value) for name, value in metrics.items()}
     run.window.add(run.step, metrics, [run.step, 99])
     for hook in hooks:
         hook.after_step(run)
@@ -128,13 +130,44 @@ def test_a_resumed_window_gives_the_same_mean():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_and_is_never_saved(bad):
-    run, saver = make_run(), saver_of(3)
-    hooks = [saver]
-    advance(run, hooks)
-    advance(run, hooks, bad)
-    with pytest.raises(FloatingPointError, match=f"step 2: loss = {bad}.*ids: 2, 99"):
-        advance(run, hooks)
+def test_skipped_steps_are_counted_and_too_many_in_a_row_stop(bad, caplog):
+    writer, run, saver = FakeWriter(), make_run(total=20), saver_of(2)
+    rate = LearningRate(lambda step: step, 1)
+    hooks = [IterationTimer(1), rate, PeriodicWriter([writer], 1), saver]
+    for loss in (1.0, bad, 3.0, bad):
+        advance(run, hooks, loss)
+    lines = [line for _, line in writer.lines]
+    assert [line.get("loss") for line in lines] == [1.0, None, 3.0, None]
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 1, 2]
+    # The optimiser does not count a skipped step.
+    assert [line["learning_rate"] for line in lines] == [0, 0, 1, 1]
+    assert (
+        f"step 2 is skipped: loss {bad}" in caplog.text and "ids 2, 99" in caplog.text
+    )
+    assert saver.checkpoints.saved == [2, 4], "the state is finite"
+    with pytest.raises(FloatingPointError, match=r"steps 4 to 5: .*ids: 4, 99, 5\."):
+        advance(run, hooks, bad)
+
+
+def test_a_streak_goes_on_after_resuming():
+    run = make_run()
+    advance(run, [], 1.0)
+    advance(run, [], float("nan"))
+    run.window.fetch()
+    again = MetricsWindow(2, json.loads(json.dumps(run.window.saved())))
+    nan = {"loss": jnp.float32("nan"), "grad_norm": jnp.float32(1)}
+    again.add(3, {**nan, "skipped": jnp.float32(1)}, [7])
+    with pytest.raises(FloatingPointError, match="steps 2 to 3: .* ids: 2, 99, 7"):
+        again.fetch()
+    assert again.skipped == 2
+
+
+def test_parameters_that_are_not_finite_are_never_saved():
+    run, saver = make_run(), saver_of(2)
+    run.state = run.state.replace(params={"fpn": jnp.array([1.0, float("inf")])})
+    advance(run, [saver])
+    with pytest.raises(FloatingPointError, match="the first is fpn. Nothing of it was"):
+        advance(run, [saver], float("nan"))
     assert saver.checkpoints.saved == []
 
 
@@ -251,13 +284,16 @@ def test_console_line(caplog):
         "eta_seconds": 3661.0,
         "memory_gb": 1.2,
         "recompiles": 2.0,
+        "skipped_steps": 3.0,
     }
     ConsoleWriter(100).write(20, scalars)
     ConsoleWriter(100).write(20, {"segm/AP": 0.5})
     assert len(caplog.messages) == 1
     line = caplog.messages[0]
     parts = ("step 20/100", "loss 1.5", "lr 0.01", "2.50 images/s", "data 0.100 s")
-    assert all(part in line for part in (*parts, "eta 1:01:01", "RECOMPILES 2"))
+    assert all(
+        part in line for part in (*parts, "eta 1:01:01", "SKIPPED 3", "RECOMPILES 2")
+    )
 
 
 @pytest.mark.parametrize(
@@ -269,10 +305,10 @@ def test_duration(seconds, text):
 
 
 def test_metrics_wait_on_the_device_but_not_without_end():
-    window = MetricsWindow()
+    window, metrics = MetricsWindow(1), {"loss": jnp.float32(1), "skipped": 0}
     for step in range(250):
-        window.add(step, {"loss": jnp.float32(1)}, [1])
+        window.add(step, metrics, [1])
     assert len(window.values) == 200
     for step in range(1000):
-        window.add(step, {"loss": jnp.float32(1)}, [1])
+        window.add(step, metrics, [1])
     assert len(window.values) == 1000

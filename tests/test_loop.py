@@ -265,22 +265,40 @@ def test_what_the_weights_lack_is_drawn_as_without_them(tmp_path):
         np.testing.assert_array_equal(leaf, file.get(name, flat[name]))
 
 
-def test_a_loss_that_is_not_finite_names_step_and_images(tmp_path):
+def not_finite(steps):
+    """Returns the toy's batches, with a NaN in those of some steps."""
+
     def batches(step, size, seed):
         for batch in toy.toy_batches(step, size, seed):
-            if step == 5:
+            if step in steps:
                 batch["image"][3] = np.nan
             yield batch
             step += 1
 
-    build = lambda c, w: toy.toy_task(c, w, batches=batches)  # noqa: E731
-    config = toy.toy_config(train__log_every=100)
+    return lambda c, w: toy.toy_task(c, w, batches=batches)
+
+
+def test_steps_that_are_not_finite_in_a_row_name_steps_and_images(tmp_path):
+    config = toy.toy_config(train__log_every=100, train__max_skipped=2)
     with pytest.raises(FloatingPointError) as error:
-        train(config, tmp_path, build)
-    assert "step 6: " in str(error.value) and "loss = nan" in str(error.value)
-    assert "40, 41, 42, 43, 44, 45, 46, 47" in str(error.value)
-    assert list_steps(tmp_path) == [4], "what is not finite is never saved"
+        train(config, tmp_path, not_finite((2, 5, 6)))
+    assert "steps 6 to 7: " in str(error.value) and "loss = nan" in str(error.value)
+    assert "40, 41, 42, 43, 44, 45, 46, 47, 48, 49" in str(error.value)
+    assert list_steps(tmp_path) == [4]
     assert "the run ended here" in (tmp_path / "train.log").read_text()
+
+
+def test_a_run_with_skipped_steps_resumes_and_ends(tmp_path):
+    build = not_finite((2, 3, 8))
+    changes = {"train__max_skipped": 3, "train__eval_every": 4}
+    short = toy.toy_config(**changes, train__steps=4)  # ends after two in a row
+    train(short, tmp_path / "a", build)
+    for folder in "ab":
+        train(toy.toy_config(**changes), tmp_path / folder, build)
+    lines = lines_of(tmp_path / "a")
+    assert [x["step"] for x in lines if "loss" not in x] == [3, 4, 9]
+    assert lines[-1]["skipped_steps"] == 3
+    assert numbers_of(tmp_path / "a") == numbers_of(tmp_path / "b")
 
 
 def test_an_error_of_the_data_ends_the_run_and_keeps_the_checkpoint(tmp_path):

@@ -52,6 +52,25 @@ def test_frozen_parameters_and_model_state_do_not_change():
     assert after.step == 1
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(bad):
+    mesh, state, step = make(2)
+    state, metrics = step(state, sharding.put_batch(toy.toy_batch(0), mesh))
+    assert metrics["skipped"] == 0
+    before, batch = jax.device_get(state), toy.toy_batch(1)
+    batch["label"][5, 1] = bad  # 1e30: the loss is finite, the gradient's square not
+    state, metrics = step(state, sharding.put_batch(batch, mesh))
+    assert metrics["skipped"] == 1
+    assert not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]))
+    after = jax.device_get(state)
+    assert after.step == 2
+    jax.tree.map(np.testing.assert_array_equal, before.replace(step=after.step), after)
+    state, metrics = step(state, sharding.put_batch(toy.toy_batch(2), mesh))
+    assert metrics["skipped"] == 0 and np.isfinite(metrics["loss"])
+    head = [x.params["ins_head"]["cate_pred"]["bias"] for x in (after, state)]
+    assert (head[0] != np.asarray(head[1])).all()
+
+
 def test_the_state_is_donated():
     mesh, state, step = make(1)
     step(state, sharding.put_batch(toy.toy_batch(0), mesh))

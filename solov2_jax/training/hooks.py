@@ -121,16 +121,19 @@ class IterationTimer(QuietHook):
 
 
 class LearningRate(QuietHook):
-    """Logs the rate that the step used; the schedule itself is part of the step."""
+    """Logs the rate that the step used; the schedule itself is part of the step.
+
+    Comes after a hook that fetches the metrics, which tell the skipped steps.
+    """
 
     def __init__(self, schedule: optax.Schedule, every: int):
         self._schedule, self._every = schedule, every
 
     def after_step(self, run: Run) -> None:
         if run.due(self._every):
-            run.scalars["learning_rate"] = float(
-                np.asarray(self._schedule(run.step - 1))
-            )
+            # A skipped step leaves the optimiser's count as it was.
+            updates = run.step - 1 - run.window.skipped
+            run.scalars["learning_rate"] = float(np.asarray(self._schedule(updates)))
 
 
 class PeriodicWriter(QuietHook):
@@ -146,6 +149,7 @@ class PeriodicWriter(QuietHook):
         counts = {
             "compiles": float(run.step_fn.compiles),
             "recompiles": float(run.step_fn.recompiles),
+            "skipped_steps": float(run.window.skipped),
         }
         for writer in self._writers:
             writer.write(run.step, {**run.window.means(), **run.scalars, **counts})
@@ -182,8 +186,27 @@ class PeriodicCheckpoint(QuietHook):
         if run.step in self.checkpoints.steps():
             return
         run.window.fetch()
+        check_finite(run)
         log.info("saving the checkpoint of step %d", run.step)
         self.checkpoints.save(run.state, self._position(run))
+
+
+def check_finite(run: Run) -> None:
+    """Raises if an update made a parameter infinite: skipping steps cannot mend that.
+
+    Only looked for when the latest step was skipped, which it is from then on.
+    """
+    if not run.window.streak:
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(run.state.params)
+    bad = [path for path, x in leaves if not np.isfinite(jax.device_get(x)).all()]
+    if bad:
+        name = jax.tree_util.keystr(bad[0], simple=True, separator="/")
+        raise FloatingPointError(
+            f"step {run.step}: {len(bad)} parameters are not finite, the first is "
+            f"{name}. Nothing of it was saved. Lower optim.learning_rate, lengthen "
+            "optim.warmup_steps or set optim.clip_norm=35, in a new --workdir"
+        )
 
 
 class Evaluation(QuietHook):
@@ -222,7 +245,7 @@ class Evaluation(QuietHook):
         return run.due(self._every) or run.finished
 
     def _run(self, run: Run) -> None:
-        run.window.fetch()  # raises rather than evaluating what is not finite
+        run.window.fetch()
         log.info("evaluating at step %d", run.step)
         start = time.perf_counter()
         run.results = self._evaluate(run.state.variables)

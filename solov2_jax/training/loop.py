@@ -76,7 +76,7 @@ def _train(config, path, build, stack) -> dict[str, float]:
     # 1: of the steps; `restore` draws the initial weights with 0.
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     step_fn = TrainStep(task.loss_fn, task.tx, mesh, key, task.trainable)
-    window = MetricsWindow(position["window"])
+    window = MetricsWindow(config.train.max_skipped, position)
     size = config.train.batch_size
     run = Run(state, step, config.train.steps, size, step_fn, window)
     checkpoints = Checkpoints(path, keep=config.train.keep_checkpoints)
@@ -157,7 +157,7 @@ def make_hooks(
             "seed": config.seed,
             "batch_size": train.batch_size,
             "data": task.fingerprint,
-            "window": list(run.window.values),
+            **run.window.saved(),
         }
 
     written = next((w.last for w in writers if isinstance(w, JsonlWriter)), {})

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -26,6 +27,9 @@ class TrainStep:
     loss_fn(params, model_state, batch, key) sees the global batch, so its sums and
     means are global: the compiler places the all-reduce, and no code of ours has an
     axis name. The state is donated: the one passed in must not be used again.
+
+    A step whose loss or gradient is not finite changes `step` only, and its metric
+    `skipped` is 1; the devices decide that, the host does not wait.
 
     Attributes:
       compiles: compilations so far.
@@ -96,5 +100,10 @@ def _step(state, batch, loss_fn, tx, key, trainable) -> tuple[TrainState, Metric
     (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    state = replace(state, step=state.step + 1, params=params, opt_state=opt_state)
-    return state, {**metrics, "loss": loss, "grad_norm": optax.tree.norm(grads)}
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    new = replace(state, params=params, opt_state=opt_state)
+    new = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, state)
+    skipped = 1.0 - finite.astype(jnp.float32)
+    metrics = {**metrics, "loss": loss, "grad_norm": norm, "skipped": skipped}
+    return replace(new, step=state.step + 1), metrics

@@ -32,7 +32,8 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 # its content is compared by its fingerprint. `optim.milestones` is checked by itself.
 _MAY_CHANGE = (
     *("train.steps", "train.log_every", "train.checkpoint_every", "train.eval_every"),
-    *("train.keep_checkpoints", "train.best_metric", "init_from", "eval.", "test."),
+    *("train.keep_checkpoints", "train.best_metric", "train.max_skipped"),
+    *("init_from", "eval.", "test."),
     *("data.num_workers", "data.num_threads", "data.prefetch", "data.val."),
     *("data.train.images", "data.train.annotations", "data.generated.root"),
     *("data.generated.num_val", "input.min_size_test", "input.max_size_test"),

@@ -26,7 +26,7 @@ class ConsoleWriter:
         self._total = total_steps
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        if "loss" not in scalars:
+        if "learning_rate" not in scalars:
             return  # an evaluation prints its own table
         losses = [k for k in scalars if k.startswith("loss")]
         text = [f"step {step}/{self._total}"]
@@ -37,6 +37,8 @@ class ConsoleWriter:
         text.append(f"step {step_time:.3f} s, of it data {wait:.3f} s")
         text.append(f"eta {duration(scalars['eta_seconds'])}")
         text.append(f"mem {scalars['memory_gb']:.1f} GB")
+        if scalars["skipped_steps"]:
+            text.append(f"SKIPPED {scalars['skipped_steps']:.0f}")
         if scalars["recompiles"]:
             text.append(f"RECOMPILES {scalars['recompiles']:.0f}")
         log.info("  ".join(text))
