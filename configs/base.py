@@ -126,23 +126,45 @@ def get_config() -> ConfigDict:
     config.optim = optim = ConfigDict()
     # "sgd", as the reference, or "adamw", which wants a rate of about 1e-4 to 1e-3.
     optim.name = "sgd"
-    # For 16 images a step; not scaled automatically [SOLVER.BASE_LR].
+    # For 16 images a step; not scaled unless the next key says so [SOLVER.BASE_LR].
     optim.learning_rate = 0.01
+    # Images a step that the rate is meant for: it is multiplied by train.batch_size /
+    # rate_batch_size; 0: it is taken as it is [SOLVER.REFERENCE_WORLD_SIZE].
+    optim.rate_batch_size = 0
     optim.momentum = 0.9  # Adam's first beta likewise [SOLVER.MOMENTUM]
     optim.weight_decay = 1e-4  # [SOLVER.WEIGHT_DECAY]
     optim.weight_decay_norm = 0.0  # on norm parameters [SOLVER.WEIGHT_DECAY_NORM]
     # Warm-up from `warmup_factor` x rate, in steps [SOLVER.WARMUP_{FACTOR,ITERS}].
     optim.warmup_factor = 0.01
     optim.warmup_steps = 1000
+    # "multistep": times gamma at each milestone; "fixed_gamma": `num_decays` times, at
+    # equal distances; "cosine": half a cosine down to `final_rate`
+    # [SOLVER.LR_SCHEDULER_NAME].
+    optim.schedule = "multistep"
     optim.milestones = (210_000, 250_000)  # steps [SOLVER.STEPS]
-    optim.gamma = 0.1  # factor at each milestone [SOLVER.GAMMA]
+    optim.gamma = 0.1  # factor at each milestone or decay [SOLVER.GAMMA]
+    optim.num_decays = 3  # [SOLVER.NUM_DECAYS]
+    optim.final_rate = 0.0  # scaled as the rate is [SOLVER.BASE_LR_END]
+    # Steps that "fixed_gamma" and "cosine" are spread over, and after which the rate
+    # stays; 0: train.steps. Set it to train longer without changing what was done.
+    optim.decay_steps = 0
     # Largest L2 norm of the whole gradient; 0: no clipping, as the reference. The
     # paper's own code clips at 35 [SOLVER.CLIP_GRADIENTS].
     optim.clip_norm = 0.0
+    # Decay per step of a moving average of the weights, such as 0.9998, which is then
+    # evaluated and used besides the weights themselves; lower in the first steps; 0: no
+    # average.
+    optim.ema_decay = 0.0
+    # Parameters that are not trained, besides `backbone.freeze_at`: patterns of their
+    # names, such as ("backbone/res3_*", "fpn/*").
+    optim.freeze = ()
 
     config.train = train = ConfigDict()
     train.steps = 270_000  # [SOLVER.MAX_ITER]
     train.batch_size = 16  # global, over all devices [SOLVER.IMS_PER_BATCH]
+    # Parts of a batch that are computed one after the other, to save memory. The losses
+    # and gradients are those of the whole batch.
+    train.accumulate = 1
     train.log_every = 20  # steps; 0: never, also below
     train.checkpoint_every = 5000  # [SOLVER.CHECKPOINT_PERIOD]
     train.eval_every = 0  # the end is always evaluated [TEST.EVAL_PERIOD]

@@ -30,8 +30,14 @@ _AT_LEAST = {
     "optim.warmup_factor": 0.0,
     "optim.warmup_steps": 0,
     "optim.clip_norm": 0.0,
+    "optim.ema_decay": 0.0,
+    "optim.rate_batch_size": 0,
+    "optim.num_decays": 0,
+    "optim.final_rate": 0.0,
+    "optim.decay_steps": 0,
     "train.steps": 0,
     "train.batch_size": 1,
+    "train.accumulate": 1,
     "train.log_every": 0,
     "train.checkpoint_every": 0,
     "train.eval_every": 0,
@@ -43,6 +49,7 @@ _AT_LEAST = {
 _ABOVE_ZERO = ("optim.learning_rate", "optim.gamma", "loss.dice_weight")
 _ONE_OF = {
     "optim.name": ("sgd", "adamw"),
+    "optim.schedule": ("multistep", "cosine", "fixed_gamma"),
     "model.dtype": ("float32", "bfloat16"),
     "model.backbone.depth": (18, 34, 50, 101, 152),
     "model.backbone.freeze_at": (0, 1, 2, 3, 4, 5),
@@ -181,8 +188,9 @@ def check_config(config: ConfigDict) -> None:
     for key, values in _ONE_OF.items():
         if flat[key] not in values:
             wrong.append(f"{key} = {flat[key]!r} must be one of {values}")
-    if flat["optim.momentum"] >= 1:
-        wrong.append(f"optim.momentum = {flat['optim.momentum']} must be below 1")
+    for key in ("optim.momentum", "optim.ema_decay"):
+        if flat[key] >= 1:
+            wrong.append(f"{key} = {flat[key]} must be below 1")
     milestones = flat["optim.milestones"]
     if not all(isinstance(m, int) for m in milestones):
         wrong.append(f"optim.milestones = {milestones} must be whole numbers (steps)")

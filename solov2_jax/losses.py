@@ -7,6 +7,7 @@ how images are spread over them change nothing; the reference's means are per pr
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,18 @@ TILE_LOGITS = 2**22
 SLOT_PARTS = (0.25, 0.5, 1.0)
 
 
+class Totals(NamedTuple):
+    """What the losses' sums are divided by, of the whole batch."""
+
+    pairs: Float[Array, ""]
+    cells: Int[Array, ""]  # positive ones
+
+
+def totals_of(targets: Targets) -> Totals:
+    """Returns the totals of a batch, of which `solov2_loss` may see a part."""
+    return Totals(jnp.sum(targets.pair_weight), jnp.sum(targets.num_cells))
+
+
 def solov2_loss(
     outputs: Outputs,
     targets: Targets,
@@ -31,8 +44,11 @@ def solov2_loss(
     focal_gamma: float,
     focal_weight: float,
     dice_weight: float,
+    totals: Totals | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns the total loss and the metrics, all float32 scalars.
+
+    With the `totals` of a larger batch, the results for its parts add up to its own.
 
     Metrics: `loss_ins`, `loss_cate` (weighted, they add up to the total); `num_pairs`,
     of which `pairs_dropped` for want of slots; `num_cells`, positive ones; `mean_iou`
@@ -42,6 +58,7 @@ def solov2_loss(
     Source: AdelaiDet adet/modeling/solov2/solov2.py, SOLOv2.loss: dice averages over
     pairs, focal is a sum over (positive cells + 1). A batch without pairs is no error.
     """
+    totals = totals or totals_of(targets)
     weight = targets.pair_weight
     kernels = jnp.take_along_axis(outputs.kernel, targets.pair_cell[..., None], axis=1)
     slots = jnp.arange(1, weight.shape[1] + 1)[None]
@@ -49,11 +66,11 @@ def solov2_loss(
     dice, iou = pair_dice(
         kernels, outputs.mask_feat, masks, targets.pair_instance, num_slots
     )
-    num_pairs = jnp.maximum(jnp.sum(weight), 1.0)
+    num_pairs = jnp.maximum(totals.pairs, 1.0)
     loss_ins = dice_weight * jnp.sum(weight * (1.0 - dice)) / num_pairs
 
     focal = focal_loss(outputs.cate, targets.cate, focal_alpha, focal_gamma)
-    loss_cate = focal_weight * focal / (jnp.sum(targets.num_cells) + 1)
+    loss_cate = focal_weight * focal / (totals.cells + 1)
 
     kept = jnp.sum(weight > 0, axis=1, dtype=jnp.int32)
     metrics = {

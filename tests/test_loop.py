@@ -212,6 +212,19 @@ def test_keys_that_change_no_step_may_change(tmp_path, caplog):
         train(past, tmp_path, toy.toy_task)
 
 
+def test_a_longer_cosine_is_another_run_unless_the_curve_stays(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="solov2_jax")
+    train(
+        toy.toy_config(optim__schedule="cosine", train__steps=3), tmp_path, toy.toy_task
+    )
+    longer = {"optim__schedule": "cosine", "train__steps": 5}
+    with pytest.raises(ValueError, match="train.steps was 3, is 5"):
+        train(toy.toy_config(**longer), tmp_path, toy.toy_task)
+    train(toy.toy_config(**longer, optim__decay_steps=3), tmp_path, toy.toy_task)
+    assert "changed since the last start: optim.decay_steps was 0, is 3" in caplog.text
+    assert [x["learning_rate"] for x in lines_of(tmp_path)[3:]] == [0, 0]
+
+
 def test_other_training_data_is_an_error(tmp_path):
     config = toy.toy_config(train__steps=2)
     train(config, tmp_path, toy.toy_task)

@@ -4,66 +4,8 @@ import numpy as np
 import pytest
 import toy
 
-from solov2_jax.training.optim import (
-    learning_rate_schedule,
-    make_optimizer,
-    trainable_mask,
-)
-
-# detectron2's WarmupMultiStepLR and its newer LRMultiplier gave the same values, for
-# base rate 0.01, warm-up from 0.01 over 1000 steps, x 0.1 at 210k and 250k of 270k.
-REFERENCE = {
-    0: 0.0001,
-    1: 0.0001099,
-    2: 0.00011980000000000001,
-    3: 0.00012969999999999998,
-    4: 0.0001396,
-    5: 0.00014950000000000003,
-    6: 0.00015940000000000003,
-    7: 0.00016930000000000002,
-    8: 0.0001792,
-    9: 0.0001891,
-    10: 0.000199,
-    11: 0.00020889999999999998,
-    500: 0.00505,
-    999: 0.0099901,
-    1000: 0.01,
-    1001: 0.01,
-    209998: 0.01,
-    209999: 0.01,
-    210000: 0.001,
-    210001: 0.001,
-    249999: 0.001,
-    250000: 0.00010000000000000002,
-    250001: 0.00010000000000000002,
-    269999: 0.00010000000000000002,
-}
-SCHEDULE = {
-    "learning_rate": 0.01,
-    "warmup_factor": 0.01,
-    "warmup_steps": 1000,
-    "milestones": (210_000, 250_000),
-    "gamma": 0.1,
-}
-
-
-def test_learning_rate_matches_reference():
-    schedule = jax.jit(learning_rate_schedule(**SCHEDULE))
-    got = {step: float(schedule(jnp.int32(step))) for step in REFERENCE}
-    # float32 itself is exact to 6e-8.
-    np.testing.assert_allclose([*got.values()], [*REFERENCE.values()], rtol=3e-7)
-
-
-def test_learning_rate_without_warmup_or_milestones():
-    schedule = learning_rate_schedule(
-        **{**SCHEDULE, "warmup_steps": 0, "milestones": ()}
-    )
-    assert [float(schedule(step)) for step in (0, 10**6)] == [np.float32(0.01)] * 2
-
-
-def test_a_milestone_within_the_warmup_counts_from_the_first_step():
-    schedule = learning_rate_schedule(**{**SCHEDULE, "milestones": (500,)})
-    assert np.isclose(schedule(500), 0.1 * 0.00505, rtol=1e-6)
+from solov2_jax.training.optim import make_optimizer, trainable_mask
+from solov2_jax.training.schedule import staircase, with_warmup
 
 
 def paths(tree, value=True):
@@ -102,6 +44,18 @@ def test_frozen_stages_and_every_batch_norm_of_the_backbone(freeze_at, trained):
     }
 
 
+def test_parameters_are_frozen_by_the_patterns_of_their_names():
+    patterns = ("backbone/res4*", "*/gn_pred/*")
+    mask = trainable_mask(params_of_stages(), 0, "gn", patterns)
+    free = paths(trainable_mask(params_of_stages(), 0, "gn"))
+    names = {n for n in free if "res4" not in n and "gn_pred" not in n}
+    assert paths(mask) == names and len(names) == len(free) - 5
+    with pytest.raises(
+        ValueError, match=r"matches 'fpn/lateral3/\*'; did you mean fpn"
+    ):
+        trainable_mask(params_of_stages(), 0, "gn", ("fpn/lateral3/*",))
+
+
 def torch_sgd(params, grads, steps, rates, momentum, decay):
     """torch.optim.SGD's formula in float64, for one array; decay of this array."""
     w, v = np.float64(params), 0.0
@@ -117,9 +71,7 @@ def test_updates_are_torch_sgd(decay_norm):
     params = toy.toy_init(jax.random.key(0))["params"]
     params = jax.tree.map(lambda x: x + 1.0, params)
     mask = trainable_mask(params, 2)
-    schedule = learning_rate_schedule(
-        learning_rate=0.5, warmup_factor=0.1, warmup_steps=3, milestones=(4,), gamma=0.1
-    )
+    schedule = with_warmup(staircase(0.5, (4,), 0.1), factor=0.1, steps=3)
     tx = make_optimizer(
         schedule,
         name="sgd",

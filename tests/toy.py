@@ -23,6 +23,7 @@ from solov2_jax import cli  # noqa: E402
 from solov2_jax.config import apply_overrides, check_config  # noqa: E402
 from solov2_jax.training import optim  # noqa: E402
 from solov2_jax.training.loop import train  # noqa: E402
+from solov2_jax.training.schedule import build_schedule  # noqa: E402
 from solov2_jax.training.task import Task  # noqa: E402
 
 
@@ -117,15 +118,11 @@ def toy_task(config, workdir, *, batches=toy_batches, width=16, **replaced):
         return toy_init(key, width)
 
     params = jax.eval_shape(init, jax.random.key(0))["params"]
-    trainable = optim.trainable_mask(params, config.model.backbone.freeze_at)
     o = config.optim
-    schedule = optim.learning_rate_schedule(
-        learning_rate=o.learning_rate,
-        warmup_factor=o.warmup_factor,
-        warmup_steps=o.warmup_steps,
-        milestones=o.milestones,
-        gamma=o.gamma,
+    trainable = optim.trainable_mask(
+        params, config.model.backbone.freeze_at, patterns=o.freeze
     )
+    schedule = build_schedule(config)
     tx = optim.make_optimizer(
         schedule,
         name="sgd",

@@ -1,6 +1,8 @@
 """From a config to a task: the one place in training that unpacks the config."""
 
+import functools
 import hashlib
+import logging
 import pathlib
 from collections.abc import Callable, Generator
 from typing import Any
@@ -10,20 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from solov2_jax import ops
-from solov2_jax.losses import solov2_loss
 from solov2_jax.models import build_model
-from solov2_jax.structs import Batch
 from solov2_jax.targets import assign_targets
-from solov2_jax.training.optim import (
-    learning_rate_schedule,
-    make_optimizer,
-    trainable_mask,
-)
-from solov2_jax.training.step import LossFn
+from solov2_jax.training.objective import Solov2Objective
+from solov2_jax.training.optim import make_optimizer, trainable_mask
+from solov2_jax.training.schedule import build_schedule, describe_rate
 from solov2_jax.training.task import Task
 
 PyTree = Any
+
+log = logging.getLogger("solov2_jax")
 
 
 def build_task(config: Any, workdir: pathlib.Path) -> Task:
@@ -44,7 +42,10 @@ def build_task(config: Any, workdir: pathlib.Path) -> Task:
 
     params = jax.eval_shape(init, jax.random.key(0))["params"]
     backbone = config.model.backbone
-    trainable = trainable_mask(params, backbone.freeze_at, backbone.norm)
+    patterns = tuple(config.optim.freeze)
+    trainable = trainable_mask(params, backbone.freeze_at, backbone.norm, patterns)
+    log_trainable(params, trainable)
+    log.info("%s", describe_rate(config))
     schedule, tx = build_optimizer(config, trainable)
     shard = (jax.process_index(), jax.process_count())
 
@@ -66,37 +67,37 @@ def build_task(config: Any, workdir: pathlib.Path) -> Task:
     )
 
 
-def build_loss(config: Any, model: Any) -> LossFn:
+def log_trainable(params: PyTree, trainable: PyTree) -> None:
+    """Logs how many numbers are trained, and how many are not."""
+    sizes = jax.tree.map(lambda x, t: (x.size * t, x.size), params, trainable)
+    pairs = jax.tree.leaves(sizes, is_leaf=lambda x: isinstance(x, tuple))
+    trained, all_ = sum(t for t, _ in pairs), sum(n for _, n in pairs)
+    log.info("%s parameters, of which %s are trained", f"{all_:,}", f"{trained:,}")
+
+
+def build_loss(config: Any, model: Any) -> Solov2Objective:
     """Returns loss_fn(params, model_state, batch, key) for batches of numpy fields."""
-    grids = tuple(config.model.ins_head.num_grids)
     targets, loss, input_ = config.targets, config.loss, config.input
-    ranges = tuple(tuple(pair) for pair in targets.scale_ranges)
-    mean, std = tuple(input_.mean), tuple(input_.std)
-
-    def loss_fn(params, model_state, fields, key):
-        batch = Batch(**fields)
-        image = ops.normalize_image(batch.image, batch.image_size, mean, std)
-        outputs = model.apply({"params": params, **model_state}, image)
-        assigned = assign_targets(
-            batch,
-            num_grids=grids,
-            scale_ranges=ranges,
-            sigma=targets.sigma,
-            num_classes=config.model.num_classes,
-            max_pairs=targets.max_pairs,
-            key=key,
-        )
-        return solov2_loss(
-            outputs,
-            assigned,
-            batch.masks,
-            focal_alpha=loss.focal_alpha,
-            focal_gamma=loss.focal_gamma,
-            focal_weight=loss.focal_weight,
-            dice_weight=loss.dice_weight,
-        )
-
-    return loss_fn
+    assign = functools.partial(
+        assign_targets,
+        num_grids=tuple(config.model.ins_head.num_grids),
+        scale_ranges=tuple(tuple(pair) for pair in targets.scale_ranges),
+        sigma=targets.sigma,
+        num_classes=config.model.num_classes,
+        max_pairs=targets.max_pairs,
+    )
+    return Solov2Objective(
+        model.apply,
+        lambda batch, key: assign(batch, key=key),
+        tuple(input_.mean),
+        tuple(input_.std),
+        {
+            "focal_alpha": loss.focal_alpha,
+            "focal_gamma": loss.focal_gamma,
+            "focal_weight": loss.focal_weight,
+            "dice_weight": loss.dice_weight,
+        },
+    )
 
 
 def build_optimizer(
@@ -104,13 +105,7 @@ def build_optimizer(
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
     """Returns (learning rate by step, optimiser)."""
     optim = config.optim
-    schedule = learning_rate_schedule(
-        learning_rate=optim.learning_rate,
-        warmup_factor=optim.warmup_factor,
-        warmup_steps=optim.warmup_steps,
-        milestones=tuple(optim.milestones),
-        gamma=optim.gamma,
-    )
+    schedule = build_schedule(config)
     tx = make_optimizer(
         schedule,
         name=optim.name,

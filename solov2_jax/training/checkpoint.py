@@ -1,8 +1,9 @@
 """Checkpoints on disk: written in the background, read back only if they are whole.
 
-A checkpoint is `checkpoints/<step>/` with three parts: `variables` (what inference
-needs), `optimizer` (step and optimiser state) and `position` (JSON: where the data
-stands, and checksums of the other two). A folder with a whole number as its name is a
+A checkpoint is `checkpoints/<step>/` with these parts: `variables` (what inference
+needs), `optimizer` (step and optimiser state), `average` (moving average of the
+variables, where the run keeps one) and `position` (JSON: where the data stands, and
+checksums of the others). A folder with a whole number as its name is a
 finished save; Orbax writes into a temporary name and renames at the end. `best.json` in
 the workdir names the best checkpoint.
 """
@@ -53,12 +54,15 @@ class Checkpoints:
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
         """Starts to save a state; returns when the state may be changed again."""
         step = int(state.step)
-        variables = state.variables
-        optimizer = {"step": state.step, "opt_state": state.opt_state}
-        sums = {"variables": checksum(variables), "optimizer": checksum(optimizer)}
+        arrays = {
+            "variables": state.variables,
+            "optimizer": {"step": state.step, "opt_state": state.opt_state},
+        }
+        if state.average is not None:
+            arrays["average"] = state.average
+        sums = {name: checksum(tree) for name, tree in arrays.items()}
         parts = ocp.args.Composite(
-            variables=ocp.args.StandardSave(variables),
-            optimizer=ocp.args.StandardSave(optimizer),
+            **{name: ocp.args.StandardSave(tree) for name, tree in arrays.items()},
             position=ocp.args.JsonSave({**position, "checksums": sums}),
         )
         self._guard(lambda: self._manager.wait_until_finished())
@@ -156,6 +160,9 @@ def restore_state(
             params=variables["params"],
             model_state={k: v for k, v in variables.items() if k != "params"},
         )
+        if abstract.average is not None:
+            average = _read_part(workdir, step, "average", abstract.average)
+            state = replace(state, average=average)
         return state, read_position(workdir, step)
 
     if not list_steps(workdir):
@@ -173,13 +180,22 @@ def restore_variables(
     """Returns ({"params": ..., "batch_stats": ...}, step) on the first device.
 
     Args:
-      which: "last", "best" or a step. "last" passes over unreadable checkpoints.
+      which: "last", "best" or a step. "last" passes over unreadable checkpoints. Where
+        the run keeps a moving average, that is returned; "last:raw" and the like give
+        the weights themselves.
     """
+    which, _, kind = which.partition(":")
+    if kind not in ("", "raw"):
+        raise ValueError(
+            f"checkpoint {which}:{kind}: after the colon only 'raw' can be"
+        )
     steps = list_steps(workdir)
     if not steps:
         raise ValueError(f"{workdir}: no checkpoint in checkpoints/; train first")
     if which == "last":
-        variables, step, _ = _newest_readable(workdir, lambda s: _variables(workdir, s))
+        variables, step, _ = _newest_readable(
+            workdir, lambda s: _variables(workdir, s, kind)
+        )
         return variables, step
     if which == "best":
         best = read_best(workdir)
@@ -197,7 +213,7 @@ def restore_variables(
             f"{', '.join(map(str, steps))}"
         )
     try:
-        return _variables(workdir, step), step
+        return _variables(workdir, step, kind), step
     except Exception as error:
         raise ValueError(
             f"{workdir}/checkpoints/{step} is unreadable: {_reason(error)}; choose "
@@ -211,15 +227,18 @@ def read_position(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _variables(workdir: str | os.PathLike, step: int) -> dict[str, PyTree]:
-    folder = pathlib.Path(workdir).absolute() / "checkpoints" / str(step) / "variables"
+def _variables(workdir: str | os.PathLike, step: int, kind: str) -> dict[str, PyTree]:
+    folder = pathlib.Path(workdir).absolute() / "checkpoints" / str(step)
+    averaged = kind != "raw" and "average" in read_position(workdir, step)["checksums"]
+    part = "average" if averaged else "variables"
+    folder /= part
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.StandardCheckpointer() as reader:
         stored = reader.metadata(folder).item_metadata.tree
     want = jax.tree.map(
         lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), stored
     )
-    return _read_part(workdir, step, "variables", want)
+    return _read_part(workdir, step, part, want)
 
 
 def _read_part(

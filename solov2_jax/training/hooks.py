@@ -212,6 +212,9 @@ def check_finite(run: Run) -> None:
 class Evaluation(QuietHook):
     """Evaluates every so many steps and at the end.
 
+    Of a run with a moving average, the weights themselves are evaluated too, with
+    "raw/" before the names of their metrics.
+
     Args:
       evaluate: variables -> {"segm/AP": ...}.
       written: the metrics line last written; an evaluation that was due at the step a
@@ -249,6 +252,10 @@ class Evaluation(QuietHook):
         log.info("evaluating at step %d", run.step)
         start = time.perf_counter()
         run.results = self._evaluate(run.state.variables)
+        if run.state.average is not None:
+            # Last, so that the average's pictures and predictions are those on disk.
+            raw = {f"raw/{name}": value for name, value in run.results.items()}
+            run.results = {**raw, **self._evaluate(run.state.average)}
         run.results_step = run.step
         log.info("evaluated in %.1f s", time.perf_counter() - start)
         for writer in self._writers:

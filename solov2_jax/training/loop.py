@@ -63,7 +63,8 @@ def train(
 
 def _train(config, path, build, stack) -> dict[str, float]:
     mesh = sharding.make_mesh()
-    sharding.check_batch_size(config.train.batch_size, mesh)
+    parts = config.train.accumulate
+    sharding.check_batch_size(config.train.batch_size, mesh, parts)
     task = build(config, path)
     config = task.config
     workdir.check_same_run(path, config)
@@ -75,7 +76,9 @@ def _train(config, path, build, stack) -> dict[str, float]:
 
     # 1: of the steps; `restore` draws the initial weights with 0.
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    step_fn = TrainStep(task.loss_fn, task.tx, mesh, key, task.trainable)
+    given = task.loss_fn, task.tx, mesh, key, task.trainable
+    decay = config.optim.ema_decay
+    step_fn = TrainStep(*given, accumulate=parts, ema_decay=decay)
     window = MetricsWindow(config.train.max_skipped, position)
     size = config.train.batch_size
     run = Run(state, step, config.train.steps, size, step_fn, window)

@@ -1,62 +1,42 @@
-"""The optimiser: SGD as the reference runs it, as an optax chain with path masks."""
+"""The optimiser as an optax chain, and which parameters it may change."""
 
+import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
+
+from solov2_jax.config import suggest
 
 PyTree = Any
 
 
-def learning_rate_schedule(
-    *,
-    learning_rate: float,
-    warmup_factor: float,
-    warmup_steps: int,
-    milestones: Sequence[int],
-    gamma: float,
-) -> optax.Schedule:
-    """Returns step -> learning rate: linear warm-up times a staircase.
-
-    The two are multiplied, so that a milestone counts from the first step and not
-    from the end of the warm-up.
-
-    Args:
-      learning_rate: after the warm-up and before the first milestone.
-      warmup_factor: of the rate at step 0; reaches 1 at `warmup_steps`.
-      milestones: steps from which on the rate is multiplied by `gamma` once more.
-
-    Source: detectron2/solver/lr_scheduler.py, WarmupMultiStepLR.
-    """
-    # In Python's float64, so that the only rounding left is the last one.
-    rates = [learning_rate * gamma**i for i in range(len(milestones) + 1)]
-
-    def schedule(step):
-        passed = jnp.searchsorted(jnp.int32(tuple(milestones)), step, side="right")
-        rate = jnp.float32(rates)[passed]
-        if warmup_steps == 0:
-            return rate
-        done = jnp.minimum(step / warmup_steps, 1.0)
-        return rate * (warmup_factor * (1.0 - done) + done)
-
-    return schedule
-
-
-def trainable_mask(params: PyTree, freeze_at: int, norm: str = "frozen_bn") -> PyTree:
+def trainable_mask(
+    params: PyTree,
+    freeze_at: int,
+    norm: str = "frozen_bn",
+    patterns: Sequence[str] = (),
+) -> PyTree:
     """Returns a tree of bools: True for the parameters that training may change.
 
     Args:
       freeze_at: 0 freezes no stage, 1 the stem, 2 stem and res2, ... 5 all.
       norm: of the backbone; the affine parameters of "frozen_bn" are never trained.
+      patterns: of names such as "fpn/lateral2/kernel" that are not trained either.
+
+    Raises:
+      ValueError: for a pattern that no name matches.
 
     Source: detectron2/modeling/backbone/resnet.py, ResNet.freeze.
     """
     frozen_stages = ("stem", "res2", "res3", "res4", "res5")[:freeze_at]
+    _check_patterns(params, patterns)
 
     def trainable(path, _) -> bool:
         names = _names(path)
+        if any(fnmatch.fnmatchcase("/".join(names), p) for p in patterns):
+            return False
         if names[0] != "backbone":
             return True
         if "norm" in names and norm == "frozen_bn":
@@ -64,6 +44,17 @@ def trainable_mask(params: PyTree, freeze_at: int, norm: str = "frozen_bn") -> P
         return names[1].split("_")[0] not in frozen_stages
 
     return jax.tree.map_with_path(trainable, params)
+
+
+def _check_patterns(params: PyTree, patterns: Sequence[str]) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    names = ["/".join(_names(path)) for path, _ in leaves]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(
+                f"optim.freeze: no parameter's name matches {pattern!r}"
+                f"{suggest(pattern, names)} A * stands for anything, / included"
+            )
 
 
 def make_optimizer(

@@ -33,7 +33,8 @@ def restore(
     3. Otherwise: random weights, at step 0.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    shapes = jax.eval_shape(lambda k: state_of(task.init(k), task.tx), key)
+    average = config.optim.ema_decay > 0
+    shapes = jax.eval_shape(lambda k: state_of(task.init(k), task.tx, average), key)
     if list_steps(workdir):
         restored = restore_state(workdir, abstract(shapes, mesh))
         assert restored is not None
@@ -51,11 +52,12 @@ def restore(
         variables, report = initial_weights(config, shapes.variables, init)
         write_json(report.to_dict(), workdir / "init_from.json")
         state = jax.jit(
-            lambda v: state_of(v, task.tx), out_shardings=sharding.replicated(mesh)
+            lambda v: state_of(v, task.tx, average),
+            out_shardings=sharding.replicated(mesh),
         )(jax.device_put(variables, sharding.replicated(mesh)))
         log.info("start: weights of %s, step 0", config.init_from)
         return state, start
-    state = create_state(task.init, task.tx, key, mesh)
+    state = create_state(task.init, task.tx, key, mesh, average)
     log.info("start: random weights (seed %d), step 0", config.seed)
     return state, start
 

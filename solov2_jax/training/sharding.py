@@ -26,15 +26,21 @@ def split_by_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P("data"))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises a ValueError if the global batch cannot be split evenly."""
+def check_batch_size(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
+    """Raises a ValueError if the global batch cannot be split evenly.
+
+    Args:
+      parts: of a batch that are computed one after the other, each on all devices.
+    """
     devices = mesh.devices.size
-    if batch_size % devices:
-        below = batch_size - batch_size % devices
-        options = [str(n) for n in (below, below + devices) if n > 0]
+    pieces = devices * parts
+    if batch_size % pieces:
+        below = batch_size - batch_size % pieces
+        options = [str(n) for n in (below, below + pieces) if n > 0]
+        times = f" times train.accumulate = {parts}" if parts > 1 else ""
         raise ValueError(
-            f"train.batch_size = {batch_size} cannot be split over {devices} devices: "
-            f"use {' or '.join(options)}"
+            f"train.batch_size = {batch_size} cannot be split over {devices} devices"
+            f"{times}: use {' or '.join(options)}"
         )
 
 

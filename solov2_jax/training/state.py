@@ -22,6 +22,7 @@ class TrainState:
     params: PyTree
     model_state: PyTree  # the model's other collections: {"batch_stats": ...} or {}
     opt_state: PyTree
+    average: PyTree = None  # moving average of `variables`; None: not kept
 
     @property
     def variables(self) -> dict[str, PyTree]:
@@ -34,14 +35,16 @@ def create_state(
     tx: optax.GradientTransformation,
     key: jax.Array,
     mesh: Mesh,
+    average: bool = False,
 ) -> TrainState:
     """Returns the state at step 0, made on the mesh by one program.
 
     Args:
       init_fn: key -> {"params": ..., other collections}.
+      average: whether it holds a moving average.
     """
 
-    return draw(lambda key: state_of(init_fn(key), tx), key, mesh)
+    return draw(lambda key: state_of(init_fn(key), tx, average), key, mesh)
 
 
 def draw(init_fn: Callable[[jax.Array], PyTree], key: jax.Array, mesh: Mesh) -> PyTree:
@@ -57,13 +60,18 @@ def draw(init_fn: Callable[[jax.Array], PyTree], key: jax.Array, mesh: Mesh) -> 
 
 
 def state_of(
-    variables: dict[str, PyTree], tx: optax.GradientTransformation
+    variables: dict[str, PyTree],
+    tx: optax.GradientTransformation,
+    average: bool = False,
 ) -> TrainState:
     """Returns the state at step 0 of given variables."""
     assert "prepared" not in variables, "kernels prepared for prediction do not train"
     model_state = {name: tree for name, tree in variables.items() if name != "params"}
     params = variables["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params))
+    # A copy: the state is donated, and no array can be donated twice.
+    mean = jax.tree.map(jnp.copy, variables) if average else None
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, params, model_state, tx.init(params), mean)
 
 
 def abstract(state: TrainState, mesh: Mesh) -> TrainState:

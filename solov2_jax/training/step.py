@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +11,16 @@ import optax
 from jax.sharding import Mesh
 
 from solov2_jax.training import sharding
+from solov2_jax.training.gradients import (
+    LossFn,
+    Metrics,
+    Objective,
+    as_objective,
+    loss_and_gradient,
+)
 from solov2_jax.training.state import TrainState
 
 PyTree = Any
-Metrics = dict[str, jax.Array]
-LossFn = Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[jax.Array, Metrics]]
 
 log = logging.getLogger("solov2_jax")
 
@@ -27,6 +31,11 @@ class TrainStep:
     loss_fn(params, model_state, batch, key) sees the global batch, so its sums and
     means are global: the compiler places the all-reduce, and no code of ours has an
     axis name. The state is donated: the one passed in must not be used again.
+
+    Args:
+      loss: a function, or an objective whose batches can be split.
+      accumulate: parts of a batch that are computed one after the other.
+      ema_decay: of the moving average, where the state holds one.
 
     A step whose loss or gradient is not finite changes `step` only, and its metric
     `skipped` is 1; the devices decide that, the host does not wait.
@@ -40,19 +49,35 @@ class TrainStep:
 
     def __init__(
         self,
-        loss_fn: LossFn,
+        loss: LossFn | Objective,
         tx: optax.GradientTransformation,
         mesh: Mesh,
         key: jax.Array,
         trainable: PyTree,
+        *,
+        accumulate: int = 1,
+        ema_decay: float = 0.0,
     ):
         self.compiles = self.recompiles = 0
         self.compile_seconds = 0.0
         self._shapes: set[tuple] = set()
 
+        objective = as_objective(loss, accumulate)
+
+        def gradient(state: TrainState, batch: PyTree, key: jax.Array):
+            key = jax.random.fold_in(key, state.step)
+            given = objective, state.params, state.model_state, batch, key
+            options = {"trainable": trainable, "parts": accumulate, "mesh": mesh}
+            return loss_and_gradient(*given, **options)
+
         def step(state: TrainState, batch: PyTree, key: jax.Array):
             self.compiles += 1  # runs when traced, not when executed
-            return _step(state, batch, loss_fn, tx, key, trainable)
+            loss, metrics, model_state, grads = gradient(state, batch, key)
+            state, norm, skipped = _update(
+                state, loss, model_state, grads, tx, ema_decay
+            )
+            watched = {"loss": loss, "grad_norm": norm, "skipped": skipped}
+            return state, {**metrics, **watched}
 
         copied, by_batch = sharding.replicated(mesh), sharding.split_by_batch(mesh)
         # An argument: as a constant, each seed would be another program to compile.
@@ -88,22 +113,42 @@ class TrainStep:
         return self._step.lower(state, batch, self._key)
 
 
-def _step(state, batch, loss_fn, tx, key, trainable) -> tuple[TrainState, Metrics]:
-    def loss_of(params):
-        # Stopped here, so that no gradient of a frozen stage is ever computed.
-        params = jax.tree.map(
-            lambda x, train: x if train else jax.lax.stop_gradient(x), params, trainable
-        )
-        step_key = jax.random.fold_in(key, state.step)
-        return loss_fn(params, state.model_state, batch, step_key)
+def _update(
+    state: TrainState,
+    loss: jax.Array,
+    model_state: PyTree,
+    grads: PyTree,
+    tx: optax.GradientTransformation,
+    ema_decay: float,
+) -> tuple[TrainState, jax.Array, jax.Array]:
+    """Returns (state after the step, norm of the gradient, 1.0 if it was skipped)."""
 
-    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    def updated() -> TrainState:
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        new = replace(
+            state, params=params, opt_state=opt_state, model_state=model_state
+        )
+        return replace(new, average=moved_average(state, new.variables, ema_decay))
+
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    new = replace(state, params=params, opt_state=opt_state)
-    new = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, state)
-    skipped = 1.0 - finite.astype(jnp.float32)
-    metrics = {**metrics, "loss": loss, "grad_norm": norm, "skipped": skipped}
-    return replace(new, step=state.step + 1), metrics
+    # A branch: selecting each number would read and write the state once more.
+    new = jax.lax.cond(finite, updated, lambda: state)
+    return replace(new, step=state.step + 1), norm, 1.0 - finite.astype(jnp.float32)
+
+
+def moved_average(state: TrainState, variables: PyTree, decay: float) -> PyTree:
+    """Returns the state's moving average after a step to `variables`, None without.
+
+    At step t the decay is at most (1 + t) / (10 + t), so that the first steps, whose
+    weights are far from the last ones, are soon forgotten.
+
+    Source: tensorflow/python/training/moving_averages.py, ExponentialMovingAverage.
+    """
+    if state.average is None:
+        return None
+    warm = (1.0 + state.step) / (10.0 + state.step)
+    rate = 1.0 - jnp.minimum(decay, warm)
+    # In this form what does not change keeps its bits.
+    return jax.tree.map(lambda a, x: a + rate * (x - a), state.average, variables)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from solov2_jax.training.step import LossFn
+from solov2_jax.training.gradients import LossFn, Objective
 
 PyTree = Any
 
@@ -21,7 +21,7 @@ class Task:
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     init: Callable[[jax.Array], dict[str, PyTree]]  # key -> variables
-    loss_fn: LossFn
+    loss_fn: LossFn | Objective
     tx: optax.GradientTransformation
     schedule: optax.Schedule
     trainable: PyTree

@@ -18,10 +18,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 import solov2_jax
 from solov2_jax.config import changed_keys, read_config, save_config, write_json
 from solov2_jax.training.checkpoint import list_steps
+from solov2_jax.training.schedule import build_schedule
 
 log = logging.getLogger("solov2_jax")
 
@@ -29,16 +31,22 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 # Keys, or groups of keys, that a run may change when it resumes: none of them changes
 # a step that was or will be computed. The training data's place is among them because
-# its content is compared by its fingerprint. `optim.milestones` is checked by itself.
+# its content is compared by its fingerprint. `train.accumulate` changes roundings only,
+# as the number of devices does.
 _MAY_CHANGE = (
     *("train.steps", "train.log_every", "train.checkpoint_every", "train.eval_every"),
     *("train.keep_checkpoints", "train.best_metric", "train.max_skipped"),
+    "train.accumulate",
     *("init_from", "eval.", "test."),
     *("data.num_workers", "data.num_threads", "data.prefetch", "data.val."),
     *("data.train.images", "data.train.annotations", "data.generated.root"),
     *("data.generated.num_val", "input.min_size_test", "input.max_size_test"),
     "input.buckets_test",
 )
+# Keys that shape the learning rate: they may change if the rates of the steps that are
+# done stay the same, as with another milestone in the future.
+_OF_RATES = {f"optim.{n}" for n in ("schedule", "milestones", "gamma", "num_decays")}
+_OF_RATES |= {"optim.final_rate", "optim.decay_steps", "train.steps"}
 
 
 def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
@@ -119,12 +127,14 @@ def check_same_run(workdir: pathlib.Path, config: Any) -> None:
             f"{workdir} has checkpoints but no config.json: it cannot be known what "
             "made them. Give another --workdir"
         )
-    changed = changed_keys(read_config(path), config)
+    old = read_config(path)
+    changed = changed_keys(old, config)
+    rates = changed.keys() & _OF_RATES
+    free = rates if rates and _same_rates(steps[-1], old, config) else set()
     refused = {
         key: values
         for key, values in changed.items()
-        if not key.startswith(_MAY_CHANGE)
-        and not (key == "optim.milestones" and _same_until(steps[-1], *values))
+        if key not in free and (key in rates or not key.startswith(_MAY_CHANGE))
     }
     if refused:
         keys = "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in refused.items())
@@ -137,9 +147,11 @@ def check_same_run(workdir: pathlib.Path, config: Any) -> None:
         log.info("changed since the last start: %s was %r, is %r", key, old, new)
 
 
-def _same_until(step: int, old: Sequence[int], new: Sequence[int]) -> bool:
-    """Returns whether two lists of milestones are the same up to a step."""
-    return [m for m in old if m <= step] == [m for m in new if m <= step]
+def _same_rates(steps: int, old: Any, new: Any) -> bool:
+    """Returns whether two configs' learning rates are the same for the first steps."""
+    step = np.arange(steps)
+    rates = [np.asarray(build_schedule(config)(step)) for config in (old, new)]
+    return np.array_equal(*rates)
 
 
 def describe_run(

@@ -1,0 +1,67 @@
+"""SOLOv2's loss of a batch's numpy fields: normalise, apply, assign, compare."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from solov2_jax import ops
+from solov2_jax.losses import Totals, solov2_loss, totals_of
+from solov2_jax.structs import Batch, Targets
+from solov2_jax.training.gradients import Metrics
+
+PyTree = Any
+Rows = tuple[dict[str, jax.Array], dict[str, jax.Array]]  # of Batch, of Targets
+
+
+class Solov2Objective:
+    """An `Objective`, and a plain loss function of whole batches when called.
+
+    Args:
+      apply: (variables, normalised image) -> `Outputs`.
+      assign: (batch, key) -> `Targets`.
+      mean, std: of the pixels, in the batch's channel order.
+      weights: keyword arguments of `solov2_loss`.
+    """
+
+    def __init__(
+        self,
+        apply: Callable[..., Any],
+        assign: Callable[[Batch, jax.Array], Targets],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        weights: dict[str, float],
+    ):
+        self._apply, self._assign = apply, assign
+        self._mean, self._std, self._weights = mean, std, weights
+
+    def prepare(
+        self, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[Rows, Totals]:
+        targets = self._assign(Batch(**batch), key)
+        # Dicts: whoever splits the rows gives them one axis more for a while.
+        return (batch, dict(vars(targets))), totals_of(targets)
+
+    def part(
+        self,
+        params: PyTree,
+        model_state: PyTree,
+        rows: Rows,
+        totals: Totals,
+    ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
+        batch, targets = Batch(**rows[0]), Targets(**rows[1])
+        image = ops.normalize_image(
+            batch.image, batch.image_size, self._mean, self._std
+        )
+        outputs = self._apply({"params": params, **model_state}, image)
+        loss, metrics = solov2_loss(
+            outputs, targets, batch.masks, totals=totals, **self._weights
+        )
+        return loss, (metrics, model_state)
+
+    def __call__(
+        self, params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        rows, totals = self.prepare(batch, key)
+        loss, (metrics, _) = self.part(params, model_state, rows, totals)
+        return loss, metrics
