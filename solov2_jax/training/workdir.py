@@ -150,8 +150,8 @@ def check_same_run(workdir: pathlib.Path, config: Any) -> None:
 def _same_rates(steps: int, old: Any, new: Any) -> bool:
     """Returns whether two configs' learning rates are the same for the first steps."""
     step = np.arange(steps)
-    rates = [np.asarray(build_schedule(config)(step)) for config in (old, new)]
-    return np.array_equal(*rates)
+    before, after = (np.asarray(build_schedule(c)(step)) for c in (old, new))
+    return np.array_equal(before, after)
 
 
 def describe_run(
