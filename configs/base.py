@@ -129,8 +129,8 @@ def get_config() -> ConfigDict:
     # For 16 images a step; not scaled unless the next key says so [SOLVER.BASE_LR].
     optim.learning_rate = 0.01
     # Images a step that the rate is meant for: it is multiplied by train.batch_size /
-    # rate_batch_size; 0: it is taken as it is [SOLVER.REFERENCE_WORLD_SIZE].
-    optim.rate_batch_size = 0
+    # reference_batch_size; 0: it is taken as it is [SOLVER.REFERENCE_WORLD_SIZE].
+    optim.reference_batch_size = 0
     optim.momentum = 0.9  # Adam's first beta likewise [SOLVER.MOMENTUM]
     optim.weight_decay = 1e-4  # [SOLVER.WEIGHT_DECAY]
     optim.weight_decay_norm = 0.0  # on norm parameters [SOLVER.WEIGHT_DECAY_NORM]

@@ -17,5 +17,5 @@ def get_config():
     config.optim.schedule = "cosine"
     config.optim.clip_norm = 35.0
     config.optim.ema_decay = 0.9998
-    config.optim.rate_batch_size = 16
+    config.optim.reference_batch_size = 16
     return config

@@ -31,7 +31,7 @@ _AT_LEAST = {
     "optim.warmup_steps": 0,
     "optim.clip_norm": 0.0,
     "optim.ema_decay": 0.0,
-    "optim.rate_batch_size": 0,
+    "optim.reference_batch_size": 0,
     "optim.num_decays": 0,
     "optim.final_rate": 0.0,
     "optim.decay_steps": 0,

@@ -33,7 +33,7 @@ def build_schedule(config: Any) -> optax.Schedule:
 
 def rate_scale(config: Any) -> float:
     """Returns what the configured rates are multiplied by for the batch size."""
-    meant = config.optim.rate_batch_size
+    meant = config.optim.reference_batch_size
     return config.train.batch_size / meant if meant else 1.0
 
 
@@ -41,15 +41,13 @@ def describe_rate(config: Any) -> str:
     """Returns one line: the learning rate and how it fits the batch size."""
     optim, size = config.optim, config.train.batch_size
     rate = optim.learning_rate * rate_scale(config)
-    if optim.rate_batch_size:
+    if optim.reference_batch_size:
         how = (
-            f"{optim.learning_rate:g} for {optim.rate_batch_size} images a step, "
+            f"{optim.learning_rate:g} for {optim.reference_batch_size} images a step, "
             f"scaled to {size}"
         )
     else:
-        how = (
-            f"as given, for {size} images a step; optim.rate_batch_size would scale it"
-        )
+        how = f"as given, for {size} images a step; optim.reference_batch_size would scale it"
     return f"learning rate {rate:g} ({how}), {optim.schedule}"
 
 
