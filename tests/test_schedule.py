@@ -102,8 +102,7 @@ def test_the_rate_follows_the_batch_size_where_the_config_says_so():
     config.train.batch_size, config.optim.warmup_steps = 4, 0
     assert float(build_schedule(config)(0)) == np.float32(0.01)
     assert describe_rate(config) == (
-        "learning rate 0.01 (as given, for 4 images a step; optim.reference_batch_size "
-        "would scale it), multistep"
+        "learning rate 0.01 (as given, for 4 images a step), multistep"
     )
     config.optim.reference_batch_size = 16
     assert float(build_schedule(config)(0)) == np.float32(0.0025)

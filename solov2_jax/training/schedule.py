@@ -47,7 +47,7 @@ def describe_rate(config: Any) -> str:
             f"scaled to {size}"
         )
     else:
-        how = f"as given, for {size} images a step; optim.reference_batch_size would scale it"
+        how = f"as given, for {size} images a step"
     return f"learning rate {rate:g} ({how}), {optim.schedule}"
 
 
