@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
 
 KINDS = (
     "all-reduce",
@@ -46,14 +47,19 @@ def read_collectives(text: str) -> list[Collective]:
     return found
 
 
-def total(found: Iterable[Collective], kind: str) -> dict[str, int]:
-    """Returns number of operations, of the arrays in them, and bytes, of one kind."""
-    some = [c for c in found if c.kind == kind]
-    return {
-        "operations": len(some),
-        "arrays": sum(c.arrays for c in some),
-        "bytes": sum(c.bytes for c in some),
-    }
+def summed(found: Sequence[Collective]) -> list[dict[str, Any]]:
+    """Returns number of operations, of the arrays in them, and bytes, of each kind."""
+    return [
+        {
+            "kind": kind,
+            "types": sorted({t for c in some for t in c.types}),
+            "operations": len(some),
+            "arrays": sum(c.arrays for c in some),
+            "bytes": sum(c.bytes for c in some),
+        }
+        for kind in dict.fromkeys(c.kind for c in found)
+        if (some := [c for c in found if c.kind == kind])
+    ]
 
 
 def _bytes(kind: str) -> int:

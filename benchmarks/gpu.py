@@ -132,6 +132,8 @@ def side(command: list[str], deadline: float) -> dict[str, Any]:
     code = process.wait()
     timer.cancel()
     reader.join()
+    process.stdout.close()
+    process.stderr.close()
     if code:
         found["missing"] = f"exit code {code}: " + " ".join(errors[-3:]).strip()[-400:]
     return found

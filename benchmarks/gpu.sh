@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
 # Everything about one GPU in one run under eight minutes; see gpu.py.
 # PYTHON: an environment with this project and jax[cuda]; TORCH_PYTHON: one with torch
-# and CUDA (may be the same). Other arguments go to gpu.py.
+# and CUDA (may be the same). Other arguments go to gpu.py; --tiny needs no GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python}
+for argument in "$@"; do
+  if [ "$argument" = --tiny ]; then # on the CPU, to see that all of it runs
+    exec "$python" benchmarks/gpu.py ${TORCH_PYTHON:+--torch_python "$TORCH_PYTHON"} "$@"
+  fi
+done
 if ! "$python" -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")'; then
   echo "error: $python: JAX finds no GPU; install jax[cuda13] or jax[cuda12]" >&2
   exit 2

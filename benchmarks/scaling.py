@@ -29,6 +29,7 @@ from links import SYSTEMS, Assumptions, all_reduce_seconds, exposed_seconds
 
 PADDED = (800, 1344)
 CHIPS = (8, 16, 32, 64, 128, 256)
+STEPS = (0.01, 0.025, 0.05, 0.1, 0.2)  # seconds on one chip
 EMULATED = (1, 2, 4, 8)
 AS_ACCELERATOR = (2, 8)
 # COCO's own figures: train2017 is 18 GB of 118,287 images.
@@ -92,29 +93,12 @@ def paper(args: Any) -> dict[str, Any]:
     basis = f"{args.step_share:.0%} of the published rate, assumed"
     if args.step_seconds:
         basis = f"{args.step_seconds} s for {args.step_images} images, measured"
-    rows = []
+    size, rows = gradients["bytes"], []
     for system in SYSTEMS:
-        images = args.step_images
-        step = args.step_seconds or images * flops["step"] / (
+        step = args.step_seconds or args.step_images * flops["step"] / (
             args.step_share * system.peak
         )
-        for batch in sorted({2, images}):
-            seconds = step * batch / images
-            row = {"system": system.name, "images_per_chip": batch}
-            row |= {"step_s": seconds, "chips": {}}
-            for chips in CHIPS:
-                spent = all_reduce_seconds(gradients["bytes"], chips, system, given)
-                hidden = exposed_seconds(
-                    gradients["bytes"], spent, backward * seconds, given.combine_bytes
-                )
-                row["chips"][str(chips)] = {
-                    "all_reduce_s": spent,
-                    "efficiency": seconds / (seconds + spent),
-                    "efficiency_overlapped": seconds / (seconds + hidden),
-                    "images_per_s": chips * batch / (seconds + hidden),
-                }
-            row["host"] = host_input(system, batch / seconds, args)
-            rows.append(row)
+        rows += predictions(system, step, size, backward, args)
     return {
         "config": args.config,
         "size": list(PADDED),
@@ -127,6 +111,52 @@ def paper(args: Any) -> dict[str, Any]:
         "assumptions": dataclasses.asdict(given),
         "systems": [dataclasses.asdict(s) for s in SYSTEMS],
         "rows": rows,
+        "by_step": {
+            s.name: {
+                str(t): efficiencies(s, max(CHIPS), size, t, backward) for t in STEPS
+            }
+            for s in SYSTEMS
+        },
+    }
+
+
+def predictions(
+    system: Any, step: float, size: int, backward: float, args: Any
+) -> list[dict[str, Any]]:
+    """Returns a row for small and large batches: by chips, and what a host delivers.
+
+    Args:
+      step: seconds of a step of `args.step_images` images on one chip.
+      size: bytes of the gradients.
+      backward: share of a step that is the backward pass.
+    """
+    rows = []
+    for batch in sorted({2, args.step_images}):
+        seconds = step * batch / args.step_images
+        chips = {
+            str(n): efficiencies(system, n, size, seconds, backward) for n in CHIPS
+        }
+        row = {"system": system.name, "images_per_chip": batch, "step_s": seconds}
+        row |= {"chips": chips, "host": host_input(system, batch / seconds, args)}
+        rows.append(row)
+    return rows
+
+
+def efficiencies(
+    system: Any, chips: int, size: int, step: float, backward: float
+) -> dict[str, float]:
+    """Returns the all-reduce's seconds and shares of the ideal rate.
+
+    "efficiency" is without any overlap, "efficiency_overlapped" with an all-reduce that
+    starts as soon as its gradients are there.
+    """
+    given = Assumptions()
+    spent = all_reduce_seconds(size, chips, system, given)
+    exposed = exposed_seconds(size, spent, backward * step, given.combine_bytes)
+    return {
+        "all_reduce_s": spent,
+        "efficiency": step / (step + spent),
+        "efficiency_overlapped": step / (step + exposed),
     }
 
 
@@ -166,7 +196,7 @@ def host_input(system: Any, images_per_s: float, args: Any) -> dict[str, float]:
 
 def emulated(args: Any) -> dict[str, Any]:
     """Returns what the sharded step sends, its losses and its cost, by devices."""
-    from collectives import read_collectives
+    from collectives import read_collectives, summed
     from step_case import make_batch
 
     from solov2_jax.config import load_config
@@ -177,14 +207,14 @@ def emulated(args: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"cpu": {}, "accelerator": {}}
     for devices in EMULATED:
         compiled, case = compile_step(config, devices, batch)
-        row = {"collectives": listed(read_collectives(compiled.as_text()))}
+        row = {"collectives": summed(read_collectives(compiled.as_text()))}
         found["cpu"][str(devices)] = row | timed(compiled, case, batch, args.steps)
         if devices not in AS_ACCELERATOR:
             continue
         # The convolutions of GPU and TPU: their gradients are other arrays.
         with mock.patch("jax.default_backend", lambda: "gpu"):
             compiled, _ = compile_step(config, devices, batch)
-        row = {"collectives": listed(read_collectives(compiled.as_text()))}
+        row = {"collectives": summed(read_collectives(compiled.as_text()))}
         found["accelerator"][str(devices)] = row
     return {
         "config": args.emulated_config,
@@ -202,19 +232,6 @@ def compile_step(config: Any, devices: int, batch: Any) -> tuple[Any, Any]:
 
     case = StepCase(config, devices)
     return case.step.lower(case.abstract_state(), case.put(batch)).compile(), case
-
-
-def listed(found: list[Any]) -> list[dict[str, Any]]:
-    """Returns operations, arrays and bytes of each kind."""
-    return [
-        {
-            "kind": kind,
-            "operations": sum(c.kind == kind for c in found),
-            "arrays": sum(c.arrays for c in found if c.kind == kind),
-            "bytes": sum(c.bytes for c in found if c.kind == kind),
-        }
-        for kind in dict.fromkeys(c.kind for c in found)
-    ]
 
 
 def timed(compiled: Any, case: Any, batch: Any, steps: int) -> dict[str, Any]:

@@ -14,10 +14,13 @@ def blocks(content: Mapping[str, Any]) -> dict[str, str]:
         found["basis"] = basis(paper)
         found["links"] = links(paper)
         found["efficiency"] = efficiency(paper)
+        found["by step time"] = by_step(paper)
         found["input"] = host_input(paper)
     if emulated := content.get("emulated"):
         found["sent"] = sent(emulated)
         found["emulated"] = cost(emulated)
+    if ahead := content.get("ahead"):
+        found["ahead"] = compiled_ahead(ahead)
     return found
 
 
@@ -33,7 +36,7 @@ def basis(paper: Mapping[str, Any]) -> str:
             f"{flops['forward'] / 1e9:.0f} / {flops['step'] / 1e9:.0f} GFLOP",
         ),
         (
-            "gradients summed each step, float32",
+            "gradients summed each step, as float32",
             f"{gradients['arrays']} arrays, {gradients['bytes'] / 1e6:.1f} MB",
         ),
         ("time of a step on one chip", paper["step"]),
@@ -79,10 +82,7 @@ def efficiency(paper: Mapping[str, Any]) -> str:
     chips = list(paper["rows"][0]["chips"])
     rows = []
     for row in paper["rows"]:
-        cells = [
-            f"{100 * c['efficiency']:.0f} / {100 * c['efficiency_overlapped']:.0f}"
-            for c in row["chips"].values()
-        ]
+        cells = map(_shares, row["chips"].values())
         reduce = [1e3 * c["all_reduce_s"] for c in row["chips"].values()]
         rows.append(
             (
@@ -94,6 +94,45 @@ def efficiency(paper: Mapping[str, Any]) -> str:
             )
         )
     header = ("system", "images a chip", "step ms", "all-reduce ms", *chips)
+    return table(header, rows)
+
+
+def by_step(paper: Mapping[str, Any]) -> str:
+    """Returns efficiency on the most chips by the time of a step, whatever it does."""
+    systems = paper["by_step"]
+    rows = [(name, *map(_shares, steps.values())) for name, steps in systems.items()]
+    steps = next(iter(systems.values()))
+    most = list(paper["rows"][0]["chips"])[-1]
+    header = (f"{most} chips, a step of", *(f"{1e3 * float(s):g} ms" for s in steps))
+    return table(header, rows)
+
+
+def compiled_ahead(ahead: Mapping[str, Any]) -> str:
+    """Returns what the programs compiled for absent chips hold."""
+    rows = []
+    for row in ahead.values():
+        (reduce,) = (c for c in row["collectives"] if c["kind"] == "all-reduce")
+        others = sum(c["bytes"] for c in row["collectives"]) - reduce["bytes"]
+        rows.append(
+            (
+                f"{row['chips']} x {row['kind']}",
+                f"{row['config']}, {row['dtype']}",
+                f"{row['images_per_chip']} of {_size(row['size'])}",
+                f"{reduce['operations']} of {reduce['arrays']}",
+                f"{reduce['bytes'] / 1e6:.1f}",
+                f"{others / 1e6:.2f}",
+                f"{row['memory_gb']:.1f}",
+            )
+        )
+    header = (
+        "chips",
+        "configuration",
+        "images a chip",
+        "all-reduces, arrays",
+        "MB",
+        "MB of other operations",
+        "GB a chip",
+    )
     return table(header, rows)
 
 
@@ -121,7 +160,7 @@ def host_input(paper: Mapping[str, Any]) -> str:
 def sent(emulated: Mapping[str, Any]) -> str:
     """Returns what the compiled step sends, by form and number of devices."""
     rows = []
-    for form, title in (("cpu", "CPU"), ("accelerator", "GPU and TPU")):
+    for form, title in (("cpu", "CPU's"), ("accelerator", "plain")):
         for devices, row in emulated[form].items():
             found = {c["kind"]: c for c in row["collectives"]}
             cells = [
@@ -131,7 +170,7 @@ def sent(emulated: Mapping[str, Any]) -> str:
                 for kind in KINDS
             ]
             rows.append((f"{title}, {devices}", *cells))
-    return table(("convolutions as on, devices", *KINDS), rows)
+    return table(("convolutions' form, devices", *KINDS), rows)
 
 
 def cost(emulated: Mapping[str, Any]) -> str:
@@ -159,6 +198,13 @@ def cost(emulated: Mapping[str, Any]) -> str:
         "seconds a step",
     )
     return table(header, rows)
+
+
+def _shares(found: Mapping[str, float]) -> str:
+    """Returns percent: nothing hidden / overlapped."""
+    return (
+        f"{100 * found['efficiency']:.0f} / {100 * found['efficiency_overlapped']:.0f}"
+    )
 
 
 def _size(size: list[int]) -> str:

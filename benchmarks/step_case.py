@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax_side  # noqa: F401  puts the repository on the path
 import numpy as np
+from jax.sharding import Mesh
 
 from solov2_jax.models import build_model
 from solov2_jax.training import sharding
@@ -32,10 +33,12 @@ class StepCase:
       key: its third argument, where it is compiled ahead (`step.lower`).
     """
 
-    def __init__(self, config: Any, devices: int | None = 1):
+    def __init__(self, config: Any, devices: int | Mesh = 1):
         with config.unlocked():
             config.model.num_classes = config.model.num_classes or NUM_CLASSES
-        self.config, self.mesh = config, sharding.make_mesh(devices)
+        known = isinstance(devices, Mesh)
+        self.config = config
+        self.mesh = devices if known else sharding.make_mesh(devices)
         self.model = build_model(config, config.model.num_classes)
         self.params = jax.eval_shape(self._init, jax.random.key(0))["params"]
         backbone = config.model.backbone

@@ -3,8 +3,10 @@
     python benchmarks/tables.py            # writes
     python benchmarks/tables.py --check    # fails if that would change something
 
-A table stands between `<!-- table: SCRIPT WHAT -->` and `<!-- end -->`; it holds every
-result whose work has this script and begins with this `what` ("*": any).
+`<!-- compile -->` and `<!-- gpu -->` hold what compile.py and gpu.py found. A table of
+programs that took turns stands between `<!-- table: SCRIPT WHAT -->` and
+`<!-- end -->`; it holds every result whose work has this script and begins with this
+`what` ("*": any).
 """
 
 import argparse
@@ -14,6 +16,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import compile_tables
+import gpu_tables
+import markdown
 
 HERE = Path(__file__).resolve().parent
 README, RESULTS = HERE / "README.md", HERE / "results"
@@ -44,6 +50,16 @@ def render(text: str, results: Sequence[Mapping[str, Any]]) -> str:
         return begin + (tables_of(chosen) if chosen else EMPTY) + end
 
     return MARKER.sub(fill, text)
+
+
+def document(text: str, folder: Path) -> str:
+    """Returns the document with everything filled that the folder has a result of."""
+    text = render(text, load_results(folder))
+    for name, of in (("compile", compile_tables.render), ("gpu", gpu_tables.render)):
+        path = folder / f"{name}.json"
+        found = of(json.loads(path.read_text())) if path.exists() else EMPTY.strip()
+        text = markdown.fill(text, {name: found})
+    return text
 
 
 def tables_of(results: Sequence[Mapping[str, Any]]) -> str:
@@ -144,7 +160,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     before = README.read_text()
-    after = render(before, load_results(RESULTS))
+    after = document(before, RESULTS)
     if check and after != before:
         sys.exit("error: README.md is not what the results say: run tables.py")
     if after != before:

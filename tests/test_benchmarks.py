@@ -179,7 +179,7 @@ def test_tables_hold_the_results():
 
 def test_readme_is_what_the_results_say():
     text = tables.README.read_text()
-    assert tables.render(text, tables.load_results(tables.RESULTS)) == text, (
+    assert tables.document(text, tables.RESULTS) == text, (
         "run `python benchmarks/tables.py`"
     )
 
