@@ -1,23 +1,18 @@
-"""Masks of single objects against the reference's, bit for bit."""
+"""Masks of objects against the reference's, bit for bit."""
 
 import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from plain_masks import plain_center, plain_quarter, quarters_of, spans_of
 from pycocotools import mask as coco_mask
 from tiny_coco import whole
 
-from solov2_jax.data import masks
+from solov2_jax.data import masks, spans
 from solov2_jax.data.annotations import Segmentations
-
-
-def crop_of(mask: np.ndarray) -> masks.Crop | None:
-    """Returns the crop of a whole mask."""
-    counts = coco_mask.encode(np.asfortranarray(mask))["counts"]
-    return masks.decode_runs(masks.parse_runs(counts), mask.shape)
 
 
 def of_polygons(polygons) -> Segmentations:
@@ -30,6 +25,57 @@ def of_polygons(polygons) -> Segmentations:
         runs=np.zeros(0, np.uint8),
         run_start=np.zeros(2, np.int64),
     )
+
+
+def joined(parts: list[Segmentations]) -> Segmentations:
+    """Returns the objects of several data sets of one object each, in one."""
+
+    def starts(name):
+        return np.cumsum([0] + [int(getattr(p, name)[-1]) for p in parts])
+
+    shift = np.cumsum([0] + [len(p.points) for p in parts])[:-1]
+    edges = [p.point_start[:-1] + s for p, s in zip(parts, shift, strict=True)]
+    return Segmentations(
+        np.concatenate([p.points for p in parts]),
+        np.concatenate([*edges, [sum(len(p.points) for p in parts)]]).astype(int),
+        starts("part_start"),
+        np.concatenate([p.runs for p in parts]),
+        starts("run_start"),
+    )
+
+
+def random_objects(rng: np.random.Generator, size: tuple[int, int]):
+    """Returns up to five objects, one by one: polygons of one or more parts, which may
+    leave the image or cross themselves, and run lengths of anything."""
+    found = []
+    for _ in range(rng.integers(0, 6)):
+        if rng.random() < 0.3:
+            mask = rng.random(size) < rng.choice([0, 0.2, 0.9, 1.1])
+            found.append(of_mask(mask.astype(np.uint8)))
+            continue
+        extent = np.array(size[::-1]) * rng.choice([0.1, 0.5, 1.5])
+        corner = rng.uniform(-0.2, 0.8, 2) * size[::-1]
+        parts = [
+            (corner + rng.random((rng.integers(3, 12), 2)) * extent).ravel()
+            for _ in range(rng.integers(1, 4))
+        ]
+        found.append(of_polygons([np.round(p, rng.integers(0, 3)) for p in parts]))
+    return found
+
+
+def plain_mask(one: Segmentations, old, new, flip) -> np.ndarray:
+    """Returns an object's mask as pycocotools and PIL make it, uint8 [h, w]."""
+    parts = one.polygons(0)
+    if not parts:
+        counts = one.run_lengths(0)
+        pixels = coco_mask.decode({"size": list(old), "counts": counts})
+        image = Image.fromarray(pixels).resize(new[::-1], Image.Resampling.NEAREST)
+        return np.asarray(image)[:, ::-1] if flip else np.asarray(image)
+    scaled = []
+    for part in parts:
+        x, y = part[0::2] * (new[1] / old[1]), part[1::2] * (new[0] / old[0])
+        scaled.append(np.stack([new[1] - x if flip else x, y], axis=-1).ravel())
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(scaled, *new)))
 
 
 def of_mask(mask: np.ndarray) -> Segmentations:
@@ -45,7 +91,7 @@ def test_polygons_are_drawn_as_pycocotools_does(golden):
     polygons = json.loads(str(arrays["json_polygons"]))
     size = tuple(polygons["hw"])
     for name, parts in polygons["polys"].items():
-        mask = whole(masks.rasterize(of_polygons(parts), 0, size, size, False), size)
+        mask = whole(spans.rasterize(of_polygons(parts), 0, size, size, False), size)
         expected = np.unpackbits(arrays[f"poly_{name}"], axis=-1)[:, : size[1]]
         np.testing.assert_array_equal(mask, expected, err_msg=name)
         assert mask.sum() == areas[name]
@@ -60,38 +106,51 @@ def test_quarter_equals_opencv(golden, size):
         return np.unpackbits(arrays[name])[: shape.prod()].reshape(shape)
 
     full, small = read(f"imrescale_in_{size}"), read(f"imrescale_out_{size}")
-    for i in range(full.shape[-1]):
-        crop = crop_of(full[..., i])
-        assert crop is not None
-        out = whole(masks.quarter(crop, full.shape[:2]), small.shape[:2])
-        np.testing.assert_array_equal(out, small[..., i])
+    full, small = full.transpose(2, 0, 1), small.transpose(2, 0, 1)
+    out = quarters_of(spans_of(full), len(full), full.shape[1:])
+    np.testing.assert_array_equal(out, small)
+    for mask, expected in zip(full, small, strict=True):
+        np.testing.assert_array_equal(plain_quarter(mask), expected)
 
 
-@given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 2**32))
-def test_quarter_of_a_crop_is_the_crop_of_the_quarter(h, w, seed):
-    rng = np.random.default_rng(seed)
-    y, x = np.sort(rng.integers(0, h + 1, 2)), np.sort(rng.integers(0, w + 1, 2))
-    mask = np.zeros((h, w), np.uint8)
-    mask[y[0] : y[1], x[0] : x[1]] = rng.random((y[1] - y[0], x[1] - x[0])) < 0.6
-    crop = crop_of(mask)
-    np.testing.assert_array_equal(whole(crop, (h, w)), mask)
-    small = (int(h * 0.25 + 0.5), int(w * 0.25 + 0.5))
-    if crop is not None:
-        everything = masks.quarter(masks.Crop(mask, 0, 0), (h, w))
-        out = whole(masks.quarter(crop, (h, w)), small)
-        np.testing.assert_array_equal(out, whole(everything, small))
+@given(
+    st.tuples(*[st.integers(1, 70)] * 4),
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(max_examples=200)
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_objects_together_are_the_plain_masks(sizes, seed, flip, multiples):
+    """Drawn, scaled to a quarter and averaged, all objects of an image at once."""
+    old, new = sizes[:2], sizes[2:]
+    if multiples:  # of 4, where the weights are equal
+        new = new[0] * 4, new[1] * 4
+    objects = random_objects(np.random.default_rng(seed), old)
+    number = len(objects)
+    every = joined(objects) if objects else of_mask(np.zeros((1, 1), np.uint8))
+    found = spans.draw(every, range(number), old, new, flip)
+    centers, present = spans.mass_centers(found, number)
+    quarters = quarters_of(found, number, new)
+    for i, one in enumerate(objects):
+        expected = plain_mask(one, old, new, flip)
+        crop = spans.rasterize(every, i, old, new, flip)
+        np.testing.assert_array_equal(whole(crop, new), expected)
+        assert present[i] == (crop is not None) == expected.any()
+        np.testing.assert_array_equal(quarters[i], plain_quarter(expected))
+        if present[i]:
+            np.testing.assert_array_equal(centers[i], plain_center(expected))
 
 
 def test_mass_centre(golden):
     arrays = golden("data")
     shape = arrays["com_shape"]
     full = np.unpackbits(arrays["com_masks"], axis=-1)[..., : shape[2]]
-    for mask, x, y in zip(full, arrays["com_x"], arrays["com_y"], strict=True):
-        crop = crop_of(mask)
-        if crop is None:  # an empty mask; the reference gives 0 and skips it later
-            assert x == y == 0
-        else:
-            np.testing.assert_array_equal(masks.mass_center(crop), [x, y])
+    centers, present = spans.mass_centers(spans_of(full), len(full))
+    np.testing.assert_array_equal(present, full.any(axis=(1, 2)))
+    # An empty mask's centre is 0; the reference skips it later.
+    np.testing.assert_array_equal(centers[:, 0], arrays["com_x"])
+    np.testing.assert_array_equal(centers[:, 1], arrays["com_y"])
 
 
 @given(
@@ -104,29 +163,52 @@ def test_run_lengths_are_resized_as_pil_does(sizes, seed, flip):
     mask = (np.random.default_rng(seed).random(old) < 0.3).astype(np.uint8)
     image = Image.fromarray(mask).resize(new[::-1], Image.Resampling.NEAREST)
     expected = np.asarray(image)[:, ::-1] if flip else np.asarray(image)
-    crop = masks.rasterize(of_mask(mask), 0, old, new, flip)
+    crop = spans.rasterize(of_mask(mask), 0, old, new, flip)
     np.testing.assert_array_equal(whole(crop, new), expected)
     assert (crop is None) == (not expected.any())
 
 
-@given(st.lists(st.integers(0, 70_000), min_size=1, max_size=40))
-def test_runs_are_parsed_as_pycocotools_writes_them(counts):
-    size = [sum(counts), 1]
-    if size[0] == 0:
-        return
-    packed = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)["counts"]
-    np.testing.assert_array_equal(masks.parse_runs(packed), counts)
+@given(st.lists(st.lists(st.integers(0, 70_000), min_size=1, max_size=40), max_size=4))
+def test_runs_are_parsed_as_pycocotools_writes_them(several):
+    several = [counts for counts in several if sum(counts)]
+    packed = []
+    for counts in several:
+        size = [sum(counts), 1]
+        record = {"size": size, "counts": counts}
+        packed.append(coco_mask.frPyObjects(record, *size)["counts"])
+        np.testing.assert_array_equal(masks.parse_runs(packed[-1]), counts)
+    values, lengths = masks.parse_strings(packed)
+    assert lengths.tolist() == [len(counts) for counts in several]
+    np.testing.assert_array_equal(values, [v for counts in several for v in counts])
 
 
-@pytest.mark.parametrize("counts", [b"`", b"0", b"\x01", b"PPPPPPPPPPPPP0", b""])
+DAMAGED = [b"`", b"0", b"\x01", b"PPPPPPPPPPPPP0", b""]
+
+
+@pytest.mark.parametrize("counts", DAMAGED)
 def test_damaged_runs_are_an_error(counts):
     with pytest.raises(ValueError, match="damaged"):
         masks.decode_runs(masks.parse_runs(counts), (40, 50))
+    with pytest.raises(ValueError, match="damaged"):
+        spans.of_strings([counts], (40, 50))
+
+
+@pytest.mark.parametrize("counts", DAMAGED)
+def test_the_damaged_object_is_named(counts):
+    sound = of_mask(np.ones((40, 50), np.uint8))
+    none = np.zeros(2, np.int64)
+    runs = np.frombuffer(counts, np.uint8)
+    bad = Segmentations(np.zeros(0), none[:1], none, runs, np.array([0, len(runs)]))
+    polygon = of_polygons([[2, 2, 8, 2, 8, 6]])
+    every = joined([sound, polygon, bad, sound])
+    with pytest.raises(spans.DamagedRuns) as caught:
+        spans.draw(every, [1, 0, 2], (40, 50), (40, 50), False)
+    assert caught.value.position == 2
 
 
 def test_polygons_are_flipped_before_they_are_drawn():
     half = of_polygons([[2.5, 2.5, 8.5, 2.5, 8.5, 6.5]])
-    flipped = whole(masks.rasterize(half, 0, (20, 20), (20, 20), True), (20, 20))
+    flipped = whole(spans.rasterize(half, 0, (20, 20), (20, 20), True), (20, 20))
     other = of_polygons([[17.5, 2.5, 11.5, 2.5, 11.5, 6.5]])
-    plain = whole(masks.rasterize(other, 0, (20, 20), (20, 20), False), (20, 20))
+    plain = whole(spans.rasterize(other, 0, (20, 20), (20, 20), False), (20, 20))
     np.testing.assert_array_equal(flipped, plain)

@@ -7,9 +7,10 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 from golden_weights import golden_model
+from plain_masks import quarters_of, spans_of
 
 from configs import base
-from solov2_jax.data.masks import Crop, mass_center, quarter
+from solov2_jax.data.spans import mass_centers
 from solov2_jax.training.build import build_loss, build_optimizer
 from solov2_jax.training.optim import trainable_mask
 from solov2_jax.weights.names import to_adelaidet
@@ -49,15 +50,11 @@ def make_batch(arrays, images):
         count = len(masks)
         fields["boxes"][row, :count] = arrays[f"gt_boxes_{number}"]
         fields["labels"][row, :count] = arrays[f"gt_classes_{number}"]
-        for i, mask in enumerate(masks):
-            crop = Crop(mask, 0, 0)
-            small = quarter(crop, (h, w))
-            sh, sw = small.pixels.shape
-            top, left = small.top, small.left
-            place = fields["masks"][row, i, top : top + sh, left : left + sw]
-            place[...] = small.pixels
-            fields["centers"][row, i] = mass_center(crop)
-            fields["valid"][row, i] = True
+        found = spans_of(masks)
+        small = quarters_of(found, count, (h, w))
+        fields["masks"][row, :count, : small.shape[1], : small.shape[2]] = small
+        fields["centers"][row, :count] = mass_centers(found, count)[0]
+        fields["valid"][row, :count] = True
     return jax.tree.map(jnp.asarray, fields)
 
 

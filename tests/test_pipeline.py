@@ -357,7 +357,7 @@ def test_own_modules_run_without_jax(tmp_path):
 class _Spy(TrainLoader):
     """Replaces the image ids by what a worker process has loaded."""
 
-    def __call__(self, step):
+    def __call__(self, step, new=None):
         jax = sys.modules.get("jax._src.xla_bridge")
         started = 0 if jax is None else len(jax._backends)
         ours = [m for m in sys.modules if m.startswith("solov2_jax.")]

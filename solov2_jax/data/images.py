@@ -9,8 +9,22 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
+def reuse_memory() -> None:
+    """Lets PIL keep the memory of four pictures of up to 16 MB for the next ones.
+
+    Fresh memory comes as pages that the kernel clears, at about a fifth of the time
+    that reading and resizing a photograph takes.
+    """
+    Image.core.set_blocks_max(4)
+
+
 def read_image(path: str) -> np.ndarray:
-    """Returns the picture as uint8 [h, w, 3], RGB, upright.
+    """Returns the picture as uint8 [h, w, 3], as `open_image` does."""
+    return np.array(open_image(path))
+
+
+def open_image(path: str) -> Image.Image:
+    """Returns the picture, decoded, RGB, upright.
 
     The EXIF orientation is applied. Grey, palette and CMYK become RGB; transparency is
     dropped (the colours below it show), not blended. 16-bit grey is divided by 256.
@@ -20,7 +34,7 @@ def read_image(path: str) -> np.ndarray:
     try:
         with Image.open(path) as image:
             _check_pixels(path, image.size)
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image, path)
     except FileNotFoundError:
         raise ValueError(
@@ -56,15 +70,15 @@ def _too_large(path: str) -> str:
     )
 
 
-def _to_rgb(image: Image.Image, path: str) -> np.ndarray:
-    """Returns uint8 [h, w, 3] of any PIL mode."""
+def _to_rgb(image: Image.Image, path: str) -> Image.Image:
+    """Returns the picture in PIL's mode RGB, loaded."""
     if image.mode in _SIXTEEN_BIT:
         grey = np.asarray(image).astype(np.int64)
         if grey.size and (grey.min() < 0 or grey.max() > 65535):
             raise ValueError(
                 f"{path}: has values outside of 0..65535; convert it to 8 or 16 bits."
             )
-        return np.repeat((grey // 256).astype(np.uint8)[..., None], 3, axis=-1)
+        return Image.fromarray((grey // 256).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError(
             f"{path}: holds floating-point values, whose range is unknown; convert it "
@@ -72,20 +86,28 @@ def _to_rgb(image: Image.Image, path: str) -> np.ndarray:
         )
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return np.array(image.convert("RGB"))
+    if image.mode != "RGB":
+        return image.convert("RGB")
+    image.load()
+    return image
 
 
 def read_sized(path: str, height: int, width: int, annotations: str) -> np.ndarray:
-    """Returns the picture as `read_image` does, or raises if its size is another.
+    """Returns the picture as `read_image` does, or raises as `open_sized` does."""
+    return np.array(open_sized(path, height, width, annotations))
+
+
+def open_sized(path: str, height: int, width: int, annotations: str) -> Image.Image:
+    """Returns the picture as `open_image` does, or raises if its size is another.
 
     Args:
       height, width: what the json says.
       annotations: the json's name, for the message.
     """
-    image = read_image(path)
-    if image.shape[:2] == (height, width):
+    image = open_image(path)
+    w, h = image.size
+    if (h, w) == (height, width):
         return image
-    h, w = image.shape[:2]
     hint = ""
     if (w, h) == (height, width):
         hint = (

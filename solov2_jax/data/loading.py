@@ -4,11 +4,12 @@ import dataclasses
 
 import numpy as np
 
-from solov2_jax.data import masks, transforms
 from solov2_jax.data import plan as planning
+from solov2_jax.data import spans, transforms
 from solov2_jax.data.annotations import MIN_BOX_SIDE
 from solov2_jax.data.coco import CocoDataset
-from solov2_jax.data.images import read_sized
+from solov2_jax.data.images import open_sized
+from solov2_jax.data.transport import New, in_memory
 
 ArrayDict = dict[str, np.ndarray]
 
@@ -22,14 +23,20 @@ class Loader:
     sizes: np.ndarray  # int32 [N, S, 2], (height, width) after the resize
     bgr: bool
 
-    def read(self, index: int, size: tuple[int, int], flip: bool) -> np.ndarray:
-        """Returns an image, resized and maybe flipped, uint8 [h, w, 3]."""
+    def batch_bytes(self, height: int, width: int) -> int:
+        """Returns what `new` is asked for, for a batch of this padded shape."""
+        return self.plan.image.shape[1] * height * width * 3
+
+    def read(
+        self, index: int, size: tuple[int, int], flip: bool, out: np.ndarray
+    ) -> None:
+        """Writes an image, resized and maybe flipped, into uint8 [H, W, 3]."""
         data = self.dataset
         old = int(data.heights[index]), int(data.widths[index])
-        image = read_sized(data.path(index), *old, data.annotation_file)
-        image = transforms.resize_image(image, *size)
-        image = image[:, ::-1] if flip else image
-        return image[..., ::-1] if self.bgr else image
+        image = open_sized(data.path(index), *old, data.annotation_file)
+        transforms.write_image(image, out[: size[0], : size[1]], flip, self.bgr)
+        out[size[0] :] = 0
+        out[: size[0], size[1] :] = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,20 +47,30 @@ class TrainLoader(Loader):
     flip_prob: float
     slots: int
 
-    def __call__(self, step: int) -> ArrayDict:
-        """Returns `Batch`'s fields for one step."""
+    def batch_bytes(self, height: int, width: int) -> int:
+        """Returns what `new` is asked for, for a batch of this padded shape."""
+        masks = self.plan.image.shape[1] * self.slots * (height // 4) * (width // 4)
+        return super().batch_bytes(height, width) + masks
+
+    def __call__(self, step: int, new: New = in_memory) -> ArrayDict:
+        """Returns `Batch`'s fields for one step, `masks` as `expand_masks` takes it.
+
+        Args:
+          new: makes the large arrays.
+        """
         h, w = self.plan.buckets[self.plan.bucket[step]]
         b, g = self.plan.image.shape[1], self.slots
         batch = {
-            "image": np.zeros((b, h, w, 3), np.uint8),
+            "image": new((b, h, w, 3)),
             "image_size": np.zeros((b, 2), np.int32),
             "boxes": np.zeros((b, g, 4), np.float32),
             "labels": np.zeros((b, g), np.int32),
             "centers": np.zeros((b, g, 2), np.float32),
-            "masks": np.zeros((b, g, h // 4, w // 4), np.uint8),
+            "masks": new((b * g, h // 4, w // 4)),
             "valid": np.zeros((b, g), bool),
             "image_id": np.zeros(b, np.int32),
         }
+        filled = 0
         for row in range(b):
             index = int(self.plan.image[step, row])
             epoch = int(self.plan.epoch[step, row])
@@ -62,16 +79,19 @@ class TrainLoader(Loader):
             )
             size = int(self.sizes[index, scale, 0]), int(self.sizes[index, scale, 1])
             flip = planning.is_flipped(self.seed, epoch, index, self.flip_prob)
-            batch["image"][row, : size[0], : size[1]] = self.read(index, size, flip)
+            self.read(index, size, flip, batch["image"][row])
             batch["image_size"][row] = size
             batch["image_id"][row] = self.dataset.image_ids[index]
-            self.fill_objects({k: v[row] for k, v in batch.items()}, index, size, flip)
-        return batch
+            of_row = {k: v[row] for k, v in batch.items() if k != "masks"}
+            of_row["masks"] = batch["masks"][filled:]
+            filled += self.fill_objects(of_row, index, size, flip)
+        return batch | {"masks": batch["masks"][:filled]}
 
     def fill_objects(
         self, row: ArrayDict, index: int, size: tuple[int, int], flip: bool
-    ) -> None:
-        """Writes the objects of an image, in the json's order, into a batch's row.
+    ) -> int:
+        """Writes the objects of an image, in the json's order, into a batch's row, and
+        returns how many there are.
 
         Source: detectron2 data/detection_utils.py, filter_empty_instances: an object
         without a box or without a pixel after the resize is left out.
@@ -85,54 +105,76 @@ class TrainLoader(Loader):
         if len(keep) > self.slots:
             largest = np.argsort(-sides[keep].prod(axis=1), kind="stable")
             keep = keep[np.sort(largest[: self.slots])]
-        slot = 0
-        for i in keep:
-            crop = self._rasterize(int(objects[i]), old, size, flip)
-            if crop is None:
-                continue
-            small = masks.quarter(crop, size)
+        outlines = self._draw(objects[keep], old, size, flip)
+        centers, present = spans.mass_centers(outlines, len(keep))
+        number = int(present.sum())
+        row["masks"][:number] = 0
+        slot = np.cumsum(present) - 1
+        for i, small in spans.quarters(outlines, size):
             h, w = small.pixels.shape
             row["masks"][
-                slot, small.top : small.top + h, small.left : small.left + w
+                slot[i], small.top : small.top + h, small.left : small.left + w
             ] = small.pixels
-            row["centers"][slot] = masks.mass_center(crop)
-            row["boxes"][slot] = boxes[i]
-            row["labels"][slot] = data.labels[objects[i]]
-            row["valid"][slot] = True
-            slot += 1
+        keep = keep[present]
+        row["centers"][:number] = centers[present]
+        row["boxes"][:number] = boxes[keep]
+        row["labels"][:number] = data.labels[objects[keep]]
+        row["valid"][:number] = True
+        return number
 
-    def _rasterize(
-        self, index: int, old: tuple[int, int], size: tuple[int, int], flip: bool
-    ) -> masks.Crop | None:
+    def _draw(
+        self,
+        objects: np.ndarray,
+        old: tuple[int, int],
+        size: tuple[int, int],
+        flip: bool,
+    ) -> spans.Spans:
         data = self.dataset
         try:
-            return masks.rasterize(data.segmentations, index, old, size, flip)
-        except ValueError as error:
+            return spans.draw(data.segmentations, objects.tolist(), old, size, flip)
+        except spans.DamagedRuns as error:
+            name = data.annotation_ids[objects[error.position]]
             raise ValueError(
-                f"{data.annotation_file}: annotation {data.annotation_ids[index]}: "
-                f"`segmentation`: {error}; encode the mask again."
+                f"{data.annotation_file}: annotation {name}: `segmentation`: {error}; "
+                "encode the mask again."
             ) from None
+
+
+def expand_masks(batch: ArrayDict) -> ArrayDict:
+    """Returns a batch whose `masks` are [b, g, h, w], zero where `valid` is False.
+
+    Args:
+      batch: `masks` are those of the valid objects only, [n, h, w], which are few: all
+        others would be made, sent and copied as zeros.
+    """
+    if "masks" not in batch:
+        return batch
+    masks, valid = batch["masks"], batch["valid"]
+    full = np.zeros((*valid.shape, *masks.shape[1:]), np.uint8)
+    full[valid] = masks
+    return batch | {"masks": full}
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalLoader(Loader):
     """Makes evaluation batches."""
 
-    def __call__(self, step: int) -> ArrayDict:
+    def __call__(self, step: int, new: New = in_memory) -> ArrayDict:
         """Returns image, image_size, image_id and original_size for one step."""
         h, w = self.plan.buckets[self.plan.bucket[step]]
         b = self.plan.image.shape[1]
         batch = {
-            "image": np.zeros((b, h, w, 3), np.uint8),
+            "image": new((b, h, w, 3)),
             "image_size": np.tile(np.array([h, w], np.int32), (b, 1)),
             "image_id": np.full(b, -1, np.int32),
             "original_size": np.tile(np.array([h, w], np.int32), (b, 1)),
         }
         for row, index in enumerate(self.plan.image[step].tolist()):
             if index < 0:
+                batch["image"][row] = 0
                 continue
             size = int(self.sizes[index, 0, 0]), int(self.sizes[index, 0, 1])
-            batch["image"][row, : size[0], : size[1]] = self.read(index, size, False)
+            self.read(index, size, False, batch["image"][row])
             batch["image_size"][row] = size
             batch["image_id"][row] = self.dataset.image_ids[index]
             batch["original_size"][row] = (

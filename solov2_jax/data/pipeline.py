@@ -18,8 +18,10 @@ from absl import flags
 
 from solov2_jax.data import plan as planning
 from solov2_jax.data.coco import CocoDataset
-from solov2_jax.data.loading import ArrayDict, EvalLoader, TrainLoader
+from solov2_jax.data.images import reuse_memory
+from solov2_jax.data.loading import ArrayDict, EvalLoader, TrainLoader, expand_masks
 from solov2_jax.data.mapped import Mapped
+from solov2_jax.data.transport import Arena, Sender, make_arena, receive
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 # must save to be worth its compilation.
 _TRAIN_BUCKETS, _TRAIN_TOLERANCE = 5, 0.05
 _TEST_BUCKETS, _TEST_TOLERANCE = 8, 0.02
+_IN_USE = 4  # batches that the reader may hold before they travel more slowly
+_PIPED = 1 << 16  # bytes of an array that goes through a worker's pipe at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,38 +85,57 @@ class Batches:
         if not flags.FLAGS.is_parsed():
             # grain reads absl flags in its processes, also outside of an absl app.
             flags.FLAGS.mark_as_parsed()
+        if not reading.num_workers:
+            reuse_memory()
+        arena = self._make_arena()
+        loader = self._loader if arena is None else Sender(self._loader, arena)
         batches = grain.MapDataset.range(self._start, self._stop)
-        stream = batches.map(Mapped(self._loader)).to_iter_dataset(
+        stream = batches.map(Mapped(loader)).to_iter_dataset(
             grain.ReadOptions(
                 num_threads=reading.num_threads,
                 prefetch_buffer_size=max(reading.prefetch, reading.num_threads),
             )
         )
         if reading.num_workers:
+            # Each small array would otherwise get shared memory of its own.
+            options = grain.experimental.DatasetOptions(min_shm_size=_PIPED)
+            stream = grain.experimental.WithOptionsIterDataset(stream, options)
             stream = stream.mp_prefetch(
                 grain.MultiprocessingOptions(
                     num_workers=min(reading.num_workers, len(self)),
                     per_worker_buffer_size=reading.prefetch,
-                )
+                ),
+                worker_init_fn=_start_worker,
             )
         iterator = iter(stream)
         try:
-            yield from map(_own, iterator)
+            for batch in iterator:
+                yield expand_masks(receive(batch, arena))
         finally:
             iterator.close()
             # grain's last batches hang in reference cycles with its StopIteration.
             gc.collect()
+
+    def _make_arena(self) -> Arena | None:
+        """Returns memory for the batches on their way and some that are in use."""
+        reading = self._reading
+        if not reading.num_workers:
+            return None
+        ahead = reading.prefetch + max(reading.prefetch, reading.num_threads) + 1
+        largest = max(self._loader.batch_bytes(h, w) for h, w in self.buckets)
+        return make_arena(reading.num_workers * ahead + _IN_USE, largest)
+
+
+def _start_worker(number: int, count: int) -> None:
+    """Prepares a worker process."""
+    del number, count
+    reuse_memory()
 
 
 def _close(generator: "weakref.ref[Generator[ArrayDict, None, None]]") -> None:
     """Ends a generator that still exists."""
     if (alive := generator()) is not None:
         alive.close()
-
-
-def _own(batch: ArrayDict) -> ArrayDict:
-    """Returns copies outside of the workers' shared memory, which is freed at once."""
-    return {key: np.array(value) for key, value in batch.items()}
 
 
 def train_batches(

@@ -39,6 +39,24 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(resized)
 
 
+def write_image(image: Image.Image, out: np.ndarray, flip: bool, bgr: bool) -> None:
+    """Resizes an RGB picture as `resize_image` does, and writes it, maybe mirrored.
+
+    PIL turns the channels around where it packs its pixels, for less than a copy by
+    numpy costs; and the picture is never an array at its own size.
+
+    Args:
+      out: uint8 [h, w, 3], a part of a batch; its size is that of the resize.
+    """
+    height, width = out.shape[:2]
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    if flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = image.tobytes("raw", "BGR" if bgr else "RGB")
+    out[...] = np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
+
+
 def transform_boxes(
     boxes: np.ndarray,
     old_size: tuple[int, int],

@@ -10,7 +10,8 @@ from PIL import Image
 
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.images import read_image
-from solov2_jax.data.masks import Crop, decode_runs, parse_runs, rasterize
+from solov2_jax.data.masks import Crop, decode_runs, parse_runs
+from solov2_jax.data.spans import rasterize
 from solov2_jax.inference.draw import distinct_colors, draw_masks, draw_prediction
 from solov2_jax.inference.prediction import Prediction
 
