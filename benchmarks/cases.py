@@ -21,8 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [p for p in (str(ROOT),) if p not in sys.path]
 
 from solov2_jax.config import load_config, save_config, split_overrides  # noqa: E402
-from solov2_jax.data import masks as mask_tools  # noqa: E402
+from solov2_jax.data import spans  # noqa: E402
 from solov2_jax.data.images import read_image  # noqa: E402
+from solov2_jax.data.runs import encode_masks  # noqa: E402
 from solov2_jax.data.transforms import resize_image  # noqa: E402
 from solov2_jax.models import build_model  # noqa: E402
 from solov2_jax.structs import Batch  # noqa: E402
@@ -173,11 +174,13 @@ def make_objects(args: Any, config: Any) -> dict[str, np.ndarray]:
     for i in np.ndindex(shape):
         (cx, cy), (rx, ry) = corner[i] + side[i] / 2, side[i] / 2
         full[i] = ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 <= 1
-        crop = mask_tools.Crop(full[i], 0, 0)
-        centers[i] = mask_tools.mass_center(crop)
-        part = mask_tools.quarter(crop, (h, w))
-        ph, pw = part.pixels.shape
-        small[i][part.top : part.top + ph, part.left : part.left + pw] = part.pixels
+        everything = np.array([[0, 0, w, h]])
+        (runs,) = encode_masks(full[i].astype(bool)[None], everything)
+        outline = spans.of_strings([runs.encode()], (h, w))
+        centers[i] = spans.mass_centers(outline, 1)[0][0]
+        for _, part in spans.quarters(outline, (h, w)):
+            ph, pw = part.pixels.shape
+            small[i][part.top : part.top + ph, part.left : part.left + pw] = part.pixels
     labels = rng.integers(0, config.model.num_classes, shape).astype(np.int32)
     return {
         "boxes": boxes,

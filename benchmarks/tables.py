@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import compile_tables
+import data_tables
 import gpu_tables
 import markdown
 
@@ -47,7 +48,7 @@ def render(text: str, results: Sequence[Mapping[str, Any]]) -> str:
             for r in results
             if r["work"]["script"] == script and what in ("*", r["work"]["what"])
         ]
-        return begin + (tables_of(chosen) if chosen else EMPTY) + end
+        return begin + (written(script, chosen) if chosen else EMPTY) + end
 
     return MARKER.sub(fill, text)
 
@@ -60,6 +61,14 @@ def document(text: str, folder: Path) -> str:
         found = of(json.loads(path.read_text())) if path.exists() else EMPTY.strip()
         text = markdown.fill(text, {name: found})
     return text
+
+
+def written(script: str, results: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the tables of a benchmark's results."""
+    if script == "data":
+        origins = [origin(r) for r in results if "programs" in r]
+        return data_tables.render(results) + "".join(dict.fromkeys(origins))
+    return tables_of(results)
 
 
 def tables_of(results: Sequence[Mapping[str, Any]]) -> str:

@@ -24,12 +24,15 @@ class Work:
       about: versions, threads, seconds of the first call with its compilation.
       compiles: compilations so far. One after warm-up fails the benchmark.
       found: what the work was (detections, losses ...), to compare the programs by.
+      prepare, finish: done before and after every run, not measured.
     """
 
     run: Callable[[], dict[str, float] | None]
     about: dict[str, Any]
     compiles: Callable[[], int] = lambda: 0
     found: Callable[[], dict[str, Any]] = field(default=dict)
+    prepare: Callable[[], None] = lambda: None
+    finish: Callable[[], None] = lambda: None
 
 
 def serve(load: Callable[[], Work]) -> None:
@@ -52,12 +55,15 @@ def serve(load: Callable[[], Work]) -> None:
 
 
 def _measure(work: Work) -> dict[str, Any]:
+    work.prepare()
     compiles = work.compiles()
     cpu, start = time.process_time(), time.perf_counter()
     stages = work.run()
-    seconds = time.perf_counter() - start
-    reply = {"seconds": seconds, "cpu_seconds": time.process_time() - cpu}
-    reply["compiles"] = work.compiles() - compiles
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    compiles = work.compiles() - compiles
+    work.finish()
+    reply = {"seconds": seconds, "cpu_seconds": cpu}
+    reply["compiles"] = compiles
     return {**reply, "stages": stages} if stages else reply
 
 
@@ -74,13 +80,13 @@ def _send(replies: TextIO, **content: Any) -> None:
     replies.flush()
 
 
-def peak_memory_gb() -> float:
-    """Returns the largest resident memory of this process so far, in GB (VmHWM)."""
-    with open("/proc/self/status") as status:
+def peak_memory_gb(process: int | str | None = "self") -> float:
+    """Returns the largest resident memory of a process so far, in GB (VmHWM)."""
+    with open(f"/proc/{process}/status") as status:
         for line in status:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024 / 1e9
-    raise OSError("/proc/self/status has no VmHWM; the benchmarks need Linux")
+    raise OSError(f"/proc/{process}/status has no VmHWM; the benchmarks need Linux")
 
 
 class Stages:
