@@ -31,7 +31,7 @@ import harness
 import numpy as np
 import worker
 
-from solov2_jax.data import pipeline
+from solov2_jax.data import pipeline, sizes
 from solov2_jax.data.coco import CocoDataset, load_coco
 from solov2_jax.data.generated import ShapesSettings, write_shapes
 
@@ -115,7 +115,7 @@ def batches_of(
         seed=0,
         num_steps=100_000 // args.batch,
         batch_size=args.batch,
-        resize=pipeline.Resize(tuple(args.short), args.longest),
+        resize=sizes.Resize(tuple(args.short), args.longest),
         flip_prob=0.5,
         channel_order="BGR",
         reading=pipeline.Reading(num_workers=workers, num_threads=1, prefetch=2),

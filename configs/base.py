@@ -82,6 +82,9 @@ def get_config() -> ConfigDict:
     input_.std = (1.0, 1.0, 1.0)  # in channel order [MODEL.PIXEL_STD]
     # Short side in pixels, one drawn per image [INPUT.MIN_SIZE_TRAIN].
     input_.min_sizes_train = (640, 672, 704, 736, 768, 800)
+    # "choice": one of these sizes; "range": any whole number from the smallest to the
+    # largest of them [INPUT.MIN_SIZE_TRAIN_SAMPLING].
+    input_.size_sampling = "choice"
     input_.max_size_train = 1333  # long side at most [INPUT.MAX_SIZE_TRAIN]
     input_.min_size_test = 800  # [INPUT.MIN_SIZE_TEST]
     input_.max_size_test = 1333  # [INPUT.MAX_SIZE_TEST]
@@ -117,6 +120,10 @@ def get_config() -> ConfigDict:
     # Train on images without objects too. The reference drops them
     # [DATALOADER.FILTER_EMPTY_ANNOTATIONS].
     data.keep_empty = True
+    # Show images of rare classes more often: of an image's rarest class, sqrt of this
+    # over the share of images that have it, times an epoch. 0: every image once; LVIS
+    # is trained with 0.001 [DATALOADER.REPEAT_THRESHOLD].
+    data.repeat_threshold = 0.0
     # Padded objects per image; 0: the largest number in the annotations.
     data.max_instances = 0
     data.num_workers = 4  # processes; 0: threads only [DATALOADER.NUM_WORKERS]

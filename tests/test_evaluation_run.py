@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tiny_coco
 
-from solov2_jax.data.pipeline import Reading, Resize, eval_batches
+from solov2_jax.data.pipeline import Reading, eval_batches
+from solov2_jax.data.sizes import Resize
 from solov2_jax.evaluation.run import evaluate
 from solov2_jax.inference.prediction import Prediction
 

@@ -13,11 +13,11 @@ from PIL import Image
 from tiny_coco import annotation, content, load, square, write
 
 from configs import base
-from solov2_jax.data import build, mapped, pipeline, plan
+from solov2_jax.data import build, mapped, pipeline, plan, sizes
 from solov2_jax.data.coco import load_coco
 from solov2_jax.data.loading import TrainLoader
 
-RESIZE = pipeline.Resize((32, 40, 48), 64)
+RESIZE = sizes.Resize((32, 40, 48), 64)
 FIELDS = {
     "image",
     "image_size",
@@ -161,11 +161,11 @@ def test_the_smallest_bucket_is_taken():
 def test_buckets_that_do_not_fit_are_an_error(tmp_path):
     data = load(tmp_path)
     with pytest.raises(ValueError, match=r"buckets_train: no shape in .*a.png, sub/b"):
-        train(data, resize=pipeline.Resize((48,), 64, ((48 // 32 * 32, 64),)))
+        train(data, resize=sizes.Resize((48,), 64, ((48 // 32 * 32, 64),)))
     with pytest.raises(ValueError, match=r"buckets_train: .50, 64. is not"):
-        train(data, resize=pipeline.Resize((48,), 64, ((50, 64),)))
+        train(data, resize=sizes.Resize((48,), 64, ((50, 64),)))
     with pytest.raises(ValueError, match="min_sizes_train.*must be positive"):
-        pipeline.resize_of((), 64, (), "input.min_sizes_train")
+        sizes.resize_of((), 64, (), "input.min_sizes_train")
 
 
 # Training batches
@@ -238,7 +238,7 @@ def test_the_largest_objects_are_kept(tmp_path, caplog):
         for i in (9, 3, 12, 5)
     ]
     data = load(tmp_path, values)
-    options = {"resize": pipeline.Resize((48,), 64), "flip_prob": 0.0}
+    options = {"resize": sizes.Resize((48,), 64), "flip_prob": 0.0}
     batches = train(data, max_instances=2, keep_empty=False, **options)
     assert "1 images have more than data.max_instances = 2" in caplog.text
     boxes = next(iter(batches))["boxes"][0]
@@ -247,7 +247,7 @@ def test_the_largest_objects_are_kept(tmp_path, caplog):
 
 def test_flipping_mirrors_everything(tmp_path):
     data = load(tmp_path)
-    resize = pipeline.Resize((48,), 64)
+    resize = sizes.Resize((48,), 64)
     plain, mirrored = (
         list(train(data, resize=resize, flip_prob=p)) for p in (0.0, 1.0)
     )
@@ -278,7 +278,7 @@ def test_channel_order(tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_evaluation_sees_each_image_once(tmp_path, batch_size):
     data = load(tmp_path)
-    resize = pipeline.Resize((48,), 64)
+    resize = sizes.Resize((48,), 64)
     for workers in (0, 2) if batch_size == 2 else (0,):
         batches = pipeline.eval_batches(
             data,
@@ -338,9 +338,9 @@ def test_own_modules_run_without_jax(tmp_path):
     script = f"""
         import sys
         sys.modules["jax"] = sys.modules["flax"] = None
-        from solov2_jax.data import build, coco, pipeline
+        from solov2_jax.data import build, coco, pipeline, sizes
         data = coco.load_coco({images!r}, {path!r})
-        resize = pipeline.Resize((48,), 64)
+        resize = sizes.Resize((48,), 64)
         batches = pipeline.eval_batches(data, batch_size=1, resize=resize)
         assert len(list(batches)) == 3
         assert not [m for m in sys.modules if m.startswith(("jaxlib", "flax."))]

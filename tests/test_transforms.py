@@ -12,7 +12,8 @@ from plain_masks import plain_center, plain_quarter
 
 from solov2_jax.data import images, transforms
 from solov2_jax.data.coco import load_coco
-from solov2_jax.data.pipeline import Resize, eval_batches, train_batches
+from solov2_jax.data.pipeline import eval_batches, train_batches
+from solov2_jax.data.sizes import Resize
 
 
 def test_shortest_edge_sizes(golden):

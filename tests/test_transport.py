@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_coco import load
 
-from solov2_jax.data import pipeline
+from solov2_jax.data import pipeline, sizes
 from solov2_jax.data.transport import Arena, Piece, Sender, receive
 
 if not hasattr(os, "memfd_create"):
@@ -79,7 +79,7 @@ def test_no_slot_is_taken_twice():
 def test_workers_deliver_the_same_with_one_slot_and_with_none(tmp_path, monkeypatch):
     data = load(tmp_path)
     options = {"seed": 1, "num_steps": 5, "batch_size": 2, "flip_prob": 0.5}
-    resize = pipeline.Resize((32, 40, 48), 64)
+    resize = sizes.Resize((32, 40, 48), 64)
     expected = list(pipeline.train_batches(data, resize=resize, **options))
     size = 1 << 20
     for arena in (Arena(1, size), None):

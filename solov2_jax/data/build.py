@@ -11,9 +11,9 @@ from solov2_jax.data.pipeline import (
     Batches,
     Reading,
     eval_batches,
-    resize_of,
     train_batches,
 )
+from solov2_jax.data.sizes import resize_of
 
 
 def load_datasets(config: Any) -> tuple[CocoDataset, CocoDataset]:
@@ -96,10 +96,12 @@ def build_train_batches(
             input_.max_size_train,
             input_.buckets_train,
             "input.min_sizes_train",
+            input_.size_sampling,
         ),
         flip_prob=input_.flip_prob,
         max_instances=config.data.max_instances,
         keep_empty=config.data.keep_empty,
+        repeat_threshold=config.data.repeat_threshold,
         channel_order=input_.channel_order,
         start_step=start_step,
         shard=shard,

@@ -10,7 +10,7 @@ import functools
 import gc
 import logging
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 
 import grain
 import numpy as np
@@ -21,26 +21,13 @@ from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.images import reuse_memory
 from solov2_jax.data.loading import ArrayDict, EvalLoader, TrainLoader, expand_masks
 from solov2_jax.data.mapped import Mapped
+from solov2_jax.data.sizes import Resize, choose_buckets
 from solov2_jax.data.transport import Arena, Sender, make_arena, receive
 
 log = logging.getLogger(__name__)
 
-# Derived padded shapes: how many at most, and which share of padded pixels one more
-# must save to be worth its compilation.
-_TRAIN_BUCKETS, _TRAIN_TOLERANCE = 5, 0.05
-_TEST_BUCKETS, _TEST_TOLERANCE = 8, 0.02
 _IN_USE = 4  # batches that the reader may hold before they travel more slowly
 _PIPED = 1 << 16  # bytes of an array that goes through a worker's pipe at most
-
-
-@dataclasses.dataclass(frozen=True)
-class Resize:
-    """Where the padded shapes and the sizes within them come from, in pixels."""
-
-    shorts: tuple[int, ...]  # shorter side; one is drawn per image and epoch
-    max_size: int  # longer side at most
-    buckets: tuple[Sequence[int], ...] = ()  # padded (h, w); () derives them
-    exact: bool = False  # with (): each image's own multiples of 32, however many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +135,7 @@ def train_batches(
     flip_prob: float,
     max_instances: int = 0,
     keep_empty: bool = True,
+    repeat_threshold: float = 0.0,
     channel_order: str = "RGB",
     start_step: int = 0,
     shard: tuple[int, int] = (0, 1),
@@ -162,6 +150,8 @@ def train_batches(
       max_instances: padded objects per image; 0 for the data set's largest number.
         Of more objects, the ones with the largest boxes are kept.
       keep_empty: train on images without objects too.
+      repeat_threshold: show images of classes that fewer than this share of the images
+        have more often, see `plan.repeat_factors`; 0: every image once an epoch.
       channel_order: "RGB" or "BGR".
     """
     index, count = shard
@@ -183,9 +173,8 @@ def train_batches(
             f"{dataset.annotation_file}: no image has an object to train on, and "
             "data.keep_empty is False; annotate some or set it to True."
         )
-    buckets, assigned = _buckets(
-        dataset, sizes, chosen, resize, _TRAIN_BUCKETS, _TRAIN_TOLERANCE, "train"
-    )
+    buckets, assigned = choose_buckets(dataset, sizes, chosen, resize, "train")
+    _report_negatives(dataset, keep_empty)
     plan = planning.train_plan(
         chosen,
         buckets,
@@ -193,6 +182,7 @@ def train_batches(
         seed=seed,
         num_steps=num_steps,
         batch_size=batch_size,
+        repeats=_repeats(dataset, chosen, repeat_threshold),
     )
     part = slice(index * batch_size // count, (index + 1) * batch_size // count)
     plan = dataclasses.replace(
@@ -212,6 +202,42 @@ def train_batches(
         dataset, plan, sizes, _is_bgr(channel_order), seed, flip_prob, slots
     )
     return Batches(loader, plan, start_step, reading or Reading())
+
+
+def _report_negatives(dataset: CocoDataset, keep_empty: bool) -> None:
+    """Logs how many images have no object, and what becomes of them."""
+    number = int((dataset.objects_per_image == 0).sum())
+    fate = "trained on as negatives" if keep_empty else "left out"
+    log.info(
+        "%d of %d images (%.1f %%) have no object; they are %s (data.keep_empty)",
+        number,
+        len(dataset),
+        100 * number / len(dataset),
+        fate,
+    )
+
+
+def _repeats(
+    dataset: CocoDataset, chosen: np.ndarray, threshold: float
+) -> np.ndarray | None:
+    """Returns how often each chosen image is shown in an epoch; None: once."""
+    if not 0 <= threshold <= 1:
+        raise ValueError(
+            f"data.repeat_threshold is {threshold}; it is a share of the images, 0..1."
+        )
+    if not threshold:
+        return None
+    factors = planning.repeat_factors(dataset.labels, dataset.start, threshold)[chosen]
+    log.info(
+        "data.repeat_threshold %g: %d of %d images are shown more than once an epoch, "
+        "at most %.1f times; an epoch has %.0f images",
+        threshold,
+        (factors > 1).sum(),
+        len(chosen),
+        factors.max(),
+        factors.sum(),
+    )
+    return factors
 
 
 def eval_batches(
@@ -235,36 +261,10 @@ def eval_batches(
         dataset.heights, dataset.widths, resize.shorts[:1], resize.max_size
     )
     chosen = np.arange(len(dataset))[: max_images or None]
-    buckets, assigned = _buckets(
-        dataset, sizes, chosen, resize, _TEST_BUCKETS, _TEST_TOLERANCE, "test"
-    )
+    buckets, assigned = choose_buckets(dataset, sizes, chosen, resize, "test")
     plan = planning.eval_plan(assigned[chosen, 0], buckets, batch_size)
     loader = EvalLoader(dataset, plan, sizes, _is_bgr(channel_order))
     return Batches(loader, plan, 0, reading or Reading())
-
-
-def _buckets(
-    dataset: CocoDataset,
-    sizes: np.ndarray,
-    chosen: np.ndarray,
-    resize: Resize,
-    limit: int,
-    tolerance: float,
-    name: str,
-) -> tuple[tuple[planning.Bucket, ...], np.ndarray]:
-    """Returns the padded shapes and each image's, per scale, int16 [N, S]."""
-    key = f"input.buckets_{name}"
-    if resize.buckets:
-        buckets = planning.check_buckets(resize.buckets, key)
-    else:
-        if resize.exact:
-            limit, tolerance = sizes.size, -1.0  # no two shapes are ever joined
-        buckets = planning.derive_buckets(sizes[chosen], limit, tolerance)
-        log.info("%s, derived from %d images: %s", key, len(chosen), buckets)
-    assigned = np.zeros(sizes.shape[:2], np.int16)
-    names = dataset.file_names[chosen]
-    assigned[chosen] = planning.assign_buckets(sizes[chosen], buckets, names, key)
-    return buckets, assigned
 
 
 def _is_bgr(channel_order: str) -> bool:
@@ -273,18 +273,3 @@ def _is_bgr(channel_order: str) -> bool:
             f'input.channel_order is {channel_order!r}; use "RGB" or "BGR".'
         )
     return channel_order == "BGR"
-
-
-def resize_of(
-    shorts: Sequence[int], max_size: int, buckets: Sequence[Sequence[int]], key: str
-) -> Resize:
-    """Returns the sizes, or raises naming the config's key."""
-    if not shorts or min(shorts) < 1 or max_size < 1:
-        raise ValueError(
-            f"{key}: sizes {tuple(shorts)}, at most {max_size}, must be positive."
-        )
-    return Resize(
-        tuple(int(s) for s in shorts),
-        int(max_size),
-        tuple(buckets),
-    )

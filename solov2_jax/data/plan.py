@@ -37,7 +37,8 @@ def random_bits(seed: int, stream: int, *keys: np.ndarray | int) -> np.ndarray:
     return np.asarray(state)
 
 
-_ORDER, _SCALE, _FLIP = range(3)  # streams of random_bits
+# Streams of random_bits.
+_ORDER, _SCALE, _FLIP, _REPEAT, AUGMENT = range(5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,9 @@ class BatchPlan:
     """The images of T batches of size B; -1 is padding."""
 
     image: np.ndarray  # int32 [T, B], index in the data set
-    epoch: np.ndarray  # int32 [T, B], how often the data set was gone through before
+    # int32 [T, B], how often the data set was gone through before; where images are
+    # repeated within an epoch, this times the largest number of copies, plus the copy.
+    epoch: np.ndarray
     bucket: np.ndarray  # int16 [T], index in `buckets`
     buckets: tuple[Bucket, ...]  # padded (height, width)
 
@@ -151,6 +154,7 @@ def train_plan(
     seed: int,
     num_steps: int,
     batch_size: int,
+    repeats: np.ndarray | None = None,
 ) -> BatchPlan:
     """Returns the batches of a training run; a longer run begins with the same ones.
 
@@ -162,20 +166,33 @@ def train_plan(
     Args:
       images: indices of the images to train on, int [n].
       image_buckets: bucket of every image of the data set at every scale, int [N, S].
+      repeats: how often to show each of `images` in an epoch, on average, float [n],
+        at least 1; None: once.
     """
     pending = [np.zeros((0, 2), np.int32) for _ in buckets]
     pieces: list[tuple[np.ndarray, np.ndarray]] = []
+    copies = np.ones(len(images), int) if repeats is None else np.ceil(repeats)
+    copies = copies.astype(int)
+    most = int(copies.max())
+    if repeats is not None:
+        images, repeats = np.repeat(images, copies), np.repeat(repeats, copies)
+    copy = np.arange(len(images)) - np.repeat(np.cumsum(copies) - copies, copies)
     made = epoch = 0
     while made < num_steps:
         wanted = (num_steps - made) * batch_size
         epochs = max(1, min(-(-wanted // len(images)), _CHUNK // len(images)))
         block = np.arange(epoch, epoch + epochs)[:, None]
-        order = np.argsort(random_bits(seed, _ORDER, block, images))
+        order = np.argsort(random_bits(seed, _ORDER, block * most + copy, images))
         chosen = images[order]
-        scales = scale_index(seed, block, chosen, image_buckets.shape[1])
-        bucket = image_buckets[chosen, scales].ravel()
-        stream = np.stack([chosen, np.broadcast_to(block, chosen.shape)], axis=-1)
-        stream = stream.reshape(-1, 2).astype(np.int32)
+        key = block * most + copy[order]
+        scales = scale_index(seed, key, chosen, image_buckets.shape[1])
+        bucket = image_buckets[chosen, scales]
+        stream = np.stack([chosen, key], axis=-1).astype(np.int32)
+        if repeats is not None:
+            shown = _is_shown(seed, block, images, copy, repeats)
+            shown = np.take_along_axis(shown, order, axis=1)
+            bucket, stream = bucket[shown], stream[shown]
+        bucket, stream = bucket.ravel(), stream.reshape(-1, 2)
         items, owner = _group(stream, bucket, pending, batch_size)
         pieces.append((items, owner))
         made += len(items)
@@ -183,6 +200,42 @@ def train_plan(
     items = np.concatenate([p[0] for p in pieces])[:num_steps]
     owner = np.concatenate([p[1] for p in pieces])[:num_steps]
     return BatchPlan(items[..., 0], items[..., 1], owner, buckets)
+
+
+def _is_shown(
+    seed: int,
+    epoch: np.ndarray,
+    image: np.ndarray,
+    copy: np.ndarray,
+    repeats: np.ndarray,
+) -> np.ndarray:
+    """Returns which copies an epoch has: all whole ones, the last one at random."""
+    bits = random_bits(seed, _REPEAT, epoch, image) >> np.uint64(11)
+    return bits.astype(float) * 2.0**-53 < repeats - copy
+
+
+def repeat_factors(
+    labels: np.ndarray, start: np.ndarray, threshold: float
+) -> np.ndarray:
+    """Returns how often to show each image in an epoch, float [N], at least 1.
+
+    The larger of 1 and sqrt(threshold / share) of the image's rarest class, where the
+    share is that of the images that have the class.
+    Source: detectron2 data/samplers/distributed_sampler.py,
+    repeat_factors_from_category_frequency.
+
+    Args:
+      labels: of the objects, sorted by image.
+      start: the objects of image i are start[i]:start[i + 1].
+    """
+    number = len(start) - 1
+    image = np.repeat(np.arange(number), np.diff(start))
+    pairs = np.unique(np.stack([image, labels], axis=-1), axis=0).reshape(-1, 2)
+    share = np.bincount(pairs[:, 1]) / number
+    factors = np.ones(number)
+    wanted = np.sqrt(threshold / share[pairs[:, 1]])
+    np.maximum.at(factors, pairs[:, 0], wanted)
+    return factors
 
 
 def _group(
