@@ -23,6 +23,7 @@ sys.path[:0] = [p for p in (str(ROOT),) if p not in sys.path]
 from solov2_jax.config import load_config, save_config, split_overrides  # noqa: E402
 from solov2_jax.data import spans  # noqa: E402
 from solov2_jax.data.images import read_image  # noqa: E402
+from solov2_jax.data.quarter import quarters  # noqa: E402
 from solov2_jax.data.runs import encode_masks  # noqa: E402
 from solov2_jax.data.transforms import resize_image  # noqa: E402
 from solov2_jax.models import build_model  # noqa: E402
@@ -178,7 +179,7 @@ def make_objects(args: Any, config: Any) -> dict[str, np.ndarray]:
         (runs,) = encode_masks(full[i].astype(bool)[None], everything)
         outline = spans.of_strings([runs.encode()], (h, w))
         centers[i] = spans.mass_centers(outline, 1)[0][0]
-        for _, part in spans.quarters(outline, (h, w)):
+        for _, part in quarters(outline, (h, w)):
             ph, pw = part.pixels.shape
             small[i][part.top : part.top + ph, part.left : part.left + pw] = part.pixels
     labels = rng.integers(0, config.model.num_classes, shape).astype(np.int32)

@@ -94,6 +94,28 @@ def get_config() -> ConfigDict:
     input_.buckets_train = ()
     input_.buckets_test = ()
 
+    # Changes of training images beyond resize and flip, none by default. Boxes become
+    # those of the masks, as in the reference where it crops.
+    config.augment = augment = ConfigDict()
+    augment.rotate_prob = 0.0  # 0.5 in the reference [INPUT.IS_ROTATE]
+    augment.rotate_degrees = 30.0  # to either side, at most
+    # (): none; else smallest (height, width) of the part that is kept, over the
+    # image's. It holds the centre of an object [INPUT.CROP.ENABLED, SIZE].
+    augment.crop_size = ()
+    # False: the part is enlarged until it cuts no object [INPUT.CROP.CROP_INSTANCE].
+    augment.crop_objects = True
+    augment.brightness = 0.0  # factor 1 - x to 1 + x
+    augment.contrast = 0.0  # likewise, around the mean grey
+    augment.saturation = 0.0  # likewise, around each pixel's grey
+    # (): none; else (lowest, highest): large-scale jitter. The image is scaled to so
+    # many times what fits into `jitter_size` (height, width), and cut to that; replaces
+    # `input.min_sizes_train` and its padded shapes. (0.1, 2.0) is common.
+    augment.jitter_scale = ()
+    augment.jitter_size = (1024, 1024)
+    # Images that get objects of another image, each of its objects with probability
+    # 0.5. Wants `jitter_scale`, as in the paper, but works without.
+    augment.paste_prob = 0.0
+
     config.data = data = ConfigDict()
     data.train = ConfigDict()
     data.train.images = "datasets/coco/train2017"  # folder [DATASETS.TRAIN]

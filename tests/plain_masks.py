@@ -4,6 +4,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from solov2_jax.data import spans
+from solov2_jax.data.quarter import quarters
 
 
 def plain_quarter(mask: np.ndarray) -> np.ndarray:
@@ -41,9 +42,9 @@ def spans_of(masks: np.ndarray) -> spans.Spans:
 
 
 def quarters_of(found: spans.Spans, number: int, size: tuple[int, int]) -> np.ndarray:
-    """Returns what `spans.quarters` yields as whole masks, uint8 [n, h4, w4]."""
+    """Returns what `quarters` yields as whole masks, uint8 [n, h4, w4]."""
     out = np.zeros((number, *(int(s * 0.25 + 0.5) for s in size)), np.uint8)
-    for i, crop in spans.quarters(found, size):
+    for i, crop in quarters(found, size):
         h, w = crop.pixels.shape
         out[i, crop.top : crop.top + h, crop.left : crop.left + w] = crop.pixels
     return out

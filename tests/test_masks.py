@@ -131,13 +131,13 @@ def test_objects_together_are_the_plain_masks(sizes, seed, flip, multiples):
     every = joined(objects) if objects else of_mask(np.zeros((1, 1), np.uint8))
     found = spans.draw(every, range(number), old, new, flip)
     centers, present = spans.mass_centers(found, number)
-    quarters = quarters_of(found, number, new)
+    small = quarters_of(found, number, new)
     for i, one in enumerate(objects):
         expected = plain_mask(one, old, new, flip)
         crop = spans.rasterize(every, i, old, new, flip)
         np.testing.assert_array_equal(whole(crop, new), expected)
         assert present[i] == (crop is not None) == expected.any()
-        np.testing.assert_array_equal(quarters[i], plain_quarter(expected))
+        np.testing.assert_array_equal(small[i], plain_quarter(expected))
         if present[i]:
             np.testing.assert_array_equal(centers[i], plain_center(expected))
 

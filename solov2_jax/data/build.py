@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from solov2_jax.data.augment import Augment
 from solov2_jax.data.coco import CocoDataset, load_coco
 from solov2_jax.data.generated import ShapesSettings, write_shapes
 from solov2_jax.data.pipeline import (
@@ -105,6 +106,7 @@ def build_train_batches(
         channel_order=input_.channel_order,
         start_step=start_step,
         shard=shard,
+        augment=_augment(config),
         reading=_reading(config),
     )
 
@@ -126,6 +128,22 @@ def build_eval_batches(config: Any, dataset: CocoDataset) -> Batches:
         max_images=config.eval.max_images,
         reading=_reading(config),
     )
+
+
+def _augment(config: Any) -> Augment:
+    values = config.augment
+    return Augment(
+        rotate_prob=values.rotate_prob,
+        rotate_degrees=values.rotate_degrees,
+        crop_size=tuple(values.crop_size),
+        crop_objects=values.crop_objects,
+        brightness=values.brightness,
+        contrast=values.contrast,
+        saturation=values.saturation,
+        jitter_scale=tuple(values.jitter_scale),
+        jitter_size=tuple(values.jitter_size),
+        paste_prob=values.paste_prob,
+    ).check()
 
 
 def _reading(config: Any) -> Reading:

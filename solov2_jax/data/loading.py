@@ -9,6 +9,7 @@ from solov2_jax.data import spans, transforms
 from solov2_jax.data.annotations import MIN_BOX_SIDE
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.images import open_sized
+from solov2_jax.data.quarter import quarters
 from solov2_jax.data.transport import New, in_memory
 
 ArrayDict = dict[str, np.ndarray]
@@ -74,18 +75,21 @@ class TrainLoader(Loader):
         for row in range(b):
             index = int(self.plan.image[step, row])
             epoch = int(self.plan.epoch[step, row])
-            scale = int(
-                planning.scale_index(self.seed, epoch, index, self.sizes.shape[1])
-            )
-            size = int(self.sizes[index, scale, 0]), int(self.sizes[index, scale, 1])
-            flip = planning.is_flipped(self.seed, epoch, index, self.flip_prob)
-            self.read(index, size, flip, batch["image"][row])
-            batch["image_size"][row] = size
             batch["image_id"][row] = self.dataset.image_ids[index]
             of_row = {k: v[row] for k, v in batch.items() if k != "masks"}
             of_row["masks"] = batch["masks"][filled:]
-            filled += self.fill_objects(of_row, index, size, flip)
+            filled += self.fill_row(of_row, index, epoch)
         return batch | {"masks": batch["masks"][:filled]}
+
+    def fill_row(self, row: ArrayDict, index: int, epoch: int) -> int:
+        """Writes an image with its objects into a batch's row, and returns how many
+        objects there are."""
+        scale = int(planning.scale_index(self.seed, epoch, index, self.sizes.shape[1]))
+        size = int(self.sizes[index, scale, 0]), int(self.sizes[index, scale, 1])
+        flip = planning.is_flipped(self.seed, epoch, index, self.flip_prob)
+        self.read(index, size, flip, row["image"])
+        row["image_size"][:] = size
+        return self.fill_objects(row, index, size, flip)
 
     def fill_objects(
         self, row: ArrayDict, index: int, size: tuple[int, int], flip: bool
@@ -100,25 +104,42 @@ class TrainLoader(Loader):
         old = int(data.heights[index]), int(data.widths[index])
         objects = np.arange(data.start[index], data.start[index + 1])
         boxes = transforms.transform_boxes(data.boxes[objects], old, size, flip)
+        keep = self.choose(boxes)
+        outlines = self._draw(objects[keep], old, size, flip)
+        labels = data.labels[objects[keep]]
+        return self.write_objects(row, outlines, boxes[keep], labels, size)
+
+    def choose(self, boxes: np.ndarray) -> np.ndarray:
+        """Returns which objects have an extent and a slot, the largest boxes first to
+        get one, in order."""
         sides = boxes[:, 2:] - boxes[:, :2]
         keep = np.flatnonzero((sides > MIN_BOX_SIDE).all(axis=1))
         if len(keep) > self.slots:
             largest = np.argsort(-sides[keep].prod(axis=1), kind="stable")
             keep = keep[np.sort(largest[: self.slots])]
-        outlines = self._draw(objects[keep], old, size, flip)
-        centers, present = spans.mass_centers(outlines, len(keep))
+        return keep
+
+    def write_objects(
+        self,
+        row: ArrayDict,
+        outlines: spans.Spans,
+        boxes: np.ndarray,
+        labels: np.ndarray,
+        size: tuple[int, int],
+    ) -> int:
+        """Writes the objects that have a pixel, and returns how many these are."""
+        centers, present = spans.mass_centers(outlines, len(labels))
         number = int(present.sum())
         row["masks"][:number] = 0
         slot = np.cumsum(present) - 1
-        for i, small in spans.quarters(outlines, size):
+        for i, small in quarters(outlines, size):
             h, w = small.pixels.shape
             row["masks"][
                 slot[i], small.top : small.top + h, small.left : small.left + w
             ] = small.pixels
-        keep = keep[present]
         row["centers"][:number] = centers[present]
-        row["boxes"][:number] = boxes[keep]
-        row["labels"][:number] = data.labels[objects[keep]]
+        row["boxes"][:number] = boxes[present]
+        row["labels"][:number] = labels[present]
         row["valid"][:number] = True
         return number
 
@@ -129,15 +150,20 @@ class TrainLoader(Loader):
         size: tuple[int, int],
         flip: bool,
     ) -> spans.Spans:
-        data = self.dataset
+        outlines = self.dataset.segmentations
         try:
-            return spans.draw(data.segmentations, objects.tolist(), old, size, flip)
+            return spans.draw(outlines, objects.tolist(), old, size, flip)
         except spans.DamagedRuns as error:
-            name = data.annotation_ids[objects[error.position]]
-            raise ValueError(
-                f"{data.annotation_file}: annotation {name}: `segmentation`: {error}; "
-                "encode the mask again."
-            ) from None
+            raise self.damaged(objects, error) from None
+
+    def damaged(self, objects: np.ndarray, error: spans.DamagedRuns) -> ValueError:
+        """Returns the error that names the annotation."""
+        data = self.dataset
+        return ValueError(
+            f"{data.annotation_file}: annotation "
+            f"{data.annotation_ids[objects[error.position]]}: `segmentation`: {error}; "
+            "encode the mask again."
+        )
 
 
 def expand_masks(batch: ArrayDict) -> ArrayDict:

@@ -17,6 +17,8 @@ import numpy as np
 from absl import flags
 
 from solov2_jax.data import plan as planning
+from solov2_jax.data.augment import Augment
+from solov2_jax.data.augmented import AugmentedLoader
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.images import reuse_memory
 from solov2_jax.data.loading import ArrayDict, EvalLoader, TrainLoader, expand_masks
@@ -139,6 +141,7 @@ def train_batches(
     channel_order: str = "RGB",
     start_step: int = 0,
     shard: tuple[int, int] = (0, 1),
+    augment: Augment | None = None,
     reading: Reading | None = None,
 ) -> Batches:
     """Returns the batches of steps `start_step` to `num_steps`, keys as in `Batch`.
@@ -153,6 +156,8 @@ def train_batches(
       repeat_threshold: show images of classes that fewer than this share of the images
         have more often, see `plan.repeat_factors`; 0: every image once an epoch.
       channel_order: "RGB" or "BGR".
+      augment: what may happen to an image beyond resize and flip; None: nothing. Where
+        objects are pasted and `max_instances` is 0, there is room for twice as many.
     """
     index, count = shard
     if batch_size % count or not 0 <= index < count:
@@ -163,6 +168,8 @@ def train_batches(
     sizes = planning.all_sizes(
         dataset.heights, dataset.widths, resize.shorts, resize.max_size
     )
+    if augment is not None and augment.jitter_scale:
+        sizes = np.full((len(dataset), 1, 2), augment.jitter_size, np.int32)
     chosen = (
         np.arange(len(dataset))
         if keep_empty
@@ -189,7 +196,8 @@ def train_batches(
         plan, image=plan.image[:, part].copy(), epoch=plan.epoch[:, part].copy()
     )
     number = dataset.objects_per_image[chosen]
-    slots = max_instances or max(8, -(-int(number.max()) // 8) * 8)
+    most = int(number.max()) * (2 if augment is not None and augment.paste_prob else 1)
+    slots = max_instances or max(8, -(-most // 8) * 8)
     if (crowded := number > slots).any():
         log.warning(
             "%d images have more than data.max_instances = %d objects; their %d "
@@ -198,9 +206,10 @@ def train_batches(
             slots,
             (number[crowded] - slots).sum(),
         )
-    loader = TrainLoader(
-        dataset, plan, sizes, _is_bgr(channel_order), seed, flip_prob, slots
-    )
+    fields = dataset, plan, sizes, _is_bgr(channel_order), seed, flip_prob, slots
+    loader = TrainLoader(*fields)
+    if augment is not None and augment.active:
+        loader = AugmentedLoader(*fields, augment, resize)
     return Batches(loader, plan, start_step, reading or Reading())
 
 

@@ -6,7 +6,7 @@ pixels are made only where the loss looks: a quarter-size mask reads a quarter o
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -78,7 +78,12 @@ def draw(
         outline = segmentations.polygons(index)
         if not outline:
             runs = segmentations.run_lengths(index)
-            pieces.append(_read_runs(runs, position, old_size, new_size, flip))
+            found = resize_nearest(
+                read_runs(runs, position, old_size), old_size, new_size
+            )
+            if flip:
+                found = dataclasses.replace(found, column=width - 1 - found.column)
+            pieces.append(found)
             continue
         drawn.append((position, len(outline)))
         for polygon in outline:
@@ -87,12 +92,8 @@ def draw(
                 points[:, 0] = width - points[:, 0]
             polygons.append(points.ravel())
     if polygons:
-        pieces.append(_draw_polygons(polygons, drawn, new_size))
-    if len(pieces) == 1:
-        return pieces[0]
-    fields = zip(*(dataclasses.astuple(piece) for piece in pieces), strict=True)
-    joined = Spans(*(np.concatenate(f) for f in fields)) if pieces else _EMPTY
-    return joined.take(np.argsort(joined.owner, kind="stable"))
+        pieces.append(draw_polygons(polygons, drawn, new_size))
+    return joined(pieces)
 
 
 _EMPTY = Spans(*[np.zeros(0, np.int64)] * 4)
@@ -110,10 +111,14 @@ def rasterize(
     return paint(draw(segmentations, [index], old_size, new_size, flip))
 
 
-def _draw_polygons(
+def draw_polygons(
     polygons: list[np.ndarray], drawn: list[tuple[int, int]], size: Size
 ) -> Spans:
-    """Returns the spans of objects that are unions of polygons, in pixels of `size`."""
+    """Returns the spans of objects that are unions of polygons, in pixels of `size`.
+
+    Args:
+      drawn: of each object, its number and that of its polygons.
+    """
     parts = coco_mask.frPyObjects(polygons, *size)  # pyright: ignore
     counts, start = [], 0
     for _, number in drawn:
@@ -125,18 +130,70 @@ def _draw_polygons(
     return dataclasses.replace(spans, owner=positions[spans.owner])
 
 
-def _read_runs(
-    counts: bytes, position: int, old_size: Size, new_size: Size, flip: bool
-) -> Spans:
-    """Returns the spans of one object that is given by run lengths."""
+def read_runs(counts: bytes, position: int, size: Size) -> Spans:
+    """Returns the spans of one object that is given by run lengths.
+
+    Args:
+      position: becomes its owner.
+    """
     try:
-        spans = of_strings([counts], old_size)
+        spans = of_strings([counts], size)
     except ValueError as error:
         raise DamagedRuns(position, str(error)) from None
-    spans = resize_nearest(spans, old_size, new_size)
-    if flip:
-        spans = dataclasses.replace(spans, column=new_size[1] - 1 - spans.column)
     return dataclasses.replace(spans, owner=np.full(len(spans.owner), position))
+
+
+def joined(pieces: Sequence[Spans]) -> Spans:
+    """Returns the spans of several sets, sorted by object."""
+    if len(pieces) == 1:
+        return pieces[0]
+    fields = zip(*(dataclasses.astuple(piece) for piece in pieces), strict=True)
+    every = Spans(*(np.concatenate(f) for f in fields)) if pieces else _EMPTY
+    return every.take(np.argsort(every.owner, kind="stable"))
+
+
+def select(spans: Spans, chosen: np.ndarray, number: int) -> Spans:
+    """Returns the spans of some of the objects, which are counted anew.
+
+    Args:
+      chosen: the objects, in order.
+      number: of all objects.
+    """
+    position = np.full(number, -1)
+    position[chosen] = np.arange(len(chosen))
+    owner = position[spans.owner]
+    kept = spans.take(np.flatnonzero(owner >= 0))
+    return dataclasses.replace(kept, owner=owner[owner >= 0])
+
+
+def of_pixels(mask: np.ndarray, owner: int) -> Spans:
+    """Returns the spans of one object's mask, uint8 [h, w]."""
+    h, w = mask.shape
+    # A row of zeros on both sides ends every column.
+    columns = np.zeros((w, h + 2), np.int8)
+    columns[:, 1:-1] = mask.T
+    flat = columns.ravel()
+    edges = np.flatnonzero(flat[1:] != flat[:-1])
+    column, row = np.divmod(edges, h + 2)
+    return Spans(np.full(len(edges) // 2, owner), column[::2], row[::2], row[1::2])
+
+
+def bounding_boxes(spans: Spans, number: int) -> np.ndarray:
+    """Returns (x0, y0, x1, y1) around each object's pixels, float32 [n, 4]; zeros for
+    one that has none."""
+    boxes = np.zeros((number, 4), np.float32)
+    if len(spans.owner):
+        begin = np.flatnonzero(np.diff(spans.owner, prepend=-1))
+        boxes[spans.owner[begin]] = np.stack(
+            [
+                np.minimum.reduceat(spans.column, begin),
+                np.minimum.reduceat(spans.top, begin),
+                np.maximum.reduceat(spans.column, begin) + 1,
+                np.maximum.reduceat(spans.bottom, begin),
+            ],
+            axis=-1,
+        )
+    return boxes
 
 
 def of_strings(counts: Sequence[bytes], size: Size) -> Spans:
@@ -206,94 +263,6 @@ def mass_centers(spans: Spans, number: int) -> tuple[np.ndarray, np.ndarray]:
     sums = np.stack([x, y], axis=-1).astype(np.float32)
     present = area > 0
     return sums / np.where(present, area, 1).astype(np.float32)[:, None], present
-
-
-@dataclasses.dataclass(frozen=True)
-class _Axis:
-    """How one side is scaled to a quarter, by two neighbours per target pixel."""
-
-    rank: np.ndarray  # int64 [side + 1], how many pixels before this one are read
-    first: np.ndarray  # int32 [new], the weight of the first neighbour, in 1/2048
-    second: np.ndarray  # int32 [new]
-
-
-@lru_cache(maxsize=512)
-def _axis(side: int) -> _Axis:
-    """Returns the table of a side.
-
-    Source: OpenCV resize.cpp, 8-bit INTER_LINEAR: weights in 1/2048. At this scale a
-    position never leaves the image, and no pixel is read twice.
-    """
-    new = int(side * 0.25 + 0.5)
-    position = ((np.arange(new) + 0.5) * (side / max(new, 1)) - 0.5).astype(np.float32)
-    low = np.floor(position).astype(np.int64)
-    part = position - low.astype(np.float32)
-    read = np.zeros(side + 1, np.int64)
-    read[low + 1] += 1
-    read[low + 2] += 1
-    return _Axis(
-        np.cumsum(read),
-        np.rint((np.float32(1) - part) * np.float32(2048)).astype(np.int32),
-        np.rint(part * np.float32(2048)).astype(np.int32),
-    )
-
-
-def quarters(spans: Spans, size: Size) -> Iterator[tuple[int, Crop]]:
-    """Yields (object, mask scaled to a quarter), sides int(side / 4 + 0.5).
-
-    Equal, bit for bit, to OpenCV's bilinear resize of the whole image's uint8 mask. An
-    object of which no pixel is read is left out: its small mask is empty.
-    Source: AdelaiDet adet/modeling/solov2/utils.py, imrescale.
-
-    Args:
-      size: (height, width) of the image.
-    """
-    rows, columns = _axis(size[0]), _axis(size[1])
-    left = columns.rank[spans.column]
-    top, bottom = rows.rank[spans.top], rows.rank[spans.bottom]
-    read = np.flatnonzero((columns.rank[spans.column + 1] > left) & (bottom > top))
-    if not len(read):
-        return
-    owner, left, top, bottom = (a[read] for a in (spans.owner, left, top, bottom))
-    begin = np.flatnonzero(np.diff(owner, prepend=-1))
-    # Rectangles of whole target pixels: two columns and two rows read for each.
-    x0 = np.minimum.reduceat(left, begin) // 2
-    x1 = np.maximum.reduceat(left, begin) // 2 + 1
-    y0 = np.minimum.reduceat(top, begin) // 2
-    y1 = (np.maximum.reduceat(bottom, begin) + 1) // 2
-    tall = 2 * (y1 - y0)
-    ends = np.cumsum(tall * 2 * (x1 - x0))
-    starts = ends - tall * 2 * (x1 - x0)
-    own = np.repeat(np.arange(len(begin)), np.diff(begin, append=len(owner)))
-    place = starts[own] + (left - 2 * x0[own]) * tall[own] - 2 * y0[own]
-    steps = np.zeros(ends[-1] + 1, np.int8)
-    steps[place + top] += 1
-    steps[place + bottom] -= 1
-    pixels = np.cumsum(steps, dtype=np.int8).view(np.uint8)
-    exact = size[0] % 4 == 0 and size[1] % 4 == 0
-    boxes = np.stack([owner[begin], starts, ends, tall, x0, x1, y0, y1], axis=-1)
-    for number, a, b, height, *box in boxes.tolist():
-        left, right, upper, lower = box
-        part = pixels[a:b].reshape(-1, height)
-        if exact:
-            # Equal weights: at least two of the four pixels in the middle.
-            pairs = part[0::2] + part[1::2]
-            small = pairs[:, 0::2] + pairs[:, 1::2] >= 2
-        else:
-            x, y = slice(left, right), slice(upper, lower)
-            small = _weigh(part, columns, x, rows, y)
-        yield number, Crop(small.view(np.uint8).T, upper, left)
-
-
-def _weigh(
-    part: np.ndarray, columns: _Axis, x: slice, rows: _Axis, y: slice
-) -> np.ndarray:
-    """Returns the weighted pixels, rounded as OpenCV rounds, bool [x, y]."""
-    across = part[0::2] * columns.first[x, None] + part[1::2] * columns.second[x, None]
-    across >>= 4
-    upper = (across[:, 0::2] * rows.first[y]) >> 16
-    lower = (across[:, 1::2] * rows.second[y]) >> 16
-    return upper + lower >= 2
 
 
 def paint(spans: Spans) -> Crop | None:

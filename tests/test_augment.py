@@ -1,0 +1,348 @@
+"""Augmentations: picture, masks, boxes and points stay together, whatever is drawn."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from configs import base
+from solov2_jax.data import augment as changes
+from solov2_jax.data import build, pipeline, spans, views
+from solov2_jax.data.augment import Augment
+from solov2_jax.data.coco import load_coco
+from solov2_jax.data.sizes import Resize
+
+OFF = Augment(0.0, 30.0, (), True, 0.0, 0.0, 0.0, (), (96, 96), 0.0)
+SETTINGS = [
+    {"rotate_prob": 1.0},
+    {"crop_size": (0.5, 0.4)},
+    {"crop_size": (0.4, 0.5), "crop_objects": False},
+    {"jitter_scale": (0.3, 2.0)},
+    {"rotate_prob": 0.5, "crop_size": (0.6, 0.6), "jitter_scale": (0.5, 1.5)},
+    {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "crop_size": (0.7, 0.7)},
+    {"paste_prob": 1.0},
+    {"paste_prob": 0.5, "jitter_scale": (0.5, 1.5), "rotate_prob": 0.5},
+]
+COLORS = {1: (255, 0, 0), 2: (0, 255, 0), 3: (0, 0, 255)}
+SIZES = [(90, 120), (120, 80), (100, 100), (60, 150)]
+
+
+def random_outline(rng, h, w):
+    """Returns a convex polygon of an object somewhere, float [2 * n]."""
+    angles = np.sort(rng.uniform(0, 2 * np.pi, 9)) + np.linspace(0, 0.1, 9)
+    radius = rng.uniform(0.12, 0.3) * min(h, w)
+    center = rng.uniform(0.2, 0.8, 2) * (w, h)
+    return (center + radius * np.stack([np.cos(angles), np.sin(angles)], -1)).ravel()
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A data set whose pixels say which class they belong to, by pure colours.
+
+    Every other object is given by run lengths.
+    """
+    folder = tmp_path_factory.mktemp("scenes")
+    rng = np.random.default_rng(0)
+    content = {"images": [], "annotations": [], "categories": []}
+    content["categories"] = [{"id": i, "name": str(i)} for i in COLORS]
+    for number, (h, w) in enumerate(SIZES * 2):
+        picture = Image.new("RGB", (w, h), (128, 128, 128))
+        free = np.ones((h, w), bool)
+        for category in (1, 2, 3)[: number % 4]:
+            outline = random_outline(rng, h, w)
+            one = coco_mask.frPyObjects([outline], h, w)
+            crop = spans.paint(spans.of_strings([one[0]["counts"]], (h, w)))
+            mask = np.zeros((h, w), bool)
+            if crop is not None:
+                mask[crop.top :, crop.left :][: len(crop.pixels)][
+                    :, : crop.pixels.shape[1]
+                ] = crop.pixels
+            if (mask & ~free).any():
+                continue
+            free &= ~mask
+            pixels = np.array(picture)
+            pixels[mask] = COLORS[category]
+            picture = Image.fromarray(pixels)
+            runs = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+            encoded = {"size": [h, w], "counts": runs["counts"].decode("ascii")}
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": number,
+                    "category_id": category,
+                    "segmentation": encoded if category == 2 else [outline.tolist()],
+                    "bbox": coco_mask.toBbox(runs).tolist(),
+                }
+            )
+        picture.save(folder / f"{number}.png")
+        record = {"id": number, "file_name": f"{number}.png", "height": h, "width": w}
+        content["images"].append(record)
+    (folder / "x.json").write_text(json.dumps(content))
+    return load_coco(str(folder), str(folder / "x.json"))
+
+
+def loader_of(data, seed=0, flip_prob=0.5, shorts=(64, 80, 96), **values):
+    batches = pipeline.train_batches(
+        data,
+        seed=seed,
+        num_steps=30,
+        batch_size=2,
+        resize=Resize(shorts, 128),
+        flip_prob=flip_prob,
+        augment=dataclasses.replace(OFF, **values).check(),
+    )
+    return batches._loader
+
+
+def class_pixels(picture: np.ndarray, label: int, strict: bool) -> np.ndarray:
+    """Returns where a picture has a class's colour, nearly or at least mostly."""
+    values = picture.astype(int)
+    own = values[..., label]
+    others = np.delete(values, label, axis=-1).max(axis=-1)
+    return own - others > (170 if strict else 40)
+
+
+def masks_of(scene):
+    """Returns every object's mask, bool [n, h, w]."""
+    masks = np.zeros((len(scene.labels), *scene.view.size), bool)
+    for i in range(len(masks)):
+        found = scene.outlines.take(np.flatnonzero(scene.outlines.owner == i))
+        crop = spans.paint(found)
+        if crop is not None:
+            h, w = crop.pixels.shape
+            masks[i, crop.top : crop.top + h, crop.left : crop.left + w] = crop.pixels
+    return masks
+
+
+def grown(mask: np.ndarray, by: int) -> np.ndarray:
+    out = np.pad(mask, by)
+    shifts = [(dy, dx) for dy in range(-by, by + 1) for dx in range(-by, by + 1)]
+    return np.any([np.roll(out, s, (0, 1)) for s in shifts], axis=0)[by:-by, by:-by]
+
+
+def assert_together(scene, *others):
+    """Masks and colours agree, but for a pixel of the original along the outlines."""
+    picture, masks = np.asarray(scene.view.picture), masks_of(scene)
+    linear = [s.view.matrix[:, :2] for s in (scene, *others)]
+    by = 1 + int(np.ceil(max(np.linalg.norm(m, 2) for m in linear)))
+    for label in range(3):
+        mask = masks[scene.labels == label].any(axis=0)
+        inside = ~grown(~mask, by)
+        edge = np.zeros_like(mask)
+        edge[[0, -1]] = edge[:, [0, -1]] = True
+        assert not (class_pixels(picture, label, True) & ~grown(mask, by)).any()
+        assert not (inside & ~class_pixels(picture, label, False) & ~edge).any()
+
+
+@pytest.mark.parametrize("values", SETTINGS, ids=lambda v: "+".join(v))
+@given(st.integers(0, 7), st.integers(0, 10_000))
+@settings(max_examples=15)
+def test_picture_and_masks_move_together(scenes, values, index, epoch):
+    loader = loader_of(scenes, **values)
+    room = (96, 96) if values.get("jitter_scale") else (128, 128)
+    scene = loader.scene(index, epoch, room, 0)
+    assert scene.view.size[0] <= room[0] and scene.view.size[1] <= room[1]
+    assert_together(scene)
+    other = loader.scene((index + 3) % 8, epoch, scene.view.size, 1)
+    both = changes.pasted(scene, other, np.random.default_rng(epoch))
+    assert_together(both, other)
+    assert (masks_of(both).sum(axis=0) <= 1).all()
+
+
+@pytest.mark.parametrize("values", SETTINGS, ids=lambda v: "+".join(v))
+def test_batches_are_a_function_of_seed_and_step(scenes, values):
+    loader = loader_of(scenes, **values)
+    again, other = loader_of(scenes, **values), loader_of(scenes, seed=1, **values)
+    seen = set()
+    for step in (11, 3):
+        batch, same, different = loader(step), again(step), other(step)
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], same[key])
+        seen.add(bool((batch["image"].shape != different["image"].shape)
+                      or (batch["image"] != different["image"]).any()))  # fmt: skip
+        assert_tight(batch)
+    assert True in seen
+
+
+def assert_tight(batch):
+    """Boxes and centres are those of the masks, at a quarter of the size."""
+    b, h, w, _ = batch["image"].shape
+    masks = iter(batch["masks"])
+    for row in range(b):
+        height, width = batch["image_size"][row]
+        assert not batch["image"][row, height:].any()
+        assert not batch["image"][row, :, width:].any()
+        for box, center, valid in zip(
+            batch["boxes"][row], batch["centers"][row], batch["valid"][row], strict=True
+        ):
+            if not valid:
+                continue
+            mask = next(masks)
+            assert mask.shape == (h // 4, w // 4)
+            assert (box[:2] >= 0).all() and (box[2:] <= (width, height)).all()
+            assert (center >= box[:2]).all() and (center <= box[2:]).all()
+            y, x = np.nonzero(mask)
+            if len(y):
+                assert x.min() * 4 >= box[0] - 4 and x.max() * 4 <= box[2] + 4
+                assert y.min() * 4 >= box[1] - 4 and y.max() * 4 <= box[3] + 4
+    assert next(masks, None) is None
+
+
+@given(
+    st.floats(-40, 40),
+    st.tuples(st.integers(3, 90), st.integers(3, 90)),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_points_move_with_the_picture(degrees, size, flip, seed):
+    """The dot that a point marks is where the moved point is; keypoints rely on it."""
+    rng = np.random.default_rng(seed)
+    xy = rng.uniform(30, 50, 2)
+    rows, columns = np.indices((80, 90)) + 0.5
+    distance = (columns - xy[0]) ** 2 + (rows - xy[1]) ** 2
+    dot = (255 * np.exp(-distance / 18)).astype(np.uint8)
+    picture = Image.fromarray(dot).convert("RGB")
+    view = views.rotated(views.view_of(picture), degrees)
+    view = views.cropped(view, (2, 1, view.size[1] - 3, view.size[0] - 4))
+    view = views.resized(view, (size[0] + 60, size[1] + 60))
+    view = views.mirrored(view) if flip else view
+    assert view.mirrored == flip
+    weight = np.asarray(view.picture)[..., 0].astype(float)
+    rows, columns = np.indices(weight.shape) + 0.5
+    center = [(weight * v).sum() / weight.sum() for v in (columns, rows)]
+    np.testing.assert_allclose(view.points(xy[None])[0], center, atol=0.3)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_polygons_end_at_the_border(seed):
+    rng = np.random.default_rng(seed)
+    outline = random_outline(rng, 40, 60).reshape(-1, 2) * 2 - 20
+    found = views.clipped(outline, (40, 60))
+    assert (found >= 0).all() and (found <= (60, 40)).all()
+    frame = np.zeros((120, 160), np.uint8)
+    for points in (outline, found):
+        if len(points) > 2:
+            runs = coco_mask.frPyObjects([((points + 40) * 1.0).ravel()], 120, 160)
+            crop = spans.paint(spans.of_strings([runs[0]["counts"]], (120, 160)))
+            if crop is not None:
+                h, w = crop.pixels.shape
+                frame[crop.top :, crop.left :][:h, :w] += crop.pixels
+    # Drawn with a margin: twice inside, once outside, but for pixels on the outlines.
+    inside = frame[41:79, 41:99]
+    assert (inside == 1).mean() < 0.03
+    outside = frame.copy()
+    outside[39:81, 39:101] = 0
+    assert (outside < 2).all()
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_a_crop_holds_an_object_and_may_spare_all(seed):
+    rng = np.random.default_rng(seed)
+    view = views.view_of(Image.new("RGB", (60, 40)))
+    corner = rng.uniform(0, 0.8, (4, 2)) * (60, 40)
+    boxes = np.concatenate(
+        [corner, np.minimum(corner + rng.uniform(1, 20, (4, 2)), (60, 40))], axis=-1
+    )
+    for spare in (False, True):
+        augment = dataclasses.replace(OFF, crop_size=(0.2, 0.3), crop_objects=not spare)
+        found = changes.crop_around(view, boxes, augment, np.random.default_rng(seed))
+        moved = found.points(boxes.reshape(-1, 2, 2)).reshape(-1, 4)
+        h, w = found.size
+        if not spare:
+            assert h >= 8 and w >= 18
+            center = (moved[:, :2] + moved[:, 2:]) / 2
+            held = (center >= -1e-9).all(axis=1) & (center <= (w, h)).all(axis=1)
+            assert held.any()
+            continue
+        seen = (moved[:, 2:] > 0).all(axis=1) & (moved[:, :2] < (w, h)).all(axis=1)
+        whole = (moved[:, :2] >= -1e-9).all(axis=1)
+        whole &= (moved[:, 2:] <= np.array([w, h]) + 1e-9).all(axis=1)
+        np.testing.assert_array_equal(seen, whole)
+        assert seen.any()
+
+
+def test_large_scale_jitter_has_one_shape_and_the_whole_range(scenes):
+    loader = loader_of(scenes, jitter_scale=(0.25, 2.0))
+    assert loader.plan.buckets == ((96, 96),)
+    sizes = np.concatenate([loader(step)["image_size"] for step in range(30)])
+    assert sizes.max() == 96 and sizes.min() < 30
+
+
+def test_pasted_objects_hide_what_is_below(scenes):
+    loader = loader_of(scenes, flip_prob=0.0, paste_prob=1.0)
+    big, small = loader.scene(3, 0, (128, 128), 0), loader.scene(7, 0, (64, 64), 1)
+    assert len(big.labels) == len(scenes.labels[scenes.start[3] : scenes.start[4]]) > 0
+    everything = changes.pasted(big, small, np.random.default_rng(0), share=1.1)
+    number = len(big.labels)
+    np.testing.assert_array_equal(everything.labels[:number], big.labels)
+    np.testing.assert_array_equal(everything.labels[number:], small.labels)
+    masks, before = masks_of(everything), masks_of(big)
+    above = masks[number:].any(axis=0)
+    assert above.sum() == masks_of(small).any(axis=0).sum() > 0
+    np.testing.assert_array_equal(masks[:number], before & ~above)
+    nothing = changes.pasted(big, small, np.random.default_rng(0), share=0.0)
+    np.testing.assert_array_equal(masks_of(nothing), before)
+    pixels = np.asarray(nothing.view.picture), np.asarray(big.view.picture)
+    np.testing.assert_array_equal(*pixels)
+
+
+def test_colours_change_the_picture_only(scenes):
+    values = {"brightness": 0.5, "contrast": 0.5, "saturation": 0.5}
+    plain, vivid = loader_of(scenes, crop_size=(1.0, 1.0)), loader_of(scenes, **values)
+    changed = 0
+    for step in range(4):
+        a, b = plain(step), vivid(step)
+        changed += (a["image"] != b["image"]).any()
+        for key in set(a) - {"image"}:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+    assert changed == 4
+
+
+def test_nothing_is_the_plain_loader(scenes):
+    assert type(loader_of(scenes)).__name__ == "TrainLoader"
+    whole = loader_of(scenes, crop_size=(1.0, 1.0))
+    assert type(whole).__name__ == "AugmentedLoader"
+    # The same pictures, and masks but for polygons that scale in another order.
+    for step in range(5):
+        a, b = loader_of(scenes)(step), whole(step)
+        np.testing.assert_array_equal(a["image"], b["image"])
+        np.testing.assert_array_equal(a["labels"], b["labels"])
+        np.testing.assert_allclose(a["boxes"], b["boxes"], atol=2)
+
+
+def test_a_config_says_what_happens(scenes):
+    config = base.get_config()
+    config.train.steps, config.train.batch_size = 2, 2
+    config.input.min_sizes_train, config.input.max_size_train = (64,), 128
+    plain = build.build_train_batches(config, scenes)
+    assert type(plain._loader).__name__ == "TrainLoader"
+    config.augment.jitter_scale = (0.5, 1.5)
+    config.augment.jitter_size = (90, 64)
+    config.augment.paste_prob = 0.5
+    config.data.num_workers = 0
+    batches = build.build_train_batches(config, scenes)
+    assert batches.buckets == ((96, 64),)
+    assert [b["image"].shape for b in batches] == [(2, 96, 64, 3)] * 2
+    assert batches._loader.slots == 8
+    config.augment.brightness = 2.0
+    with pytest.raises(ValueError, match="augment.brightness is 2.0"):
+        build.build_train_batches(config, scenes)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rotate_prob": 1.5}, "augment.rotate_prob is 1.5; it must be in 0..1"),
+        ({"crop_size": (0.9,)}, r"augment.crop_size is \(0.9,\); use \(\)"),
+        ({"jitter_scale": (2.0, 1.0)}, r"augment.jitter_scale is \(2.0, 1.0\)"),
+        ({"jitter_size": (0, 9)}, r"augment.jitter_size is \(0, 9\)"),
+    ],
+)
+def test_wrong_settings_are_an_error(values, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(OFF, **values).check()
