@@ -75,7 +75,7 @@ def render_soak(content: Mapping[str, Any]) -> str:
     )
     return (
         f"{content['batches']} batches of {content['batch']} images ({sides} px) "
-        f"through {content['workers']} workers in {content['seconds']:.0f} s; largest "
+        f"through {content['workers']} workers; largest "
         f"resident memory in the first half and in the second: {found}.\n\n"
     )
 
