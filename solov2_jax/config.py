@@ -44,6 +44,11 @@ _AT_LEAST = {
     "train.eval_every": 0,
     "train.keep_checkpoints": 1,
     "train.max_skipped": 1,
+    "train.patience": 0,
+    "train.histogram_every": 0,
+    "train.watch_steps": 0,
+    "data.train.max_images": 0,
+    "eval.loss_images": 0,
     "eval.batch_size": 1,
     "eval.max_images": 0,
 }
@@ -194,6 +199,14 @@ def check_config(config: ConfigDict) -> None:
     for key in ("optim.momentum", "optim.ema_decay"):
         if flat[key] >= 1:
             wrong.append(f"{key} = {flat[key]} must be below 1")
+    if flat["train.patience"] and not flat["train.eval_every"]:
+        wrong.append("train.patience needs train.eval_every, and that is 0")
+    known = ("tensorboard", "csv", "wandb", "mlflow")
+    if unknown := [name for name in flat["train.writers"] if name not in known]:
+        wrong.append(f"train.writers has {unknown[0]!r}, which is not one of {known}")
+    traced = flat["train.profile_steps"]
+    if traced and not (len(traced) == 2 and 1 <= traced[0] <= traced[1]):
+        wrong.append(f"train.profile_steps = {traced} must be () or (first, last)")
     milestones = flat["optim.milestones"]
     if not all(isinstance(m, int) for m in milestones):
         wrong.append(f"optim.milestones = {milestones} must be whole numbers (steps)")

@@ -125,6 +125,7 @@ def train_batches(
     flip_prob: float,
     max_instances: int = 0,
     keep_empty: bool = True,
+    max_images: int = 0,
     channel_order: str = "RGB",
     start_step: int = 0,
     shard: tuple[int, int] = (0, 1),
@@ -139,6 +140,7 @@ def train_batches(
       max_instances: padded objects per image; 0 for the data set's largest number.
         Of more objects, the ones with the largest boxes are kept.
       keep_empty: train on images without objects too.
+      max_images: train on the first ones only; 0 for all.
       channel_order: "RGB" or "BGR".
     """
     index, count = shard
@@ -155,6 +157,8 @@ def train_batches(
         if keep_empty
         else np.flatnonzero(dataset.objects_per_image)
     )
+    if max_images:
+        chosen = chosen[chosen < max_images]
     if not len(chosen):
         raise ValueError(
             f"{dataset.annotation_file}: no image has an object to train on, and "
@@ -242,6 +246,19 @@ def _buckets(
     names = dataset.file_names[chosen]
     assigned[chosen] = planning.assign_buckets(sizes[chosen], buckets, names, key)
     return buckets, assigned
+
+
+def nominal_buckets(resize: Resize) -> tuple[planning.Bucket, ...]:
+    """Returns the padded training shapes where no data set is known.
+
+    They are the configured ones, or else those of photographs of 640 x 480 pixels,
+    upright and lying.
+    """
+    if resize.buckets:
+        return planning.check_buckets(resize.buckets, "input.buckets_train")
+    sides = np.array([480, 640])
+    sizes = planning.all_sizes(sides, sides[::-1], resize.shorts, resize.max_size)
+    return planning.derive_buckets(sizes, _TRAIN_BUCKETS, _TRAIN_TOLERANCE)
 
 
 def _is_bgr(channel_order: str) -> bool:
