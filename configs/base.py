@@ -32,7 +32,8 @@ def get_config() -> ConfigDict:
     # Stride of a bottleneck in its first 1x1 convolution (True: MSRA/Caffe weights) or
     # in its 3x3 (False: torchvision weights) [MODEL.RESNETS.STRIDE_IN_1X1].
     backbone.stride_in_1x1 = True
-    # "frozen_bn" (pretrained weights) or "gn", group norm, which is trained and lets
+    # "frozen_bn" (pretrained weights); "sync_bn", trained with the statistics of all
+    # devices' images, but for frozen stages; or "gn", group norm, which lets
     # the backbone start from random weights [MODEL.RESNETS.NORM].
     backbone.norm = "frozen_bn"
     model.fpn = fpn = ConfigDict()
@@ -170,6 +171,9 @@ def get_config() -> ConfigDict:
     train.checkpoint_every = 5000  # [SOLVER.CHECKPOINT_PERIOD]
     train.eval_every = 0  # the end is always evaluated [TEST.EVAL_PERIOD]
     train.keep_checkpoints = 3  # newest ones; the best is kept besides
+    # Training batches over which the statistics of trained batch norms are computed
+    # before each evaluation; 0: running averages [TEST.PRECISE_BN.NUM_ITER].
+    train.precise_bn = 0
     # Besides console and metrics.jsonl: "tensorboard", "csv" (metrics.csv) and, with
     # their packages installed, "wandb" and "mlflow".
     train.writers = ("tensorboard",)

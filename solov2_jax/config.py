@@ -45,6 +45,7 @@ _AT_LEAST = {
     "train.keep_checkpoints": 1,
     "train.max_skipped": 1,
     "train.patience": 0,
+    "train.precise_bn": 0,
     "train.histogram_every": 0,
     "train.watch_steps": 0,
     "data.train.max_images": 0,
@@ -58,6 +59,7 @@ _ONE_OF = {
     "optim.schedule": ("multistep", "cosine", "fixed_gamma"),
     "model.dtype": ("float32", "bfloat16"),
     "model.backbone.depth": (18, 34, 50, 101, 152),
+    "model.backbone.norm": ("frozen_bn", "gn", "sync_bn"),
     "model.backbone.freeze_at": (0, 1, 2, 3, 4, 5),
     "test.nms_type": ("matrix", "mask"),
     "test.nms_kernel": ("gaussian", "linear"),
@@ -201,6 +203,8 @@ def check_config(config: ConfigDict) -> None:
             wrong.append(f"{key} = {flat[key]} must be below 1")
     if flat["train.patience"] and not flat["train.eval_every"]:
         wrong.append("train.patience needs train.eval_every, and that is 0")
+    if flat["train.precise_bn"] and flat["model.backbone.norm"] != "sync_bn":
+        wrong.append("train.precise_bn is for model.backbone.norm = 'sync_bn' only")
     known = ("tensorboard", "csv", "wandb", "mlflow")
     if unknown := [name for name in flat["train.writers"] if name not in known]:
         wrong.append(f"train.writers has {unknown[0]!r}, which is not one of {known}")

@@ -2,9 +2,8 @@ import logging
 
 import jax.numpy as jnp
 import pytest
+from test_hooks import make_run
 
-from solov2_jax.training.hooks import Run
-from solov2_jax.training.metrics import MetricsWindow
 from solov2_jax.training.watchdog import Facts, LossWatchdog, explain
 
 SOUND = Facts(3.0, 4, 100, lambda step: 0.01, 0.0, "gn", "", (1.0, 1.0, 1.0))
@@ -41,7 +40,7 @@ def test_the_likeliest_reason_is_named_with_figures(means, facts, step, reason):
 def lines_of(losses, patience, caplog):
     """Returns the steps at which a line came, for a loss per step, logged each 2."""
     caplog.clear()
-    run = Run(None, 0, 100, 4, None, MetricsWindow(1))  # type: ignore[arg-type]
+    run = make_run(total=100)
     hook = LossWatchdog(SOUND, 2, patience)
     hook.before_train(run)
     for loss in losses:

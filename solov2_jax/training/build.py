@@ -113,6 +113,7 @@ def build_loss(config: Any, model: Any) -> Solov2Objective:
             "focal_weight": loss.focal_weight,
             "dice_weight": loss.dice_weight,
         },
+        ("batch_stats",) if config.model.backbone.norm == "sync_bn" else (),
     )
 
 

@@ -23,6 +23,7 @@ from solov2_jax.training.hooks import (
     Run,
 )
 from solov2_jax.training.metrics import MetricsWindow
+from solov2_jax.training.precise_bn import PreciseBN
 from solov2_jax.training.restore import restore
 from solov2_jax.training.saving import (
     BestCheckpoint,
@@ -189,6 +190,10 @@ def make_hooks(
             **run.window.saved(),
         }
 
+    precise = []
+    if train.precise_bn:
+        given = task.loss_fn, task.batches, train.eval_every, train.precise_bn
+        precise = [PreciseBN(*given)]
     written = next((w.last for w in writers if isinstance(w, JsonlWriter)), {})
     saver = PeriodicCheckpoint(checkpoints, train.checkpoint_every, position)
     return [
@@ -199,6 +204,7 @@ def make_hooks(
             Facts.of(config, task.schedule), train.log_every, train.watch_steps
         ),
         PeriodicWriter(writers, train.log_every),
+        *precise,
         saver,
         Evaluation(task.evaluate, train.eval_every, writers, written),
         Pictures(path / "eval" / "pictures", writers),
