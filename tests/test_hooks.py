@@ -27,6 +27,7 @@ from solov2_jax.training.step import TrainStep
 from solov2_jax.training.writers import (
     ConsoleWriter,
     JsonlWriter,
+    QuietWriter,
     TensorBoardWriter,
     duration,
 )
@@ -54,15 +55,12 @@ class FakeCheckpoints(Checkpoints):
         pass
 
 
-class FakeWriter:
+class FakeWriter(QuietWriter):
     def __init__(self):
         self.lines = []
 
     def write(self, step, scalars):
         self.lines.append((step, dict(scalars)))
-
-    def close(self):
-        pass
 
 
 def make_run(step=0, total=10, window=()):

@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import toy
@@ -79,7 +80,7 @@ def test_an_installed_package_has_the_base_config(tmp_path):
         (configs.__file__, "config.py"),
         (base.__file__, "base_config.py"),
     ):
-        (package / name).write_text(open(source).read())
+        (package / name).write_text(Path(source).read_text())
     code = "from solov2_jax import config; print(config.base_config().train.accumulate)"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
