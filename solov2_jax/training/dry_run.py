@@ -58,7 +58,7 @@ def dry_run(config: Any) -> tuple[list[Compiled], list[str]]:
             "input.buckets_train is (): shapes for photographs of 640 x 480 and "
             "480 x 640 assumed"
         )
-    step, state, mesh = _build(config)
+    step, state, mesh = build_step(config)
     size = config.train.batch_size, config.data.max_instances
     rows = [
         _compile(step, state, batch_shapes(*size, *shape, mesh), shape)
@@ -67,7 +67,7 @@ def dry_run(config: Any) -> tuple[list[Compiled], list[str]]:
     return rows, notes
 
 
-def _build(config: Any) -> tuple[TrainStep, TrainState, jax.sharding.Mesh]:
+def build_step(config: Any) -> tuple[TrainStep, TrainState, jax.sharding.Mesh]:
     """Returns the train step, the shapes of its state, and the mesh, as the loop's."""
     mesh, parts = sharding.make_mesh(), config.train.accumulate
     sharding.check_batch_size(config.train.batch_size, mesh, parts)
