@@ -9,6 +9,7 @@ evaluation. A last life runs to the end. `--kills 0` is the uninterrupted run.
 """
 
 import argparse
+import logging
 import os
 import pathlib
 import random
@@ -16,8 +17,10 @@ import select
 import signal
 import sys
 import time
+import traceback
 import warnings
 
+import jax
 import toy
 
 from solov2_jax.data.build import build_train_batches, load_datasets
@@ -92,6 +95,15 @@ def live(config, workdir: pathlib.Path, real: bool, pipe: int) -> None:
     train(config, workdir, build)
 
 
+def log_to(path: pathlib.Path) -> None:
+    """Sends everything that this process prints or logs to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    logging.basicConfig(level=logging.INFO)
+
+
 def one_life(config, args, kill_after: tuple[int, float] | None) -> bool:
     """Returns whether a life ended by itself; raises if it did so with an error.
 
@@ -101,21 +113,18 @@ def one_life(config, args, kill_after: tuple[int, float] | None) -> bool:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(reader)
-        log = open(args.workdir.with_suffix(".log"), "a")
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
         code = 1
         try:
-            import jax
-
-            jax.config.update("jax_platforms", "cpu")
+            os.close(reader)
+            log_to(args.workdir.with_suffix(".log"))
             toy.cache_everything()
             live(config, args.workdir, args.real, writer)
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
-            os._exit(code)
+            os._exit(code)  # never back into the parent's code
     os.close(writer)
     if kill_after is not None:
         steps, seconds = kill_after
@@ -147,6 +156,7 @@ def main() -> None:
     args = parser.parse_args()
     # JAX warns at every fork; none of its threads runs yet.
     warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)
+    jax.config.update("jax_platforms", "cpu")
     config = make_config(args.length_of, args.real)
     if args.real:
         with config.unlocked():

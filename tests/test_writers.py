@@ -125,7 +125,7 @@ def test_wandb_gets_everything_and_resumes_its_run(tmp_path, monkeypatch):
     assert any(step == 1 and "loss" in names for step, names in logged)
     assert any(step == 3 and "segm/AP" in names for step, names in logged)
     assert (2, {"pictures/3", "pictures/7"}) in logged
-    assert len(fake.named("Histogram")) == 7 and len(fake.named("finish")) == 2
+    assert len(fake.named("Histogram")) == 8 and len(fake.named("finish")) == 2
 
 
 def test_mlflow_gets_scalars_and_pictures(tmp_path, monkeypatch):
