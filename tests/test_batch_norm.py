@@ -44,10 +44,10 @@ def test_it_is_torchs_formula_in_training_and_in_prediction():
     )
     z = np.float64(z).reshape(-1, 6)
     mean, var = z.mean(0), z.var(0)
-    norm = variables["params"]["norm"]
+    norm = jax.device_get(variables["params"]["norm"])
     want = (z - mean) / np.sqrt(var + 1e-5) * norm["scale"] + norm["bias"]
     np.testing.assert_allclose(np.reshape(y, (-1, 6)), want, rtol=1e-4, atol=1e-5)
-    stats = changed["batch_stats"]["norm"]
+    stats = jax.device_get(changed["batch_stats"]["norm"])
     n = len(z)
     np.testing.assert_allclose(stats["mean"], 0.1 * mean, rtol=1e-5, atol=1e-6)
     running = 0.9 * (1 - 1e-5) + 0.1 * var * n / (n - 1)
