@@ -32,7 +32,8 @@ def get_config() -> ConfigDict:
     # Stride of a bottleneck in its first 1x1 convolution (True: MSRA/Caffe weights) or
     # in its 3x3 (False: torchvision weights) [MODEL.RESNETS.STRIDE_IN_1X1].
     backbone.stride_in_1x1 = True
-    # "frozen_bn" (pretrained weights) or "gn", group norm, which is trained and lets
+    # "frozen_bn" (pretrained weights); "sync_bn", trained with the statistics of all
+    # devices' images, but for frozen stages; or "gn", group norm, which lets
     # the backbone start from random weights [MODEL.RESNETS.NORM].
     backbone.norm = "frozen_bn"
     model.fpn = fpn = ConfigDict()
@@ -120,6 +121,7 @@ def get_config() -> ConfigDict:
     data.train = ConfigDict()
     data.train.images = "datasets/coco/train2017"  # folder [DATASETS.TRAIN]
     data.train.annotations = "datasets/coco/annotations/instances_train2017.json"
+    data.train.max_images = 0  # the first so many are trained on; 0: all
     data.val = ConfigDict()
     data.val.images = "datasets/coco/val2017"  # folder [DATASETS.TEST]
     data.val.annotations = "datasets/coco/annotations/instances_val2017.json"
@@ -198,14 +200,32 @@ def get_config() -> ConfigDict:
     train.checkpoint_every = 5000  # [SOLVER.CHECKPOINT_PERIOD]
     train.eval_every = 0  # the end is always evaluated [TEST.EVAL_PERIOD]
     train.keep_checkpoints = 3  # newest ones; the best is kept besides
+    # Training batches over which the statistics of trained batch norms are computed
+    # before each evaluation; 0: running averages [TEST.PRECISE_BN.NUM_ITER].
+    train.precise_bn = 0
+    # Besides console and metrics.jsonl: "tensorboard", "csv" (metrics.csv) and, with
+    # their packages installed, "wandb" and "mlflow".
+    train.writers = ("tensorboard",)
+    train.histogram_every = 0  # steps; of the parameters, in TensorBoard
+    # (first, last) of the steps whose trace is written to the workdir's profile/; ().
+    train.profile_steps = ()
     # Steps in a row whose loss or gradient is not finite before training stops. Such a
     # step changes neither parameters nor optimiser.
     train.max_skipped = 10
-    train.best_metric = "segm/AP"  # of the evaluation; the best checkpoint's measure
+    # Of the evaluation; the best checkpoint's measure. Of a loss, less is better.
+    train.best_metric = "segm/AP"
+    # Evaluations, every `eval_every` steps, without a new best before training ends;
+    # 0: it never ends early.
+    train.patience = 0
+    # Steps that the mask loss may stay where it starts before a line says why; 0: any.
+    train.watch_steps = 500
 
     config.eval = ConfigDict()
     config.eval.batch_size = 1  # images a step
     config.eval.max_images = 0  # 0: all
+    # Validation images whose loss is computed at each evaluation, in whole batches of
+    # train.batch_size, as val/loss; 0: none.
+    config.eval.loss_images = 0
     # What computes AP: "fast", whose figures are equal to pycocotools' to the last
     # digit, or "pycocotools" itself, many times slower.
     config.eval.backend = "fast"

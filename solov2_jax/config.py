@@ -7,6 +7,7 @@ form, and that no value is silently ignored.
 import difflib
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,6 +44,12 @@ _AT_LEAST = {
     "train.eval_every": 0,
     "train.keep_checkpoints": 1,
     "train.max_skipped": 1,
+    "train.patience": 0,
+    "train.precise_bn": 0,
+    "train.histogram_every": 0,
+    "train.watch_steps": 0,
+    "data.train.max_images": 0,
+    "eval.loss_images": 0,
     "eval.batch_size": 1,
     "eval.max_images": 0,
 }
@@ -52,6 +59,7 @@ _ONE_OF = {
     "optim.schedule": ("multistep", "cosine", "fixed_gamma"),
     "model.dtype": ("float32", "bfloat16"),
     "model.backbone.depth": (18, 34, 50, 101, 152),
+    "model.backbone.norm": ("frozen_bn", "gn", "sync_bn"),
     "model.backbone.freeze_at": (0, 1, 2, 3, 4, 5),
     "test.nms_type": ("matrix", "mask"),
     "test.nms_kernel": ("gaussian", "linear"),
@@ -63,6 +71,8 @@ _ONE_OF = {
 
 # A ConfigDict; its attributes are not known to type checkers.
 Config = Any
+
+log = logging.getLogger("solov2_jax")
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -191,6 +201,16 @@ def check_config(config: ConfigDict) -> None:
     for key in ("optim.momentum", "optim.ema_decay"):
         if flat[key] >= 1:
             wrong.append(f"{key} = {flat[key]} must be below 1")
+    if flat["train.patience"] and not flat["train.eval_every"]:
+        wrong.append("train.patience needs train.eval_every, and that is 0")
+    if flat["train.precise_bn"] and flat["model.backbone.norm"] != "sync_bn":
+        wrong.append("train.precise_bn is for model.backbone.norm = 'sync_bn' only")
+    known = ("tensorboard", "csv", "wandb", "mlflow")
+    if unknown := [name for name in flat["train.writers"] if name not in known]:
+        wrong.append(f"train.writers has {unknown[0]!r}, which is not one of {known}")
+    traced = flat["train.profile_steps"]
+    if traced and not (len(traced) == 2 and 1 <= traced[0] <= traced[1]):
+        wrong.append(f"train.profile_steps = {traced} must be () or (first, last)")
     milestones = flat["optim.milestones"]
     if not all(isinstance(m, int) for m in milestones):
         wrong.append(f"optim.milestones = {milestones} must be whole numbers (steps)")
@@ -211,8 +231,20 @@ def save_config(config: ConfigDict, path: str | os.PathLike) -> None:
     write_json(config.to_dict(), path)
 
 
+def base_config() -> Config:
+    """Returns the configuration of `configs/base.py`, which has every key."""
+    package = pathlib.Path(__file__).resolve().parent
+    # Beside the package in a checkout, inside it where it was installed.
+    places = (package.parent / "configs" / "base.py", package / "base_config.py")
+    return _call_file(next(file for file in places if file.is_file()))
+
+
 def read_config(path: str | os.PathLike) -> Config:
-    """Returns the locked config of a JSON file; lists come back as tuples."""
+    """Returns the locked config of a JSON file; lists come back as tuples.
+
+    Keys that are newer than the file get the value that `configs/base.py` gives them,
+    which a log line tells; a key that is not there is an error.
+    """
     try:
         text = pathlib.Path(path).read_text()
         values = json.loads(text)
@@ -220,9 +252,35 @@ def read_config(path: str | os.PathLike) -> Config:
         raise ValueError(f"{path}: not a readable config.json: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: not a config: the file holds no JSON object")
-    config = ConfigDict(_tuples(values))
-    config.lock()
-    return config
+    return _filled(_tuples(values), path)
+
+
+def _filled(values: dict[str, Any], path: str | os.PathLike) -> Config:
+    """Returns the base config with all of `values` set."""
+    config, given = base_config(), flatten(values)
+    known = flatten(config)
+    if unknown := [key for key in given if key not in known]:
+        raise ValueError(
+            f"{path}: unknown keys: {', '.join(unknown)}"
+            f"{suggest(unknown[0], known)}. Was it written by a newer version, or by "
+            "hand? Delete what configs/base.py does not have"
+        )
+    config.unlock()
+    for key, value in given.items():
+        *groups, name = key.split(".")
+        node = config
+        for group in groups:
+            node = node[group]
+        try:
+            node[name] = value
+        except TypeError as error:
+            raise ValueError(f"{path}: {key} = {value!r}: {error}") from error
+    if missing := [f"{k} = {v!r}" for k, v in known.items() if k not in given]:
+        log.info(
+            "%s is older than these keys, which get configs/base.py's values: %s",
+            *(path, ", ".join(missing)),
+        )
+    return config.lock()
 
 
 def changed_keys(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:

@@ -24,7 +24,7 @@ from solov2_jax.training.optim import trainable_mask
 
 # Classes shown where the config leaves the count to the annotations: COCO's.
 DEFAULT_NUM_CLASSES = 80
-_NORMS = {"frozen_bn": ", frozen BN", "gn": ""}
+_NORMS = {"frozen_bn": ", frozen BN", "gn": "", "sync_bn": ", BN"}
 _HEADER = ("module", "what", "output", "parameters", "trainable", "GFLOPs")
 
 
@@ -210,7 +210,9 @@ def _report(config: Any, size: str | None, depth: int) -> str:
         + " (the config counts them from the annotations)"
         * (config.model.num_classes == 0),
         f"parameters {total.parameters:,}, of these trained {total.trainable:,}; "
-        f"besides {total.frozen_norm:,} values of frozen batch norms",
+        f"besides {total.frozen_norm:,} values of "
+        + "frozen " * (config.model.backbone.norm != "sync_bn")
+        + "batch norms",
         f"convolutions {total.flops / 1e9:,.1f} GFLOPs an image "
         "(2 per multiply-add; without post-processing)",
     ]

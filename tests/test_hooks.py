@@ -10,20 +10,24 @@ import toy
 from solov2_jax.training import sharding
 from solov2_jax.training.checkpoint import Checkpoints
 from solov2_jax.training.hooks import (
-    BestCheckpoint,
-    Evaluation,
     IterationTimer,
     LearningRate,
-    PeriodicCheckpoint,
     PeriodicWriter,
     Run,
 )
 from solov2_jax.training.metrics import MetricsWindow
+from solov2_jax.training.saving import (
+    BestCheckpoint,
+    EarlyStop,
+    Evaluation,
+    PeriodicCheckpoint,
+)
 from solov2_jax.training.state import TrainState
 from solov2_jax.training.step import TrainStep
 from solov2_jax.training.writers import (
     ConsoleWriter,
     JsonlWriter,
+    QuietWriter,
     TensorBoardWriter,
     duration,
 )
@@ -51,15 +55,12 @@ class FakeCheckpoints(Checkpoints):
         pass
 
 
-class FakeWriter:
+class FakeWriter(QuietWriter):
     def __init__(self):
         self.lines = []
 
     def write(self, step, scalars):
         self.lines.append((step, dict(scalars)))
-
-    def close(self):
-        pass
 
 
 def make_run(step=0, total=10, window=()):
@@ -120,6 +121,15 @@ def test_the_timer_does_not_count_what_later_hooks_do():
     for _ in range(2):
         advance(run, hooks)
     assert all(line["step_seconds"] < 0.1 for _, line in writer.lines)
+
+
+def test_the_mean_iou_is_one_over_all_pairs():
+    window = MetricsWindow(1)
+    for pairs, iou in ((1.0, 0.9), (3.0, 0.1), (0.0, 0.0)):
+        values = {"loss": 1.0, "num_pairs": pairs, "mean_iou": iou, "skipped": 0.0}
+        window.add(1, {k: jnp.float32(v) for k, v in values.items()}, [1])
+    window.fetch()
+    assert window.means()["mean_iou"] == pytest.approx((0.9 + 3 * 0.1) / 4)
 
 
 def test_a_resumed_window_gives_the_same_mean():
@@ -214,6 +224,36 @@ def test_the_best_of_an_earlier_start_is_not_forgotten(value):
     assert saver.checkpoints.best == best
 
 
+def test_of_a_loss_less_is_better():
+    run, saver, scores = make_run(total=9), saver_of(0), iter([3.0, 1.0, 2.0, 1.5])
+    evaluate = lambda variables: {"val/loss": next(scores)}  # noqa: E731
+    hooks = [saver, Evaluation(evaluate, 2, [], {})]
+    hooks.append(BestCheckpoint(saver, "val/loss"))
+    for _ in range(8):
+        advance(run, hooks)
+    assert saver.checkpoints.best == {"step": 4, "metric": "val/loss", "value": 1.0}
+
+
+def test_training_ends_when_the_best_is_long_ago(caplog):
+    caplog.set_level("INFO", logger="solov2_jax")
+    run, saver = make_run(total=20), saver_of(0)
+    scores = [0.1, 0.5, 0.3, 0.5, 0.9]
+    hooks = [saver, evaluation(scores, FakeWriter()), BestCheckpoint(saver, "segm/AP")]
+    hooks.append(EarlyStop(saver.checkpoints, 2, 2))
+    while not run.stop:
+        advance(run, hooks)
+    assert run.step == 8 and not run.interrupted
+    assert "early stopping after step 8: the best segm/AP, 0.5000, is that of" in (
+        caplog.text
+    )
+    # A run that resumes there decides the same, from what is written.
+    again = make_run(step=8, total=20)
+    known = evaluation([], FakeWriter(), written={"step": 8, "segm/AP": 0.5})
+    for hook in (known, *hooks[2:]):
+        hook.before_train(again)
+    assert again.stop and again.results == {"segm/AP": 0.5}
+
+
 def test_an_unknown_best_metric_is_an_error_with_a_suggestion():
     run, saver = make_run(step=1), saver_of(0)
     hooks = [evaluation([0.1], FakeWriter()), BestCheckpoint(saver, "segm/ap")]
@@ -277,6 +317,7 @@ def test_console_line(caplog):
     scalars = {
         "loss": 1.5,
         "loss_ins": 1.0,
+        "mean_iou": 0.25,
         "learning_rate": 0.01,
         "images_per_second": 2.5,
         "step_seconds": 0.8,
@@ -290,7 +331,14 @@ def test_console_line(caplog):
     ConsoleWriter(100).write(20, {"segm/AP": 0.5})
     assert len(caplog.messages) == 1
     line = caplog.messages[0]
-    parts = ("step 20/100", "loss 1.5", "lr 0.01", "2.50 images/s", "data 0.100 s")
+    parts = (
+        "step 20/100",
+        "loss 1.5",
+        "iou 0.250",
+        "lr 0.01",
+        "2.50 images/s",
+        "data 0.100 s",
+    )
     assert all(
         part in line for part in (*parts, "eta 1:01:01", "SKIPPED 3", "RECOMPILES 2")
     )

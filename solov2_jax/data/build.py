@@ -103,10 +103,38 @@ def build_train_batches(
         max_instances=config.data.max_instances,
         keep_empty=config.data.keep_empty,
         repeat_threshold=config.data.repeat_threshold,
+        max_images=config.data.train.max_images,
         channel_order=input_.channel_order,
         start_step=start_step,
         shard=shard,
         augment=_augment(config),
+        reading=_reading(config),
+    )
+
+
+def build_loss_batches(
+    config: Any, dataset: CocoDataset, shard: tuple[int, int] = (0, 1)
+) -> Batches:
+    """Returns validation images with their objects, as for training, to see their loss.
+
+    The same ones each time, `eval.loss_images` of them in whole batches, not mirrored.
+    """
+    input_, size = config.input, config.train.batch_size
+    wanted = min(config.eval.loss_images, len(dataset))
+    return train_batches(
+        dataset,
+        seed=config.seed,
+        num_steps=-(-wanted // size),
+        batch_size=size,
+        resize=resize_of(
+            (input_.min_size_test,),
+            input_.max_size_test,
+            input_.buckets_test,
+            "input.min_size_test",
+        ),
+        flip_prob=0.0,
+        channel_order=input_.channel_order,
+        shard=shard,
         reading=_reading(config),
     )
 

@@ -138,6 +138,7 @@ def train_batches(
     max_instances: int = 0,
     keep_empty: bool = True,
     repeat_threshold: float = 0.0,
+    max_images: int = 0,
     channel_order: str = "RGB",
     start_step: int = 0,
     shard: tuple[int, int] = (0, 1),
@@ -155,6 +156,7 @@ def train_batches(
       keep_empty: train on images without objects too.
       repeat_threshold: show images of classes that fewer than this share of the images
         have more often, see `plan.repeat_factors`; 0: every image once an epoch.
+      max_images: train on the first ones only; 0 for all.
       channel_order: "RGB" or "BGR".
       augment: what may happen to an image beyond resize and flip; None: nothing. Where
         objects are pasted and `max_instances` is 0, there is room for twice as many.
@@ -175,6 +177,8 @@ def train_batches(
         if keep_empty
         else np.flatnonzero(dataset.objects_per_image)
     )
+    if max_images:
+        chosen = chosen[chosen < max_images]
     if not len(chosen):
         raise ValueError(
             f"{dataset.annotation_file}: no image has an object to train on, and "

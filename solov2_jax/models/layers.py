@@ -12,6 +12,8 @@ from jaxtyping import Array, Float
 from solov2_jax import ops
 from solov2_jax.models.conv import conv2d, conv2d_levels, prepare_kernel
 
+NORMS = ("frozen_bn", "gn", "sync_bn")  # of the backbone
+
 # The reference's initialisers. MSRA: He, fan out, normal. Caffe2's Xavier, used by the
 # FPN, is uniform in +-sqrt(3 / fan_in).
 msra_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -66,11 +68,43 @@ class FrozenBatchNorm(nn.Module):
         return lax.stop_gradient((factor, bias - mean.value * factor))
 
 
+class BatchNorm(FrozenBatchNorm):
+    """Batch normalisation that is trained ("sync_bn"), with a frozen one's variables.
+
+    The statistics are those of the global batch: under a mesh the compiler adds the
+    devices up. With the collection "moments" mutable, they are put there too, unmixed.
+
+    Source: torch.nn.SyncBatchNorm (momentum 0.1, unbiased running variance).
+    """
+
+    momentum: float = 0.1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+        channels = x.shape[-1]
+        scale = self.param("scale", self.scale_init, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        y = x.astype(jnp.float32)
+        mean, var = jnp.mean(y, (0, 1, 2)), jnp.var(y, (0, 1, 2))
+        count = x.size // channels
+        seen = {"mean": mean, "var": var * (count / max(count - 1, 1))}
+        for name, value in seen.items():
+            old = self.get_variable("batch_stats", name)
+            new = old + self.momentum * (lax.stop_gradient(value) - old)
+            self.put_variable("batch_stats", name, new)
+            if self.is_mutable_collection("moments"):
+                self.put_variable("moments", name, value)
+        factor = scale * lax.rsqrt(var + self.epsilon)
+        shift = bias - mean * factor
+        return (y * factor[None, None, None] + shift[None, None, None]).astype(x.dtype)
+
+
 class ConvNorm(nn.Module):
     """Convolution without bias, then a norm.
 
     A frozen batch norm is folded into the kernel, so that it costs nothing; group norm
     ("gn") is for training from random weights, where a frozen norm does not normalise.
+    "sync_bn" is trained where the collection "batch_stats" is mutable, else as frozen.
     """
 
     features: int
@@ -84,12 +118,14 @@ class ConvNorm(nn.Module):
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B _ _ D"]:
         k = self.kernel_size
         shape = (k, k, x.shape[-1], self.features)
-        if self.norm not in ("frozen_bn", "gn"):
+        if self.norm not in NORMS:
             raise ValueError(
-                f"model.backbone.norm is {self.norm!r}; choose 'frozen_bn' or 'gn'"
+                f"model.backbone.norm is {self.norm!r}; choose one of {NORMS}"
             )
         x, factor, shift = x.astype(self.dtype), None, None
-        if self.norm == "frozen_bn":
+        mutable = self.is_mutable_collection("batch_stats")
+        trained = self.norm == "sync_bn" and mutable and not self.is_initializing()
+        if self.norm != "gn" and not trained:
             norm = FrozenBatchNorm(scale_init=self.scale_init, name="norm")
             factor, shift = norm(self.features)
 
@@ -99,6 +135,8 @@ class ConvNorm(nn.Module):
             return kernel.astype(self.dtype)
 
         y = conv2d(x, _prepared(self, folded, [x], self.stride), self.stride)
+        if trained:
+            return BatchNorm(scale_init=self.scale_init, name="norm")(y)
         if shift is None:
             return GroupNorm(scale_init=self.scale_init, name="norm")(y)
         return y + shift.astype(self.dtype)[None, None, None]

@@ -1,4 +1,4 @@
-"""ResNet-18/34/50/101/152 with frozen batch norm, or group norm.
+"""ResNet-18/34/50/101/152 with batch norm, frozen or trained, or group norm.
 
 Source: detectron2/modeling/backbone/resnet.py, build_resnet_backbone.
 """
@@ -97,24 +97,30 @@ class ResNet(nn.Module):
                 f"model.backbone.depth is {self.depth}; known are {list(STAGES)}"
             )
         num_blocks, bottleneck = STAGES[self.depth]
-        x = Stem(self.norm, self.dtype, name="stem")(image)
+        x = Stem(self._norm_of(1), self.dtype, name="stem")(image)
         if self.freeze_at >= 1:
             x = lax.stop_gradient(x)
         features = {}
         for stage, blocks in enumerate(num_blocks, start=2):
             width = (256 if bottleneck else 64) * 2 ** (stage - 2)
+            norm = self._norm_of(stage)
             for i in range(blocks):
                 stride = 2 if stage > 2 and i == 0 else 1
                 name = f"res{stage}_{i}"
                 if bottleneck:
                     block = BottleneckBlock(
-                        *(width, stride, self.stride_in_1x1, self.norm, self.dtype),
+                        *(width, stride, self.stride_in_1x1, norm, self.dtype),
                         name=name,
                     )
                 else:
-                    block = BasicBlock(width, stride, self.norm, self.dtype, name=name)
+                    block = BasicBlock(width, stride, norm, self.dtype, name=name)
                 x = block(x)
             if self.freeze_at >= stage:
                 x = lax.stop_gradient(x)
             features[f"res{stage}"] = x
         return features
+
+    def _norm_of(self, stage: int) -> str:
+        """Returns the norm of a stage: a frozen stage's batch norm is frozen too."""
+        frozen = self.norm == "sync_bn" and self.freeze_at >= stage
+        return "frozen_bn" if frozen else self.norm

@@ -18,17 +18,25 @@ from solov2_jax.training.objective import Solov2Objective
 from solov2_jax.training.optim import make_optimizer, trainable_mask
 from solov2_jax.training.schedule import build_schedule, describe_rate
 from solov2_jax.training.task import Task
+from solov2_jax.training.validation import ValidationLoss
 
 PyTree = Any
 
 log = logging.getLogger("solov2_jax")
 
 
-def build_task(config: Any, workdir: pathlib.Path) -> Task:
-    """Returns the SOLOv2 task that a config describes."""
+def build_task(
+    config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
+) -> Task:
+    """Returns the SOLOv2 task that a config describes.
+
+    Args:
+      val_is_train: evaluate on the training images instead of the validation's.
+    """
     from solov2_jax.data.build import build_train_batches, load_datasets
 
     train, val = load_datasets(config)
+    val = train if val_is_train else val
     num_classes = len(train.class_names)
     config = config.copy_and_resolve_references()
     config.model.num_classes = num_classes
@@ -41,13 +49,15 @@ def build_task(config: Any, workdir: pathlib.Path) -> Task:
         return dict(model.lazy_init(key, image))
 
     params = jax.eval_shape(init, jax.random.key(0))["params"]
-    backbone = config.model.backbone
-    patterns = tuple(config.optim.freeze)
-    trainable = trainable_mask(params, backbone.freeze_at, backbone.norm, patterns)
+    trainable = build_trainable(config, params)
     log_trainable(params, trainable)
     log.info("%s", describe_rate(config))
     schedule, tx = build_optimizer(config, trainable)
     shard = (jax.process_index(), jax.process_count())
+    loss_fn = build_loss(config, model)
+    evaluate = build_evaluate(config, model, val, workdir)
+    if config.eval.loss_images:
+        evaluate = with_loss(evaluate, config, loss_fn, val, shard)
 
     def batches(step: int) -> Generator[dict[str, np.ndarray], None, None]:
         yield from build_train_batches(config, train, step, shard)
@@ -57,14 +67,20 @@ def build_task(config: Any, workdir: pathlib.Path) -> Task:
         class_names=tuple(train.class_names),
         category_ids=tuple(train.category_ids),
         init=init,
-        loss_fn=build_loss(config, model),
+        loss_fn=loss_fn,
         tx=tx,
         schedule=schedule,
         trainable=trainable,
         batches=batches,
-        evaluate=build_evaluate(config, model, val, workdir),
+        evaluate=evaluate,
         fingerprint=fingerprint(train),
     )
+
+
+def build_trainable(config: Any, params: PyTree) -> PyTree:
+    """Returns a tree of bools: which of these parameters are trained."""
+    backbone, patterns = config.model.backbone, tuple(config.optim.freeze)
+    return trainable_mask(params, backbone.freeze_at, backbone.norm, patterns)
 
 
 def log_trainable(params: PyTree, trainable: PyTree) -> None:
@@ -97,6 +113,7 @@ def build_loss(config: Any, model: Any) -> Solov2Objective:
             "focal_weight": loss.focal_weight,
             "dice_weight": loss.dice_weight,
         },
+        ("batch_stats",) if config.model.backbone.norm == "sync_bn" else (),
     )
 
 
@@ -141,6 +158,30 @@ def build_evaluate(
         return evaluate(predictor, dataset, batches, out_dir, *options)
 
     return evaluate_variables
+
+
+def with_loss(
+    evaluate: Callable[[dict[str, PyTree]], dict[str, float]],
+    config: Any,
+    loss_fn: Solov2Objective,
+    dataset: Any,
+    shard: tuple[int, int],
+) -> Callable[[dict[str, PyTree]], dict[str, float]]:
+    """Returns `evaluate` with the validation loss among its results."""
+
+    def batches() -> Any:
+        from solov2_jax.data.build import build_loss_batches
+
+        return build_loss_batches(config, dataset, shard)
+
+    loss = ValidationLoss(loss_fn, batches)
+
+    def both(variables: dict[str, PyTree]) -> dict[str, float]:
+        values = loss(variables)
+        log.info("%s", "  ".join(f"{k} {v:.4f}" for k, v in sorted(values.items())))
+        return {**evaluate(variables), **values}
+
+    return both
 
 
 def fingerprint(dataset: Any) -> str:

@@ -16,21 +16,29 @@ from solov2_jax.training import sharding, workdir
 from solov2_jax.training.build import build_task
 from solov2_jax.training.checkpoint import Checkpoints
 from solov2_jax.training.hooks import (
-    BestCheckpoint,
-    Evaluation,
     Hook,
     IterationTimer,
     LearningRate,
-    PeriodicCheckpoint,
     PeriodicWriter,
     Run,
 )
 from solov2_jax.training.metrics import MetricsWindow
+from solov2_jax.training.precise_bn import PreciseBN
 from solov2_jax.training.restore import restore
+from solov2_jax.training.saving import (
+    BestCheckpoint,
+    EarlyStop,
+    Evaluation,
+    PeriodicCheckpoint,
+)
+from solov2_jax.training.showing import Histograms, Pictures, Profiler
 from solov2_jax.training.step import TrainStep
 from solov2_jax.training.task import Task
+from solov2_jax.training.trackers import MlflowWriter, WandbWriter
+from solov2_jax.training.watchdog import Facts, LossWatchdog
 from solov2_jax.training.writers import (
     ConsoleWriter,
+    CsvWriter,
     JsonlWriter,
     TensorBoardWriter,
     Writer,
@@ -84,14 +92,12 @@ def _train(config, path, build, stack) -> dict[str, float]:
     run = Run(state, step, config.train.steps, size, step_fn, window)
     checkpoints = Checkpoints(path, keep=config.train.keep_checkpoints)
     stack.callback(checkpoints.close)
-    writers = make_writers(path, step, config.train.steps)
-    for writer in writers:
-        stack.callback(writer.close)
-    hooks = make_hooks(config, task, checkpoints, writers)
+    writers = make_writers(path, step, config, stack)
+    hooks = make_hooks(config, path, task, checkpoints, writers)
     batches = stack.enter_context(contextlib.closing(task.batches(step)))
     with stop_on_signal(run):
         train_steps(run, batches, mesh, hooks)
-    if run.stop:
+    if run.interrupted:
         log.info(
             "stopped by %s after step %d of %d; the checkpoint is saved: the same "
             "command continues",
@@ -115,7 +121,7 @@ def train_steps(
         try:
             batch = next(batches)
         except Exception:
-            if run.stop:
+            if run.interrupted:
                 break  # Ctrl-C reaches the reading processes too: save all the same
             raise
         run.data_seconds = time.perf_counter() - start
@@ -133,19 +139,40 @@ def train_steps(
         hook.after_train(run)
 
 
-def make_writers(path: pathlib.Path, step: int, total_steps: int) -> list[Writer]:
-    """Returns the writers of this process: only the first process has any."""
+def make_writers(
+    path: pathlib.Path, step: int, config: Any, stack: contextlib.ExitStack
+) -> list[Writer]:
+    """Returns the writers of this process: only the first process has any.
+
+    Args:
+      step: that the run resumes at.
+      stack: closes them.
+    """
     if jax.process_index() != 0:
         return []
-    return [
-        JsonlWriter(path / "metrics.jsonl", step),
-        ConsoleWriter(total_steps),
-        TensorBoardWriter(path / "tensorboard", step),
-    ]
+    makers: dict[str, Callable[[], Writer]] = {
+        "tensorboard": lambda: TensorBoardWriter(path / "tensorboard", step),
+        "csv": lambda: CsvWriter(path / "metrics.csv", step),
+        "wandb": lambda: WandbWriter(path, config.to_dict()),
+        "mlflow": lambda: MlflowWriter(path, config.to_dict()),
+    }
+    writers: list[Writer] = []
+    for make in (
+        lambda: JsonlWriter(path / "metrics.jsonl", step),
+        lambda: ConsoleWriter(config.train.steps),
+        *(makers[name] for name in config.train.writers),
+    ):
+        writers.append(make())
+        stack.callback(writers[-1].close)
+    return writers
 
 
 def make_hooks(
-    config: Any, task: Task, checkpoints: Checkpoints, writers: Sequence[Writer]
+    config: Any,
+    path: pathlib.Path,
+    task: Task,
+    checkpoints: Checkpoints,
+    writers: Sequence[Writer],
 ) -> list[Hook]:
     """Returns the default hooks, in the order they are called.
 
@@ -163,15 +190,27 @@ def make_hooks(
             **run.window.saved(),
         }
 
+    precise = []
+    if train.precise_bn:
+        given = task.loss_fn, task.batches, train.eval_every, train.precise_bn
+        precise = [PreciseBN(*given)]
     written = next((w.last for w in writers if isinstance(w, JsonlWriter)), {})
     saver = PeriodicCheckpoint(checkpoints, train.checkpoint_every, position)
     return [
+        Profiler(train.profile_steps, path / "profile"),
         IterationTimer(train.log_every),
         LearningRate(task.schedule, train.log_every),
+        LossWatchdog(
+            Facts.of(config, task.schedule), train.log_every, train.watch_steps
+        ),
         PeriodicWriter(writers, train.log_every),
+        *precise,
         saver,
         Evaluation(task.evaluate, train.eval_every, writers, written),
+        Pictures(path / "eval" / "pictures", writers),
+        Histograms(writers, train.histogram_every),
         BestCheckpoint(saver, train.best_metric),
+        EarlyStop(checkpoints, train.eval_every, train.patience),
     ]
 
 
@@ -188,7 +227,7 @@ def stop_on_signal(run: Run) -> Iterator[None]:
 
     def stop(number: int, frame: Any) -> None:
         del frame
-        run.stop = signal.Signals(number).name
+        run.stop, run.interrupted = signal.Signals(number).name, True
         log.warning("%s: saving after this step; once more to stop now", run.stop)
         signal.signal(number, usual[signal.Signals(number)])
 

@@ -88,9 +88,16 @@ class MetricsWindow:
         )
 
     def means(self) -> dict[str, float]:
-        """Returns the mean of each metric over the window, skipped steps aside."""
+        """Returns the mean of each metric over the window, skipped steps aside.
+
+        `mean_iou` is the mean over the pairs of all steps.
+        """
         names = self.values[-1] if self.values else ()
-        return {n: float(np.mean([v[n] for v in self.values])) for n in names}
+        means = {n: float(np.mean([v[n] for v in self.values])) for n in names}
+        if means.get("num_pairs", 0) > 0 and "mean_iou" in means:
+            hits = [v["mean_iou"] * v["num_pairs"] for v in self.values]
+            means["mean_iou"] = float(np.mean(hits)) / means["num_pairs"]
+        return means
 
     def clear(self) -> None:
         """Starts a new window."""

@@ -22,6 +22,7 @@ class Solov2Objective:
       assign: (batch, key) -> `Targets`.
       mean, std: of the pixels, in the batch's channel order.
       weights: keyword arguments of `solov2_loss`.
+      mutable: the model's collections that a step changes, such as "batch_stats".
     """
 
     def __init__(
@@ -31,7 +32,9 @@ class Solov2Objective:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         weights: dict[str, float],
+        mutable: tuple[str, ...] = (),
     ):
+        self._mutable = list(mutable)
         self._apply, self._assign = apply, assign
         self._mean, self._std, self._weights = mean, std, weights
 
@@ -50,14 +53,30 @@ class Solov2Objective:
         totals: Totals,
     ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
         batch, targets = Batch(**rows[0]), Targets(**rows[1])
-        image = ops.normalize_image(
-            batch.image, batch.image_size, self._mean, self._std
-        )
-        outputs = self._apply({"params": params, **model_state}, image)
+        variables = {"params": params, **model_state}
+        if self._mutable:
+            outputs, changed = self._apply(
+                variables, self._image(rows[0]), mutable=self._mutable
+            )
+            model_state = {**model_state, **changed}
+        else:
+            outputs = self._apply(variables, self._image(rows[0]))
         loss, metrics = solov2_loss(
             outputs, targets, batch.masks, totals=totals, **self._weights
         )
         return loss, (metrics, model_state)
+
+    def moments(self, variables: PyTree, batch: dict[str, jax.Array]) -> PyTree:
+        """Returns mean and variance of a batch at each trained batch norm."""
+        collections = [*self._mutable, "moments"]
+        image = self._image(batch)
+        _, changed = self._apply(variables, image, mutable=collections)
+        return changed["moments"]
+
+    def _image(self, batch: dict[str, jax.Array]) -> jax.Array:
+        return ops.normalize_image(
+            batch["image"], batch["image_size"], self._mean, self._std
+        )
 
     def __call__(
         self, params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array

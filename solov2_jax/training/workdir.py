@@ -36,6 +36,8 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 _MAY_CHANGE = (
     *("train.steps", "train.log_every", "train.checkpoint_every", "train.eval_every"),
     *("train.keep_checkpoints", "train.best_metric", "train.max_skipped"),
+    *("train.patience", "train.watch_steps", "train.writers"),
+    *("train.histogram_every", "train.profile_steps"),
     "train.accumulate",
     *("init_from", "eval.", "test."),
     *("data.num_workers", "data.num_threads", "data.prefetch", "data.val."),

@@ -1,25 +1,49 @@
-"""Where numbers go: the console, `metrics.jsonl` and TensorBoard."""
+"""Where numbers go: the console, `metrics.jsonl`, `metrics.csv` and TensorBoard."""
 
+import csv
+import io
 import json
 import logging
 import math
 import os
 import pathlib
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 log = logging.getLogger("solov2_jax")
 
 
 @runtime_checkable
 class Writer(Protocol):
-    """Writes the scalars of a step; a second call for a step adds to the first."""
+    """Writes what a step gave; a second call for a step adds to the first."""
 
     def write(self, step: int, scalars: dict[str, float]) -> None: ...
+
+    def write_images(self, step: int, images: dict[str, np.ndarray]) -> None: ...
+
+    def write_histograms(self, step: int, arrays: dict[str, np.ndarray]) -> None: ...
 
     def close(self) -> None: ...
 
 
-class ConsoleWriter:
+class QuietWriter:
+    """Writes nothing; the writers below fill in what they can show."""
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Scalars by name; "a/b" is b in the group a."""
+
+    def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
+        """RGB pictures by name, uint8 [H, W, 3]."""
+
+    def write_histograms(self, step: int, arrays: dict[str, np.ndarray]) -> None:
+        """Arrays by name, of which the distribution is of interest."""
+
+    def close(self) -> None:
+        """Called once, at the end, also after an error."""
+
+
+class ConsoleWriter(QuietWriter):
     """One line for people: losses, rate, images/s, waiting for data, ETA, memory."""
 
     def __init__(self, total_steps: int):
@@ -31,6 +55,8 @@ class ConsoleWriter:
         losses = [k for k in scalars if k.startswith("loss")]
         text = [f"step {step}/{self._total}"]
         text += [f"{k} {scalars[k]:.4f}" for k in sorted(losses)]
+        if "mean_iou" in scalars:
+            text.append(f"iou {scalars['mean_iou']:.3f}")
         text.append(f"lr {scalars['learning_rate']:.3g}")
         text.append(f"{scalars['images_per_second']:.2f} images/s")
         step_time, wait = scalars["step_seconds"], scalars["data_seconds"]
@@ -43,11 +69,8 @@ class ConsoleWriter:
             text.append(f"RECOMPILES {scalars['recompiles']:.0f}")
         log.info("  ".join(text))
 
-    def close(self) -> None:
-        """Nothing to do."""
 
-
-class JsonlWriter:
+class JsonlWriter(QuietWriter):
     """`metrics.jsonl`: one JSON object per step, appended.
 
     Opening it for a run that resumes cuts the lines beyond the resumed step, so each
@@ -85,7 +108,59 @@ class JsonlWriter:
         self._file.close()
 
 
-class TensorBoardWriter:
+class CsvWriter(QuietWriter):
+    """`metrics.csv`: a row per step, for spreadsheets; what a step lacks is empty.
+
+    A new name is a new column, for which the file is written anew; that happens when
+    the first evaluation comes. Rows beyond the resumed step are dropped.
+    """
+
+    def __init__(self, path: str | os.PathLike, resumed_step: int):
+        self._path = pathlib.Path(path)
+        self._rows: list[dict[str, Any]] = []
+        if self._path.is_file():
+            with open(self._path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if row["step"].isdigit()]
+            self._rows = [row for row in rows if int(row["step"]) <= resumed_step]
+        names = [name for row in self._rows for name, value in row.items() if value]
+        self._names = list(dict.fromkeys(["step", *names]))
+        self._file = None
+        self._rewrite()
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        finite = {k: _finite_or_none(v) for k, v in scalars.items()}
+        if self._rows and int(self._rows[-1]["step"]) == step:
+            self._rows[-1] |= finite
+        else:
+            self._rows.append({"step": step, **finite})
+        new = [name for name in scalars if name not in self._names]
+        self._names += new
+        if new or len(self._rows[-1]) > len(scalars) + 1:
+            self._rewrite()
+        else:
+            self._append(self._rows[-1:])
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _rewrite(self) -> None:
+        self.close()
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        temporary.write_text(",".join(self._names) + "\n")
+        os.replace(temporary, self._path)
+        self._file = open(self._path, "a", newline="")
+        self._append(self._rows)
+
+    def _append(self, rows: list[dict[str, Any]]) -> None:
+        assert self._file is not None
+        text = io.StringIO()
+        csv.DictWriter(text, self._names, lineterminator="\n").writerows(rows)
+        self._file.write(text.getvalue())
+        self._file.flush()
+
+
+class TensorBoardWriter(QuietWriter):
     """Event files in `tensorboard/`; events beyond the resumed step are hidden."""
 
     def __init__(self, folder: str | os.PathLike, resumed_step: int):
@@ -97,6 +172,16 @@ class TensorBoardWriter:
     def write(self, step: int, scalars: dict[str, float]) -> None:
         for name, value in scalars.items():
             self._writer.add_scalar(_tag(name), value, step)
+        self._writer.flush()
+
+    def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
+        for name, image in images.items():
+            self._writer.add_image(name, image, step, dataformats="HWC")
+        self._writer.flush()
+
+    def write_histograms(self, step: int, arrays: dict[str, np.ndarray]) -> None:
+        for name, array in arrays.items():
+            self._writer.add_histogram(name, array, step)
         self._writer.flush()
 
     def close(self) -> None:

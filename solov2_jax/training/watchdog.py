@@ -1,0 +1,138 @@
+"""Says why the mask loss does not fall, in one line with the figures that show it."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import optax
+
+from solov2_jax.training.hooks import QuietHook, Run
+
+log = logging.getLogger("solov2_jax")
+
+# A dice loss above this has not started to fall: masks overlap hardly at all.
+STUCK_DICE = 0.95
+# Below this share of images with a pair, most steps teach no mask.
+FEW_IMAGES = 0.25
+# The norm of a gradient that teaches nothing, and of one whose step is far too large.
+SMALL_NORM, LARGE_NORM = 1e-4, 1e3
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the configuration says about why masks may not be learnt."""
+
+    dice_weight: float
+    batch_size: int  # images a step
+    warmup_steps: int
+    schedule: optax.Schedule
+    clip_norm: float  # 0: none
+    norm: str  # of the backbone
+    init_from: str
+    std: tuple[float, ...]  # of the input's normalisation
+
+    @classmethod
+    def of(cls, config: Any, schedule: optax.Schedule) -> "Facts":
+        """Returns the facts of a config."""
+        return cls(
+            config.loss.dice_weight,
+            config.train.batch_size,
+            config.optim.warmup_steps,
+            schedule,
+            config.optim.clip_norm,
+            config.model.backbone.norm,
+            config.init_from,
+            tuple(config.input.std),
+        )
+
+
+class LossWatchdog(QuietHook):
+    """Logs a line when `loss_ins` stays where it starts: dice loss 1, times its weight.
+
+    Reads the means of the metrics' window, so it comes after a hook that fetches them
+    and before the one that clears them.
+
+    Args:
+      log_every: steps that a window spans.
+      patience: steps without progress before a line, and between two lines; 0: never.
+    """
+
+    def __init__(self, facts: Facts, log_every: int, patience: int):
+        self._facts, self._every, self._patience = facts, log_every, patience
+        self._last_good: int | None = None
+
+    def before_train(self, run: Run) -> None:
+        self._last_good = run.step
+
+    def after_step(self, run: Run) -> None:
+        if not self._patience or not run.due(self._every):
+            return
+        means = run.window.means()
+        if "loss_ins" not in means:
+            return
+        stuck = means["loss_ins"] > STUCK_DICE * self._facts.dice_weight
+        if not stuck and means["num_pairs"] > 0:
+            self._last_good = run.step
+        elif run.step - (self._last_good or 0) >= self._patience:
+            log.warning("%s", explain(self._facts, run.step, means))
+            self._last_good = run.step  # the next line after another such time
+
+
+def explain(facts: Facts, step: int, means: dict[str, float]) -> str:
+    """Returns why masks are not learnt, the likeliest reason first, with the figures.
+
+    Args:
+      step: steps done.
+      means: of the metrics over the latest steps.
+    """
+    rate = float(facts.schedule(step - 1))
+    figures = (
+        f"step {step}: masks are not learnt: loss_ins {means['loss_ins']:.3f} of at "
+        f"most {facts.dice_weight:g}, mean IoU of pairs {means['mean_iou']:.3f}, "
+        f"{means['num_pairs']:.1f} pairs a step in {means['positive_images']:.1f} of "
+        f"{facts.batch_size} images, gradient norm {means['grad_norm']:.3g}, learning "
+        f"rate {rate:.3g}. "
+    )
+    return figures + "Why: " + _reason(facts, step, means)
+
+
+def _reason(facts: Facts, step: int, means: dict[str, float]) -> str:
+    norm = means["grad_norm"]
+    if means["num_pairs"] == 0:
+        return (
+            "no object falls on a grid cell. Compare your boxes' sizes, after the "
+            "resize, with targets.scale_ranges, and see whether the images have "
+            "annotations at all"
+        )
+    if means["positive_images"] < FEW_IMAGES * facts.batch_size:
+        return (
+            "most images have no object that falls on a grid cell. Set data.keep_empty="
+            "False, or compare the boxes' sizes with targets.scale_ranges"
+        )
+    if norm > LARGE_NORM:
+        return (
+            "the gradient is huge, the run has diverged. Lower optim.learning_rate, "
+            "lengthen optim.warmup_steps or set optim.clip_norm=35, in a new --workdir"
+        )
+    if norm < SMALL_NORM:
+        return (
+            "the gradient vanishes. Look at what is frozen (optim.freeze, "
+            "model.backbone.freeze_at) and at input.mean and input.std"
+        )
+    if step <= facts.warmup_steps:
+        return (
+            f"the warm-up lasts until step {facts.warmup_steps}; wait, or shorten "
+            "optim.warmup_steps"
+        )
+    if facts.norm == "frozen_bn" and not facts.init_from:
+        return (
+            "the backbone has random weights under a frozen batch norm, which does not "
+            "normalise. Give pretrained weights in init_from, or set model.backbone."
+            "norm=gn"
+        )
+    return (
+        "pairs, gradient and weights look sound, so the rate, or the pixels' "
+        f"normalisation (input.std is {facts.std}), does not fit. Try 3 x and 1/3 of "
+        "optim.learning_rate, and train.py --overfit 8, which tells the recipe from "
+        "the data"
+    )

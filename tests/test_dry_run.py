@@ -1,0 +1,134 @@
+"""`--dry_run`, `--overfit` and the validation loss, with the smallest network."""
+
+import itertools
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny_coco
+from conftest import ROOT
+from tiny_network import tiny_config, tiny_variables
+
+from solov2_jax.data.build import build_loss_batches, build_train_batches
+from solov2_jax.models import build_model
+from solov2_jax.training.build import build_loss
+from solov2_jax.training.dry_run import batch_shapes, dry_run, format_rows
+from solov2_jax.training.overfit import overfit_config, verdict
+from solov2_jax.training.sharding import make_mesh
+from solov2_jax.training.validation import ValidationLoss
+
+
+def small_config(folder=None):
+    config = tiny_config()
+    config.input.min_sizes_train = (32, 48)
+    config.input.max_size_train = 64
+    config.train.batch_size = 8
+    if folder is not None:
+        images, annotations = tiny_coco.write(folder)
+        config.data.train.images = config.data.val.images = images
+        config.data.train.annotations = config.data.val.annotations = annotations
+    return config
+
+
+def test_every_bucket_is_compiled_from_shapes(tmp_path):
+    config = small_config()
+    config.model.num_classes = 0
+    config.input.buckets_train = ((32, 64), (64, 64))
+    rows, notes = dry_run(config)
+    assert [row.shape for row in rows] == [(32, 64), (64, 64)]
+    small, large = rows
+    assert 1.5 * small.flops < large.flops and small.work_bytes < large.work_bytes
+    # One device of eight holds the state: two float32 for what is trained.
+    shapes = jax.eval_shape(lambda: tiny_variables(config_with_classes(config)))
+    least = 4 * sum(x.size for x in jax.tree.leaves(shapes))
+    assert least < small.state_bytes < 3 * least
+    assert len(notes) == 2 and "80 classes assumed" in notes[0]
+    text = format_rows(config, rows, notes)
+    assert "32x64" in text and "2 programs; most memory: 64x64" in text
+
+
+def config_with_classes(config):
+    config = config.copy_and_resolve_references()
+    config.model.num_classes = 2
+    return config
+
+
+def test_the_shapes_are_those_of_real_batches(tmp_path):
+    config = small_config(tmp_path)
+    batch = next(iter(build_train_batches(config, tiny_coco.load(tmp_path))))
+    b, g = batch["valid"].shape
+    shapes = batch_shapes(b, g, *batch["image"].shape[1:3], make_mesh(1))
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+        k: (v.shape, v.dtype) for k, v in shapes.items()
+    }
+
+
+def test_the_command_touches_neither_data_nor_workdir(tmp_path):
+    workdir = tmp_path / "run"
+    command = [sys.executable, "train.py", f"--workdir={workdir}", "--dry_run"]
+    command += ["--config=configs/quickstart.py", "--cpu_devices=1"]
+    command += [f"--config.data.generated.root={tmp_path}/shapes"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1 programs; most memory: 128x128" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overfit_trains_the_first_images_and_only_those(tmp_path):
+    config = small_config(tmp_path)
+    changed = overfit_config(config, 2)
+    assert config.data.train.max_images == 0, "the config given stays"
+    assert (changed.train.batch_size, changed.train.steps) == (2, 200)
+    dataset = tiny_coco.load(tmp_path)
+    batches = build_train_batches(changed, dataset)
+    seen = [b["image_id"] for b in itertools.islice(batches, 4)]
+    assert set(np.ravel(seen)) == {7, 3}
+    assert changed.is_locked and overfit_config(config, 12).train.steps == 300
+    with pytest.raises(ValueError, match="--overfit -1: give a number"):
+        overfit_config(config, -1)
+
+
+def test_the_verdict_is_one_line():
+    assert verdict({"segm/AP50": 0.9}, 8) == (
+        True,
+        "overfit 8: segm/AP50 0.900 on the images trained on: passed",
+    )
+    passed, line = verdict({"segm/AP50": 0.1}, 8)
+    assert not passed and "FAILED" in line and "\n" not in line
+
+
+def test_validation_loss_is_the_mean_over_all_batches(tmp_path):
+    """Of two batches, the loss is that of one batch with the images of both."""
+    config = small_config(tmp_path)
+    config.input.buckets_test = ((64, 64),)
+    config.eval.loss_images = 3
+    dataset = tiny_coco.load(tmp_path)
+    model = build_model(config, 2)
+    loss_fn, variables = build_loss(config, model), tiny_variables(config)
+    batch = next(iter(build_loss_batches(config, dataset)))
+    assert len(list(build_loss_batches(config, dataset))) == 1
+    again = next(iter(build_loss_batches(config, dataset)))
+    jax.tree.map(np.testing.assert_array_equal, batch, again)
+    objects = batch["valid"].sum(1)
+    assert objects.min() == 0 and objects.max() == 2, "unequal counts in the parts"
+
+    def repeated(rows):
+        """A batch of eight with only these rows' images, each as often."""
+        return {k: v[np.resize(rows, 8)] for k, v in batch.items()}
+
+    def loss_of(*batches):
+        loss = ValidationLoss(loss_fn, lambda: batches)
+        values = loss(variables)
+        assert loss.compiles == 1
+        return values
+
+    first, second = int(objects.argmax()), int(np.flatnonzero(objects == 1)[0])
+    both = loss_of(repeated([first, second]))
+    apart = loss_of(repeated([first]), repeated([second]))
+    assert both.keys() == {"val/loss", "val/loss_ins", "val/loss_cate", "val/mean_iou"}
+    # Twice the images of one kind each; the + 1 of the class loss is then 1 in 2 n.
+    assert apart["val/loss_ins"] == pytest.approx(both["val/loss_ins"], rel=1e-5)
+    assert apart["val/mean_iou"] == pytest.approx(both["val/mean_iou"], rel=1e-5)
+    assert apart["val/loss_cate"] == pytest.approx(both["val/loss_cate"], rel=0.05)

@@ -1,0 +1,64 @@
+import logging
+
+import jax.numpy as jnp
+import pytest
+from test_hooks import make_run
+
+from solov2_jax.training.watchdog import Facts, LossWatchdog, explain
+
+SOUND = Facts(3.0, 4, 100, lambda step: 0.01, 0.0, "gn", "", (1.0, 1.0, 1.0))
+STUCK = {
+    "loss_ins": 2.98,
+    "mean_iou": 0.004,
+    "num_pairs": 20.0,
+    "positive_images": 3.5,
+    "grad_norm": 2.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("means", "facts", "step", "reason"),
+    [
+        ({"num_pairs": 0.0, "loss_ins": 0.0}, {}, 600, "no object falls on a grid"),
+        ({"positive_images": 0.5}, {}, 600, "most images have no object"),
+        ({"grad_norm": 5e4}, {}, 600, "the run has diverged"),
+        ({"grad_norm": 1e-7}, {}, 600, "the gradient vanishes"),
+        ({}, {}, 50, "the warm-up lasts until step 100"),
+        ({}, {"norm": "frozen_bn"}, 600, "random weights under a frozen batch norm"),
+        ({}, {"norm": "frozen_bn", "init_from": "r50.npz"}, 600, "look sound"),
+        ({}, {}, 600, "look sound"),
+    ],
+)
+def test_the_likeliest_reason_is_named_with_figures(means, facts, step, reason):
+    facts = Facts(**{**vars(SOUND), **facts})
+    line = explain(facts, step, {**STUCK, **means})
+    assert reason in line and "\n" not in line
+    for figure in ("of at most 3", "mean IoU of pairs 0.004", "of 4 images", "0.01"):
+        assert figure in line
+
+
+def lines_of(losses, patience, caplog):
+    """Returns the steps at which a line came, for a loss per step, logged each 2."""
+    caplog.clear()
+    run = make_run(total=100)
+    hook = LossWatchdog(SOUND, 2, patience)
+    hook.before_train(run)
+    for loss in losses:
+        run.step += 1
+        values = {**STUCK, "loss_ins": loss, "skipped": 0.0}
+        metrics = {k: jnp.float32(v) for k, v in values.items()}
+        run.window.add(run.step, metrics, [0])
+        if run.due(2):
+            run.window.fetch()
+        hook.after_step(run)
+        if run.due(2):
+            run.window.clear()
+    return [int(m.split(":")[0].removeprefix("step ")) for m in caplog.messages]
+
+
+def test_a_line_comes_when_nothing_moved_for_long_and_not_at_every_step(caplog):
+    caplog.set_level(logging.WARNING, logger="solov2_jax")
+    assert lines_of([2.99] * 14, 6, caplog) == [6, 12]
+    assert lines_of([2.99] * 14, 0, caplog) == []
+    assert lines_of([2.99] * 4 + [2.5] * 4 + [2.99] * 6, 6, caplog) == [14]
+    assert lines_of([2.5] * 14, 6, caplog) == []
