@@ -65,13 +65,13 @@ class CocoDataset:
             f"({c['images_without_objects']} without objects), {c['objects']} objects "
             f"of {len(self.class_names)} classes, at most {c['max_objects']} an image"
         ]
-        for key, text in _DROPPED.items():
+        for key, text in DROPPED.items():
             if c.get(key, 0):
                 lines.append(f"  {c[key]} {text}")
         return "\n".join(lines)
 
 
-_DROPPED = {
+DROPPED = {
     "crowds": "crowd regions: not trained on, ignored by the evaluation",
     "no_segmentation": "annotations dropped: no segmentation",
     "bad_polygons": "polygons dropped: fewer than 3 points or an odd number of values",
@@ -94,6 +94,28 @@ def load_coco(
       annotations: COCO instances json.
       categories: id -> name that the json must have, e.g. the training data's.
 
+    It is what `read_coco` returns, and every image file must be there.
+    """
+    dataset = read_coco(images, annotations, categories=categories)
+    if missing := missing_files(dataset):
+        names = dataset.file_names[missing].tolist()
+        raise ValueError(
+            f"{annotations}: {len(missing)} of {len(dataset)} images are not in "
+            f"{images}: {describe(names)}. `file_name` is relative to that folder: "
+            "correct the folder, add the files, or remove the images from the json."
+        )
+    log.info("%s", dataset.summary())
+    return dataset
+
+
+def read_coco(
+    images: str,
+    annotations: str,
+    *,
+    categories: Mapping[int, str] | None = None,
+) -> CocoDataset:
+    """Returns the data set of a json; the image files need not be there.
+
     What is dropped and counted instead of an error: crowds, objects without
     segmentation, unusable polygons, objects of zero area or outside of their image.
     """
@@ -102,14 +124,13 @@ def load_coco(
     if categories is not None:
         _compare_categories(dict(zip(ids, names, strict=True)), categories, annotations)
     table = _read_images(content["images"], annotations)
-    _check_files(images, table["file_names"], annotations)
     objects, counts = collect(content["annotations"], annotations, table, ids)
     number = np.diff(objects["start"])
     counts["images"] = len(number)
     counts["images_without_objects"] = int((number == 0).sum())
     counts["objects"] = int(number.sum())
     counts["max_objects"] = int(number.max())
-    dataset = CocoDataset(
+    return CocoDataset(
         image_root=images,
         annotation_file=annotations,
         class_names=names,
@@ -118,8 +139,6 @@ def load_coco(
         **objects,
         counts=dict(counts),
     )
-    log.info("%s", dataset.summary())
-    return dataset
 
 
 def _read_json(path: str) -> dict[str, Any]:
@@ -215,8 +234,8 @@ def _compare_categories(
     parts = [
         f"{text}: {describe(values)}"
         for text, values in (
-            ("missing ids", missing),
-            ("unknown ids", extra),
+            ("missing ids", [f"{i} ({expected[i]})" for i in missing]),
+            ("unknown ids", [f"{i} ({found[i]})" for i in extra]),
             ("other names", renamed),
         )
         if values
@@ -253,25 +272,21 @@ def _read_images(records: list[Any], path: str) -> dict[str, np.ndarray]:
     return table
 
 
-def _check_files(root: str, names: np.ndarray, path: str) -> None:
-    """Raises if an image file is missing; lists every folder once."""
-    if not os.path.isdir(root):
+def missing_files(dataset: CocoDataset) -> list[int]:
+    """Returns the images whose file is missing; lists every folder once."""
+    if not os.path.isdir(dataset.image_root):
         raise ValueError(
-            f"{root}: no such image folder (for {path}). Set data.train.images and "
-            "data.val.images to the folders that hold the images."
+            f"{dataset.image_root}: no such image folder (for "
+            f"{dataset.annotation_file}). Set data.train.images and data.val.images to "
+            "the folders that hold the images."
         )
     folders: dict[str, set[str]] = {}
     missing = []
-    for name in names.tolist():
-        folder, base = os.path.split(os.path.join(root, name))
+    for index in range(len(dataset)):
+        folder, base = os.path.split(dataset.path(index))
         if folder not in folders:
             exists = os.path.isdir(folder)
             folders[folder] = set(os.listdir(folder)) if exists else set()
         if base not in folders[folder]:
-            missing.append(name)
-    if missing:
-        raise ValueError(
-            f"{path}: {len(missing)} of {len(names)} images are not in {root}: "
-            f"{describe(missing)}. `file_name` is relative to that folder: correct "
-            "the folder, add the files, or remove the images from the json."
-        )
+            missing.append(index)
+    return missing

@@ -27,8 +27,10 @@ log = logging.getLogger("solov2_jax")
 def build_task(config: Any, workdir: pathlib.Path) -> Task:
     """Returns the SOLOv2 task that a config describes."""
     from solov2_jax.data.build import build_train_batches, load_datasets
+    from solov2_jax.data.doctor.start import check_at_start
 
     train, val = load_datasets(config)
+    check_at_start(config, train, val)
     num_classes = len(train.class_names)
     config = config.copy_and_resolve_references()
     config.model.num_classes = num_classes
