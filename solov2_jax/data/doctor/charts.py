@@ -82,8 +82,8 @@ def classes(study: Study) -> Figure:
 def sizes(study: Study) -> Figure:
     """Returns how large objects are, absolutely and relative to their image."""
     figure, (left, right) = _figure(10.0, 3.2, 2)
-    edges = np.geomspace(2, 2048, 41)
-    shares = np.geomspace(1e-5, 1, 41)
+    edges = np.geomspace(2, 2048, 41).tolist()
+    shares = np.geomspace(1e-5, 1, 41).tolist()
     for part in study.parts:
         rows = np.flatnonzero(part.objects.area > 0)
         area = part.objects.area[rows]
@@ -113,7 +113,7 @@ def images(study: Study) -> Figure:
     """Returns how many objects images have, and how large images are."""
     figure, (left, right) = _figure(10.0, 3.2, 2)
     most = max(int(p.dataset.objects_per_image.max()) for p in study.parts)
-    edges = np.linspace(-0.5, most + 0.5, min(most + 2, 42))
+    edges = np.linspace(-0.5, most + 0.5, min(most + 2, 42)).tolist()
     for part in study.parts:
         data, color = part.dataset, COLORS[part.name]
         number = data.objects_per_image

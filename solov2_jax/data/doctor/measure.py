@@ -153,7 +153,8 @@ def _outline(
         net = abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
         around = np.hypot(*(points - np.roll(points, -1, axis=0)).T).sum()
         flat: Any = [polygon]
-        (covered,) = coco_mask.area(coco_mask.frPyObjects(flat, *new))
+        drawn: Any = coco_mask.frPyObjects(flat, *new)
+        covered = int(coco_mask.area(drawn[0]))
         # Where an outline runs the other way round, its area counts negative; drawing
         # fills it. Half of the edge's pixels may be drawn beyond the outline.
         crossing |= bool(covered - net > 0.1 * covered + 0.75 * around)
