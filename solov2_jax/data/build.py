@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from solov2_jax.data import records
 from solov2_jax.data.coco import CocoDataset, load_coco
 from solov2_jax.data.generated import ShapesSettings, write_shapes
 from solov2_jax.data.pipeline import (
@@ -47,9 +48,12 @@ def data_files(config: Any) -> tuple[tuple[str, str], tuple[str, str]]:
     if data.name == "":
         train = data.train.images, data.train.annotations
         return train, (data.val.images, data.val.annotations)
+    if records.is_records(data.name):
+        train, val = (records.split_root(data.name, s) for s in records.SPLITS)
+        return train, val
     raise ValueError(
-        f'data.name is {data.name!r}; use "" for data.train and data.val, or "shapes" '
-        "for the generated data set."
+        f'data.name is {data.name!r}; use "" for data.train and data.val, "shapes" for '
+        'the generated data set, or "tfds:FOLDER" for records.'
     )
 
 

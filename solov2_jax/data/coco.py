@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from solov2_jax.data import records
 from solov2_jax.data.annotations import Segmentations, collect, describe
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,11 @@ class CocoDataset:
         return len(self.image_ids)
 
     def path(self, index: int) -> str:
-        """Returns the path of image `index`."""
+        """Returns where image `index` is: a path, or a record for `records.source`."""
+        if records.is_records(self.image_root):
+            return records.record_path(
+                self.image_root, index, str(self.file_names[index])
+            )
         return os.path.join(self.image_root, str(self.file_names[index]))
 
     @property
@@ -90,7 +95,8 @@ def load_coco(
     """Returns the data set, or raises one ValueError that names file, field and mend.
 
     Args:
-      images: folder that the json's file names are relative to.
+      images: folder that the json's file names are relative to, or records, see
+        `records.split_root`.
       annotations: COCO instances json.
       categories: id -> name that the json must have, e.g. the training data's.
 
@@ -119,7 +125,16 @@ def read_coco(
     What is dropped and counted instead of an error: crowds, objects without
     segmentation, unusable polygons, objects of zero area or outside of their image.
     """
-    content = _read_json(annotations)
+    return dataset_of(read_json(annotations), images, annotations, categories)
+
+
+def dataset_of(
+    content: Mapping[str, Any],
+    images: str,
+    annotations: str,
+    categories: Mapping[int, str] | None = None,
+) -> CocoDataset:
+    """Returns the data set of a json's content; `annotations` names it in messages."""
     ids, names = _read_categories(content["categories"], annotations)
     if categories is not None:
         _compare_categories(dict(zip(ids, names, strict=True)), categories, annotations)
@@ -141,7 +156,7 @@ def read_coco(
     )
 
 
-def _read_json(path: str) -> dict[str, Any]:
+def read_json(path: str) -> dict[str, Any]:
     """Returns the parsed file with its three lists present."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -274,6 +289,9 @@ def _read_images(records: list[Any], path: str) -> dict[str, np.ndarray]:
 
 def missing_files(dataset: CocoDataset) -> list[int]:
     """Returns the images whose file is missing; lists every folder once."""
+    if records.is_records(dataset.image_root):
+        records.check(dataset.image_root, len(dataset))
+        return []
     if not os.path.isdir(dataset.image_root):
         raise ValueError(
             f"{dataset.image_root}: no such image folder (for "

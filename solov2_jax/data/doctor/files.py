@@ -15,6 +15,7 @@ from solov2_jax.data.coco import CocoDataset, missing_files
 from solov2_jax.data.doctor.findings import ERROR, NOTE, WARNING, Finding, found, share
 from solov2_jax.data.headers import read_header
 from solov2_jax.data.images import read_image
+from solov2_jax.data.records import read_bytes
 
 THREADS = 4
 _THUMB = 16  # side of the small picture that is compared for looks
@@ -47,8 +48,7 @@ def read_file(path: str) -> FileFacts:
             warnings.simplefilter("ignore")  # of Pillow: what matters is raised
             header = read_header(path)
             image = read_image(path)
-        with open(path, "rb") as file:
-            digest = hashlib.sha256(file.read()).hexdigest()
+        digest = hashlib.sha256(read_bytes(path)).hexdigest()
     except (ValueError, OSError) as error:
         return FileFacts(problem=str(error))
     h, w = image.shape[:2]
