@@ -126,7 +126,8 @@ def get_config() -> ConfigDict:
     data.val.images = "datasets/coco/val2017"  # folder [DATASETS.TEST]
     data.val.annotations = "datasets/coco/annotations/instances_val2017.json"
     # "": the two data sets above. "shapes": the embedded generated data set, written
-    # below `data.generated.root` on first use, replaces them.
+    # below `data.generated.root` on first use, replaces them. "tfds:FOLDER": the
+    # records that `python -m solov2_jax.data.tfds` wrote do.
     data.name = ""
     data.generated = generated = ConfigDict()
     generated.root = "datasets/shapes"

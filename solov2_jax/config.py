@@ -64,7 +64,7 @@ _ONE_OF = {
     "test.nms_type": ("matrix", "mask"),
     "test.nms_kernel": ("gaussian", "linear"),
     "input.channel_order": ("BGR", "RGB"),
-    "data.name": ("", "shapes"),
+    "data.name": ("", "shapes", "tfds:FOLDER"),
     "eval.backend": ("fast", "pycocotools"),
 }
 
@@ -196,7 +196,8 @@ def check_config(config: ConfigDict) -> None:
         if not flat[key] > 0:
             wrong.append(f"{key} = {flat[key]} must be above 0")
     for key, values in _ONE_OF.items():
-        if flat[key] not in values:
+        folder = key == "data.name" and str(flat[key]).startswith("tfds:")
+        if flat[key] not in values and not folder:
             wrong.append(f"{key} = {flat[key]!r} must be one of {values}")
     for key in ("optim.momentum", "optim.ema_decay"):
         if flat[key] >= 1:

@@ -19,6 +19,7 @@ LAYERS = {
     "nms": 2,
     "models": 3,
     "targets": 3,
+    "heatmaps": 3,
     "losses": 3,
     "postprocess": 3,
     "paste": 3,

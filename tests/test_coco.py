@@ -198,7 +198,7 @@ def test_categories_must_be_the_training_datas(tmp_path):
     with pytest.raises(ValueError) as error:
         load(tmp_path, categories={5: "lion", 21: "dog"})
     message = str(error.value)
-    assert "missing ids: 21" in message and "unknown ids: 20" in message
+    assert "missing ids: 21 (dog)" in message and "unknown ids: 20 (dog)" in message
     assert "5 ('lion' became 'cat')" in message
 
 

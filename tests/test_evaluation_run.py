@@ -66,6 +66,7 @@ def test_oracle_scores_1_and_both_files_are_written(dataset, tmp_path, caplog):
     results = json.loads((out / "predictions.json").read_text())
     by_image = {i: [r for r in results if r["image_id"] == i] for i in TRUTH}
     assert [r["category_id"] for r in by_image[7]] == [5, 20]
+    assert [r["class_name"] for r in by_image[7]] == ["cat", "dog"]
     assert by_image[3][0]["bbox"] == [10, 8, 20, 20]
     mask = np.zeros((64, 48), bool)
     mask[8:28, 10:30] = True

@@ -14,7 +14,11 @@ import toy
 
 from solov2_jax.training import sharding
 from solov2_jax.training import workdir as workdirs
-from solov2_jax.training.checkpoint import list_steps, restore_variables
+from solov2_jax.training.checkpoint import (
+    list_steps,
+    read_position,
+    restore_variables,
+)
 from solov2_jax.training.loop import train
 from solov2_jax.training.restore import restore
 from solov2_jax.weights.convert import flatten, save_weights
@@ -79,6 +83,7 @@ def test_a_whole_run(tmp_path, caplog):
     assert best["step"] in list_steps(path) and 12 in list_steps(path)
     classes = json.loads((path / "classes.json").read_text())
     assert classes == {"names": ["a", "b", "c"], "ids": [1, 5, 7]}
+    assert read_position(path, 12)["classes"] == classes
     environment = json.loads((path / "environment.json").read_text())
     assert environment["packages"]["jax"] and len(environment["devices"]) == 8
     assert json.loads((path / "config.json").read_text())["train"]["steps"] == 12

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from solov2_jax.data import records
 from solov2_jax.data.augment import Augment
 from solov2_jax.data.coco import CocoDataset, load_coco
 from solov2_jax.data.generated import ShapesSettings, write_shapes
@@ -19,16 +20,7 @@ from solov2_jax.data.sizes import resize_of
 
 def load_datasets(config: Any) -> tuple[CocoDataset, CocoDataset]:
     """Returns the training and the validation data set, with equal categories."""
-    data = config.data
-    if data.name == "shapes":
-        train = load_coco(*_generated_split(_write_generated(config), "train"))
-    elif data.name == "":
-        train = load_coco(data.train.images, data.train.annotations)
-    else:
-        raise ValueError(
-            f'data.name is {data.name!r}; use "" for data.train and data.val, or '
-            '"shapes" for the generated data set.'
-        )
+    train = load_coco(*data_files(config)[0])
     names = dict(zip(train.category_ids, train.class_names, strict=True))
     val = load_val_dataset(config, names)
     if config.model.num_classes not in (0, len(names)):
@@ -45,11 +37,25 @@ def load_val_dataset(config: Any, categories: Mapping[int, str]) -> CocoDataset:
     Args:
       categories: id -> name that it must have, those of the training.
     """
-    if config.data.name == "shapes":
-        files = _generated_split(_write_generated(config), "val")
-    else:
-        files = config.data.val.images, config.data.val.annotations
-    return load_coco(*files, categories=categories)
+    return load_coco(*data_files(config)[1], categories=categories)
+
+
+def data_files(config: Any) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Returns (image folder, json) of the training and of the validation data."""
+    data = config.data
+    if data.name == "shapes":
+        folder = _write_generated(config)
+        return _generated_split(folder, "train"), _generated_split(folder, "val")
+    if data.name == "":
+        train = data.train.images, data.train.annotations
+        return train, (data.val.images, data.val.annotations)
+    if records.is_records(data.name):
+        train, val = (records.split_root(data.name, s) for s in records.SPLITS)
+        return train, val
+    raise ValueError(
+        f'data.name is {data.name!r}; use "" for data.train and data.val, "shapes" for '
+        'the generated data set, or "tfds:FOLDER" for records.'
+    )
 
 
 def _write_generated(config: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from solov2_jax.data import records
 from solov2_jax.data.annotations import Segmentations, collect, describe
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,11 @@ class CocoDataset:
         return len(self.image_ids)
 
     def path(self, index: int) -> str:
-        """Returns the path of image `index`."""
+        """Returns where image `index` is: a path, or a record for `records.source`."""
+        if records.is_records(self.image_root):
+            return records.record_path(
+                self.image_root, index, str(self.file_names[index])
+            )
         return os.path.join(self.image_root, str(self.file_names[index]))
 
     @property
@@ -65,13 +70,13 @@ class CocoDataset:
             f"({c['images_without_objects']} without objects), {c['objects']} objects "
             f"of {len(self.class_names)} classes, at most {c['max_objects']} an image"
         ]
-        for key, text in _DROPPED.items():
+        for key, text in DROPPED.items():
             if c.get(key, 0):
                 lines.append(f"  {c[key]} {text}")
         return "\n".join(lines)
 
 
-_DROPPED = {
+DROPPED = {
     "crowds": "crowd regions: not trained on, ignored by the evaluation",
     "no_segmentation": "annotations dropped: no segmentation",
     "bad_polygons": "polygons dropped: fewer than 3 points or an odd number of values",
@@ -90,26 +95,57 @@ def load_coco(
     """Returns the data set, or raises one ValueError that names file, field and mend.
 
     Args:
-      images: folder that the json's file names are relative to.
+      images: folder that the json's file names are relative to, or records, see
+        `records.split_root`.
       annotations: COCO instances json.
       categories: id -> name that the json must have, e.g. the training data's.
+
+    It is what `read_coco` returns, and every image file must be there.
+    """
+    dataset = read_coco(images, annotations, categories=categories)
+    if missing := missing_files(dataset):
+        names = dataset.file_names[missing].tolist()
+        raise ValueError(
+            f"{annotations}: {len(missing)} of {len(dataset)} images are not in "
+            f"{images}: {describe(names)}. `file_name` is relative to that folder: "
+            "correct the folder, add the files, or remove the images from the json."
+        )
+    log.info("%s", dataset.summary())
+    return dataset
+
+
+def read_coco(
+    images: str,
+    annotations: str,
+    *,
+    categories: Mapping[int, str] | None = None,
+) -> CocoDataset:
+    """Returns the data set of a json; the image files need not be there.
 
     What is dropped and counted instead of an error: crowds, objects without
     segmentation, unusable polygons, objects of zero area or outside of their image.
     """
-    content = _read_json(annotations)
+    return dataset_of(read_json(annotations), images, annotations, categories)
+
+
+def dataset_of(
+    content: Mapping[str, Any],
+    images: str,
+    annotations: str,
+    categories: Mapping[int, str] | None = None,
+) -> CocoDataset:
+    """Returns the data set of a json's content; `annotations` names it in messages."""
     ids, names = _read_categories(content["categories"], annotations)
     if categories is not None:
         _compare_categories(dict(zip(ids, names, strict=True)), categories, annotations)
     table = _read_images(content["images"], annotations)
-    _check_files(images, table["file_names"], annotations)
     objects, counts = collect(content["annotations"], annotations, table, ids)
     number = np.diff(objects["start"])
     counts["images"] = len(number)
     counts["images_without_objects"] = int((number == 0).sum())
     counts["objects"] = int(number.sum())
     counts["max_objects"] = int(number.max())
-    dataset = CocoDataset(
+    return CocoDataset(
         image_root=images,
         annotation_file=annotations,
         class_names=names,
@@ -118,11 +154,9 @@ def load_coco(
         **objects,
         counts=dict(counts),
     )
-    log.info("%s", dataset.summary())
-    return dataset
 
 
-def _read_json(path: str) -> dict[str, Any]:
+def read_json(path: str) -> dict[str, Any]:
     """Returns the parsed file with its three lists present."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -215,8 +249,8 @@ def _compare_categories(
     parts = [
         f"{text}: {describe(values)}"
         for text, values in (
-            ("missing ids", missing),
-            ("unknown ids", extra),
+            ("missing ids", [f"{i} ({expected[i]})" for i in missing]),
+            ("unknown ids", [f"{i} ({found[i]})" for i in extra]),
             ("other names", renamed),
         )
         if values
@@ -253,25 +287,24 @@ def _read_images(records: list[Any], path: str) -> dict[str, np.ndarray]:
     return table
 
 
-def _check_files(root: str, names: np.ndarray, path: str) -> None:
-    """Raises if an image file is missing; lists every folder once."""
-    if not os.path.isdir(root):
+def missing_files(dataset: CocoDataset) -> list[int]:
+    """Returns the images whose file is missing; lists every folder once."""
+    if records.is_records(dataset.image_root):
+        records.check(dataset.image_root, len(dataset))
+        return []
+    if not os.path.isdir(dataset.image_root):
         raise ValueError(
-            f"{root}: no such image folder (for {path}). Set data.train.images and "
-            "data.val.images to the folders that hold the images."
+            f"{dataset.image_root}: no such image folder (for "
+            f"{dataset.annotation_file}). Set data.train.images and data.val.images to "
+            "the folders that hold the images."
         )
     folders: dict[str, set[str]] = {}
     missing = []
-    for name in names.tolist():
-        folder, base = os.path.split(os.path.join(root, name))
+    for index in range(len(dataset)):
+        folder, base = os.path.split(dataset.path(index))
         if folder not in folders:
             exists = os.path.isdir(folder)
             folders[folder] = set(os.listdir(folder)) if exists else set()
         if base not in folders[folder]:
-            missing.append(name)
-    if missing:
-        raise ValueError(
-            f"{path}: {len(missing)} of {len(names)} images are not in {root}: "
-            f"{describe(missing)}. `file_name` is relative to that folder: correct "
-            "the folder, add the files, or remove the images from the json."
-        )
+            missing.append(index)
+    return missing

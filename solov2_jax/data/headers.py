@@ -6,6 +6,8 @@ import struct
 
 from PIL import Image, UnidentifiedImageError
 
+from solov2_jax.data.records import source
+
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNED = (5, 6, 7, 8)  # its values that swap the sides
@@ -20,10 +22,10 @@ class Header:
     orientation: int  # of the EXIF tag: 1 upright as stored, 5 to 8 sides swapped
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
+def read_header(path: str) -> Header:
     """Returns size and orientation, or raises one ValueError that names the file."""
     try:
-        with Image.open(path) as image:
+        with Image.open(source(path)) as image:
             width, height = image.size
             orientation = int(image.getexif().get(_ORIENTATION, 1))
     except FileNotFoundError:

@@ -6,6 +6,8 @@ import zlib
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from solov2_jax.data.records import source
+
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
@@ -32,7 +34,7 @@ def open_image(path: str) -> Image.Image:
     to PIL, which clips them to white.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(source(path)) as image:
             _check_pixels(path, image.size)
             ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image, path)

@@ -10,7 +10,8 @@ import functools
 import gc
 import logging
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -57,6 +58,10 @@ class Batches:
 
     def __len__(self) -> int:
         return max(self._stop - self._start, 0)
+
+    def replace_loader(self, make: Callable[[Any], Any]) -> None:
+        """Lets another loader, made from the present one, make the batches."""
+        self._loader = make(self._loader)
 
     def __iter__(self) -> Iterator[ArrayDict]:
         generator = self._fetch()

@@ -70,7 +70,9 @@ def evaluate(
     )
     check_names(expectations, evaluator.metric_names())
     shown, clock = predict(predictor, batches, evaluator, num_pictures)
-    write_results(evaluator.results, out / "predictions.json")
+    names = dict(zip(dataset.category_ids, dataset.class_names, strict=True))
+    results = [{**r, "class_name": names[r["category_id"]]} for r in evaluator.results]
+    write_results(results, out / "predictions.json")
     metrics = evaluator.evaluate()
     counts = {"num_images": clock.images, "num_predictions": len(evaluator.results)}
     write_json({**metrics, **counts}, out / "metrics.json")

@@ -34,9 +34,11 @@ def build_task(
       val_is_train: evaluate on the training images instead of the validation's.
     """
     from solov2_jax.data.build import build_train_batches, load_datasets
+    from solov2_jax.data.doctor.start import check_at_start
 
     train, val = load_datasets(config)
     val = train if val_is_train else val
+    check_at_start(config, train, val)
     num_classes = len(train.class_names)
     config = config.copy_and_resolve_references()
     config.model.num_classes = num_classes

@@ -52,6 +52,7 @@ def dry_run(config: Any) -> tuple[list[Compiled], list[str]]:
         input_.max_size_train,
         input_.buckets_train,
         "input.min_sizes_train",
+        input_.size_sampling,
     )
     if not resize.buckets:
         notes.append(

@@ -188,6 +188,10 @@ def make_hooks(
             "batch_size": train.batch_size,
             "data": task.fingerprint,
             **run.window.saved(),
+            "classes": {
+                "names": list(task.class_names),
+                "ids": [int(i) for i in task.category_ids],
+            },
         }
 
     precise = []

@@ -95,7 +95,7 @@ def _add_image(
     name = os.path.relpath(file, images).replace(os.sep, "/")
     if name.startswith("../"):
         raise ValueError(f"{path}: its image {file} is not below --images {images}.")
-    header = read_header(file)
+    header = read_header(str(file))
     stated = record.get("imageHeight"), record.get("imageWidth")
     if stated != (None, None) and stated != (header.height, header.width):
         raise ValueError(

@@ -1,0 +1,129 @@
+"""Images in array_record shards, as `data/tfds.py` writes them, without TensorFlow.
+
+A record is a serialized tf.train.Example. Its three nested messages are few enough to
+be read here, so that training needs neither TensorFlow nor tensorflow-datasets.
+"""
+
+import glob
+import io
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+PREFIX = "tfds:"
+SPLITS = ("train", "val")
+
+
+def is_records(root: str) -> bool:
+    """Returns whether an image root means records: "tfds:FOLDER" or "..#SPLIT"."""
+    return root.startswith(PREFIX)
+
+
+def split_root(name: str, split: str) -> tuple[str, str]:
+    """Returns (image root, json) of a split of "tfds:FOLDER".
+
+    Args:
+      name: the folder has the shards, and the instances jsons beside them.
+    """
+    folder = name.removeprefix(PREFIX)
+    return f"{PREFIX}{folder}#{split}", os.path.join(folder, f"instances_{split}.json")
+
+
+def record_path(root: str, index: int, file_name: str) -> str:
+    """Returns the place of a record as text: "tfds:FOLDER#SPLIT/INDEX/FILE"."""
+    return f"{root}/{index}/{file_name}"
+
+
+def source(path: str) -> str | io.BytesIO:
+    """Returns what PIL opens: a path as it is, or the bytes of a record's image."""
+    return io.BytesIO(read_bytes(path)) if is_records(path) else path
+
+
+def read_bytes(path: str) -> bytes:
+    """Returns the file's content, or that of a record's image."""
+    if not is_records(path):
+        with open(path, "rb") as file:
+            return file.read()
+    folder, _, rest = path.removeprefix(PREFIX).partition("#")
+    split, index, file_name = rest.split("/", 2)
+    example = parse_example(_open(folder, split)[int(index)])
+    stored = example.get("image/file_name", [b""])[0].decode()
+    if stored != file_name or not example.get("image"):
+        raise ValueError(
+            f"{folder}: record {index} of {split} is {stored!r}, but the json beside "
+            f"it says {file_name!r}; build the records again."
+        )
+    return example["image"][0]
+
+
+def check(root: str, number: int) -> None:
+    """Raises if the shards are missing or do not hold so many images."""
+    folder, _, split = root.removeprefix(PREFIX).partition("#")
+    found = len(_open(folder, split))
+    if found != number:
+        raise ValueError(
+            f"{folder}: the shards of {split} have {found} images, the json beside "
+            f"them {number}; build the records again."
+        )
+
+
+@lru_cache(maxsize=8)
+def _open(folder: str, split: str) -> Any:
+    """Returns the records of a split, by index; opened once in each process."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    pattern = os.path.join(glob.escape(folder), f"*-{split}.array_record-*-of-*")
+    shards = sorted(glob.glob(pattern))
+    total = int(shards[0].rpartition("-")[2]) if shards else 0
+    if not shards or len(shards) != total:
+        raise ValueError(
+            f"{folder}: has {len(shards)} of {total or 'the'} array_record shards of "
+            f"{split}; correct data.name, or build them by "
+            "`python -m solov2_jax.data.tfds`."
+        )
+    return ArrayRecordDataSource(shards)
+
+
+def parse_example(record: bytes) -> dict[str, list[bytes]]:
+    """Returns the bytes features of a serialized tf.train.Example, by name.
+
+    Numbers in it are left out. Source: the messages Example, Features, Feature and
+    BytesList of TensorFlow's example.proto and feature.proto, in protobuf's encoding.
+    """
+    features: dict[str, list[bytes]] = {}
+    for _, message in _fields(record):  # Example: 1 features
+        for _, entry in _fields(message):  # Features: 1 map of name and Feature
+            pair = dict(_fields(entry))  # 1 name, 2 Feature
+            for kind, values in _fields(pair.get(2, b"")):
+                if kind == 1:  # of bytes, not numbers
+                    name = pair.get(1, b"").decode()
+                    features[name] = [value for _, value in _fields(values)]
+    return features
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yields number and content of the length-delimited fields of a message."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        if key & 7 != 2:
+            raise ValueError("a record is damaged: it is no tf.train.Example")
+        length, at = _varint(message, at)
+        if at + length > len(message):
+            raise ValueError("a record is damaged: it is cut off")
+        yield key >> 3, message[at : at + length]
+        at += length
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """Returns a whole number in groups of seven bits, and where it ends."""
+    value = shift = 0
+    while True:
+        if at >= len(message):
+            raise ValueError("a record is damaged: it is cut off")
+        byte = message[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
