@@ -11,7 +11,10 @@ from PIL import Image
 from pycocotools import mask as rle
 from scipy import ndimage
 
+from solov2_jax.data.coco import load_coco
+from solov2_jax.data.importers import __main__ as importers
 from solov2_jax.data.masks import decode_runs, parse_runs
+from solov2_jax.evaluation.pictures import truth
 from solov2_jax.inference.crops import MaskCrops, pack
 from solov2_jax.inference.draw import distinct_color, draw_prediction, object_colors
 from solov2_jax.inference.outputs import (
@@ -84,6 +87,32 @@ def test_yolo_and_labelme_draw_the_mask_again(sigma, least):
             continue
         assert iou(drawn(rings, shape), mask) > least, i
     assert any(g is not None for g in groups), "no mask had two parts: test more"
+
+
+def test_the_importers_read_the_labels_back(tmp_path):
+    masks = blobs(4, 3)
+    prediction = from_masks(masks, [0, 1, 0])
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "a.png"
+    Image.new("RGB", (160, 120)).save(path)
+    frame = Frame("a", "a.png", str(path), np.zeros((120, 160, 3), np.uint8))
+    out = tmp_path / "out"
+    Outputs(str(out), ("yolo", "labelme"), NAMES, Style()).write(frame, prediction)
+    for kind, names in (("yolo", "classes.txt"), ("labelme", "")):
+        labels = out / "yolo" / "labels" if kind == "yolo" else out / "labelme"
+        arguments = [kind, "--images", str(path.parent), "--labels", str(labels)]
+        if names:
+            arguments += ["--names", str(out / "yolo" / names)]
+        written = tmp_path / f"{kind}.json"
+        importers.main([*arguments, "--output", str(written)])
+        dataset = load_coco(str(path.parent), str(written))
+        found = truth(dataset, 0)
+        assert len(found) == len(masks), kind
+        names_found = [dataset.class_names[i] for i in found.labels]
+        for name, mask in zip(names_found, np.asarray(found.masks), strict=True):
+            best = int(np.argmax([iou(mask, m) for m in masks]))
+            assert iou(mask, masks[best]) > 0.95, kind
+            assert name == NAMES[prediction.labels[best]], kind
 
 
 def test_outlines_of_squares_are_exact_with_hole_and_second_part():

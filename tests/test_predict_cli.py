@@ -1,8 +1,10 @@
 """predict.py and evaluate.py: files in, files out, and what happens to bad ones."""
 
+import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +14,15 @@ import pytest
 import tiny_coco
 import tiny_network
 from PIL import Image
+from rich.console import Console
 
 from solov2_jax.config import save_config
+from solov2_jax.inference import progress
 from solov2_jax.inference.files import FileOptions, predict_files
 from solov2_jax.inference.outputs import Style
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.selection import Selection
+from solov2_jax.inference.shapes import shapes_of
 from solov2_jax.inference.sources import open_sources
 from solov2_jax.inference.video import VideoReader, VideoWriter
 
@@ -155,6 +160,60 @@ def test_frames_for_labels_of_a_video(clip, tmp_path):
     image = tmp_path / "out" / "labelme" / content["imagePath"]
     assert np.asarray(Image.open(image)).shape == (42, 60, 3)  # sides are even
     assert abs(np.asarray(Image.open(image))[15, 20].astype(int) - 220).max() < 25
+
+
+def test_ctrl_c_finishes_what_was_read(tmp_path):
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    for i in range(40):
+        Image.fromarray(pixels).save(tmp_path / f"{i:02d}.png")
+
+    class Interrupted(LeftHalf):
+        seen = 0
+
+        def predict_images(self, images):
+            self.seen += 1
+            if self.seen == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().predict_images(images)
+
+    sources = open_sources(str(tmp_path), "", threads=2, limit=0, every=1)
+    options = FileOptions(("coco",), Selection(0.3))
+    before = signal.getsignal(signal.SIGINT)
+    summary = predict_files(Interrupted(), sources, str(tmp_path / "out"), options)
+    assert signal.getsignal(signal.SIGINT) == before
+    assert summary.stopped and 3 <= summary.pictures < 40
+    results = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [r["image_id"] for r in results] == list(range(summary.pictures))
+
+
+def test_a_bar_in_a_terminal_keeps_the_log_above_it(monkeypatch, caplog):
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        progress, "Console", lambda file: Console(file=screen, force_terminal=True)
+    )
+    with progress.ProgressReport(3) as report:
+        for objects in (1, 2, 3):
+            report.count(objects)
+    assert "6 objects" in screen.getvalue() and "3/3" in screen.getvalue()
+
+
+def test_few_shapes_for_many_images(tmp_path):
+    sizes = [(40, 60), (60, 40), (40, 61), (64, 48), (30, 90)]
+    for i, (height, width) in enumerate(sizes):
+        pixels = np.zeros((height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    (tmp_path / "broken.png").touch()
+    sources = open_sources(str(tmp_path), "", threads=1, limit=0, every=1)
+
+    class Own:
+        def padded_shape(self, height, width):
+            return -(-height // 32) * 32, -(-width // 32) * 32
+
+    few = shapes_of(sources, Own(), 2)
+    assert len(few) == 2
+    for height, width in sizes:
+        assert any(h >= height and w >= width for h, w in few)
+    assert len(shapes_of(sources, Own(), 1)) == 1
 
 
 def test_options_that_cannot_be(tmp_path):

@@ -100,7 +100,9 @@ class Summary:
                 f"nothing was written to {output}: "
                 f"{problems or 'the input has no picture'}"
             )
-        log.info("%d pictures, %d objects: %s", self.pictures, self.objects, output)
+        ended = ", ended by Ctrl-C" if self.stopped else ""
+        counts = f"{self.pictures} pictures, {self.objects} objects"
+        log.info("%s%s: %s", counts, ended, output)
         for path in self.written:
             log.info("video: %s", path)
         if self.busy is not None:
