@@ -35,7 +35,7 @@ class LeftHalf:
     class_names = ("wall", "door")
     category_ids = (5, 2)
 
-    def predict_images(self, images):
+    def predict_images(self, images, batch_size=1):
         for image in images:
             height, width = image.shape[:2]
             masks = np.zeros((2, height, width), bool)
@@ -170,7 +170,7 @@ def test_ctrl_c_finishes_what_was_read(tmp_path):
     class Interrupted(LeftHalf):
         seen = 0
 
-        def predict_images(self, images):
+        def predict_images(self, images, batch_size=1):
             self.seen += 1
             if self.seen == 3:
                 os.kill(os.getpid(), signal.SIGINT)

@@ -52,7 +52,7 @@ class ImagePredictor(Protocol):
     category_ids: tuple[int, ...]
 
     def predict_images(
-        self, images: Iterable[np.ndarray | str]
+        self, images: Iterable[np.ndarray | str], batch_size: int = 1
     ) -> Iterable[Prediction]: ...
 
 
@@ -185,6 +185,7 @@ class Run:
         """Predicts the source; the first picture gets the number `first`."""
         size = self.options.batch_size
         with ExitStack() as stack:
+            video = self._video(stack)  # first: it is given up after the threads ended
             readers, pasters, writers, encoders = (
                 stack.enter_context(ThreadPoolExecutor(n))
                 for n in (self.source.threads, 1, WRITERS, 1)
@@ -196,7 +197,6 @@ class Run:
             good = self._good(read, summary)
             found = predict_ahead(pasters, self.predictor, good, size, self.clock)
             done = ahead(writers, self._write, self._chosen(found), WINDOW)
-            video = self._video(stack)
             if video is not None:
                 done = ahead(encoders, video.add, done, WINDOW)
             for results, objects, _ in done:

@@ -116,7 +116,8 @@ def predict_ahead(
     """Yields the predictions, in order among pictures of one padded shape."""
     if not isinstance(predictor, StagedPredictor):
         for picture in pictures:
-            (prediction,) = predictor.predict_images([picture.frame.image])
+            images = [picture.frame.image]  # its tiles, if any, make the batches
+            (prediction,) = predictor.predict_images(images, batch_size)
             yield picture, prediction
         return
 

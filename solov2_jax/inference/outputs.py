@@ -108,7 +108,7 @@ class Outputs:
             else:
                 save(picture, overlay_path(self.output, frame.name, frame.path))
         source = frame.path
-        if video and {"yolo", "labelme"} & set(self.formats):
+        if not frame.stays and {"yolo", "labelme"} & set(self.formats):
             source = self._path("frames", f"{frame.name}.jpg")
             save(frame.image, source)
         if "masks" in self.formats:

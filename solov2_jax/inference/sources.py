@@ -39,6 +39,7 @@ class Frame:
     path: str  # the file that the user gave
     image: np.ndarray | None = None  # RGB uint8 [H, W, 3]; None if it cannot be read
     index: int | None = None  # place in its video
+    stays: bool = True  # the file is there after the run, and is this picture
     problem: str = ""
 
 
@@ -46,10 +47,16 @@ Read = Callable[[], Frame | None]
 
 
 class ImageFiles:
-    """Image files, read by several threads."""
+    """Image files, read by several threads.
 
-    def __init__(self, paths: Sequence[str], threads: int, names: "Names"):
-        self.paths, self.threads = list(paths), threads
+    Args:
+      stay: the files are there after the run.
+    """
+
+    def __init__(
+        self, paths: Sequence[str], threads: int, names: "Names", stay: bool = True
+    ):
+        self.paths, self.threads, self.stay = list(paths), threads, stay
         folders = [os.path.dirname(os.path.abspath(path)) for path in paths]
         self.root = os.path.commonpath(folders)
         self.names = [names.take(path) for path in paths]
@@ -66,7 +73,8 @@ class ImageFiles:
     def _read(self, path: str, name: str) -> Frame:
         file_name = os.path.relpath(path, self.root)
         try:
-            return Frame(name, file_name, path, read_image(path))
+            image = read_image(path)
+            return Frame(name, file_name, path, image, stays=self.stay)
         except ValueError as error:
             return Frame(name, file_name, path, problem=str(error))
 
@@ -110,7 +118,7 @@ class VideoFile:
                 if self.limit and index // self.every >= self.limit:
                     return
                 name = f"{self.name}_{index:06d}"
-                yield Frame(name, self.file_name, self.path, image, index)
+                yield Frame(name, self.file_name, self.path, image, index, False)
         except ValueError as error:
             name = f"{self.name}_{index + 1:06d}"
             yield Frame(name, self.file_name, self.path, problem=str(error))
@@ -183,7 +191,10 @@ def open_sources(
     videos = [p for p in paths if is_video(p) or (alone and is_animation(p))]
     images = [p for p in paths if p not in set(videos)]
     names = Names()
-    sources: list[Source] = [ImageFiles(images, threads, names)] if images else []
+    sources: list[Source] = []
+    if images:
+        stay = not text.startswith(ADDRESSES)
+        sources.append(ImageFiles(images, threads, names, stay))
     for path in videos:
         try:
             sources.append(VideoFile(path, names, limit, every))
