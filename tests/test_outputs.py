@@ -161,6 +161,12 @@ def test_every_format_is_written(tmp_path):
     named = (out / "labelme" / content["imagePath"]).resolve()
     assert named == (tmp_path / "in" / "a.png").resolve()
     assert (content["imageHeight"], content["imageWidth"]) == (40, 60)
+    # A fetched image is gone after the run: its labels need a copy.
+    assert not (out / "frames").exists()
+    writer.write(replace(frame, stays=False), prediction)
+    content = json.loads((out / "labelme" / "a.json").read_text())
+    assert content["imagePath"] == "../frames/a.jpg"
+    assert (out / "frames" / "a.jpg").is_file()
     # A second run that finds less leaves no mask of the first.
     writer.write(frame, prediction.take(np.array([0])))
     assert [p.name for p in (out / "masks" / "a").iterdir()] == ["000_big_dog.png"]
