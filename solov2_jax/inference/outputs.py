@@ -6,7 +6,7 @@ masks/<name>/        000_cat.png: one mask each, 0 and 255, of the picture's siz
 cutouts/<name>/      000_cat.png: the object alone, transparent around it
 yolo/                labels/<name>.txt, classes.txt and data.yaml: YOLO-seg
 labelme/             <name>.json
-frames/              <name>.jpg: of a video, for the labels
+frames/              <name>.jpg: of a video or an address, for the labels
 """
 
 import json
