@@ -1,7 +1,10 @@
 """predict.py and evaluate.py: files in, files out, and what happens to bad ones."""
 
+import io
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +14,17 @@ import pytest
 import tiny_coco
 import tiny_network
 from PIL import Image
+from rich.console import Console
 
 from solov2_jax.config import save_config
-from solov2_jax.inference.files import find_images, name_pictures, predict_files
+from solov2_jax.inference import progress
+from solov2_jax.inference.files import FileOptions, predict_files
+from solov2_jax.inference.outputs import Style
 from solov2_jax.inference.prediction import Prediction
+from solov2_jax.inference.selection import Selection
+from solov2_jax.inference.shapes import shapes_of
+from solov2_jax.inference.sources import open_sources
+from solov2_jax.inference.video import VideoReader, VideoWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,7 +35,7 @@ class LeftHalf:
     class_names = ("wall", "door")
     category_ids = (5, 2)
 
-    def predict_images(self, images):
+    def predict_images(self, images, batch_size=1):
         for image in images:
             height, width = image.shape[:2]
             masks = np.zeros((2, height, width), bool)
@@ -33,6 +43,13 @@ class LeftHalf:
             boxes = np.array([[0, 0, width // 2, height]] * 2, np.float32)
             scores = np.array([0.9, 0.2], np.float32)
             yield Prediction(masks, boxes, scores, np.array([1, 0]), 0)
+
+
+def predict(source, out, score=0.3, formats=("overlay", "coco"), **options):
+    """Predicts what `--input` would name; returns the summary."""
+    sources = open_sources(str(source), "", threads=2, limit=0, every=1)
+    chosen = FileOptions(formats, Selection(score), **options)
+    return predict_files(LeftHalf(), sources, str(out), chosen)
 
 
 @pytest.fixture
@@ -48,43 +65,24 @@ def photos(tmp_path):
     return folder
 
 
-def test_finds_a_file_a_folder_and_a_pattern(photos):
-    names = [os.path.basename(p) for p in find_images(str(photos))]
-    assert names == ["a.jpg", "a.png", "b.jpg"]
-    assert find_images(str(photos / "a.png")) == [str(photos / "a.png")]
-    assert len(find_images(str(photos / "*.jpg"))) == 2
-    nested = photos.parent / "**" / "*.png"
-    assert find_images(str(nested)) == [str(photos / "a.png")]
-    odd = photos / "a[1].png"
-    (photos / "a.png").rename(odd)
-    assert find_images(str(odd)) == [str(odd)], "an existing name is no pattern"
-
-
-def test_no_input_is_a_clear_error(tmp_path):
-    for source in (tmp_path / "missing.jpg", tmp_path / "*.jpg"):
-        with pytest.raises(ValueError, match="no such file"):
-            find_images(str(source))
-    with pytest.raises(ValueError, match="no image in this folder"):
-        find_images(str(tmp_path))
-
-
-def test_equal_stems_get_different_pictures():
-    paths = ["x/a.jpg", "y/a.JPG", "x/a.jpeg", "x/a_2.jpg", "a.png", "a.bmp"]
-    named = [os.path.basename(p) for p in name_pictures(paths, "out")]
-    assert named == ["a.jpg", "a_2.jpg", "a_3.jpg", "a_2_2.jpg", "a.png", "a_2.png"]
-
-
-def test_pictures_never_replace_inputs(photos):
-    with pytest.raises(ValueError, match="would overwrite an input"):
-        name_pictures([str(photos / "a.jpg")], str(photos))
+@pytest.fixture
+def clip(tmp_path):
+    """A video of 12 frames, 41 x 60 pixels, a bright square moving right."""
+    writer = VideoWriter(str(tmp_path / "clip"), 10.0)
+    for i in range(12):
+        image = np.full((41, 60, 3), 40, np.uint8)
+        image[10:20, 3 * i : 3 * i + 10] = 220
+        writer.write(image)
+    return writer.close()
 
 
 def test_bad_files_are_reported_and_good_ones_done(photos, tmp_path):
     out = tmp_path / "deep" / "out"
-    problems = predict_files(LeftHalf(), find_images(str(photos)), str(out), 0.3)
-    assert len(problems) == 1 and "b.jpg" in problems[0]
-    assert {p.name for p in out.iterdir()} == {"a.jpg", "a.png", "predictions.json"}
-    original, drawn = (np.asarray(Image.open(f / "a.png")) for f in (photos, out))
+    summary = predict(photos, out)
+    assert len(summary.problems) == 1 and "b.jpg" in summary.problems[0]
+    assert {p.name for p in out.iterdir()} == {"a.jpg", "a_2.png", "predictions.json"}
+    original, drawn = (Image.open(f) for f in (photos / "a.png", out / "a_2.png"))
+    original, drawn = np.asarray(original), np.asarray(drawn)
     assert drawn.shape == original.shape
     assert (drawn[:, :20] != original[:, :20]).any()
     np.testing.assert_array_equal(drawn[:, 45:], original[:, 45:])
@@ -103,7 +101,7 @@ def test_bad_files_are_reported_and_good_ones_done(photos, tmp_path):
 
 
 def test_score_0_keeps_everything(photos, tmp_path):
-    predict_files(LeftHalf(), [str(photos / "a.png")], str(tmp_path), 0.0)
+    predict(photos / "a.png", tmp_path, score=0.0)
     results = json.loads((tmp_path / "predictions.json").read_text())
     assert [r["class_name"] for r in results] == ["door", "wall"]
 
@@ -112,10 +110,117 @@ def test_equal_names_in_two_folders_stay_apart(photos, tmp_path):
     other = photos / "more"
     other.mkdir()
     (other / "a.png").write_bytes((photos / "a.png").read_bytes())
-    paths = [str(photos / "a.png"), str(other / "a.png")]
-    predict_files(LeftHalf(), paths, str(tmp_path / "out"), 0.3)
+    predict(photos / "**" / "*.png", tmp_path / "out")
     results = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert [r["file_name"] for r in results] == ["a.png", os.path.join("more", "a.png")]
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"a.png", "a_2.png"}
+
+
+def test_inputs_are_never_replaced_and_a_file_is_no_folder(photos, clip):
+    with pytest.raises(ValueError, match="would overwrite an input"):
+        predict(photos / "a.jpg", photos)
+    with pytest.raises(ValueError, match="would overwrite an input"):
+        predict(clip, os.path.dirname(clip))
+    with pytest.raises(ValueError, match="notes.txt: is a file; give a folder"):
+        predict(photos / "a.jpg", photos / "notes.txt")
+
+
+def test_nothing_written_is_an_error(photos, tmp_path):
+    summary = predict(photos / "b.jpg", tmp_path / "out")
+    with pytest.raises(ValueError, match="nothing was written to there: .*b.jpg"):
+        summary.report("there")
+    assert not (tmp_path / "out" / "predictions.json").exists()
+
+
+def test_a_video_in_a_video_out_with_tracks(clip, tmp_path):
+    out = tmp_path / "deep" / "out"
+    style = Style("track", labels=False)
+    summary = predict(clip, out, formats=("overlay", "coco"), style=style, track=True)
+    (path,) = summary.written
+    assert path == str(out / "clip.mp4") and summary.pictures == 12
+    reader = VideoReader(path)
+    frames = list(reader.frames())
+    assert (len(frames), reader.fps, frames[0].shape) == (12, 10, (42, 60, 3))
+    # The left half is tinted, the right one as it was but for the codec.
+    assert np.ptp(frames[0][2:39, 4:26].astype(int).mean((0, 1))) > 30
+    assert abs(frames[0][2:39, 34:].astype(int) - 40).max() < 12
+    results = json.loads((out / "predictions.json").read_text())
+    assert [r["frame"] for r in results] == [r["image_id"] for r in results]
+    assert {(r["track_id"], r["file_name"]) for r in results} == {(0, "clip.mp4")}
+    assert not list(out.glob(".*")), "no temporary files are left"
+
+
+def test_frames_for_labels_of_a_video(clip, tmp_path):
+    sources = open_sources(clip, "", threads=2, limit=2, every=5)
+    options = FileOptions(("labelme",), Selection(0.3))
+    predict_files(LeftHalf(), sources, str(tmp_path / "out"), options)
+    names = sorted(p.name for p in (tmp_path / "out" / "labelme").iterdir())
+    assert names == ["clip_000000.json", "clip_000005.json"]
+    content = json.loads((tmp_path / "out" / "labelme" / names[1]).read_text())
+    image = tmp_path / "out" / "labelme" / content["imagePath"]
+    assert np.asarray(Image.open(image)).shape == (42, 60, 3)  # sides are even
+    assert abs(np.asarray(Image.open(image))[15, 20].astype(int) - 220).max() < 25
+
+
+def test_ctrl_c_finishes_what_was_read(tmp_path):
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    for i in range(40):
+        Image.fromarray(pixels).save(tmp_path / f"{i:02d}.png")
+
+    class Interrupted(LeftHalf):
+        seen = 0
+
+        def predict_images(self, images, batch_size=1):
+            self.seen += 1
+            if self.seen == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().predict_images(images)
+
+    sources = open_sources(str(tmp_path), "", threads=2, limit=0, every=1)
+    options = FileOptions(("coco",), Selection(0.3))
+    before = signal.getsignal(signal.SIGINT)
+    summary = predict_files(Interrupted(), sources, str(tmp_path / "out"), options)
+    assert signal.getsignal(signal.SIGINT) == before
+    assert summary.stopped and 3 <= summary.pictures < 40
+    results = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [r["image_id"] for r in results] == list(range(summary.pictures))
+
+
+def test_a_bar_in_a_terminal_keeps_the_log_above_it(monkeypatch, caplog):
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        progress, "Console", lambda file: Console(file=screen, force_terminal=True)
+    )
+    with progress.ProgressReport(3) as report:
+        for objects in (1, 2, 3):
+            report.count(objects)
+    assert "6 objects" in screen.getvalue() and "3/3" in screen.getvalue()
+
+
+def test_few_shapes_for_many_images(tmp_path):
+    sizes = [(40, 60), (60, 40), (40, 61), (64, 48), (30, 90)]
+    for i, (height, width) in enumerate(sizes):
+        pixels = np.zeros((height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    (tmp_path / "broken.png").touch()
+    sources = open_sources(str(tmp_path), "", threads=1, limit=0, every=1)
+
+    class Own:
+        def padded_shape(self, height, width):
+            return -(-height // 32) * 32, -(-width // 32) * 32
+
+    few = shapes_of(sources, Own(), 2)
+    assert len(few) == 2
+    for height, width in sizes:
+        assert any(h >= height and w >= width for h, w in few)
+    assert len(shapes_of(sources, Own(), 1)) == 1
+
+
+def test_options_that_cannot_be(tmp_path):
+    with pytest.raises(ValueError, match="--batch_size 0"):
+        FileOptions(("coco",), Selection(0.3), batch_size=0)
+    with pytest.raises(ValueError, match="needs --track"):
+        FileOptions(("coco",), Selection(0.3), style=Style("track"))
 
 
 def command(script, *arguments, **environment):
@@ -143,18 +248,32 @@ def test_predict_with_a_workdir(workdir, photos, tmp_path):
     code, text = command(
         "predict.py",
         *("--workdir", workdir, "--input", photos, "--output", out, "--score=0"),
+        *("--batch_size=2", "--shapes=1"),
         *("--config.test.max_per_image=3", "--config.test.update_threshold=0"),
     )
     assert code == 2, text
     # Everything but the damaged image is done, and the message says which it was.
-    assert text.splitlines()[-1].startswith("error: 1 of 3 images could not be read")
+    assert text.splitlines()[-1].startswith("error: 1 of 3 pictures could not be read")
     assert "b.jpg" in text.splitlines()[-1] and "Traceback" not in text
-    assert text.count("compiling") == 1, "one program for two images of one size"
+    assert text.count("compiling for") == 1, "one program for two images of one size"
     results = json.loads((out / "predictions.json").read_text())
     assert {r["file_name"] for r in results} == {"a.jpg", "a.png"}
     assert 0 < len(results) <= 6
     assert {r["category_id"] for r in results} <= {5, 20}
-    assert np.asarray(Image.open(out / "a.png")).shape == (40, 60, 3)
+    assert np.asarray(Image.open(out / "a_2.png")).shape == (40, 60, 3)
+    assert re.search(r"device busy \d+ % of [\d.]+ s \(compiling: ", text)
+
+
+def test_a_mistyped_class_names_the_nearest(workdir, photos, tmp_path):
+    code, text = command(
+        "predict.py",
+        *("--workdir", workdir, "--input", photos / "a.png", "--output", tmp_path),
+        "--classes=cat,dgo",
+    )
+    assert code == 2
+    assert text.splitlines()[-1].startswith(
+        "error: --classes dgo: no such class; did you mean 'dog'?"
+    )
 
 
 def test_predict_with_a_config_and_weights(photos, tmp_path):
@@ -188,11 +307,17 @@ def test_evaluate_a_workdir(workdir, tmp_path):
     assert f"segm/AP {metrics['segm/AP']:.4f}" in text
 
 
+GIVEN = ("--workdir=nowhere", "--output=o")
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
         ("predict.py", ["--workdir=x", "--input=none.jpg", "--output=o"], "none.jpg"),
         ("predict.py", ["--input=none.jpg", "--output=o"], "--config and --weights"),
+        ("predict.py", [*GIVEN, "--input=README.md", "--write=svg"], "--write svg: "),
+        ("predict.py", [*GIVEN, "--input=camera:97"], "camera:97: no such camera"),
+        ("predict.py", [*GIVEN, "--input=README.md"], "has no config.json"),
         ("evaluate.py", ["--workdir=nowhere"], "has no config.json"),
     ],
 )

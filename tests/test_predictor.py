@@ -14,7 +14,9 @@ import tiny_network
 from PIL import Image
 
 from solov2_jax.config import save_config
+from solov2_jax.inference import predictor as predictor_module
 from solov2_jax.inference import programs
+from solov2_jax.inference.crops import MaskCrops
 from solov2_jax.inference.inputs import InputOptions
 from solov2_jax.inference.predictor import Predictor
 from solov2_jax.inference.programs import DetectOptions, chunk_size
@@ -236,6 +238,17 @@ def test_masks_pasted_in_small_chunks_are_the_same(monkeypatch):
     (parts,) = predictor().predict_images([picture(200, 150)])
     np.testing.assert_array_equal(whole.masks, parts.masks)
     np.testing.assert_array_equal(whole.boxes, parts.boxes)
+
+
+def test_masks_of_a_large_image_are_held_packed(monkeypatch):
+    (plain,) = predictor(buckets=((96, 96),)).predict_images([picture(64, 80)])
+    monkeypatch.setattr(predictor_module, "PACK_BYTES", 2 * 64 * 80)
+    (packed,) = predictor(buckets=((96, 96),)).predict_images([picture(64, 80)])
+    assert isinstance(packed.masks, MaskCrops) and len(packed) == len(plain) == 3
+    np.testing.assert_array_equal(np.asarray(packed.masks), plain.masks)
+    np.testing.assert_array_equal(packed.boxes, plain.boxes)
+    np.testing.assert_array_equal(packed.labels, plain.labels)
+    assert packed.encode() == plain.encode()
 
 
 def test_chunks_are_smaller_on_large_canvases():

@@ -1,14 +1,29 @@
 """Reading any picture as 8-bit RGB, or one clear error that names the file."""
 
+import contextlib
+import os
 import struct
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from solov2_jax.data.records import source
+from solov2_jax.data.records import is_records, source
 
+# Others are left out: some run programs (EPS), none holds photographs.
+_FORMATS = (*("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "AVIF", "JPEG2000", "PPM"),)
+_ORIENTATION, _QUARTER_TURNS = 274, (5, 6, 7, 8)  # EXIF
+# What PIL's readers raise for files that others made, or broke.
+_DAMAGES = (
+    *(OSError, SyntaxError, EOFError, struct.error, zlib.error, ValueError, TypeError),
+    *(LookupError, OverflowError, AssertionError),
+)
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+class _Refused(ValueError):
+    """An error that names its file already."""
 
 
 def reuse_memory() -> None:
@@ -28,16 +43,37 @@ def read_image(path: str) -> np.ndarray:
 def open_image(path: str) -> Image.Image:
     """Returns the picture, decoded, RGB, upright.
 
-    The EXIF orientation is applied. Grey, palette and CMYK become RGB; transparency is
-    dropped (the colours below it show), not blended. 16-bit grey is divided by 256.
+    What the file holds counts, not how its name ends. The EXIF orientation is applied;
+    of an animation the first frame is taken. Grey, palette and CMYK become RGB;
+    transparency is dropped (the colours below it show), not blended. 16-bit grey is
+    divided by 256.
     Source: detectron2 data/detection_utils.py, read_image; it leaves 16-bit pictures
     to PIL, which clips them to white.
     """
+    with _opened(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image, path)
+
+
+def read_size(path: str) -> tuple[int, int] | None:
+    """Returns (height, width) upright, from the header; None if it cannot be read."""
     try:
-        with Image.open(source(path)) as image:
+        with _opened(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
+            return (width, height) if turned else (height, width)
+    except ValueError:
+        return None  # `read_image` says why
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """Gives the picture, not decoded yet, or raises one ValueError that names it."""
+    opened = source(path)  # raises errors of its own
+    try:
+        with Image.open(opened, formats=_FORMATS) as image:
             _check_pixels(path, image.size)
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image, path)
+            yield image
     except FileNotFoundError:
         raise ValueError(
             f"{path}: no such image. Correct the path, or the `file_name` and image "
@@ -46,23 +82,31 @@ def open_image(path: str) -> Image.Image:
     except IsADirectoryError:
         raise ValueError(f"{path}: is a folder, not an image; name a file.") from None
     except UnidentifiedImageError:
-        raise ValueError(
-            f"{path}: is not an image that can be read (JPEG, PNG, TIFF, BMP, WebP). "
-            "Convert it or remove it from the data set."
-        ) from None
+        raise ValueError(f"{path}: {_why_unknown(path)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(_too_large(path)) from None
-    except (OSError, SyntaxError, EOFError, struct.error, zlib.error) as error:
+    except _Refused:
+        raise
+    except _DAMAGES as error:
         raise ValueError(
             f"{path}: the image is truncated or damaged ({error}). Fetch it again or "
             "remove it from the data set."
         ) from None
 
 
+def _why_unknown(path: str) -> str:
+    if not is_records(path) and not os.path.getsize(path):
+        return "is empty, 0 bytes. Fetch it again or remove it from the data set."
+    return (
+        "is not an image that can be read (JPEG, PNG, TIFF, BMP, WebP, GIF, AVIF, "
+        "JPEG 2000, PPM). Convert it or remove it from the data set."
+    )
+
+
 def _check_pixels(path: str, size: tuple[int, int]) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and size[0] * size[1] > limit:
-        raise ValueError(_too_large(path))
+        raise _Refused(_too_large(path))
 
 
 def _too_large(path: str) -> str:
@@ -77,12 +121,12 @@ def _to_rgb(image: Image.Image, path: str) -> Image.Image:
     if image.mode in _SIXTEEN_BIT:
         grey = np.asarray(image).astype(np.int64)
         if grey.size and (grey.min() < 0 or grey.max() > 65535):
-            raise ValueError(
+            raise _Refused(
                 f"{path}: has values outside of 0..65535; convert it to 8 or 16 bits."
             )
         return Image.fromarray((grey // 256).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError(
+        raise _Refused(
             f"{path}: holds floating-point values, whose range is unknown; convert it "
             "to 8 or 16 bits."
         )

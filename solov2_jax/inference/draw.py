@@ -1,7 +1,8 @@
 """Prediction -> a picture: translucent masks, contours, class names and scores.
 
-Every object has a colour of its own, and labels look for a free place at their object,
-so that forty objects of one class stay apart. PIL and numpy only.
+Every object has a colour of its own, or its class's or its track's, and labels look for
+a free place at their object, so that forty objects of one class stay apart. PIL and
+numpy only.
 """
 
 import colorsys
@@ -16,6 +17,7 @@ from solov2_jax.inference.labels import Label, place_labels
 from solov2_jax.inference.prediction import Prediction
 
 FILL_OPACITY = 0.4
+COLOR_BY = ("object", "class", "track")
 # Brightness of red, green and blue (ITU-R BT.601).
 LUMA = np.array([0.299, 0.587, 0.114])
 # Font heights in pixels; the largest is a share of the picture's short side.
@@ -23,42 +25,72 @@ MIN_FONT, MAX_FONT, FONT_SHARE = 9, 32, 1 / 32
 
 
 def draw_prediction(
-    image: np.ndarray, prediction: Prediction, class_names: Sequence[str]
+    image: np.ndarray,
+    prediction: Prediction,
+    class_names: Sequence[str],
+    color_by: str = "object",
+    labels: bool = True,
 ) -> np.ndarray:
     """Returns the image with its prediction drawn into it, uint8 [H, W, 3].
 
     Args:
       image: uint8 [H, W, 3], RGB, at the prediction's size; it is not changed.
       class_names: the names of labels 0..K-1.
+      color_by: see `object_colors`.
+      labels: write class names, tracks and scores too.
     """
     if image.shape[:2] != prediction.masks.shape[1:]:
         raise ValueError(
             f"the image is {image.shape[:2]} (height, width) and its masks are "
             f"{prediction.masks.shape[1:]}: they belong to different images"
         )
-    colors = distinct_colors(len(prediction))
+    colors = object_colors(prediction, color_by)
     picture = draw_masks(image, prediction, colors)
+    if not labels:
+        return picture
     largest = round(min(image.shape[:2]) * FONT_SHARE)
     sizes = (MIN_FONT, min(max(largest, MIN_FONT), MAX_FONT))
-    labels = place_labels(prediction, class_names, text_box, sizes)
-    return draw_labels(picture, labels, colors)
+    placed = place_labels(prediction, class_names, text_box, sizes)
+    return draw_labels(picture, placed, colors)
+
+
+def object_colors(prediction: Prediction, color_by: str) -> np.ndarray:
+    """Returns a colour for each object, uint8 [n, 3].
+
+    Args:
+      color_by: "object", so that neighbours in the list differ; "class" or "track", so
+        that a class or a followed object keeps its colour in all pictures.
+    """
+    if color_by not in COLOR_BY:
+        raise ValueError(f"color_by is {color_by!r}; use one of {', '.join(COLOR_BY)}")
+    if color_by == "object":
+        return distinct_colors(len(prediction))
+    if color_by == "track" and prediction.tracks is None:
+        raise ValueError("colours by track need a prediction with tracks")
+    numbers = prediction.labels if color_by == "class" else prediction.tracks
+    colors = [distinct_color(int(i)) for i in np.asarray(numbers)]
+    return np.array(colors, np.uint8).reshape(-1, 3)
 
 
 def distinct_colors(n: int) -> np.ndarray:
-    """Returns n bright RGB colours, uint8 [n, 3]; neighbours in the list differ most.
+    """Returns n bright RGB colours, uint8 [n, 3]; neighbours differ most."""
+    return np.array([distinct_color(i) for i in range(n)], np.uint8).reshape(-1, 3)
+
+
+@cache
+def distinct_color(i: int) -> tuple[int, int, int]:
+    """Returns the i-th bright RGB colour.
 
     The hue moves on by the golden angle; saturation and value alternate, so that hues
     that come round again still look different.
     """
     golden = (math.sqrt(5) - 1) / 2
     tones = ((0.85, 1.0), (0.55, 1.0), (0.95, 0.8))
-    colors = []
-    for i in range(n):
-        rgb = np.array(colorsys.hsv_to_rgb((0.02 + i * golden) % 1, *tones[i % 3]))
-        # Deep blue and violet would be lost on dark pictures: mix in white.
-        white = max(0.0, (0.4 - rgb @ LUMA) / (1 - rgb @ LUMA))
-        colors.append(rgb + (1 - rgb) * white)
-    return (np.array(colors).reshape(-1, 3) * 255).round().astype(np.uint8)
+    rgb = np.array(colorsys.hsv_to_rgb((0.02 + i * golden) % 1, *tones[i % 3]))
+    # Deep blue and violet would be lost on dark pictures: mix in white.
+    white = max(0.0, (0.4 - rgb @ LUMA) / (1 - rgb @ LUMA))
+    red, green, blue = ((rgb + (1 - rgb) * white) * 255).round().astype(int).tolist()
+    return red, green, blue
 
 
 def draw_masks(

@@ -48,7 +48,8 @@ def place_labels(
 
     Small objects choose first, because they have the fewest places. An object without
     room for "name score" gets its score alone, and without room for that nothing. In a
-    crowded picture only wide objects and the best of each class show their name.
+    crowded picture only wide objects and the best of each class show their name. An
+    object of a track shows "#3 name score", and "#3" where there is little room.
 
     Args:
       measure: (text, font size) -> (width, height) of its box in pixels.
@@ -56,9 +57,7 @@ def place_labels(
     """
     places = Places(prediction)
     sizes = np.clip((np.sqrt(places.areas) / 6).round().astype(int), *font_sizes)
-    scores = [f"{score:.2f}" for score in prediction.scores]
-    names = [class_names[int(label)] for label in prediction.labels]
-    full = [f"{name} {score}" for name, score in zip(names, scores, strict=True)]
+    full, short = label_texts(prediction, class_names)
     spaces = [measure(t, int(size)) for t, size in zip(full, sizes, strict=True)]
     needed = sum(width * height for width, height in spaces)
     crowded = needed > CROWDED * places.height * places.width
@@ -67,7 +66,7 @@ def place_labels(
     for i in np.argsort(places.areas, kind="stable").tolist():
         wide = spaces[i][0] <= prediction.boxes[i, 2] - prediction.boxes[i, 0]
         named = not crowded or wide or i in best_of_class
-        texts = [full[i], scores[i]] if named else [scores[i]]
+        texts = [full[i], short[i]] if named else [short[i]]
         options = [places.cheapest(i, *measure(t, int(sizes[i]))) for t in texts]
         costs = [options[0][0], *(cost + SHORT for cost, _ in options[1:])]
         chosen = int(np.argmin(costs))
@@ -76,6 +75,19 @@ def place_labels(
             places.take(box)
             labels.append(Label(i, texts[chosen], int(sizes[i]), box))
     return labels
+
+
+def label_texts(
+    prediction: Prediction, class_names: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Returns the full and the short text of each object."""
+    scores = [f"{score:.2f}" for score in prediction.scores]
+    names = [class_names[int(label)] for label in prediction.labels]
+    full = [f"{name} {score}" for name, score in zip(names, scores, strict=True)]
+    if prediction.tracks is None:
+        return full, scores
+    short = [f"#{number}" for number in prediction.tracks.tolist()]
+    return [f"{a} {b}" for a, b in zip(short, full, strict=True)], short
 
 
 class Places:

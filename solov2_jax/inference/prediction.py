@@ -20,13 +20,16 @@ class Prediction:
     Shapes: n detections (at most `test.max_per_image`), H W the original image.
     """
 
-    # bool [n, H, W], none of them empty; of a tiled image they are made when asked for.
+    # bool [n, H, W], none of them empty; of a tiled or a very large image they are held
+    # packed, and made when they are asked for.
     masks: np.ndarray | MaskCrops
     boxes: np.ndarray  # float32 [n, 4], tight (x0, y0, x1, y1), x1 and y1 exclusive
     scores: np.ndarray  # float32 [n], descending
     labels: np.ndarray  # int [n], 0..K-1
     image_id: int
     class_names: tuple[str, ...] = ()  # of all labels; (): not known
+    # int [n], the same number for the same object in a video's frames; None: not asked.
+    tracks: np.ndarray | None = None
 
     @property
     def names(self) -> list[str]:
@@ -38,13 +41,17 @@ class Prediction:
 
     def above(self, score: float) -> "Prediction":
         """Returns the detections whose score is at least `score`."""
-        keep = self.scores >= score
+        return self.take(np.flatnonzero(self.scores >= score))
+
+    def take(self, chosen: np.ndarray) -> "Prediction":
+        """Returns some of the detections, int [k]."""
         return replace(
             self,
-            masks=self.masks[keep],
-            boxes=self.boxes[keep],
-            scores=self.scores[keep],
-            labels=self.labels[keep],
+            masks=self.masks[chosen],
+            boxes=self.boxes[chosen],
+            scores=self.scores[chosen],
+            labels=self.labels[chosen],
+            tracks=None if self.tracks is None else self.tracks[chosen],
         )
 
     def crop(self, index: int) -> tuple[Window, np.ndarray]:
@@ -71,7 +78,10 @@ class Prediction:
 def to_coco_results(
     prediction: Prediction, category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Returns the prediction in COCO's results format: RLE mask, box as x, y, w, h."""
+    """Returns the prediction in COCO's results format: RLE mask, box as x, y, w, h.
+
+    With `track_id` besides, where objects were followed.
+    """
     results = []
     size = list(prediction.masks.shape[1:])
     for i, counts in enumerate(prediction.encode()):
@@ -85,6 +95,8 @@ def to_coco_results(
                 "segmentation": {"size": size, "counts": counts},
             }
         )
+        if prediction.tracks is not None:
+            results[-1]["track_id"] = int(prediction.tracks[i])
     return results
 
 

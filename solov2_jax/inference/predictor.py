@@ -6,10 +6,12 @@ detection whose mask has no pixel left at the original size is dropped, and memo
 bounded whatever the image shows.
 """
 
+import copy
 import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import numpy as np
 
 from solov2_jax.config import load_config
 from solov2_jax.data.plan import Bucket, check_buckets
+from solov2_jax.inference.crops import MaskCrops, pack
 from solov2_jax.inference.inputs import (
     InputOptions,
     make_batches,
@@ -43,6 +46,9 @@ from solov2_jax.weights.sources import read_weights
 PyTree = Any
 Image = np.ndarray | str | os.PathLike[str]
 log = logging.getLogger(__name__)
+
+# Masks of one image that take more are held packed, as `MaskCrops`.
+PACK_BYTES = 256 << 20
 
 
 class Predictor:
@@ -178,6 +184,12 @@ class Predictor:
         """Returns the padded (height, width) at which an image goes through."""
         return padded_shape(height, width, f"{height} x {width}", self.input)[1]
 
+    def with_shapes(self, shapes: Sequence[Bucket]) -> "Predictor":
+        """Returns a predictor of the same programs for these padded shapes only."""
+        changed = copy.copy(self)
+        changed.input = replace(self.input, buckets=tuple(shapes))
+        return changed
+
     def compile(self, shapes: Iterable[Bucket], batch_size: int = 1) -> None:
         """Compiles ahead, for padded (height, width) shapes, by running on nothing."""
         for height, width in shapes:
@@ -236,12 +248,16 @@ class Predictor:
         fields = jax.device_get((found.scores, found.labels, found.valid))
         scores, labels, valid = (field[index] for field in fields)
         kept = np.flatnonzero(valid)
-        masks, boxes = paste_detections(
-            found.soft_masks, index, kept, image_size, original_size, threshold
-        )
-        there = boxes[:, 2] > boxes[:, 0]
-        if not there.all():
-            masks, boxes, kept = masks[there], boxes[there], kept[there]
+        size = int(original_size[0]), int(original_size[1])
+        where = (image_size, original_size, threshold)
+        if len(kept) * size[0] * size[1] > PACK_BYTES:
+            masks, there = paste_packed(found.soft_masks, index, kept, size, where)
+            boxes, kept = masks.boxes(), kept[there]
+        else:
+            masks, boxes = paste_detections(found.soft_masks, index, kept, *where)
+            there = boxes[:, 2] > boxes[:, 0]
+            if not there.all():
+                masks, boxes, kept = masks[there], boxes[there], kept[there]
         scores, labels = scores[kept], labels[kept]
         return Prediction(masks, boxes, scores, labels, image_id, class_names)
 
@@ -253,6 +269,31 @@ class Predictor:
             done.update({p.image_id: p for p in self.predict_batch(batch)})
         for example in examples:
             yield done.pop(int(example["image_id"]))
+
+
+def paste_packed(
+    soft_masks: jax.Array,
+    index: int,
+    kept: np.ndarray,
+    size: tuple[int, int],
+    where: tuple[Any, Any, float],
+) -> tuple[MaskCrops, np.ndarray]:
+    """Returns the masks of a large image, packed, and which are not empty, bool [n].
+
+    Args:
+      size: (height, width) of the image.
+      where: the last arguments of `paste_detections`.
+    """
+    step = max(1, PACK_BYTES // (size[0] * size[1]))
+    packed = []
+    for start in range(0, len(kept), step):
+        part = kept[start : start + step]
+        masks, boxes = paste_detections(soft_masks, index, part, *where)
+        for mask, box in zip(masks, boxes.astype(int).tolist(), strict=True):
+            x0, y0, x1, y1 = box
+            packed.append(pack(mask[y0:y1, x0:x1], y0, x0) if x1 > x0 else None)
+    there = np.array([p is not None for p in packed], bool)
+    return MaskCrops([p for p in packed if p is not None], size), there
 
 
 def build_predictor(

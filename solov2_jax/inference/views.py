@@ -1,9 +1,7 @@
 """A predictor -> one that looks at an image in tiles, mirrored or at several sizes."""
 
-import copy
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 from solov2_jax.data.plan import Bucket
 from solov2_jax.inference.merge import NmsOptions
@@ -28,11 +26,11 @@ def build_views(
       buckets: padded shapes of whole images at scale 1; (): those of the predictor. A
         tile has a shape of its own.
     """
-    changed = copy.copy(predictor)
+    changed = predictor
     if tiles:
-        changed.input = replace(predictor.input, buckets=())
+        changed = predictor.with_shapes(())
     elif buckets:
-        changed.input = replace(predictor.input, buckets=tuple(buckets))
+        changed = predictor.with_shapes(buckets)
     names = NmsOptions.__dataclass_fields__
     nms = NmsOptions(**{name: getattr(predictor.options, name) for name in names})
     looking = AugmentedPredictor(changed, tta, nms) if tta else changed

@@ -1,0 +1,36 @@
+"""A few padded shapes for many images, so that few programs are compiled."""
+
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from solov2_jax.data.images import read_size
+from solov2_jax.data.plan import Bucket, derive_buckets
+from solov2_jax.inference.sources import ImageFiles, Source, VideoFile
+
+# Share of all pixels that padding may add for one shape less.
+TOLERANCE = 0.02
+
+
+@runtime_checkable
+class ShapedPredictor(Protocol):
+    """What this needs of a `Predictor`."""
+
+    def padded_shape(self, height: int, width: int) -> Bucket: ...
+
+
+def shapes_of(
+    sources: list[Source], predictor: ShapedPredictor, limit: int
+) -> tuple[Bucket, ...]:
+    """Returns at most `limit` padded shapes that hold every image and frame."""
+    sizes: list[tuple[int, int]] = []
+    for source in sources:
+        if isinstance(source, ImageFiles):
+            found = [read_size(path) for path in source.paths]
+            sizes += [size for size in found if size is not None]
+        elif isinstance(source, VideoFile):
+            sizes.append(source.reader.size)
+    if not sizes:
+        return ()  # nothing can be read; each file says why
+    shapes = [predictor.padded_shape(*size) for size in sizes]
+    return derive_buckets(np.array(shapes), limit, TOLERANCE)
