@@ -162,14 +162,18 @@ def jittered(view: View, augment: Augment, rng: np.random.Generator) -> View:
     """
     h, w = view.size
     target = np.array(augment.jitter_size)
-    factor = rng.uniform(*augment.jitter_scale) * (target / (h, w)).min()
+    low, high = augment.jitter_scale
+    factor = rng.uniform(low, high) * (target / (h, w)).min()
     scaled = np.maximum(np.rint(np.array([h, w]) * factor), 1).astype(int)
     size = np.minimum(scaled, target)
     y0, x0 = (rng.random(2) * (scaled - size + 1)).astype(int)
     step_y, step_x = h / scaled[0], w / scaled[1]
     right, bottom = (x0 + size[1]) * step_x, (y0 + size[0]) * step_y
-    box = x0 * step_x, y0 * step_y, min(right, w), min(bottom, h)
-    return resized(view, (int(size[0]), int(size[1])), tuple(map(float, box)))
+    box = (
+        *(float(x0 * step_x), float(y0 * step_y)),
+        *(float(min(right, w)), float(min(bottom, h))),
+    )
+    return resized(view, (int(size[0]), int(size[1])), box)
 
 
 def fitted(size: Size, room: Size) -> Size:

@@ -94,7 +94,7 @@ def resized(
     x0, y0, x1, y1 = box or (0.0, 0.0, float(w), float(h))
     sx, sy = size[1] / (x1 - x0), size[0] / (y1 - y0)
     step = np.array([[sx, 0, -x0 * sx], [0, sy, -y0 * sy]])
-    picture = view.picture.resize(size[::-1], _BILINEAR, (x0, y0, x1, y1))
+    picture = view.picture.resize((size[1], size[0]), _BILINEAR, (x0, y0, x1, y1))
     return _then(view, picture, step)
 
 
@@ -178,7 +178,7 @@ def _move(found: Spans, owner: int, old_size: Size, view: View) -> Spans:
     linear = np.linalg.inv(view.matrix[:, :2])
     back = np.concatenate([linear, -(linear @ view.matrix[:, 2])[:, None]], axis=1)
     mask = Image.fromarray(whole).transform(
-        view.size[::-1],
+        (view.size[1], view.size[0]),
         Image.Transform.AFFINE,
         back.ravel().tolist(),
         Image.Resampling.NEAREST,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from solov2_jax.training import sharding
+from solov2_jax.training.gradients import LossFn, Objective
 from solov2_jax.training.hooks import QuietHook, Run
 from solov2_jax.training.objective import Solov2Objective
 
@@ -39,11 +40,12 @@ class PreciseBN(QuietHook):
 
     def __init__(
         self,
-        objective: Solov2Objective,
+        objective: LossFn | Objective,
         batches: Callable[[int], Generator[dict[str, Any], None, None]],
         every: int,
         number: int,
     ):
+        assert isinstance(objective, Solov2Objective), "a loss with batch norms"
         self._batches, self._every, self._number = batches, every, number
         self._mesh = sharding.make_mesh()
         copied, split = (
@@ -72,17 +74,18 @@ class PreciseBN(QuietHook):
                 arrays = sharding.put_batch(batch, self._mesh)
                 sums = _sums(self._moments(variables, arrays))
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        stats = flatten_dict(variables["batch_stats"])
-        for path, value in flatten_dict(total).items():
+        stats: Any = flatten_dict(variables["batch_stats"])
+        added: Any = flatten_dict(total)
+        for path, value in added.items():
             stats[path] = value / self._number
-        for path in [p for p in flatten_dict(total) if p[-1] == "var"]:
+        for path in [p for p in added if p[-1] == "var"]:
             stats[path] = stats[path] - jnp.square(stats[(*path[:-1], "mean")])
         return {**variables, "batch_stats": unflatten_dict(stats)}
 
 
 def _sums(moments: PyTree) -> PyTree:
     """Returns E[x] as "mean" and E[x^2] as "var" of each norm: these can be added."""
-    flat = flatten_dict(moments)
+    flat: Any = flatten_dict(moments)
     squares = {
         path: value + jnp.square(flat[(*path[:-1], "mean")])
         for path, value in flat.items()

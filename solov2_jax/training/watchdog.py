@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import optax
 
 from solov2_jax.training.hooks import QuietHook, Run
@@ -85,7 +86,7 @@ def explain(facts: Facts, step: int, means: dict[str, float]) -> str:
       step: steps done.
       means: of the metrics over the latest steps.
     """
-    rate = float(facts.schedule(step - 1))
+    rate = float(np.asarray(facts.schedule(step - 1)))
     figures = (
         f"step {step}: masks are not learnt: loss_ins {means['loss_ins']:.3f} of at "
         f"most {facts.dice_weight:g}, mean IoU of pairs {means['mean_iou']:.3f}, "
