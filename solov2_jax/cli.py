@@ -1,7 +1,8 @@
 """What the commands share: overrides, one-line errors, logging, platform set-up.
 
-A command defines its absl flags, calls `run(main)` from `if __name__ == "__main__"` and
-lets `main(overrides)` raise ValueError for whatever its user can mend.
+A command defines its absl flags, has a function `run()` that calls `cli.run(main)`, and
+lets `main(overrides)` raise ValueError for whatever its user can mend. Its module's
+docstring is what `--help` prints, with the flags.
 """
 
 import logging
@@ -42,6 +43,7 @@ _KEEPING = {
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
 _RESTARTED = "SOLOV2_JAX_RESTARTED"
+_HELP = ("help", "h", "helpshort", "helpfull")
 # What users can mend. Anything else is a defect of ours and shows its traceback.
 _USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
@@ -51,6 +53,9 @@ def run(main: Callable[[list[str]], None]) -> None:
 
     A user's error ends in one line, `error: ...`, and exit code 2.
     """
+    if any(argument.lstrip("-") in _HELP for argument in sys.argv[1:]):
+        print(help_text(main.__module__))
+        return
     overrides: list[str] = []
 
     def parse(argv: list[str]) -> list[str]:
@@ -76,6 +81,17 @@ def run(main: Callable[[list[str]], None]) -> None:
             _fail(error)
 
     app.run(guarded, flags_parser=parse)
+
+
+def help_text(module: str) -> str:
+    """Returns the docstring of a command's module and its flags."""
+    own = sys.argv[0] if module == "__main__" else module
+    parts = [(sys.modules[module].__doc__ or "").strip(), "Flags:"]
+    for name in (own, "solov2_jax.view_flags", "solov2_jax.cli"):
+        if name in flags.FLAGS.flags_by_module_dict():
+            parts.append(flags.FLAGS.module_help(name).strip().partition("\n")[2])
+    text = "\n\n".join(parts)
+    return text.replace(f"{pathlib.Path.home()}/", "~/")
 
 
 def _fail(error: BaseException) -> NoReturn:

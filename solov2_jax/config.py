@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import pathlib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -79,12 +80,11 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """Returns the checked, locked config of a file, with overrides applied.
 
     Args:
-      path: a Python file with `get_config()`, or a `config.json` of a workdir.
+      path: a Python file with `get_config()`, a `config.json` of a workdir, or the
+        name of a shipped config, such as "r50_3x".
       overrides: flags of the form "--config.train.steps=100", later ones win.
     """
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise ValueError(f"config file {path}: no such file{_listing(file)}")
+    file = _find(path)
     config = read_config(file) if file.suffix == ".json" else _call_file(file)
     config.lock()
     apply_overrides(config, overrides)
@@ -92,8 +92,31 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def shipped_configs() -> pathlib.Path:
+    """Returns the folder of the configs that come with the package.
+
+    In an installed package it is inside of it, in the sources beside it.
+    """
+    package = pathlib.Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def _find(path: str) -> pathlib.Path:
+    """Returns the file that a path or a shipped config's name means."""
+    file = pathlib.Path(path)
+    if file.is_file():
+        return file
+    shipped = shipped_configs() / f"{file.stem}.py"
+    by_name = file.suffix in ("", ".py") and file.parent.name in ("", "configs")
+    if by_name and not file.is_absolute() and shipped.is_file():
+        return shipped
+    raise ValueError(f"config file {path}: no such file{_listing(file)}")
+
+
 def _listing(file: pathlib.Path) -> str:
-    folder = file.parent if file.parent.is_dir() else pathlib.Path("configs")
+    folder = file.parent if file.parent.name and file.parent.is_dir() else None
+    folder = folder or shipped_configs()
     names = sorted(p.name for p in folder.glob("*.py") if not p.name.startswith("_"))
     return f"; in {folder}/ there are {', '.join(names)}" if names else ""
 
@@ -103,6 +126,7 @@ def _call_file(file: pathlib.Path) -> ConfigDict:
     if spec is None or spec.loader is None:
         raise ValueError(f"config file {file}: not a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
+    _bind_configs(file.resolve().parent)
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
@@ -112,6 +136,28 @@ def _call_file(file: pathlib.Path) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise ValueError(f"config file {file}: get_config() returned no ConfigDict")
     return config
+
+
+def _bind_configs(folder: pathlib.Path) -> None:
+    """Makes `from configs import base` work in a config file, wherever it lies.
+
+    It gives the `base` of the file's own folder if there is one, else the shipped one.
+    """
+    if not (folder / "base.py").is_file() or not (folder / "__init__.py").is_file():
+        folder = shipped_configs()
+    init = folder / "__init__.py"
+    known = sys.modules.get("configs")
+    if known is not None and getattr(known, "__file__", None) == str(init):
+        return
+    spec = importlib.util.spec_from_file_location(
+        "configs", init, submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    for name in [n for n in sys.modules if n.partition(".")[0] == "configs"]:
+        del sys.modules[name]
+    sys.modules["configs"] = package
+    spec.loader.exec_module(package)
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -82,19 +82,43 @@ def resize_bilinear(
     return x
 
 
-def _upsample2x_axis(x: jax.Array, axis: int) -> jax.Array:
+def _neighbours(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Returns, for every element, the ones before and after it; ends are repeated."""
     size = x.shape[axis]
     first = lax.slice_in_dim(x, 0, 1, axis=axis)
     last = lax.slice_in_dim(x, size - 1, size, axis=axis)
     before = lax.concatenate([first, lax.slice_in_dim(x, 0, size - 1, axis=axis)], axis)
     after = lax.concatenate([lax.slice_in_dim(x, 1, size, axis=axis), last], axis)
-    pair = jnp.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], axis + 1)
-    return pair.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
+    return before, after
+
+
+def _upsample2x_axis(x: jax.Array, axis: int) -> jax.Array:
+    before, after = _neighbours(x, axis)
+    parts = [0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after]
+    return _interleave(parts, axis)
+
+
+def _upsample4x_axis(x: jax.Array, axis: int) -> jax.Array:
+    before, after = _neighbours(x, axis)
+    parts = [share * before + (1 - share) * x for share in (0.375, 0.125)]
+    parts += [(1 - share) * x + share * after for share in (0.125, 0.375)]
+    return _interleave(parts, axis)
+
+
+def _interleave(parts: Sequence[jax.Array], axis: int) -> jax.Array:
+    shape = parts[0].shape
+    sides = (*shape[:axis], len(parts) * shape[axis], *shape[axis + 1 :])
+    return jnp.stack(parts, axis + 1).reshape(sides)
 
 
 def upsample2x_bilinear(x: Float[Array, "B h w C"]) -> Float[Array, "B 2*h 2*w C"]:
     """Returns `resize_bilinear(x, (2 * h, 2 * w))`, by shifts and no gather."""
     return _upsample2x_axis(_upsample2x_axis(x, 1), 2)
+
+
+def upsample4x_bilinear(x: Float[Array, "B h w C"]) -> Float[Array, "B 4*h 4*w C"]:
+    """Returns `resize_bilinear(x, (4 * h, 4 * w))`, by shifts and no gather."""
+    return _upsample4x_axis(_upsample4x_axis(x, 1), 2)
 
 
 def upsample2x_nearest(x: Float[Array, "B h w C"]) -> Float[Array, "B 2*h 2*w C"]:

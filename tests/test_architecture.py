@@ -27,11 +27,14 @@ LAYERS = {
     "training": 5,
     "inference": 5,
     "evaluation": 5,
+    "export": 6,
+    "serving": 6,
     "cli": 6,
     "view_flags": 6,
     "summary": 6,
+    "commands": 7,
 }
-SCRIPTS_LAYER = 7
+SCRIPTS_LAYER = 8
 # The folders of this layer know each other (training evaluates, prediction restores
 # a checkpoint); their modules still form no circle, see `cycle_errors`.
 OPEN_LAYER = 5

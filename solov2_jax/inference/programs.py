@@ -105,6 +105,7 @@ def paste_detections(
     image_size: Sequence[Any] | np.ndarray,
     original_size: Sequence[Any] | np.ndarray,
     threshold: float,
+    canvas: tuple[int, int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns masks bool [n, H, W] and boxes [n, 4] of one image's detections.
 
@@ -115,9 +116,13 @@ def paste_detections(
       index: which image of the batch.
       kept: which of its detections, int [n].
       image_size, original_size: (height, width) at the network and of the file.
+      canvas: holds the original size; each is a program. None: its next multiples.
     """
     height, width = (int(v) for v in original_size)
-    canvas = (round_up(height, CANVAS_DIVISOR), round_up(width, CANVAS_DIVISOR))
+    canvas = canvas or (
+        round_up(height, CANVAS_DIVISOR),
+        round_up(width, CANVAS_DIVISOR),
+    )
     chunk = chunk_size(canvas)
     none = soft_masks.shape[1]  # pads with empty masks, which cost next to nothing
     masks = np.zeros((len(kept), height, width), bool)

@@ -12,8 +12,10 @@ than its forward pass:
 `benchmarks/README.md` has the measurements behind the choice.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +36,28 @@ WINOGRAD_GRAD_MIN_TILES = 32
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
+_portable = contextvars.ContextVar("portable", default=False)
+
 # A kernel [k, k, C, D], or the same transformed for Winograd's form: [36, C, D].
 Kernel = Float[Array, "k k C D"] | Float[Array, "36 C D"]
+
+
+@contextlib.contextmanager
+def portable_forms() -> Iterator[None]:
+    """Traces convolutions as `lax.conv_general_dilated` whatever the platform.
+
+    For programs that run elsewhere: trace a function of its own inside, because a
+    jitted function that was traced outside keeps its form.
+    """
+    token = _portable.set(True)
+    try:
+        yield
+    finally:
+        _portable.reset(token)
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu" and not _portable.get()
 
 
 def conv2d(
@@ -54,7 +76,7 @@ def conv2d_levels(
     """Returns `conv2d` of each array with one kernel, in one product where possible."""
     if kernel.ndim == 3:
         return winograd.convolve(list(xs), kernel)
-    if jax.default_backend() == "cpu":
+    if _on_cpu():
         return _conv2d_cpu(list(xs), kernel, stride)
     return [_lax_conv(x, kernel, stride) for x in xs]
 
@@ -66,8 +88,9 @@ def prepare_kernel(
 
     For kernels that stay the same from call to call: the result has no gradient form.
     """
-    cpu = jax.default_backend() == "cpu"
-    wide = cpu and _is_winograd(xs, kernel, stride, min_tiles=PREPARED_MIN_TILES)
+    if not _on_cpu():
+        return kernel
+    wide = _is_winograd(xs, kernel, stride, min_tiles=PREPARED_MIN_TILES)
     return winograd.transform_filter(kernel) if wide else kernel
 
 

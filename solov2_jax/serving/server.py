@@ -1,0 +1,142 @@
+"""Uvicorn with deadlines and a bound for connections, which it has no settings for."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+log = logging.getLogger(__name__)
+
+# Seconds that open requests get to end after a signal to stop.
+SHUTDOWN_SECONDS = 60
+# For who had connected before the signal, but has not said yet what for.
+_GRACE_SECONDS = 0.5
+
+
+class Server(uvicorn.Server):
+    """Stops in an order that loses no request, and without dying of the signal."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for sock in sockets or []:
+            log.info("listening on http://%s:%d", *sock.getsockname()[:2])
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Who waits to be accepted would be cut off when the last descriptor is closed.
+        spare = [sock.dup() for sock in sockets or []]
+        for server in self.servers:
+            server.close()
+        for connection in _accept_waiting(spare):
+            loop = asyncio.get_running_loop()
+            await loop.connect_accepted_socket(self._protocol, connection)
+        await asyncio.sleep(_GRACE_SECONDS)
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        make: Any = self.config.http_protocol_class
+        state, app_state = self.server_state, self.lifespan.state
+        return make(config=self.config, server_state=state, app_state=app_state)
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        if threading.current_thread() is threading.main_thread():
+            # Uvicorn raises the signal again when it has stopped.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: None)
+        super().run(sockets)
+
+
+def _accept_waiting(listening: list[socket.socket]) -> list[socket.socket]:
+    """Returns the connections that wait to be accepted, and closes the sockets."""
+    found = []
+    for sock in listening:
+        sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                found.append(sock.accept()[0])
+        sock.close()
+    return found
+
+
+def make_server(app: Any, *, max_connections: int, header_seconds: float) -> Server:
+    """Returns the server; its `run(sockets=[...])` returns after SIGTERM or SIGINT.
+
+    Args:
+      max_connections: one more is closed at once.
+      header_seconds: within which a connection must have sent a request's header; also
+        how long one may be idle between two.
+    """
+
+    class Protocol(H11Protocol):
+        """HTTP/1.1 whose clients may not take for ever."""
+
+        deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > max_connections:
+                log.warning("more than %d connections: one is closed", max_connections)
+                transport.abort()
+                return
+            self._expect_header()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_clock()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            before = self.cycle
+            super().data_received(data)
+            if self.cycle is not before:
+                self._stop_clock()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self.cycle is None or self.cycle.response_complete:
+                self._expect_header()
+
+        def _expect_header(self) -> None:
+            self._stop_clock()
+            self.deadline = self.loop.call_later(header_seconds, self.transport.abort)
+
+        def _stop_clock(self) -> None:
+            if self.deadline is not None:
+                self.deadline.cancel()
+                self.deadline = None
+
+    config = uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        loop="asyncio",
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=int(header_seconds) or 1,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+    )
+    return Server(config)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Returns a socket with an address, not listening yet; port 0 takes a free one.
+
+    Raises:
+      ValueError: naming the address that cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise ValueError(
+            f"--host={host} --port={port}: cannot listen there ({error.strerror}); "
+            "give another port, or 0 for a free one"
+        ) from error
+    return sock
