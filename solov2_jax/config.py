@@ -280,10 +280,7 @@ def save_config(config: ConfigDict, path: str | os.PathLike) -> None:
 
 def base_config() -> Config:
     """Returns the configuration of `configs/base.py`, which has every key."""
-    package = pathlib.Path(__file__).resolve().parent
-    # Beside the package in a checkout, inside it where it was installed.
-    places = (package.parent / "configs" / "base.py", package / "base_config.py")
-    return _call_file(next(file for file in places if file.is_file()))
+    return _call_file(shipped_configs() / "base.py")
 
 
 def read_config(path: str | os.PathLike) -> Config:

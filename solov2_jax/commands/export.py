@@ -145,9 +145,10 @@ def _load_dataset(config: Any, predictor: Any) -> Any:
 
 def _find_images(dataset: Any) -> list[str]:
     if _IMAGES.value:
-        from solov2_jax.inference.files import find_images
+        from solov2_jax.inference.sources import find_files, is_video
 
-        return find_images(_IMAGES.value)[: _NUM_IMAGES.value]
+        files = [path for path in find_files(_IMAGES.value) if not is_video(path)]
+        return files[: _NUM_IMAGES.value]
     number = min(len(dataset), _NUM_IMAGES.value)
     return [dataset.path(i) for i in range(number)]
 
