@@ -23,7 +23,7 @@ class Objects:
     index: np.ndarray  # int [A], of the data set's objects
     label: np.ndarray  # int [A]
     box: np.ndarray  # float32 [A, 4], annotated, clipped to the image
-    tight: np.ndarray  # float32 [A, 4], around the mask
+    tight: np.ndarray  # float32 [A, 4], around the outline, clipped likewise
     area: np.ndarray  # int [A], pixels of the mask; 0: nothing is left of it
     center: np.ndarray  # float32 [A, 2], mass centre
     quarter: np.ndarray  # int [A], pixels of the mask at a quarter of the size
@@ -68,7 +68,9 @@ def measure(
                 damaged.append(f"annotation {dataset.annotation_ids[a]}: {error}")
                 crop = None
             crops.append(crop)
-            rows.append((i, a, *_measure(crop), *_outline(dataset, a, old, new)))
+            tight = _extent(dataset, a, old, new)
+            outline = _outline(dataset, a, old, new)
+            rows.append((i, a, tight, *_measure(crop), *outline))
         first = len(rows) - len(crops)
         labels = dataset.labels[dataset.start[i] : dataset.start[i + 1]]
         twins += [(first + a, first + b) for a, b in _twins(crops, labels)]
@@ -116,17 +118,14 @@ def _scaled(
 
 
 def _measure(crop: Crop | None) -> tuple[Any, ...]:
-    """Returns tight box, area, centre and pixels at a quarter."""
+    """Returns area, centre and pixels at a quarter."""
     if crop is None or not crop.pixels.any():
-        return (0.0,) * 4, 0, (0.0, 0.0), 0
+        return 0, (0.0, 0.0), 0
     rows, columns = crop.pixels.sum(1, dtype=int), crop.pixels.sum(0, dtype=int)
-    y, x = np.flatnonzero(rows), np.flatnonzero(columns)
     area = int(rows.sum())
-    box = x[0], y[0], x[-1] + 1, y[-1] + 1
     offset = np.array([crop.left, crop.top])
     center = np.array([columns @ np.arange(len(columns)), rows @ np.arange(len(rows))])
-    tight = np.array(box) + [*offset, *offset]
-    return tight, area, center / area + offset, _quarter_pixels(crop)
+    return area, center / area + offset, _quarter_pixels(crop)
 
 
 def _quarter_pixels(crop: Crop) -> int:
@@ -137,6 +136,23 @@ def _quarter_pixels(crop: Crop) -> int:
     pixels = np.pad(crop.pixels, pad)
     middle = pixels.reshape(pixels.shape[0] // 4, 4, -1, 4)[:, 1:3, :, 1:3]
     return int((middle.sum((1, 3), dtype=int) >= 2).sum())
+
+
+def _extent(
+    dataset: CocoDataset, index: int, old: tuple[int, int], new: tuple[int, int]
+) -> np.ndarray:
+    """Returns the box around an object's outline in the resized image, float64 [4].
+
+    Of the outline and not of its pixels: at a small size thin parts have none.
+    """
+    segmentations = dataset.segmentations
+    if runs := segmentations.run_lengths(index):
+        x, y, w, h = coco_mask.toBbox({"size": list(old), "counts": runs})
+        points = np.array([[x, y], [x + w, y + h]])
+    else:
+        points = np.concatenate(segmentations.polygons(index)).reshape(-1, 2)
+    points = np.clip(points, 0, [old[1], old[0]]) * [new[1] / old[1], new[0] / old[0]]
+    return np.concatenate([points.min(axis=0), points.max(axis=0)])
 
 
 def _outline(
