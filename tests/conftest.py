@@ -1,7 +1,8 @@
 """Eight CPU devices, no silent broadcasting, compiled programs kept between runs."""
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -27,6 +28,15 @@ hypothesis.settings.register_profile(
     "project", deadline=None, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("project")
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """Takes back what a command that runs inside a test does to the package's log."""
+    log = logging.getLogger("solov2_jax")
+    before = log.propagate, log.level, list(log.handlers), logging.raiseExceptions
+    yield
+    log.propagate, log.level, log.handlers[:], logging.raiseExceptions = before
 
 
 @pytest.fixture(scope="session")

@@ -195,8 +195,8 @@ def test_truncated_picture(tmp_path, name, keep):
 def test_other_unreadable_files(tmp_path):
     (tmp_path / "text.jpg").write_text("no picture")
     (tmp_path / "empty.jpg").write_text("")
-    for name in ("text.jpg", "empty.jpg"):
-        with pytest.raises(ValueError, match=f"{name}: is not an image"):
+    for name, what in (("text.jpg", "not an image"), ("empty.jpg", "empty, 0 bytes")):
+        with pytest.raises(ValueError, match=f"{name}: is {what}"):
             images.read_image(str(tmp_path / name))
     with pytest.raises(ValueError, match=r"none.jpg: no such image"):
         images.read_image(str(tmp_path / "none.jpg"))
