@@ -159,7 +159,7 @@ def test_precise_statistics_are_those_of_all_images_together():
 
     run = make_run(step=5, total=5)
     run.state = state_of(variables, _no_optimizer(), average=True)
-    PreciseBN(objective, batches, 0, 3).after_step(run)
+    PreciseBN(objective.moments, batches, 0, 3).after_step(run)
     assert taken == [0, 1, 2]
     # Of one batch with all images, the block's first norm sees the same statistics.
     together = {

@@ -59,8 +59,8 @@ def test_20_kills_at_random_points_change_not_one_bit(tmp_path):
     assert output.count("killed after") == 20, output
     inject(tmp_path / "whole", "--kills=0")
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
-    last = lines_of(tmp_path / "whole")[-1]
-    assert last["skipped_steps"] == 9, "steps with a NaN were among them"
+    skipped = [line.get("skipped_steps", 0) for line in lines_of(tmp_path / "whole")]
+    assert max(skipped) == 9, "steps with a NaN were among them"
     log = (tmp_path / "killed.log").read_text()
     assert log.count("resumed") > 10 and "unreadable" not in log
 

@@ -76,6 +76,7 @@ def build_task(
         batches=batches,
         evaluate=evaluate,
         fingerprint=fingerprint(train),
+        moments=loss_fn.moments,
     )
 
 

@@ -195,8 +195,8 @@ def make_hooks(
         }
 
     precise = []
-    if train.precise_bn:
-        given = task.loss_fn, task.batches, train.eval_every, train.precise_bn
+    if train.precise_bn and task.moments:
+        given = task.moments, task.batches, train.eval_every, train.precise_bn
         precise = [PreciseBN(*given)]
     written = next((w.last for w in writers if isinstance(w, JsonlWriter)), {})
     saver = PeriodicCheckpoint(checkpoints, train.checkpoint_every, position)

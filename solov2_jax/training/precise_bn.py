@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from solov2_jax.training import sharding
-from solov2_jax.training.gradients import LossFn, Objective
 from solov2_jax.training.hooks import QuietHook, Run
-from solov2_jax.training.objective import Solov2Objective
 
 PyTree = Any
 
@@ -31,7 +29,7 @@ class PreciseBN(QuietHook):
     update_bn_stats, with the population's variance.
 
     Args:
-      objective: whose `moments` are averaged.
+      moments: (variables, batch) -> mean and variance at each trained batch norm.
       batches: from a step on; always the first ones are taken, so that a run that
         resumes computes the same.
       every: steps between evaluations; 0: only at the end.
@@ -40,12 +38,11 @@ class PreciseBN(QuietHook):
 
     def __init__(
         self,
-        objective: LossFn | Objective,
+        moments: Callable[[PyTree, PyTree], PyTree],
         batches: Callable[[int], Generator[dict[str, Any], None, None]],
         every: int,
         number: int,
     ):
-        assert isinstance(objective, Solov2Objective), "a loss with batch norms"
         self._batches, self._every, self._number = batches, every, number
         self._mesh = sharding.make_mesh()
         copied, split = (
@@ -53,7 +50,7 @@ class PreciseBN(QuietHook):
             sharding.split_by_batch(self._mesh),
         )
         self._moments = jax.jit(
-            objective.moments, in_shardings=(copied, split), out_shardings=copied
+            moments, in_shardings=(copied, split), out_shardings=copied
         )
 
     def after_step(self, run: Run) -> None:
@@ -74,18 +71,18 @@ class PreciseBN(QuietHook):
                 arrays = sharding.put_batch(batch, self._mesh)
                 sums = _sums(self._moments(variables, arrays))
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        stats: Any = flatten_dict(variables["batch_stats"])
-        added: Any = flatten_dict(total)
-        for path, value in added.items():
+        stats: dict[tuple, Any] = {**flatten_dict(variables["batch_stats"])}
+        flat: dict[tuple, Any] = {**flatten_dict(total)}
+        for path, value in flat.items():
             stats[path] = value / self._number
-        for path in [p for p in added if p[-1] == "var"]:
+        for path in [p for p in flat if p[-1] == "var"]:
             stats[path] = stats[path] - jnp.square(stats[(*path[:-1], "mean")])
         return {**variables, "batch_stats": unflatten_dict(stats)}
 
 
 def _sums(moments: PyTree) -> PyTree:
     """Returns E[x] as "mean" and E[x^2] as "var" of each norm: these can be added."""
-    flat: Any = flatten_dict(moments)
+    flat: dict[tuple, Any] = {**flatten_dict(moments)}
     squares = {
         path: value + jnp.square(flat[(*path[:-1], "mean")])
         for path, value in flat.items()

@@ -30,3 +30,5 @@ class Task:
     ]  # from a step on
     evaluate: Callable[[dict[str, PyTree]], dict[str, float]]  # of variables
     fingerprint: str  # of the training data's content
+    # (variables, batch) -> mean and variance at each trained batch norm
+    moments: Callable[[PyTree, PyTree], PyTree] | None = None
