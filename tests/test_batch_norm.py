@@ -161,7 +161,7 @@ def test_precise_statistics_are_those_of_all_images_together():
     run = make_run(step=5, total=5)
     run.state = state_of(variables, _no_optimizer(), average=True)
     PreciseBN(objective.moments, batches, 0, 3).after_step(run)
-    assert taken == [0, 1, 2]
+    assert taken == [0, 1, 2, 0, 1, 2], "for the weights and for their average"
     # Of one batch with all images, the block's first norm sees the same statistics.
     together = {
         k: np.concatenate([make_batch(i)[k] for i in range(3)]) for k in make_batch(0)

@@ -1,7 +1,6 @@
 """Faults while training cost at most the steps since the last good checkpoint."""
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -74,20 +73,18 @@ def test_20_kills_of_a_real_network_change_not_one_bit(tmp_path, seed):
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
-def run_toy(workdir, *arguments, **options):
+def run_toy(workdir, *arguments, before=()):
     command = [sys.executable, toy.__file__, f"--workdir={workdir}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, **options)
+    return subprocess.run([*before, *command], capture_output=True, text=True)
 
 
 def test_a_save_that_fails_in_the_background_ends_the_run_soon(tmp_path):
     """The operating system refuses to write large files, as a full disk would."""
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
     arguments = ["--width=256", "--cpu_devices=1", "--seconds_per_batch=0.05"]
     arguments += ["--config.train.steps=400", "--compilation_cache="]
-    result = run_toy(tmp_path, *arguments, preexec_fn=limit)
+    limit = ["bash", "-c", 'ulimit -f 100; exec "$@"', "bash"]  # KiB
+    result = run_toy(tmp_path, *arguments, before=limit)
     assert result.returncode == 2, result.stdout + result.stderr
     assert "the checkpoint of step 4 could not be written" in result.stderr
     assert "The last good one on disk: none" in result.stderr
