@@ -164,7 +164,7 @@ def test_precise_statistics_are_those_of_all_images_together():
     assert taken == [0, 1, 2, 0, 1, 2], "for the weights and for their average"
     # Of one batch with all images, the block's first norm sees the same statistics.
     together = {
-        k: np.concatenate([make_batch(i)[k] for i in range(3)]) for k in make_batch(0)
+        k: jnp.concatenate([make_batch(i)[k] for i in range(3)]) for k in make_batch(0)
     }
     want = objective.moments(variables, together)["backbone"]["conv1"]["norm"]
     got = run.state.model_state["batch_stats"]["backbone"]["conv1"]["norm"]
