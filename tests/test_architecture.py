@@ -13,6 +13,7 @@ MAX_LINES = 350
 LAYERS = {
     "": 0,  # the package's own __init__: nothing but its docstring and version
     "structs": 1,
+    "config_rules": 0,
     "config": 1,
     "data": 2,
     "ops": 2,

@@ -2,9 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import toy
@@ -69,20 +66,3 @@ def test_unknown_and_impossible_values_are_errors(tmp_path):
     file.write_text(json.dumps({"optim": {"milestones": "abc"}}))
     with pytest.raises(ValueError, match="optim.milestones = 'abc'"):
         configs.read_config(file)
-
-
-def test_an_installed_package_has_the_base_config(tmp_path):
-    """Outside of a checkout the package finds the copy inside itself."""
-    package = tmp_path / "solov2_jax"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    for source, name in (
-        (configs.__file__, "config.py"),
-        (base.__file__, "base_config.py"),
-    ):
-        (package / name).write_text(Path(source).read_text())
-    code = "from solov2_jax import config; print(config.base_config().train.accumulate)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert result.stdout == "1\n", result.stderr
