@@ -67,7 +67,9 @@ def service():
     )
     sock = bind("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
-    logging.getLogger("solov2_jax").setLevel(logging.CRITICAL)
+    log = logging.getLogger("solov2_jax")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     thread.start()
     while not server.started:
         assert thread.is_alive()
@@ -75,6 +77,7 @@ def service():
     yield sock.getsockname()[1], engine
     server.should_exit = True
     thread.join(20)
+    log.setLevel(level)
     assert not thread.is_alive()
 
 

@@ -7,12 +7,10 @@ bounded whatever the image shows.
 """
 
 import copy
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,6 +34,7 @@ from solov2_jax.inference.programs import (
     paste_detections,
     round_up,
 )
+from solov2_jax.inference.run_folder import load_workdir_config, read_classes
 from solov2_jax.models import build_model
 from solov2_jax.structs import Detections
 from solov2_jax.training.checkpoint import restore_variables
@@ -330,29 +329,3 @@ def build_predictor(
         category_ids or range(1, len(names) + 1),
         compile_prepare(model, size),
     )
-
-
-def load_workdir_config(
-    workdir: str | os.PathLike[str], overrides: Sequence[str] = ()
-) -> Any:
-    """Returns the config that a run was made with, with overrides applied."""
-    path = Path(workdir) / "config.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{workdir} is not the folder of a run: it has no config.json. Give the "
-            "--workdir that train.py was given"
-        )
-    return load_config(str(path), overrides)
-
-
-def read_classes(workdir: str | os.PathLike[str]) -> tuple[list[str], list[int]]:
-    """Returns the class names and category ids of a run."""
-    path = Path(workdir) / "classes.json"
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        return list(content["names"]), [int(i) for i in content["ids"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f'{path}: cannot be read as {{"names": [...], "ids": [...]}} ({error}); '
-            "start train.py again with the same --workdir, which writes it"
-        ) from error
