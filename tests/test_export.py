@@ -73,6 +73,7 @@ def test_exported_files_detect_the_same(tmp_path, network, images, name):
     # a score by little and a pixel at the threshold from one side to the other.
     assert parity["max_score_difference"] < (2e-2 if half else 1e-4)
     assert parity["mean_mask_iou"] > (0.9 if half else 0.999)
+    assert (parity["max_score_difference"] > 1e-5) == half  # it is the original's
     assert json.loads((tmp_path / "export.json").read_text()) == report
 
     loaded = ExportedPredictor(tmp_path)
@@ -87,10 +88,11 @@ def test_exported_files_detect_the_same(tmp_path, network, images, name):
             np.testing.assert_array_equal(got.boxes, tight_boxes(got.masks))
 
 
-def test_float16_halves_a_file(tmp_path, network, images):
+@pytest.mark.parametrize("file_format", ["onnx", "stablehlo"])
+def test_float16_halves_a_file(tmp_path, network, images, file_format):
     sizes = []
     for precision in ("float32", "float16"):
-        options = ExportOptions("onnx", precision)
+        options = ExportOptions(file_format, precision)
         report = export(*network, options, tmp_path, images[:1], "a test")
         sizes += report["bytes"].values()
     assert 0.5 < sizes[1] / sizes[0] < 0.52

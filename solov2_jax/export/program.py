@@ -62,7 +62,8 @@ def make_program(
             image = image[..., ::-1]
         mean, std = input_options.mean, input_options.std
         pixels = ops.normalize_image(image, image_size, mean, std)
-        full = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), weights)
+        # Staged, not computed: what the file holds are the halved constants.
+        full = jax.tree.map(lambda w: jnp.asarray(w).astype(jnp.float32), weights)
         found = detect(model.apply(full, pixels), **asdict(detect_options))
         outputs = {
             "count": jnp.sum(found.valid, axis=1, dtype=jnp.int32),

@@ -79,7 +79,10 @@ def export(
         category_ids=predictor.category_ids,
         source=source,
     )
-    program = _program(model, predictor, options)
+    original = _program(model, predictor, options.masks)
+    program = original
+    if options.precision == "float16" and options.file_format == "stablehlo":
+        program = _program(model, predictor, options.masks, half_weights=True)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     write_metadata(path, metadata)
@@ -92,7 +95,7 @@ def export(
             module.quantize(file, calibration(exported, images, bucket))
         sizes[file.name] = size_of(file)
         log.info("written: %s, %.1f MB", file, sizes[file.name] / 1e6)
-    parity = measure_parity(program, exported, images)
+    parity = measure_parity(original, exported, images)
     report = {"parity": parity.to_dict(), "bytes": sizes}
     write_json(report, path / REPORT)
     log.info("parity: %s", parity.summary())
@@ -128,13 +131,14 @@ def size_of(path: Path) -> int:
     return sum(f.stat().st_size for f in files if f.is_file())
 
 
-def _program(model: Any, predictor: Any, options: ExportOptions) -> Program:
-    half = options.precision == "float16" and options.file_format == "stablehlo"
+def _program(
+    model: Any, predictor: Any, masks: str, half_weights: bool = False
+) -> Program:
     return make_program(
         model,
         predictor.variables,
         predictor.input,
         predictor.options,
-        options.masks,
-        half_weights=half,
+        masks,
+        half_weights,
     )
