@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 
 from configs import base
 from solov2_jax.data import augment as changes
-from solov2_jax.data import build, pipeline, spans, views
+from solov2_jax.data import build, pipeline, pose, spans, views
 from solov2_jax.data.augment import Augment
 from solov2_jax.data.coco import load_coco
 from solov2_jax.data.sizes import Resize
@@ -329,6 +329,8 @@ def test_a_config_says_what_happens(scenes):
     assert batches.buckets == ((96, 64),)
     assert [b["image"].shape for b in batches] == [(2, 96, 64, 3)] * 2
     assert batches._loader.slots == 8
+    with pytest.raises(ValueError, match="follow resize and flip only; set every key"):
+        pose.build_pose_batches(config, scenes, None)
     config.augment.brightness = 2.0
     with pytest.raises(ValueError, match="augment.brightness is 2.0"):
         build.build_train_batches(config, scenes)

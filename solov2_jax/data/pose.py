@@ -14,6 +14,7 @@ from PIL import Image
 
 from solov2_jax.data import plan as planning
 from solov2_jax.data import transforms
+from solov2_jax.data.augmented import AugmentedLoader
 from solov2_jax.data.build import build_train_batches
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.keypoints import Keypoints, move_points
@@ -143,6 +144,11 @@ def build_pose_batches(
     batches = build_train_batches(config, dataset, start_step, shard)
 
     def with_pose(loader: TrainLoader) -> PoseLoader:
+        if isinstance(loader, AugmentedLoader):
+            raise ValueError(
+                "augment.*: key points and semantic masks follow resize and flip only; "
+                "set every key of config.augment back to its default."
+            )
         names = [f.name for f in dataclasses.fields(TrainLoader)]
         plain = {name: getattr(loader, name) for name in names}
         return PoseLoader(**plain, keypoints=keypoints, basis=basis)

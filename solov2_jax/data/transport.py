@@ -154,7 +154,7 @@ def receive(batch: dict[str, Any], arena: Arena | None) -> dict[str, np.ndarray]
     return {
         key: place[v.start : v.start + math.prod(v.shape)].reshape(v.shape)
         if isinstance(v, Piece)
-        else v
+        else np.array(v)
         for key, v in batch.items()
     }
 
