@@ -5,18 +5,22 @@ lets `main(overrides)` raise ValueError for whatever its user can mend. Its modu
 docstring is what `--help` prints, with the flags.
 """
 
+import contextlib
 import logging
 import os
 import pathlib
 import socket
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
 
 from solov2_jax.config import split_overrides
+
+if TYPE_CHECKING:
+    from solov2_jax.processes import Joining
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Print the traceback of an error.")
 _CPU_DEVICES = flags.DEFINE_integer(
@@ -48,10 +52,16 @@ _HELP = ("help", "h", "helpshort", "helpfull")
 _USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
-def run(main: Callable[[list[str]], None]) -> None:
+def run(
+    main: Callable[[list[str]], None],
+    joining: "Callable[[], Joining] | None" = None,
+) -> None:
     """Runs a command; `main` gets the "--config.key=value" arguments.
 
     A user's error ends in one line, `error: ...`, and exit code 2.
+
+    Args:
+      joining: how to join other processes, for a command that can be one of several.
     """
     if any(argument.lstrip("-") in _HELP for argument in sys.argv[1:]):
         print(help_text(main.__module__))
@@ -74,7 +84,10 @@ def run(main: Callable[[list[str]], None]) -> None:
         _restart(_KEEP_MEMORY.value)
         _set_up()
         try:
-            main(overrides)
+            if joining:
+                _run_joined(main, overrides, joining())
+            else:
+                main(overrides)
         except _USER_ERRORS as error:
             if _DEBUG.value:
                 raise
@@ -87,11 +100,31 @@ def help_text(module: str) -> str:
     """Returns the docstring of a command's module and its flags."""
     own = sys.argv[0] if module == "__main__" else module
     parts = [(sys.modules[module].__doc__ or "").strip(), "Flags:"]
-    for name in (own, "solov2_jax.view_flags", "solov2_jax.cli"):
+    shared = (f"solov2_jax.{name}" for name in ("view_flags", "process_flags", "cli"))
+    for name in (own, *shared):
         if name in flags.FLAGS.flags_by_module_dict():
             parts.append(flags.FLAGS.module_help(name).strip().partition("\n")[2])
     text = "\n\n".join(parts)
     return text.replace(f"{pathlib.Path.home()}/", "~/")
+
+
+def _run_joined(
+    main: Callable[[list[str]], None], overrides: list[str], joining: "Joining"
+) -> None:
+    """Runs a command in one of several processes; only the first one's log is shown."""
+    from solov2_jax import processes
+
+    if not processes.join(joining):
+        main(overrides)
+        return
+    with contextlib.ExitStack() as stack:
+        if not processes.is_first():
+            for handler in logging.getLogger("solov2_jax").handlers:
+                handler.setLevel(logging.WARNING)
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        with processes.together(() if _DEBUG.value else _USER_ERRORS):
+            main(overrides)
 
 
 def _fail(error: BaseException) -> NoReturn:

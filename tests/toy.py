@@ -5,6 +5,7 @@ Also a command, for tests that kill it:
     python tests/toy.py --workdir DIR [--config.key=value] [--kill_at STEP]
 """
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -19,7 +20,7 @@ from absl import flags
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from configs import base  # noqa: E402
-from solov2_jax import cli  # noqa: E402
+from solov2_jax import cli, process_flags  # noqa: E402
 from solov2_jax.config import apply_overrides, check_config  # noqa: E402
 from solov2_jax.training import optim  # noqa: E402
 from solov2_jax.training.loop import train  # noqa: E402
@@ -104,6 +105,15 @@ def toy_batches(start, size=8, seed=0):
         start += 1
 
 
+def rows_of_this_process(batches):
+    """Yields the rows of each batch that this process reads: all, if it is alone."""
+    index, count = jax.process_index(), jax.process_count()
+    with contextlib.closing(batches):
+        for batch in batches:
+            n = len(batch["label"]) // count
+            yield {k: v[index * n : (index + 1) * n] for k, v in batch.items()}
+
+
 def toy_evaluate(variables):
     """Returns metrics that get worse after a while: the best is not the last."""
     norm = float(jnp.linalg.norm(variables["params"]["ins_head"]["cate_pred"]["bias"]))
@@ -141,7 +151,9 @@ def toy_task(config, workdir, *, batches=toy_batches, width=16, **replaced):
         "tx": tx,
         "schedule": schedule,
         "trainable": trainable,
-        "batches": lambda step: batches(step, config.train.batch_size, config.seed),
+        "batches": lambda step: rows_of_this_process(
+            batches(step, config.train.batch_size, config.seed)
+        ),
         "evaluate": toy_evaluate,
         "fingerprint": "toy",
     }
@@ -165,6 +177,8 @@ def main(overrides):
             if step == flags.FLAGS.kill_at:
                 print("killed", flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
+            if step == flags.FLAGS.fail_at:
+                raise ValueError(f"image {step} is broken")
             time.sleep(flags.FLAGS.seconds_per_batch)
             yield batch
             step += 1
@@ -178,6 +192,7 @@ def main(overrides):
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     flags.DEFINE_integer("kill_at", -1, "Step whose batch is never delivered.")
+    flags.DEFINE_integer("fail_at", -1, "Step whose batch is an error.")
     flags.DEFINE_integer("width", 16, "Of the layers.")
     flags.DEFINE_float("seconds_per_batch", 0.0, "To have time for a signal.")
-    cli.run(main)
+    cli.run(main, joining=process_flags.joining)

@@ -22,7 +22,7 @@ import sys
 
 from absl import flags
 
-from solov2_jax import cli
+from solov2_jax import cli, process_flags
 from solov2_jax.view_flags import view_options
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a training run.")
@@ -77,6 +77,8 @@ def score_run(overrides: list[str], expectations: list) -> dict[str, float]:
 
     tta, tiles = view_options()
     config = load_workdir_config(workdir, overrides)
+    import jax
+
     from solov2_jax.data.build import build_eval_batches, load_val_dataset
     from solov2_jax.evaluation.originals import OriginalPredictor, Originals
     from solov2_jax.evaluation.run import evaluate
@@ -85,11 +87,13 @@ def score_run(overrides: list[str], expectations: list) -> dict[str, float]:
     predictor = Predictor.from_workdir(workdir, _CHECKPOINT.value, overrides)
     classes = zip(predictor.category_ids, predictor.class_names, strict=True)
     dataset = load_val_dataset(config, dict(classes))
-    batches = build_eval_batches(config, dataset)
+    # Of several processes, each predicts a part of the images.
+    shard = (jax.process_index(), jax.process_count())
+    batches = build_eval_batches(config, dataset, shard)
     if tta or tiles:
         looking = build_views(predictor, tta, tiles, batches.buckets)
         predictor = OriginalPredictor(looking, config.eval.batch_size)
-        batches = Originals(dataset, config.eval.max_images)
+        batches = Originals(dataset, config.eval.max_images, shard)
     run = os.path.basename(os.path.abspath(workdir))
     return evaluate(
         predictor,
@@ -124,4 +128,4 @@ def score_files(overrides: list[str], expectations: list) -> dict[str, float]:
 
 def run() -> None:
     """Runs the command."""
-    cli.run(main)
+    cli.run(main, process_flags.joining)

@@ -16,7 +16,7 @@ import sys
 
 from absl import flags
 
-from solov2_jax import cli
+from solov2_jax import cli, process_flags
 from solov2_jax.config import load_config
 
 _CONFIG = flags.DEFINE_string(
@@ -68,4 +68,4 @@ def self_test(config, number: int) -> int:
 
 def run() -> None:
     """Runs the command."""
-    cli.run(main)
+    cli.run(main, process_flags.joining)

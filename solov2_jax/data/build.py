@@ -145,8 +145,14 @@ def build_loss_batches(
     )
 
 
-def build_eval_batches(config: Any, dataset: CocoDataset) -> Batches:
-    """Returns batches of every image once, or of the first `eval.max_images`."""
+def build_eval_batches(
+    config: Any, dataset: CocoDataset, shard: tuple[int, int] = (0, 1)
+) -> Batches:
+    """Returns batches of every image once, or of the first `eval.max_images`.
+
+    Args:
+      shard: (i, n) gives the i-th of n parts.
+    """
     input_ = config.input
     resize = resize_of(
         (input_.min_size_test,),
@@ -160,6 +166,7 @@ def build_eval_batches(config: Any, dataset: CocoDataset) -> Batches:
         resize=dataclasses.replace(resize, exact=config.eval.exact_padding),
         channel_order=input_.channel_order,
         max_images=config.eval.max_images,
+        shard=shard,
         reading=_reading(config),
     )
 

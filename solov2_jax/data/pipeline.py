@@ -265,6 +265,7 @@ def eval_batches(
     resize: Resize,
     channel_order: str = "RGB",
     max_images: int = 0,
+    shard: tuple[int, int] = (0, 1),
     reading: Reading | None = None,
 ) -> Batches:
     """Returns every image once: image, image_size, image_id, original_size [B, 2].
@@ -274,6 +275,8 @@ def eval_batches(
 
     Args:
       max_images: only the first ones; 0 for all.
+      shard: (i, n) gives every n-th batch from the i-th on; together, n such parts hold
+        each image once.
     """
     sizes = planning.all_sizes(
         dataset.heights, dataset.widths, resize.shorts[:1], resize.max_size
@@ -281,6 +284,11 @@ def eval_batches(
     chosen = np.arange(len(dataset))[: max_images or None]
     buckets, assigned = choose_buckets(dataset, sizes, chosen, resize, "test")
     plan = planning.eval_plan(assigned[chosen, 0], buckets, batch_size)
+    index, count = shard
+    part = slice(index, None, count)
+    plan = dataclasses.replace(
+        plan, image=plan.image[part], epoch=plan.epoch[part], bucket=plan.bucket[part]
+    )
     loader = EvalLoader(dataset, plan, sizes, _is_bgr(channel_order))
     return Batches(loader, plan, 0, reading or Reading())
 

@@ -7,6 +7,7 @@ predictions are RLE from the moment they arrive; figures that do not exist say w
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -103,6 +104,23 @@ class CocoEvaluator:
             )
         self._seen.add(image_id)
         self._results.extend(to_coco_results(prediction, self.category_ids))
+
+    def state(self) -> dict[str, Any]:
+        """Returns what was processed so far, as JSON values, for `merge`."""
+        return {"images": self.image_ids, "results": self._results}
+
+    def merge(self, states: Sequence[dict[str, Any]]) -> None:
+        """Replaces what was processed by the parts that several evaluators processed.
+
+        Raises a ValueError if two of them processed the same image.
+        """
+        images = [image for state in states for image in state["images"]]
+        twice = sorted(i for i, n in Counter(images).items() if n > 1)
+        if twice:
+            raise ValueError(f"images {twice[:5]} were predicted by two processes")
+        self._seen = set(images)
+        results = [result for state in states for result in state["results"]]
+        self._results = sorted(results, key=lambda result: result["image_id"])
 
     def add_results(self, results: Sequence[dict[str, Any]]) -> None:
         """Adds results in COCO's format, as predictions of every image of the truth."""

@@ -19,18 +19,25 @@ class Originals:
 
     Args:
       max_images: only the first ones; 0 for all.
+      shard: (i, n) gives every n-th of them from the i-th on.
     """
 
-    def __init__(self, dataset: CocoDataset, max_images: int = 0):
+    def __init__(
+        self,
+        dataset: CocoDataset,
+        max_images: int = 0,
+        shard: tuple[int, int] = (0, 1),
+    ):
         self._dataset = dataset
-        self._number = min(max_images or len(dataset), len(dataset))
+        number = min(max_images or len(dataset), len(dataset))
+        self._chosen = range(shard[0], number, shard[1])
 
     def __len__(self) -> int:
-        return self._number
+        return len(self._chosen)
 
     def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]:
         data = self._dataset
-        for i in range(self._number):
+        for i in self._chosen:
             size = int(data.heights[i]), int(data.widths[i])
             image = read_sized(data.path(i), *size, data.annotation_file)
             ids = np.array([data.image_ids[i]], np.int64)

@@ -9,8 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 
+from solov2_jax import processes
 from solov2_jax.config import write_json
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.evaluation.coco import CocoEvaluator
@@ -55,6 +57,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Returns COCO's figures of the batches' images, see `CocoEvaluator.evaluate`.
 
+    Of several processes, each has batches of its own, and all return the figures of all
+    images; the first one writes.
+
     Writes them to `metrics.json` in `out_dir`, with the numbers of images and
     predictions, the predictions to `predictions.json` in COCO's results format, and
     the first `num_pictures` images with truth and prediction to `pictures`.
@@ -70,28 +75,50 @@ def evaluate(
     )
     check_names(expectations, evaluator.metric_names())
     shown, clock = predict(predictor, batches, evaluator, num_pictures)
-    names = dict(zip(dataset.category_ids, dataset.class_names, strict=True))
-    results = [{**r, "class_name": names[r["category_id"]]} for r in evaluator.results]
-    write_results(results, out / "predictions.json")
-    metrics = evaluator.evaluate()
-    counts = {"num_images": clock.images, "num_predictions": len(evaluator.results)}
-    write_json({**metrics, **counts}, out / "metrics.json")
-    log.info("written: %s and predictions.json", out / "metrics.json")
-    if shown:
-        write_pictures(dataset, shown, out / "pictures")
-        log.info("look at %s", out / "pictures")
-    if report:
-        from solov2_jax.evaluation.report import write_report  # loads matplotlib
-        from solov2_jax.evaluation.study import make_study
+    if jax.process_count() > 1:
+        evaluator.merge(processes.gather(evaluator.state()))
 
-        facts = {
-            "data": os.path.basename(dataset.annotation_file),
-            "images": str(clock.images),
-            "predictions": str(len(evaluator.results)),
+    def finish() -> dict[str, float]:
+        names = dict(zip(dataset.category_ids, dataset.class_names, strict=True))
+        results = [
+            {**r, "class_name": names[r["category_id"]]} for r in evaluator.results
+        ]
+        write_results(results, out / "predictions.json")
+        metrics = evaluator.evaluate()
+        numbers = {
+            "num_images": len(evaluator.image_ids),
+            "num_predictions": len(evaluator.results),
         }
-        study = make_study(evaluator, metrics, report, facts, clock.milliseconds())
-        write_report(out / "report", study, evaluator, dataset.image_root)
-    return metrics
+        write_json({**metrics, **numbers}, out / "metrics.json")
+        log.info("written: %s and predictions.json", out / "metrics.json")
+        if shown:
+            write_pictures(dataset, shown, out / "pictures")
+            log.info("look at %s", out / "pictures")
+        if report:
+            _report(out, dataset, evaluator, metrics, report, clock)
+        return metrics
+
+    return processes.from_first(finish)
+
+
+def _report(
+    out: Path,
+    dataset: CocoDataset,
+    evaluator: CocoEvaluator,
+    metrics: dict[str, float],
+    title: str,
+    clock: "Clock",
+) -> None:
+    from solov2_jax.evaluation.report import write_report  # loads matplotlib
+    from solov2_jax.evaluation.study import make_study
+
+    facts = {
+        "data": os.path.basename(dataset.annotation_file),
+        "images": str(len(evaluator.image_ids)),
+        "predictions": str(len(evaluator.results)),
+    }
+    study = make_study(evaluator, metrics, title, facts, clock.milliseconds())
+    write_report(out / "report", study, evaluator, dataset.image_root)
 
 
 def predict(

@@ -142,9 +142,7 @@ def build_evaluate(
     config: Any, model: Any, dataset: Any, workdir: pathlib.Path
 ) -> Callable[[dict[str, PyTree]], dict[str, float]]:
     """Returns variables -> metrics on the validation data."""
-    # Later processes would overwrite the first one's files.
-    process = jax.process_index()
-    out_dir = workdir / "eval" / (f"process_{process}" if process else "")
+    shard = (jax.process_index(), jax.process_count())
 
     def evaluate_variables(variables: dict[str, PyTree]) -> dict[str, float]:
         from solov2_jax.data.build import build_eval_batches
@@ -156,9 +154,9 @@ def build_evaluate(
         predictor = build_predictor(
             config, model, variables, dataset.class_names, dataset.category_ids
         )
-        batches = build_eval_batches(config, dataset)
+        batches = build_eval_batches(config, dataset, shard)
         options = config.eval.num_pictures, config.eval.backend
-        return evaluate(predictor, dataset, batches, out_dir, *options)
+        return evaluate(predictor, dataset, batches, workdir / "eval", *options)
 
     return evaluate_variables
 

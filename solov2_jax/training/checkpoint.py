@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from solov2_jax import processes
 from solov2_jax.config import write_json
 from solov2_jax.training.state import TrainState
 
@@ -30,7 +31,10 @@ log = logging.getLogger("solov2_jax")
 
 
 class Checkpoints:
-    """Saves the states of one run; keeps the newest ones, and the best besides."""
+    """Saves the states of one run; keeps the newest ones, and the best besides.
+
+    Every process has a copy of the state, and the first one saves for all.
+    """
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int):
         self.workdir = pathlib.Path(workdir).absolute()
@@ -38,9 +42,15 @@ class Checkpoints:
         self.best = read_best(self.workdir)
         self._keep = keep
         self._saving: int | None = None
+        self._manager: Any = None
+        if not processes.is_first():
+            return
+        self.folder.mkdir(exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self,  # type: ignore[arg-type]  # `should_preserve`
             cleanup_tmp_directories=True,  # what a killed save left
+            create=False,
+            multiprocessing_options=_alone(),
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -53,6 +63,8 @@ class Checkpoints:
 
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
         """Starts to save a state; returns when the state may be changed again."""
+        if self._manager is None:
+            return
         step = int(state.step)
         arrays = {
             "variables": state.variables,
@@ -60,6 +72,8 @@ class Checkpoints:
         }
         if state.average is not None:
             arrays["average"] = state.average
+        # Copies: the next step may change the arrays that these are read from.
+        arrays = jax.tree.map(np.array, jax.device_get(arrays))
         sums = {name: checksum(tree) for name, tree in arrays.items()}
         parts = ocp.args.Composite(
             **{name: ocp.args.StandardSave(tree) for name, tree in arrays.items()},
@@ -73,25 +87,30 @@ class Checkpoints:
         """Names the checkpoint of `step` the best from now on."""
         self.wait()
         self.best = {"step": step, "metric": metric, "value": value}
-        write_json(self.best, self.workdir / "best.json")
+        if self._manager is not None:
+            write_json(self.best, self.workdir / "best.json")
 
     def steps(self) -> list[int]:
         """Returns the steps saved or being saved, oldest first."""
+        if self._manager is None:
+            return list_steps(self.workdir)
         return sorted(self._manager.all_steps())
 
     def check(self) -> None:
         """Raises what went wrong in the background since the last call."""
-        self._guard(self._manager.check_for_errors)
+        self._guard(lambda: self._manager.check_for_errors())
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises if it failed."""
-        self._guard(self._manager.wait_until_finished)
+        self._guard(lambda: self._manager.wait_until_finished())
 
     def close(self) -> None:
         """Waits for the last save and frees the threads."""
-        self._guard(self._manager.close)
+        self._guard(lambda: self._manager.close())
 
     def _guard(self, action: Callable[[], Any]) -> None:
+        if self._manager is None:
+            return
         try:
             action()
         except Exception as error:
@@ -102,6 +121,12 @@ class Checkpoints:
                 f"written: {_reason(error)}. The last good one on disk: {last}. Free "
                 "space or mend the folder, then run the same command again"
             ) from error
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Returns Orbax's settings for work of this process that no other takes part in."""
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(me, {me}, f"process_{me}")
 
 
 def checksum(tree: PyTree) -> int:
@@ -233,7 +258,7 @@ def _variables(workdir: str | os.PathLike, step: int, kind: str) -> dict[str, Py
     part = "average" if averaged else "variables"
     folder /= part
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with ocp.StandardCheckpointer() as reader:
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
         stored = reader.metadata(folder).item_metadata.tree
     want = jax.tree.map(
         lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), stored
@@ -246,7 +271,7 @@ def _read_part(
 ) -> PyTree:
     """Returns one part of a checkpoint; raises whatever shows that it is not whole."""
     folder = pathlib.Path(workdir).absolute() / "checkpoints" / str(step)
-    with ocp.StandardCheckpointer() as reader:
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
         tree = reader.restore(folder / part, want)
     if checksum(tree) != read_position(workdir, step)["checksums"][part]:
         raise ValueError(f"the checksum of {part} is wrong: a file was changed")
@@ -256,18 +281,26 @@ def _read_part(
 def _newest_readable(
     workdir: str | os.PathLike, read: Callable[[int], Any]
 ) -> tuple[Any, int, list[int]]:
-    """Returns (what `read` returned, its step, newer steps that it could not read)."""
+    """Returns (what `read` returned, its step, newer steps that it could not read).
+
+    A step that one of the processes cannot read is unreadable for all.
+    """
     unreadable: dict[int, str] = {}
-    for step in reversed(list_steps(workdir)):
+    for step in reversed(processes.from_first(lambda: list_steps(workdir))):
+        result, reason = None, ""
         try:
-            return read(step), step, list(unreadable)
+            result = read(step)
         # Orbax and TensorStore raise all kinds, bare Exception among them.
         except Exception as error:
-            unreadable[step] = _reason(error)
-            log.warning(
-                "%s/checkpoints/%d is unreadable (%s): trying the one before",
-                *(workdir, step, unreadable[step]),
-            )
+            reason = _reason(error)
+        reason = next(filter(None, processes.gather(reason)), "")
+        if not reason:
+            return result, step, list(unreadable)
+        unreadable[step] = reason
+        log.warning(
+            "%s/checkpoints/%d is unreadable (%s): trying the one before",
+            *(workdir, step, reason),
+        )
     reasons = "; ".join(f"{step}: {why}" for step, why in unreadable.items())
     raise ValueError(
         f"{workdir}/checkpoints: no checkpoint is readable ({reasons}). Move the "
@@ -276,7 +309,7 @@ def _newest_readable(
 
 
 def _move_aside(workdir: str | os.PathLike, step: int) -> None:
-    if jax.process_index() != 0:
+    if not processes.is_first():
         return
     folder = pathlib.Path(workdir)
     target = folder / "checkpoints_unreadable"

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from solov2_jax import processes
 from solov2_jax.training import sharding, workdir
 from solov2_jax.training.build import build_task
 from solov2_jax.training.checkpoint import Checkpoints
@@ -114,7 +115,12 @@ def train_steps(
     for hook in hooks:
         hook.before_train(run)
     previous: Any = ()
-    while not run.finished and not run.stop:
+    vote = processes.Vote(mesh)
+    while not run.finished:
+        if vote(bool(run.stop)):
+            if not run.stop:
+                run.stop, run.interrupted = "another process", True
+            break
         for hook in hooks:
             hook.before_step(run)
         start = time.perf_counter()
@@ -148,7 +154,7 @@ def make_writers(
       step: that the run resumes at.
       stack: closes them.
     """
-    if jax.process_index() != 0:
+    if not processes.is_first():
         return []
     makers: dict[str, Callable[[], Writer]] = {
         "tensorboard": lambda: TensorBoardWriter(path / "tensorboard", step),
@@ -198,7 +204,10 @@ def make_hooks(
     if train.precise_bn and task.moments:
         given = task.moments, task.batches, train.eval_every, train.precise_bn
         precise = [PreciseBN(*given)]
-    written = next((w.last for w in writers if isinstance(w, JsonlWriter)), {})
+    # Only the first process has written any; all must evaluate, or none.
+    written = processes.from_first(
+        lambda: next((w.last for w in writers if isinstance(w, JsonlWriter)), {})
+    )
     saver = PeriodicCheckpoint(checkpoints, train.checkpoint_every, position)
     return [
         Profiler(train.profile_steps, path / "profile"),

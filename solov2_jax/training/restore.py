@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from solov2_jax import processes
 from solov2_jax.config import write_json
 from solov2_jax.training import sharding
 from solov2_jax.training.checkpoint import list_steps, restore_state
@@ -35,7 +36,7 @@ def restore(
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     average = config.optim.ema_decay > 0
     shapes = jax.eval_shape(lambda k: state_of(task.init(k), task.tx, average), key)
-    if list_steps(workdir):
+    if processes.from_first(lambda: list_steps(workdir)):
         restored = restore_state(workdir, abstract(shapes, mesh))
         assert restored is not None
         state, position = restored
@@ -50,11 +51,12 @@ def restore(
             return draw(lambda k: _leaves(task.init(k), names), key, mesh)
 
         variables, report = initial_weights(config, shapes.variables, init)
-        write_json(report.to_dict(), workdir / "init_from.json")
+        if processes.is_first():
+            write_json(report.to_dict(), workdir / "init_from.json")
         state = jax.jit(
             lambda v: state_of(v, task.tx, average),
             out_shardings=sharding.replicated(mesh),
-        )(jax.device_put(variables, sharding.replicated(mesh)))
+        )(sharding.copy_to_all(variables, mesh))
         log.info("start: weights of %s, step 0", config.init_from)
         return state, start
     state = create_state(task.init, task.tx, key, mesh, average)

@@ -10,10 +10,10 @@ from jax.sharding import PartitionSpec as P
 
 def make_mesh(num_devices: int | None = None) -> Mesh:
     """Returns a mesh with the one axis "data" over the first devices, or over all."""
-    devices = jax.devices()[:num_devices]
+    # In the order of processes: each holds rows of the batch that follow one another.
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
     # JAX's default is Explicit, where contracting over the batch axis raises.
-    auto = (AxisType.Auto,)
-    return jax.make_mesh((len(devices),), ("data",), axis_types=auto, devices=devices)
+    return Mesh(np.array(devices[:num_devices]), ("data",), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -42,6 +42,20 @@ def check_batch_size(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
             f"train.batch_size = {batch_size} cannot be split over {devices} devices"
             f"{times}: use {' or '.join(options)}"
         )
+
+
+def copy_to_all(tree: Any, mesh: Mesh) -> Any:
+    """Returns arrays and keys, equal in all processes, as copies on each device."""
+    sharding = replicated(mesh)
+
+    def put(x: Any) -> jax.Array:
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = put(jax.random.key_data(x))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class TrainStep:
 
         copied, by_batch = sharding.replicated(mesh), sharding.split_by_batch(mesh)
         # An argument: as a constant, each seed would be another program to compile.
-        self._key = jax.device_put(key, copied)
+        self._key = sharding.copy_to_all(key, mesh)
         self._step = jax.jit(
             step,
             in_shardings=(copied, by_batch, copied),

@@ -39,7 +39,7 @@ class ValidationLoss:
         )
 
     def __call__(self, variables: PyTree) -> dict[str, float]:
-        variables = jax.device_put(variables, sharding.replicated(self._mesh))
+        variables = sharding.copy_to_all(variables, self._mesh)
         rows = []
         for batch in self._batches():
             arrays = sharding.put_batch(batch, self._mesh)

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 import solov2_jax
+from solov2_jax import processes
 from solov2_jax.config import changed_keys, read_config, save_config, write_json
 from solov2_jax.training.checkpoint import list_steps
 from solov2_jax.training.schedule import build_schedule
@@ -68,7 +69,7 @@ def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Keeps a second run out of the folder; a kill frees it too."""
-    if jax.process_index() != 0:
+    if not processes.is_first():
         yield  # the first process holds it for all
         return
     with open(workdir / ".lock", "w") as file:
@@ -84,7 +85,12 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def logging_to(path: pathlib.Path) -> Iterator[None]:
-    """Appends what is logged to a file, warnings of libraries included."""
+    """Appends what is logged to a file, warnings of libraries included.
+
+    Later processes have files of their own, `train_process_1.log` and so on.
+    """
+    if number := jax.process_index():
+        path = path.with_stem(f"{path.stem}_process_{number}")
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     libraries = logging.FileHandler(path)
@@ -160,7 +166,10 @@ def _same_rates(steps: int, old: Any, new: Any) -> bool:
 def describe_run(
     workdir: pathlib.Path, config: Any, names: Sequence[str], ids: Sequence[int]
 ) -> None:
-    """Writes config.json, classes.json and environment.json."""
+    """Writes config.json, classes.json and environment.json, once for all processes."""
+    processes.barrier("the config was compared")
+    if not processes.is_first():
+        return
     save_config(config, workdir / "config.json")
     classes = {"names": list(names), "ids": [int(i) for i in ids]}
     write_json(classes, workdir / "classes.json")
