@@ -240,8 +240,9 @@ def test_bfloat16_outputs_give_a_float32_loss():
         )
 
 
-@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("num_devices", [1, 2, 8])
 def test_the_mesh_changes_nothing(num_devices):
+    """Each device but of the first mesh has one image, with its own number of pairs."""
     mesh = jax.make_mesh(
         (num_devices,),
         ("data",),
@@ -249,7 +250,9 @@ def test_the_mesh_changes_nothing(num_devices):
         devices=jax.devices()[:num_devices],
     )
     by_batch = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    copies = max(1, num_devices // B)
     args = make_outputs(), make_targets(), make_masks()
+    args = jax.tree.map(lambda x: jnp.concatenate([x] * copies), args)
     leaves, tree = jax.tree.flatten(args)
 
     def on_mesh(*leaves):

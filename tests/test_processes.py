@@ -151,7 +151,7 @@ def test_a_killed_process_ends_the_other_with_a_message(runs, tmp_path, victim):
     output = other.communicate(timeout=SECONDS)[0]
     killed.communicate(timeout=SECONDS)
     assert other.returncode != 0
-    assert time.monotonic() - before < 60, "heartbeats of 10 s, on a busy machine"
+    assert time.monotonic() - before < 120, "heartbeats of 10 s, on a busy machine"
     ours = rf"error: process {1 - victim} of 2: an operation .* another process ended"
     jaxs = "Terminating process because the JAX distributed service detected fatal"
     assert re.search(f"{ours}|{jaxs}", output), output

@@ -127,8 +127,10 @@ def train_steps(
         try:
             batch = next(batches)
         except Exception:
-            if run.interrupted:
-                break  # Ctrl-C reaches the reading processes too: save all the same
+            # Ctrl-C reaches the reading processes too: save all the same. Of several
+            # processes, the others are not at this step: no checkpoint then.
+            if run.interrupted and jax.process_count() == 1:
+                break
             raise
         run.data_seconds = time.perf_counter() - start
         arrays = sharding.put_batch(batch, mesh)

@@ -49,7 +49,7 @@ def copy_to_all(tree: Any, mesh: Mesh) -> Any:
     sharding = replicated(mesh)
 
     def put(x: Any) -> jax.Array:
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
             data = put(jax.random.key_data(x))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
         x = np.asarray(x)
