@@ -11,6 +11,7 @@ import tiny_coco
 from conftest import ROOT
 from tiny_network import tiny_config, tiny_variables
 
+from configs import base
 from solov2_jax.data.build import build_loss_batches, build_train_batches
 from solov2_jax.models import build_model
 from solov2_jax.training.build import build_loss
@@ -46,7 +47,7 @@ def test_every_bucket_is_compiled_from_shapes(tmp_path):
     assert least < small.state_bytes < 3 * least
     assert len(notes) == 2 and "80 classes assumed" in notes[0]
     text = format_rows(config, rows, notes)
-    assert "32x64" in text and "2 programs; most memory: 64x64" in text
+    assert "32x64" in text and "programs: 2; most memory: 64x64" in text
 
 
 def config_with_classes(config):
@@ -72,13 +73,17 @@ def test_the_command_touches_neither_data_nor_workdir(tmp_path):
     command += [f"--config.data.generated.root={tmp_path}/shapes"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "2 programs; most memory: " in result.stdout
+    assert "programs: 1; most memory: 128x128" in result.stdout
     assert list(tmp_path.iterdir()) == []
 
 
 def test_overfit_trains_the_first_images_and_only_those(tmp_path):
     config = small_config(tmp_path)
+    config.augment.rotate_prob = config.augment.brightness = 0.5
+    config.augment.crop_size = (24, 24)
     changed = overfit_config(config, 2)
+    off = base.get_config().augment
+    assert changed.augment.to_dict() == off.to_dict(), "nothing is augmented"
     assert config.data.train.max_images == 0, "the config given stays"
     assert (changed.train.batch_size, changed.train.steps) == (2, 200)
     dataset = tiny_coco.load(tmp_path)

@@ -85,14 +85,16 @@ def choose_buckets(
     return buckets, assigned
 
 
-def nominal_buckets(resize: Resize) -> tuple[planning.Bucket, ...]:
+def nominal_buckets(
+    resize: Resize, height: int, width: int
+) -> tuple[planning.Bucket, ...]:
     """Returns the padded training shapes where no data set is known.
 
-    They are the configured ones, or else those of photographs of 640 x 480 pixels,
-    upright and lying.
+    They are the configured ones, or else those of images of one size, upright and
+    lying.
     """
     if resize.buckets:
         return planning.check_buckets(resize.buckets, "input.buckets_train")
-    sides = np.array([480, 640])
+    sides = np.array([height, width])
     sizes = planning.all_sizes(sides, sides[::-1], resize.shorts, resize.max_size)
     return planning.derive_buckets(sizes, *_DERIVED["train"])

@@ -19,7 +19,7 @@ from solov2_jax.training.state import TrainState, abstract, state_of
 from solov2_jax.training.step import TrainStep
 
 # Where the config leaves them to the annotations: COCO's.
-NUM_CLASSES, MAX_INSTANCES = 80, 96
+NUM_CLASSES, MAX_INSTANCES, PHOTOGRAPH = 80, 96, (480, 640)
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,19 @@ def dry_run(config: Any) -> tuple[list[Compiled], list[str]]:
         "input.min_sizes_train",
         input_.size_sampling,
     )
-    if not resize.buckets:
+    height, width = PHOTOGRAPH
+    if config.data.name == "shapes":
+        height, width = config.data.generated.image_size
+    elif not resize.buckets:
         notes.append(
-            "input.buckets_train is (): shapes for photographs of 640 x 480 and "
-            "480 x 640 assumed"
+            f"input.buckets_train is (): shapes for images of {height} x {width} and "
+            f"{width} x {height} pixels assumed"
         )
     step, state, mesh = build_step(config)
     size = config.train.batch_size, config.data.max_instances
     rows = [
         _compile(step, state, batch_shapes(*size, *shape, mesh), shape)
-        for shape in nominal_buckets(resize)
+        for shape in nominal_buckets(resize, height, width)
     ]
     return rows, notes
 
@@ -147,6 +150,6 @@ def format_rows(config: Any, rows: list[Compiled], notes: list[str]) -> str:
         )
     worst = max(rows, key=lambda row: row.state_bytes + row.work_bytes)
     lines.append(
-        f"{len(rows)} programs; most memory: {worst.shape[0]}x{worst.shape[1]}"
+        f"programs: {len(rows)}; most memory: {worst.shape[0]}x{worst.shape[1]}"
     )
     return "\n".join([*lines, *notes])

@@ -19,7 +19,7 @@ MIN_STEPS, STEPS_PER_IMAGE = 200, 25
 def overfit_config(config: Any, number: int) -> Any:
     """Returns the config with what learning `number` images by heart takes.
 
-    The same images in every epoch (one size, not mirrored), a recipe for short runs,
+    The same images in every epoch (one size, not augmented), a recipe for short runs,
     validation on the training images. Data, network and weights stay.
     """
     if number < 1:
@@ -32,6 +32,10 @@ def overfit_config(config: Any, number: int) -> Any:
         input_.min_sizes_train = (input_.min_size_test,)
         input_.max_size_train = input_.max_size_test
         input_.buckets_train = input_.buckets_test
+        augment, config.data.repeat_threshold = config.augment, 0.0
+        augment.rotate_prob = augment.paste_prob = 0.0
+        augment.brightness = augment.contrast = augment.saturation = 0.0
+        augment.crop_size = augment.jitter_scale = ()
         train.batch_size = min(train.batch_size, number)
         train.steps = max(MIN_STEPS, STEPS_PER_IMAGE * number)
         train.checkpoint_every = train.eval_every = 0
