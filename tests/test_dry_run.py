@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny_coco
 from conftest import ROOT
@@ -17,7 +19,9 @@ from solov2_jax.models import build_model
 from solov2_jax.training.build import build_loss
 from solov2_jax.training.dry_run import batch_shapes, dry_run, format_rows
 from solov2_jax.training.overfit import overfit_config, verdict
-from solov2_jax.training.sharding import make_mesh
+from solov2_jax.training.sharding import make_mesh, put_batch, replicated
+from solov2_jax.training.state import state_of
+from solov2_jax.training.step import TrainStep
 from solov2_jax.training.validation import ValidationLoss
 
 
@@ -64,6 +68,26 @@ def test_the_shapes_are_those_of_real_batches(tmp_path):
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
         k: (v.shape, v.dtype) for k, v in shapes.items()
     }
+
+
+def test_programs_are_bounded_by_the_buckets(tmp_path):
+    """Over many epochs of images of three sizes at two scales: one for each bucket."""
+    config = small_config(tmp_path)
+    config.train.steps = 40
+    batches = build_train_batches(config, tiny_coco.load(tmp_path))
+    mesh, key = make_mesh(8), jax.random.key(0)
+
+    def loss(params, model_state, batch, key):
+        return params["fpn"] * jnp.mean(jnp.float32(batch["image"])) * 1e-6, {}
+
+    params = {"fpn": jnp.float32(1)}
+    tx = optax.sgd(0.1)
+    step = TrainStep(loss, tx, mesh, key, {"fpn": True})
+    state = jax.device_put(state_of({"params": params}, tx), replicated(mesh))
+    for batch in batches:
+        state, _ = step(state, put_batch(batch, mesh))
+    assert int(state.step) == 40
+    assert 1 < step.compiles == len(batches.buckets) and step.recompiles == 0
 
 
 def test_the_command_touches_neither_data_nor_workdir(tmp_path):
