@@ -2,11 +2,8 @@
 
 import dataclasses
 import os
-import struct
 
-from PIL import Image, UnidentifiedImageError
-
-from solov2_jax.data.records import source
+from solov2_jax.data.images import opened
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -24,27 +21,9 @@ class Header:
 
 def read_header(path: str) -> Header:
     """Returns size and orientation, or raises one ValueError that names the file."""
-    try:
-        with Image.open(source(path)) as image:
-            width, height = image.size
-            orientation = int(image.getexif().get(_ORIENTATION, 1))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such image; correct the path.") from None
-    except UnidentifiedImageError:
-        raise ValueError(
-            f"{path}: is not an image that can be read (JPEG, PNG, TIFF, BMP, WebP). "
-            "Convert it or remove it."
-        ) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(
-            f"{path}: has more than {Image.MAX_IMAGE_PIXELS} pixels. Cut it into "
-            "tiles or shrink it."
-        ) from None
-    except (OSError, SyntaxError, EOFError, TypeError, struct.error) as error:
-        raise ValueError(
-            f"{path}: the image is truncated or damaged ({error}). Fetch it again or "
-            "remove it."
-        ) from None
+    with opened(path) as image:
+        width, height = image.size
+        orientation = int(image.getexif().get(_ORIENTATION, 1))
     if orientation in _TURNED:
         width, height = height, width
     return Header(height, width, orientation)

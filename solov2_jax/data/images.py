@@ -13,7 +13,6 @@ from solov2_jax.data.records import is_records, source
 
 # Others are left out: some run programs (EPS), none holds photographs.
 _FORMATS = (*("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "AVIF", "JPEG2000", "PPM"),)
-_ORIENTATION, _QUARTER_TURNS = 274, (5, 6, 7, 8)  # EXIF
 # What PIL's readers raise for files that others made, or broke.
 _DAMAGES = (
     *(OSError, SyntaxError, EOFError, struct.error, zlib.error, ValueError, TypeError),
@@ -50,24 +49,13 @@ def open_image(path: str) -> Image.Image:
     Source: detectron2 data/detection_utils.py, read_image; it leaves 16-bit pictures
     to PIL, which clips them to white.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
         return _to_rgb(image, path)
 
 
-def read_size(path: str) -> tuple[int, int] | None:
-    """Returns (height, width) upright, from the header; None if it cannot be read."""
-    try:
-        with _opened(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
-            return (width, height) if turned else (height, width)
-    except ValueError:
-        return None  # `read_image` says why
-
-
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
+def opened(path: str) -> Iterator[Image.Image]:
     """Gives the picture, not decoded yet, or raises one ValueError that names it."""
     opened = source(path)  # raises errors of its own
     try:

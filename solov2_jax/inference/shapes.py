@@ -1,10 +1,11 @@
 """A few padded shapes for many images, so that few programs are compiled."""
 
+import contextlib
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from solov2_jax.data.images import read_size
+from solov2_jax.data.headers import read_header
 from solov2_jax.data.plan import Bucket, derive_buckets
 from solov2_jax.inference.sources import ImageFiles, Source, VideoFile
 
@@ -26,8 +27,10 @@ def shapes_of(
     sizes: list[tuple[int, int]] = []
     for source in sources:
         if isinstance(source, ImageFiles):
-            found = [read_size(path) for path in source.paths]
-            sizes += [size for size in found if size is not None]
+            for path in source.paths:
+                with contextlib.suppress(ValueError):  # its reader says it later
+                    header = read_header(path)
+                    sizes.append((header.height, header.width))
         elif isinstance(source, VideoFile):
             sizes.append(source.reader.size)
     if not sizes:

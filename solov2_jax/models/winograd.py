@@ -23,7 +23,12 @@ from jaxtyping import Array, Float
 
 # Tiles that are transformed together: their 36 matrices stay in the cache between the
 # transform and the product. A larger input is gone through in strips of tile rows.
-STRIP_TILES = 256
+STRIP_TILES = 192
+# With few channels strips are larger, because XLA computes a product [T, C] x [C, D] on
+# one core unless T C^2 D is about 2^31 (measured, C from 64 to 512).
+MAX_STRIP_TILES, _WORK_FOR_CORES = 1024, 2**31
+# Inputs with fewer tiles in all are not cut.
+_WHOLE_TILES = 512
 
 _A, _B = 2 / 3, 3 / 2  # the points; their product is 1
 _A2, _B2 = _A**2, _B**2
@@ -106,7 +111,7 @@ def input_grad(
 def filter_grad(xs: list[jax.Array], grads: list[jax.Array]) -> Float[Array, "3 3 C D"]:
     """Returns the gradient of the kernel, of inputs [B, h, w, C] and outputs' grads."""
     total = None
-    if sum(count_tiles(x.shape) for x in xs) <= 2 * STRIP_TILES:
+    if sum(count_tiles(x.shape) for x in xs) <= _WHOLE_TILES:
         x = jnp.concatenate([_tiles(_DATA, _padded(x)) for x in xs], axis=1)
         g = jnp.concatenate([_tiles(_GRAD, _whole_tiles(g)) for g in grads], axis=1)
         total = lax.dot_general(x, g, _OUTER)
@@ -119,8 +124,9 @@ def filter_grad(xs: list[jax.Array], grads: list[jax.Array]) -> Float[Array, "3 
 
 
 def _convolve(xs, weights, way: _Direction):
-    if sum(count_tiles(x.shape) for x in xs) > 2 * STRIP_TILES:
-        return [_convolve_strips(x, weights, way) for x in xs]
+    strip = _strip_tiles(xs[0].shape[-1], weights.size // 36)
+    if sum(count_tiles(x.shape) for x in xs) > max(_WHOLE_TILES, strip * 5 // 4):
+        return [_convolve_strips(x, weights, way, strip) for x in xs]
     if len(xs) == 1:
         (x,) = xs
         b, h, w, _ = x.shape
@@ -148,10 +154,10 @@ def _convolve_together(xs, weights, way: _Direction):
     return results
 
 
-def _convolve_strips(x, weights, way: _Direction):
+def _convolve_strips(x, weights, way: _Direction, tiles: int):
     """Strips of tile rows, one after the other, each with its halo of two rows."""
     b, h, w, _ = x.shape
-    rows, strips = _strips(x.shape)
+    rows, strips = _strips(x.shape, tiles)
     padded = _padded(x, 4 * rows * strips)
 
     def strip(i):
@@ -165,7 +171,7 @@ def _convolve_strips(x, weights, way: _Direction):
 
 def _filter_grad_strips(x, g):
     """Returns the sums of the 36 outer products over all tiles: [36, C, D]."""
-    rows, strips = _strips(x.shape)
+    rows, strips = _strips(x.shape, STRIP_TILES)
     x, g = _padded(x, 4 * rows * strips), _whole_tiles(g, 4 * rows * strips)
 
     def strip(i, total):
@@ -187,13 +193,23 @@ def count_tiles(shape: Sequence[int]) -> int:
     return shape[0] * -(-shape[1] // 4) * -(-shape[2] // 4)
 
 
-def _strips(shape: Sequence[int]) -> tuple[int, int]:
-    """Returns tile rows of a strip and strips of an image, padded as little as can be.
+def _strip_tiles(channels: int, pairs: int) -> int:
+    """Returns how many tiles a strip should have, for `pairs` = C D of the product."""
+    least = _WORK_FOR_CORES // (channels * pairs)
+    return min(max(STRIP_TILES, least), MAX_STRIP_TILES)
 
-    Every strip has the same number of rows.
+
+def _strips(shape: Sequence[int], tiles: int) -> tuple[int, int]:
+    """Returns tile rows of a strip, about `tiles`, and strips of an image.
+
+    Every strip has the same number of rows. Strips that end where the image does are
+    preferred: nothing has to be cut off, which costs a copy of the result.
     """
     tall, wide = -(-shape[1] // 4), -(-shape[2] // 4)
-    strips = -(-tall // max(1, STRIP_TILES // wide))
+    for rows in range(1, tall + 1):
+        if tall % rows == 0 and 0.8 <= rows * wide / tiles <= 1.5:
+            return rows, tall // rows
+    strips = -(-tall // max(1, round(tiles / wide)))
     rows = -(-tall // strips)
     return rows, -(-tall // rows)
 
