@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-_AT_LEAST = {
+AT_LEAST = {
     "model.num_classes": 0,
     "model.backbone.freeze_at": 0,
     "model.ins_head.num_convs": 1,
@@ -40,7 +40,7 @@ _AT_LEAST = {
     "eval.batch_size": 1,
     "eval.max_images": 0,
 }
-_ABOVE_ZERO = ("optim.learning_rate", "optim.gamma", "loss.dice_weight")
+ABOVE_ZERO = ("optim.learning_rate", "optim.gamma", "loss.dice_weight")
 _ONE_OF = {
     "optim.name": ("sgd", "adamw"),
     "optim.schedule": ("multistep", "cosine", "fixed_gamma"),
@@ -63,12 +63,12 @@ def wrong_values(flat: Mapping[str, Any]) -> list[str]:
       flat: {"train.steps": 270000, ...}, every key.
     """
     wrong = []
-    if missing := [k for k in (*_AT_LEAST, *_ABOVE_ZERO, *_ONE_OF) if k not in flat]:
+    if missing := [k for k in (*AT_LEAST, *ABOVE_ZERO, *_ONE_OF) if k not in flat]:
         return [f"{', '.join(missing)} missing; add what configs/base.py has"]
-    for key, least in _AT_LEAST.items():
+    for key, least in AT_LEAST.items():
         if flat[key] < least:
             wrong.append(f"{key} = {flat[key]} must be at least {least}")
-    for key in _ABOVE_ZERO:
+    for key in ABOVE_ZERO:
         if not flat[key] > 0:
             wrong.append(f"{key} = {flat[key]} must be above 0")
     for key, values in _ONE_OF.items():
