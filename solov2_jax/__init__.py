@@ -1,7 +1,8 @@
 """SOLOv2 instance segmentation in JAX. Start reading at `solov2_jax.structs`.
 
-`solov2_jax.Predictor` is that of `solov2_jax.inference.predictor`, imported when it is
-first asked for: the data side imports this package too, and knows no JAX.
+`solov2_jax.train`, `Predictor` and the other names below are those of their modules,
+imported when they are first asked for: the data side imports this package too, and
+knows no JAX.
 """
 
 import importlib
@@ -9,7 +10,13 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_LAZY = {"Predictor": "solov2_jax.inference.predictor"}
+_LAZY = {
+    "Predictor": "solov2_jax.inference.predictor",
+    "evaluate_run": "solov2_jax.evaluation.run_folder",
+    "load_config": "solov2_jax.config",
+    "set_up": "solov2_jax.session",
+    "train": "solov2_jax.training.loop",
+}
 
 
 def __getattr__(name: str) -> Any:

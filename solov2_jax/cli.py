@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import pathlib
-import socket
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
+from solov2_jax import session
 from solov2_jax.config import split_overrides
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _CPU_DEVICES = flags.DEFINE_integer(
 )
 _CACHE = flags.DEFINE_string(
     "compilation_cache",
-    str(pathlib.Path("~/.cache/solov2_jax")),
+    session.CACHE,
     "Folder of compiled programs, so that a second start is quick; '' for none. "
     "JAX_COMPILATION_CACHE_DIR, where it is set, wins.",
 )
@@ -159,12 +159,7 @@ def _set_up() -> None:
     """Console logging, devices and the compilation cache, by the flags."""
     import jax  # slow: after the restart
 
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    log = logging.getLogger("solov2_jax")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
+    session.show_log()
     logging.raiseExceptions = False  # a full disk is reported once, by what it stops
     # Libraries report errors by raising them; what they log goes to train.log.
     absl_logging.get_absl_handler().setLevel(logging.CRITICAL)
@@ -173,10 +168,4 @@ def _set_up() -> None:
     if _CPU_DEVICES.value:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
-    if _CACHE.value and jax.config.values["jax_compilation_cache_dir"] is None:
-        # One folder per machine: compiled CPU code is for that CPU's instructions.
-        folder = pathlib.Path(_CACHE.value).expanduser() / socket.gethostname()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # JAX keeps what took a second to compile; a start has a dozen quicker ones.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    session.keep_programs(_CACHE.value)

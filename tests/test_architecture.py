@@ -16,6 +16,7 @@ LAYERS = {
     "config_rules": 0,
     "config": 1,
     "processes": 1,
+    "session": 1,
     "data": 2,
     "ops": 2,
     "nms": 2,

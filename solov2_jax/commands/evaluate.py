@@ -17,7 +17,6 @@ Exit code 0: done; 1: a result is outside of a range that `--expect` gave; 2: an
 that the one line `error: ...` explains.
 """
 
-import os
 import sys
 
 from absl import flags
@@ -73,37 +72,18 @@ def score_run(overrides: list[str], expectations: list) -> dict[str, float]:
     workdir = _WORKDIR.value
     if not workdir:
         raise ValueError("give --workdir (of a training run), or --predictions")
-    from solov2_jax.inference.predictor import Predictor, load_workdir_config
-
     tta, tiles = view_options()
-    config = load_workdir_config(workdir, overrides)
-    import jax
+    from solov2_jax.evaluation.run_folder import evaluate_run  # slow: after the checks
 
-    from solov2_jax.data.build import build_eval_batches, load_val_dataset
-    from solov2_jax.evaluation.originals import OriginalPredictor, Originals
-    from solov2_jax.evaluation.run import evaluate
-    from solov2_jax.inference.views import build_views
-
-    predictor = Predictor.from_workdir(workdir, _CHECKPOINT.value, overrides)
-    classes = zip(predictor.category_ids, predictor.class_names, strict=True)
-    dataset = load_val_dataset(config, dict(classes))
-    # Of several processes, each predicts a part of the images.
-    shard = (jax.process_index(), jax.process_count())
-    batches = build_eval_batches(config, dataset, shard)
-    if tta or tiles:
-        looking = build_views(predictor, tta, tiles, batches.buckets)
-        predictor = OriginalPredictor(looking, config.eval.batch_size)
-        batches = Originals(dataset, config.eval.max_images, shard)
-    run = os.path.basename(os.path.abspath(workdir))
-    return evaluate(
-        predictor,
-        dataset,
-        batches,
-        _OUTPUT.value or os.path.join(workdir, "eval"),
-        config.eval.num_pictures,
-        config.eval.backend,
+    return evaluate_run(
+        workdir,
+        _CHECKPOINT.value,
+        overrides,
+        tta=tta,
+        tiles=tiles,
+        output=_OUTPUT.value,
+        report=_REPORT.value,
         expectations=expectations,
-        report=f"{run}, checkpoint {_CHECKPOINT.value}" if _REPORT.value else "",
     )
 
 

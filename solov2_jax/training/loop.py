@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from solov2_jax import processes
+from solov2_jax import processes, session
 from solov2_jax.training import sharding, workdir
 from solov2_jax.training.build import build_task
 from solov2_jax.training.checkpoint import Checkpoints
@@ -56,7 +56,8 @@ def train(
     """Trains until `train.steps`, or resumes, and returns the final evaluation.
 
     The same call continues a run that was killed, with the same numbers. A run that is
-    stopped by SIGTERM or SIGINT saves first and returns {}.
+    stopped by SIGTERM or SIGINT (Ctrl-C, a notebook's stop button) saves first and
+    returns {}. Where no logging is set up, the log is shown on standard output.
 
     Args:
       config: as `load_config` returns it.
@@ -66,6 +67,8 @@ def train(
     path = workdir.make_workdir(folder)
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdir.locked(path))
+        if processes.is_first():
+            stack.enter_context(session.heard_log())
         stack.enter_context(workdir.logging_to(path / "train.log"))
         return _train(config, path, build, stack)
 
