@@ -1,6 +1,7 @@
 """The order and content of batches: a pure function of the seed and the step."""
 
 import dataclasses
+import os
 import pickle
 import subprocess
 import sys
@@ -352,6 +353,41 @@ def test_own_modules_run_without_jax(tmp_path):
         cwd=root,
         timeout=120,
     )
+
+
+def test_ctrl_c_reaches_the_reader_and_no_worker(tmp_path):
+    """Neither while they start nor later; a terminal sends it to the whole group."""
+    script = f"""
+        import os, signal, threading
+        import pathlib
+        from test_pipeline import load, pipeline, train
+
+        if __name__ == "__main__":
+            seen = []
+            signal.signal(signal.SIGINT, lambda *_: seen.append("SIGINT"))
+            interrupt = lambda: os.killpg(0, signal.SIGINT)
+            threading.Timer(0.3, interrupt).start()  # Python itself takes longer
+            data = load(pathlib.Path({str(tmp_path)!r}))
+            reading = pipeline.Reading(num_workers=2, num_threads=1, prefetch=1)
+            for step, batch in enumerate(train(data, reading=reading)):
+                if step == 3:
+                    assert seen == ["SIGINT"], "it was not lost"
+                    interrupt()
+            assert step == 11 and len(seen) == 2
+            print("all batches")
+    """
+    root = Path(__file__).resolve().parent.parent
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(script))
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"},
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        timeout=900,
+    )
+    assert done.stdout == "all batches\n" and done.stderr == "", done.stderr
 
 
 class _Spy(TrainLoader):

@@ -17,6 +17,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from solov2_jax.data import interrupts
 from solov2_jax.data import plan as planning
 from solov2_jax.data.augment import Augment
 from solov2_jax.data.augmented import AugmentedLoader
@@ -103,8 +104,11 @@ class Batches:
             )
         iterator = iter(stream)
         try:
-            for batch in iterator:
+            with interrupts.kept_from_children(bool(reading.num_workers)):
+                batch = next(iterator, None)  # starts the processes
+            while batch is not None:
                 yield expand_masks(receive(batch, arena))
+                batch = next(iterator, None)
         finally:
             iterator.close()
             # grain's last batches hang in reference cycles with its StopIteration.
@@ -123,6 +127,7 @@ class Batches:
 def _start_worker(number: int, count: int) -> None:
     """Prepares a worker process."""
     del number, count
+    interrupts.ignore()
     reuse_memory()
 
 
