@@ -3,11 +3,13 @@
 import base64
 import colorsys
 import io
+import os
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from solov2_jax.data.images import read_image
 from solov2_jax.data.masks import Crop
 
 OPACITY = 0.4
@@ -67,6 +69,44 @@ def shrink(image: np.ndarray, longest: int) -> np.ndarray:
     size = [max(1, round(s * factor)) for s in (image.shape[1], image.shape[0])]
     small = Image.fromarray(image).resize((size[0], size[1]), Image.Resampling.BOX)
     return np.asarray(small)
+
+
+def sheet(
+    pictures: Sequence[np.ndarray | str | os.PathLike[str]],
+    titles: Sequence[str] = (),
+    columns: int = 3,
+    width: int = 360,
+) -> Image.Image:
+    """Returns pictures in rows, as one picture that a notebook shows.
+
+    Args:
+      pictures: RGB uint8 [H, W, 3], or files.
+      titles: a line above each; (): none.
+      width: of each in the result, pixels; heights follow.
+    """
+    panels = []
+    for i, picture in enumerate(pictures):
+        pixels = picture if isinstance(picture, np.ndarray) else read_image(picture)
+        height = max(1, round(pixels.shape[0] * width / pixels.shape[1]))
+        panel = Image.fromarray(pixels).resize((width, height))
+        panels.append(caption(np.asarray(panel), titles[i]) if titles else panel)
+    panels = [np.asarray(panel) for panel in panels]
+    rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    heights = [max(panel.shape[0] for panel in row) for row in rows]
+    if not rows:
+        raise ValueError("no pictures to show")
+    gap = 8
+    size = (
+        min(columns, len(panels)) * (width + gap) - gap,
+        sum(heights) + gap * (len(rows) - 1),
+    )
+    canvas = Image.new("RGB", size, "white")
+    top = 0
+    for row, height in zip(rows, heights, strict=True):
+        for i, panel in enumerate(row):
+            canvas.paste(Image.fromarray(panel), (i * (width + gap), top))
+        top += height + gap
+    return canvas
 
 
 def data_url(image: np.ndarray, quality: int = 85) -> str:

@@ -34,9 +34,9 @@ def reuse_memory() -> None:
     Image.core.set_blocks_max(4)
 
 
-def read_image(path: str) -> np.ndarray:
+def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """Returns the picture as uint8 [h, w, 3], as `open_image` does."""
-    return np.array(open_image(path))
+    return np.array(open_image(os.fspath(path)))
 
 
 def open_image(path: str) -> Image.Image:

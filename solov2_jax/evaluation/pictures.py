@@ -12,13 +12,16 @@ from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.images import read_image
 from solov2_jax.data.masks import Crop, decode_runs, parse_runs
 from solov2_jax.data.spans import rasterize
-from solov2_jax.inference.draw import distinct_colors, draw_masks, draw_prediction
+from solov2_jax.inference.draw import (
+    distinct_colors,
+    draw_masks,
+    draw_prediction,
+    enlarge,
+)
 from solov2_jax.inference.prediction import Prediction
 
 # Shown are predictions with at least this score, as `predict.py` does by default.
 MIN_SCORE = 0.3
-# Small pictures are enlarged by a whole factor up to about this height.
-MIN_HEIGHT = 256
 
 
 def write_pictures(
@@ -127,15 +130,7 @@ def _box(mask: np.ndarray) -> np.ndarray:
 
 
 def _enlarged(image, prediction: Prediction, class_names) -> np.ndarray:
-    factor = max(1, MIN_HEIGHT // image.shape[0])
-    large = Prediction(
-        np.asarray(prediction.masks).repeat(factor, 1).repeat(factor, 2),
-        prediction.boxes * factor,
-        prediction.scores,
-        prediction.labels,
-        prediction.image_id,
-    )
-    canvas = image.repeat(factor, 0).repeat(factor, 1)
+    canvas, large = enlarge(image, prediction)
     if not class_names:
         return draw_masks(canvas, large, distinct_colors(len(large)))
     return draw_prediction(canvas, large, class_names)

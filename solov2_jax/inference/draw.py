@@ -8,6 +8,7 @@ numpy only.
 import colorsys
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -18,6 +19,8 @@ from solov2_jax.inference.prediction import Prediction
 
 FILL_OPACITY = 0.4
 COLOR_BY = ("object", "class", "track")
+# Small pictures are enlarged by a whole factor up to about this height.
+MIN_HEIGHT = 256
 # Brightness of red, green and blue (ITU-R BT.601).
 LUMA = np.array([0.299, 0.587, 0.114])
 # Font heights in pixels; the largest is a share of the picture's short side.
@@ -52,6 +55,19 @@ def draw_prediction(
     sizes = (MIN_FONT, min(max(largest, MIN_FONT), MAX_FONT))
     placed = place_labels(prediction, class_names, text_box, sizes)
     return draw_labels(picture, placed, colors)
+
+
+def enlarge(image: np.ndarray, prediction: Prediction) -> tuple[np.ndarray, Prediction]:
+    """Returns a small image and its prediction so large that labels can be read.
+
+    Both as they are, if the image is about `MIN_HEIGHT` pixels high or higher.
+    """
+    factor = MIN_HEIGHT // image.shape[0]
+    if factor < 2:
+        return image, prediction
+    masks = np.asarray(prediction.masks).repeat(factor, 1).repeat(factor, 2)
+    large = replace(prediction, masks=masks, boxes=prediction.boxes * factor)
+    return image.repeat(factor, 0).repeat(factor, 1), large
 
 
 def object_colors(prediction: Prediction, color_by: str) -> np.ndarray:

@@ -1,0 +1,71 @@
+"""The numbers of a run's `metrics.jsonl` as curves over the steps."""
+
+import io
+import json
+import os
+import pathlib
+from typing import Any
+
+from PIL import Image
+
+# Title -> names in metrics.jsonl; a chart without any of them is left out.
+CHARTS = {
+    "losses": ("loss", "loss_ins", "loss_cate", "val/loss"),
+    "mean IoU of masks in training": ("mean_iou", "val/mean_iou"),
+    "AP of the evaluations": ("segm/AP", "segm/AP50", "bbox/AP"),
+    "learning rate": ("learning_rate",),
+}
+COLORS = ("#24292f", "#2f6db5", "#d97a26", "#3d8f5f")
+
+
+def draw_curves(workdir: str | os.PathLike[str]) -> Image.Image:
+    """Returns the curves of a run so far, as a picture that a notebook shows."""
+    lines = read_metrics(workdir)
+    found = {}
+    for title, names in CHARTS.items():
+        curves = {name: _points(lines, name) for name in names}
+        if shown := {name: curve for name, curve in curves.items() if curve[0]}:
+            found[title] = shown
+    if not found:
+        raise ValueError(
+            f"{workdir}: metrics.jsonl has no line yet; train for train.log_every steps"
+        )
+    return _draw(found)
+
+
+def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Returns the lines of a run's metrics.jsonl: {"step": 20, "loss": 3.1, ...}."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: no readable metrics of a run ({error})") from error
+
+
+def _points(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Returns steps and values; null, a number that is not finite, is left out."""
+    pairs = [(x["step"], x[name]) for x in lines if x.get(name) is not None]
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def _draw(charts: dict[str, dict[str, tuple[list[int], list[float]]]]) -> Image.Image:
+    from matplotlib.figure import Figure  # slow, and only here
+
+    size = (4.2 * len(charts), 3.0)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    all_axes = figure.subplots(1, len(charts), squeeze=False)[0]
+    for axes, (title, curves) in zip(all_axes, charts.items(), strict=True):
+        for color, (name, (steps, values)) in zip(COLORS, curves.items(), strict=False):
+            marker = "o" if len(steps) < 20 else None
+            axes.plot(steps, values, color=color, label=name, marker=marker, ms=3)
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        axes.set_xlabel("step", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#eceef0")
+        axes.set_ylim(bottom=0)
+        if len(curves) > 1:
+            axes.legend(fontsize=8, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer)
