@@ -20,10 +20,13 @@ import config_keys  # noqa: E402
 
 log = logging.getLogger("mkdocs.hooks.site_pages")
 
-# Files of the repository outside of docs/ that are pages.
+# Files of the repository outside of docs/ that are pages, or lie beside them.
 OUTSIDE = {
     "benchmarks/README.md": "benchmarks.md",
     "CONTRIBUTING.md": "contributing.md",
+    "notebooks/from_detectron2.ipynb": "notebooks/from_detectron2.ipynb",
+    "notebooks/predict.ipynb": "notebooks/predict.ipynb",
+    "notebooks/train_on_your_data.ipynb": "notebooks/train_on_your_data.ipynb",
 }
 # Files that a page stands for.
 STANDS_FOR = {"README.md": "index.md", "configs/base.py": "configuration.md"}
