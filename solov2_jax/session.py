@@ -26,6 +26,11 @@ def set_up(cache: str = CACHE) -> None:
       cache: folder of compiled programs; "": they are not kept.
     """
     show_log()
+    # Libraries report errors by raising them; what they log goes to train.log.
+    libraries = logging.getLogger("absl")
+    libraries.propagate = False
+    if not libraries.handlers:
+        libraries.addHandler(logging.NullHandler())
     keep_programs(cache)
 
 

@@ -32,11 +32,14 @@ hypothesis.settings.load_profile("project")
 
 @pytest.fixture(autouse=True)
 def logging_as_it_was() -> Iterator[None]:
-    """Takes back what a command that runs inside a test does to the package's log."""
-    log = logging.getLogger("solov2_jax")
-    before = log.propagate, log.level, list(log.handlers), logging.raiseExceptions
+    """Takes back what a command that runs inside a test does to the logs."""
+    logs = [logging.getLogger(name) for name in ("solov2_jax", "absl")]
+    before = [(log, log.propagate, log.level, list(log.handlers)) for log in logs]
+    raising = logging.raiseExceptions
     yield
-    log.propagate, log.level, log.handlers[:], logging.raiseExceptions = before
+    for log, propagate, level, handlers in before:
+        log.propagate, log.level, log.handlers[:] = propagate, level, handlers
+    logging.raiseExceptions = raising
 
 
 @pytest.fixture(scope="session")

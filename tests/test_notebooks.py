@@ -51,6 +51,7 @@ def execute(name, folder, **parameters):
     client = NotebookClient(
         notebook,
         timeout=SECONDS,
+        startup_timeout=SECONDS,
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
     )

@@ -25,6 +25,8 @@ def test_the_log_is_shown_once_where_print_goes(capsys):
     shown = capsys.readouterr()
     assert shown.out.count("after") == 1 and not shown.err
     assert not log.propagate, "a handler of the root's would show it twice"
+    logging.getLogger("absl").warning("a library's")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_log_that_somebody_hears_is_left_alone(capsys):
