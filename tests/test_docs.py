@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,12 @@ def test_a_wrong_name_is_found():
     assert resolves("training.hooks.Hook.after_step")
     assert not resolves("targets.assign") and not resolves("models.nothing.Model")
     assert is_key("data.generated.*") and not is_key("optim.rate")
+
+
+def test_every_dependency_has_its_reason():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    names = {re.split(r"[\[<>=]", want)[0] for want in wanted}
+    lines = (ROOT / "docs" / "dependencies.md").read_text().splitlines()
+    given = [line.split("|")[1] for line in lines if line.startswith("| ")]
+    assert names <= {name.strip() for cell in given for name in cell.split(",")}

@@ -14,7 +14,7 @@ import pytest
 import tiny_network
 from PIL import Image
 
-pytest.importorskip("fastapi")
+pytest.importorskip("fastapi_offline")
 pytest.importorskip("uvicorn")
 
 from solov2_jax.data.runs import encode_masks  # noqa: E402

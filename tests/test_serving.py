@@ -4,6 +4,7 @@ import http.client
 import io
 import json
 import logging
+import re
 import socket
 import struct
 import threading
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("fastapi")
+pytest.importorskip("fastapi_offline")
 pytest.importorskip("uvicorn")
 
 from solov2_jax.serving.app import Limits, make_app  # noqa: E402
@@ -193,7 +194,7 @@ def test_a_bad_parameter_is_refused(service, query):
 
 
 @pytest.mark.parametrize(
-    "path", ["/../../etc/passwd", "/..%2f..%2fetc%2fpasswd", "/static/x", "/%00"]
+    "path", ["/../../etc/passwd", "/..%2f..%2fetc%2fpasswd", "/static-offline-docs/../core.py", "/%00"]
 )
 def test_no_path_leads_to_files(service, path):
     port, _ = service
@@ -315,7 +316,10 @@ def test_interface_metrics_and_page(service):
     assert set(post["requestBody"]["content"]) >= {"image/jpeg", "image/png"}
     assert {"200", "400", "408", "413", "415", "429"} <= set(post["responses"])
     assert {p["name"] for p in post["parameters"]} == {"output", "score", "limit"}
-    assert ask(port, method="GET", path="/docs")[0] == 200
+    viewer = ask(port, method="GET", path="/docs")[1]
+    assert b"//" not in viewer.replace(b"://www.w3.org", b""), "nothing from elsewhere"
+    for address in re.findall(rb'(?:src|href)="([^"]+)"', viewer):
+        assert ask(port, method="GET", path=address.decode())[0] == 200
     assert b"<html" in ask(port, method="GET", path="/")[1]
     text = ask(port, method="GET", path="/metrics")[1].decode()
     assert 'solov2_requests_total{status="200"}' in text

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi_offline import FastAPIOffline
 
 import solov2_jax
 from solov2_jax.serving.batcher import Batcher
@@ -163,7 +164,7 @@ def make_app(engine: Answering, limits: Limits, model: str) -> FastAPI:
         yield
         await asyncio.to_thread(service.close)
 
-    app = FastAPI(
+    app = FastAPIOffline(
         title="SOLOv2 instance segmentation",
         description=f"Serves {model}. Classes: {', '.join(engine.class_names)}.",
         version=solov2_jax.__version__,
