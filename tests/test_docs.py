@@ -115,7 +115,10 @@ def test_a_wrong_name_is_found():
 
 def test_every_dependency_has_its_reason():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    wanted = [
+        *project["dependencies"],
+        *sum(project["optional-dependencies"].values(), []),
+    ]
     names = {re.split(r"[\[<>=]", want)[0] for want in wanted}
     lines = (ROOT / "docs" / "dependencies.md").read_text().splitlines()
     given = [line.split("|")[1] for line in lines if line.startswith("| ")]

@@ -194,7 +194,13 @@ def test_a_bad_parameter_is_refused(service, query):
 
 
 @pytest.mark.parametrize(
-    "path", ["/../../etc/passwd", "/..%2f..%2fetc%2fpasswd", "/static-offline-docs/../core.py", "/%00"]
+    "path",
+    [
+        "/../../etc/passwd",
+        "/..%2f..%2fetc%2fpasswd",
+        "/static-offline-docs/../core.py",
+        "/%00",
+    ],
 )
 def test_no_path_leads_to_files(service, path):
     port, _ = service
