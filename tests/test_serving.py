@@ -1,15 +1,18 @@
 """The service: its limits, queue and errors, with an engine that waits for a gate."""
 
+import contextlib
 import http.client
 import io
 import json
 import logging
 import re
+import resource
 import socket
 import struct
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -284,18 +287,25 @@ def ended(client):
     return True
 
 
-def test_connections_are_bounded(service):
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_thousands_of_connections_leave_nothing_behind(service):
     port, _ = service
-    clients = [
-        socket.create_connection(("127.0.0.1", port), timeout=20)
-        for _ in range(5 * MAX_CONNECTIONS)
-    ]
-    try:
-        assert all(ended(client) for client in clients)
-    finally:
-        for client in clients:
-            client.close()
+    resident = []
+    for _ in range(20):
+        with contextlib.ExitStack() as stack:
+            clients = [
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), 20))
+                for _ in range(5 * MAX_CONNECTIONS)
+            ]
+            assert all(ended(client) for client in clients)
+        resident.append(resident_bytes())
     assert ask(port, picture())[0] == 200
+    assert resident[-1] - resident[0] < 5e6
+
+
+def resident_bytes():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 def test_a_header_without_end_is_refused(service):
