@@ -73,6 +73,40 @@ def test_names_on_the_right_exist():
     assert not wrong, f"{MAP.name} names what does not exist: {wrong}"
 
 
+def test_what_a_debugger_meets_is_in_the_map():
+    """On the way through AdelaiDet's train_net.py and demo.py, in this order."""
+    met = """
+        default_argument_parser launch main Trainer DefaultTrainer TrainerBase
+        trainer.train() train_loop before_step run_step after_step R50_3x.yaml
+        Base-SOLOv2.yaml adet/config/defaults.py CfgNode setup_logger
+        auto_scale_workers get_world_size build_model build_optimizer
+        build_train_loader create_ddp_model SimpleTrainer AMPTrainer
+        build_lr_scheduler DetectionCheckpointer start_iter max_iter register_hooks
+        build_hooks MultiStepParamScheduler WarmupParamScheduler
+        CompositeParamScheduler ConstantParamScheduler LinearParamScheduler
+        hooks.IterationTimer hooks.LRScheduler hooks.PreciseBN
+        hooks.PeriodicCheckpointer hooks.EvalHook test_and_save_results
+        hooks.PeriodicWriter build_writers EventStorage self.model.training
+        _data_loader_iter data_time loss_dict zero_grad backward _write_metrics
+        optimizer.step() F.conv2d SOLOv2.__init__ build_backbone SOLOv2.forward
+        preprocess_image gt_instances split_feats ins_head mask_head SOLOv2InsHead
+        head_configs cate_tower kernel_tower cate_pred kernel_pred GroupNorm linspace
+        meshgrid F.interpolate SOLOv2MaskHead convs_all_levels feature_add_all_level
+        conv_pred get_ground_truth get_ground_truth_single loss dice_loss
+        AdetCheckpointer Trainer.test build_evaluator builtin.py inference_on_dataset
+        evaluator.reset process(inputs text_evaluation.py instances_to_coco_json
+        build_resnet_backbone BACKBONE_REGISTRY build_resnet_fpn_backbone BasicStem
+        CNNBlockBase BottleneckBlock shortcut conv1 conv2 conv3 make_stage
+        FrozenBatchNorm2d build_detection_train_loader DatasetMapperWithBasis
+        FCPoseDatasetMapper HeatmapGenerator GT_HEATMAP_STRIDE FCPOSE_ON
+        run_on_image DefaultPredictor self.model([inputs])[0] SOLOv2.inference
+        inference_single_image
+    """
+    quoted = " ".join(code(MAP.read_text("utf-8")))
+    missing = [name for name in met.split() if name not in quoted]
+    assert not missing, f"{MAP.name} lacks {missing}"
+
+
 def test_every_config_key_is_in_the_map():
     named = code(MAP.read_text().split("## Keys of the configuration")[1])
     missing = [

@@ -77,6 +77,9 @@ def test_the_shipped_variants_are_listed():
         ("data.md", "../README.md", "index.md"),
         ("contributing.md", "docs/data.md", "data.md"),
         ("benchmarks.md", "../docs/data.md", "data.md"),
+        ("data.md", "../notebooks/predict.ipynb#a", "notebooks/predict.md#a"),
+        ("notebooks/predict.md", "train_on_your_data.ipynb", "train_on_your_data.md"),
+        ("notebooks/predict.md", "../docs/data.md", "../data.md"),
         ("data.md", "../setup.py", "../setup.py"),  # the build says that it is missing
     ],
 )
@@ -92,11 +95,26 @@ def test_drawings_become_part_of_the_page():
     assert page.endswith("</svg>\n</div>") and "\n\n" not in page
 
 
+def test_notebooks_are_pages():
+    cells = [
+        {"cell_type": "code", "source": ["a = 1\n", "b = 2"]},
+        {"cell_type": "markdown", "source": ["# Title\n", "text"]},
+    ]
+    page = site_pages.notebook_page({"cells": cells}, "x.ipynb")
+    assert page.startswith("# Title\ntext\n\nThe notebook: <a href")
+    assert page.endswith("```python\na = 1\nb = 2\n```")
+    shown = {source for source in site_pages.OUTSIDE if source.endswith(".ipynb")}
+    assert shown == {f"notebooks/{p.name}" for p in ROOT.glob("notebooks/*.ipynb")}
+
+
 def test_long_names_may_break():
     assert site_pages.breakable("a" * 40) == f"{'a' * 16}<wbr>{'a' * 16}<wbr>{'a' * 8}"
     assert site_pages.breakable("data/train/a.json") == "data/<wbr>train/<wbr>a.json"
     html = f"<td><code id='k'>{'b' * 41}</code></td><code>short</code>"
     broken = site_pages.on_page_content(html, None, None, None)
+    assert site_pages.on_page_content("<td>9 / 10</td>", None, None, None) == (
+        "<td>9&nbsp;/&nbsp;10</td>"
+    )
     assert broken.count("<wbr>") == 2 and broken.replace("<wbr>", "") == html
 
 

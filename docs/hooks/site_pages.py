@@ -1,9 +1,10 @@
 """What the site makes of the Markdown files: their links, pictures and generated parts.
 
 The files are written to be read in the repository, too. Links that leave `docs/` become
-links to pages of the site, or the build fails.
+links to pages of the site, or the build fails. Notebooks are pages with their cells.
 """
 
+import json
 import logging
 import pathlib
 import posixpath
@@ -20,13 +21,13 @@ import config_keys  # noqa: E402
 
 log = logging.getLogger("mkdocs.hooks.site_pages")
 
-# Files of the repository outside of docs/ that are pages, or lie beside them.
+# Files of the repository outside of docs/ that are pages.
 OUTSIDE = {
     "benchmarks/README.md": "benchmarks.md",
     "CONTRIBUTING.md": "contributing.md",
-    "notebooks/from_detectron2.ipynb": "notebooks/from_detectron2.ipynb",
-    "notebooks/predict.ipynb": "notebooks/predict.ipynb",
-    "notebooks/train_on_your_data.ipynb": "notebooks/train_on_your_data.ipynb",
+    "notebooks/from_detectron2.ipynb": "notebooks/from_detectron2.md",
+    "notebooks/predict.ipynb": "notebooks/predict.md",
+    "notebooks/train_on_your_data.ipynb": "notebooks/train_on_your_data.md",
 }
 # Files that a page stands for.
 STANDS_FOR = {"README.md": "index.md", "configs/base.py": "configuration.md"}
@@ -39,6 +40,7 @@ _LINK = re.compile(r"(?<=\]\()([^)\s:]+)(?=\))")
 _SVG = re.compile(r"!\[([^\]]*)\]\(([\w./-]+\.svg)\)")
 _COMMENT = re.compile(r"^<!--.*?-->\n", re.M)
 _LONG = re.compile(r"<code([^>]*)>([^\s<>&]{40,})</")
+_PAIR = re.compile(r"(?<=>)[\d.]+ / [\d.]+(?=</td>)")
 LOADS = re.compile(
     r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[\"']?(?:https?:)?//"
     r"|<link\b[^>]*\bhref=[\"']?(?:https?:)?//"
@@ -46,9 +48,14 @@ LOADS = re.compile(
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages that lie outside of docs/."""
+    """Adds the pages that lie outside of docs/, and the notebooks beside theirs."""
     for source, page in OUTSIDE.items():
-        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+        path = ROOT / source
+        if path.suffix == ".ipynb":
+            text = notebook_page(json.loads(path.read_text("utf-8")), path.name)
+            files.append(File.generated(config, page, content=text))
+            page = source
+        files.append(File.generated(config, page, abs_src_path=str(path)))
     return files
 
 
@@ -58,7 +65,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    """Returns a page's HTML in which long names may break, so that tables fit."""
+    """Returns a page's HTML in which long names may break, and pairs of numbers not."""
+    html = _PAIR.sub(lambda match: match[0].replace(" ", "&nbsp;"), html)
     return _LONG.sub(lambda match: f"<code{match[1]}>{breakable(match[2])}</", html)
 
 
@@ -77,6 +85,22 @@ def convert(markdown: str, page: str) -> str:
     markdown = _COMMENT.sub("\n", markdown)  # beside a table it would hide the table
     markdown = _SVG.sub(lambda match: _picture(match[1], match[2]), markdown)
     return _LINK.sub(lambda match: target(match[1], page), markdown)
+
+
+def notebook_page(notebook: dict[str, Any], name: str) -> str:
+    """Returns a notebook's cells as Markdown, the title first, with a link to the file.
+
+    Args:
+      name: of the file, which lies beside the page.
+    """
+    parts = []
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        code = cell["cell_type"] == "code"
+        parts.append(f"```python\n{text}\n```" if code else text)
+    title = next(i for i, part in enumerate(parts) if part.startswith("# "))
+    link = f'The notebook: <a href="{name}" download>{name}</a>.'
+    return "\n\n".join([parts.pop(title), link, *parts])
 
 
 def breakable(name: str) -> str:
