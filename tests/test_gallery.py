@@ -57,5 +57,8 @@ def test_a_gallery_draws_files_and_arrays(tmp_path):
     drawn, plain = pixels[title:, :160], pixels[title:, 168:]
     assert (plain == np.asarray(image.repeat(4, 0).repeat(4, 1))).all()
     assert (drawn[120:] == plain[120:]).all() and (drawn[30:70] != plain[30:70]).any()
+    named = gallery([image], [found], width=160, names=["a name"])
+    alone = gallery([image], [found], width=160)
+    assert named.size == alone.size and named.tobytes() != alone.tobytes()
     with pytest.raises(ValueError, match="shorter"):
         gallery([image, image], [found])

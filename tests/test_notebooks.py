@@ -124,6 +124,16 @@ def test_from_detectron2(folder):
     assert "the same scores and masks" in outputs(done, "same")[0]
     assert "equal bit for bit" in outputs(done, "back")[0]
 
+    # With a file of one's own, there need not be a run.
+    (images,) = (folder / "datasets" / "shapes").glob("*/val")
+    given = {"PTH": str(written / "back.pth"), "IMAGES": str(images)}
+    config = str(folder / "runs" / "notebook" / "config.json")
+    where = {"WORKDIR": "none", "OUTPUT": "given", "CONFIG": config}
+    done = execute("from_detectron2.ipynb", folder, **given, **where, SCORE=0.1)
+    assert not complaints(done) and not (folder / "none").exists()
+    assert (folder / "given" / "converted.safetensors").is_file()
+    assert outputs(done, "predict")[1] == 1
+
 
 @by_name
 def test_a_notebook_is_committed_without_its_outputs(path):

@@ -1,7 +1,7 @@
 """Predictions of several images in one picture, for a look at them in a notebook."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -18,6 +18,7 @@ def gallery(
     columns: int = 3,
     width: int = 360,
     color_by: str = "object",
+    names: Sequence[str] = (),
 ) -> Image.Image:
     """Returns the images with their predictions drawn into them, in rows.
 
@@ -26,12 +27,14 @@ def gallery(
       predictions: of these images, in this order, with class names.
       width: of each image in the result, pixels.
       color_by: see `draw.object_colors`.
+      names: of the images; (): their files' names.
     """
     pictures, titles = [], []
     for image, prediction in zip(images, predictions, strict=True):
         array = isinstance(image, np.ndarray)
         pixels = image if array else read_image(image)
         name = f"image {len(titles)}" if array else os.path.basename(image)
+        name = names[len(titles)] if names else name
         large = enlarge(pixels, prediction)
         picture = draw_prediction(*large, prediction.class_names, color_by)
         number = len(prediction)

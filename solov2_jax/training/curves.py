@@ -63,7 +63,7 @@ def _draw(charts: dict[str, dict[str, tuple[list[int], list[float]]]]) -> Image.
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#eceef0")
-        axes.set_ylim(bottom=0)
+        axes.set(xlim=(0, None), ylim=(0, None))
         if len(curves) > 1:
             axes.legend(fontsize=8, frameon=False)
     buffer = io.BytesIO()
