@@ -53,7 +53,6 @@ def write(
 
     function = make_function(program, inputs, metadata["masks"], "savedmodel")
     module = tf.Module()
-    module.predict = function
     if path.exists():
         shutil.rmtree(path)
     tf.saved_model.save(module, str(path), signatures=function.get_concrete_function())
