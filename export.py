@@ -1,6 +1,6 @@
 """Exports a trained network: `solov2-export` from the sources; see --help."""
 
-from solov2_jax.commands.export import run
+from solov2_jax.tools.cli.export import run
 
 if __name__ == "__main__":
     run()

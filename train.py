@@ -1,6 +1,6 @@
 """Trains SOLOv2, or resumes: `solov2-train` from the sources; see --help."""
 
-from solov2_jax.commands.train import run
+from solov2_jax.tools.cli.train import run
 
 if __name__ == "__main__":
     run()

@@ -20,17 +20,17 @@ from flax.traverse_util import flatten_dict
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [p for p in (str(ROOT),) if p not in sys.path]
 
-from solov2_jax.config import load_config, save_config, split_overrides  # noqa: E402
-from solov2_jax.data import spans  # noqa: E402
-from solov2_jax.data.images import read_image  # noqa: E402
-from solov2_jax.data.quarter import quarters  # noqa: E402
-from solov2_jax.data.runs import encode_masks  # noqa: E402
-from solov2_jax.data.transforms import resize_image  # noqa: E402
-from solov2_jax.models import build_model  # noqa: E402
-from solov2_jax.structs import Batch  # noqa: E402
-from solov2_jax.targets import assign_targets  # noqa: E402
-from solov2_jax.weights import names as weight_names  # noqa: E402
-from solov2_jax.weights.rules import fill, match, skeleton  # noqa: E402
+from solov2_jax.config import load_config, save_config, split_overrides
+from solov2_jax.data import rasterize
+from solov2_jax.data.images import read_image
+from solov2_jax.data.rasterize import stride4_masks
+from solov2_jax.data.transforms import resize_image
+from solov2_jax.models import build_model
+from solov2_jax.rle import rle_encode
+from solov2_jax.structs import Batch
+from solov2_jax.targets import assign_targets
+from solov2_jax.weights import names
+from solov2_jax.weights.rules import fill, match, skeleton
 from tests.golden_weights import golden_weight  # noqa: E402
 
 CACHE = ROOT / ".cache" / "benchmarks"
@@ -43,9 +43,7 @@ OBJECTS = 10  # per image, where it is trained on
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what all benchmarks of the network ask for."""
     parser.add_argument("--config", default="configs/r50_3x.py")
-    parser.add_argument(
-        "--size", type=int, nargs=2, metavar=("H", "W"), default=(800, 1333)
-    )
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), default=(800, 1333))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--image", help="a picture to use instead of the made one")
 
@@ -101,17 +99,16 @@ def write_weights(config: Any) -> dict[str, str]:
     empty = {k: np.broadcast_to(np.float32(0), v.shape) for k, v in ours.items()}
     depth = config.model.backbone.depth
     last, gain = "conv2" if depth < 50 else "conv3", CATE_GAIN[depth]
-    total = weight_names.to_adelaidet(empty)
+    total = names.to_adelaidet(empty)
     key = "-".join(map(str, (depth, gain, sum(v.size for v in total.values()))))
     paths = {n: CACHE / "weights" / f"{key}-{n}.npz" for n in ("adelaidet", "mmdet")}
     if not all(path.is_file() for path in paths.values()):
         paths["adelaidet"].parent.mkdir(parents=True, exist_ok=True)
         state = {
-            k: golden_weight(k, v.shape, last, gain).astype(np.float32)
-            for k, v in total.items()
+            k: golden_weight(k, v.shape, last, gain).astype(np.float32) for k, v in total.items()
         }
         np.savez(paths["adelaidet"], **state)
-        leaves = weight_names.from_adelaidet(state)
+        leaves = names.from_adelaidet(state)
         np.savez(paths["mmdet"], **to_mmdet(leaves))
     return {name: str(path) for name, path in paths.items()}
 
@@ -120,7 +117,7 @@ def to_mmdet(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns mmdetection's state dict of our flat leaves (its counters left out)."""
     state = {}
     for leaf, value in leaves.items():
-        for rule in weight_names.MMDET.by_target[skeleton(leaf)]:
+        for rule in names.MMDET.by_target[skeleton(leaf)]:
             values = match(rule.target, leaf)
             if values is not None:
                 kernel = rule.transform == "kernel"
@@ -176,10 +173,10 @@ def make_objects(args: Any, config: Any) -> dict[str, np.ndarray]:
         (cx, cy), (rx, ry) = corner[i] + side[i] / 2, side[i] / 2
         full[i] = ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 <= 1
         everything = np.array([[0, 0, w, h]])
-        (runs,) = encode_masks(full[i].astype(bool)[None], everything)
-        outline = spans.of_strings([runs.encode()], (h, w))
-        centers[i] = spans.mass_centers(outline, 1)[0][0]
-        for _, part in quarters(outline, (h, w)):
+        (runs,) = rle_encode(full[i].astype(bool)[None], everything)
+        outline = rasterize.spans_from_rle([runs.encode()], (h, w))
+        centers[i] = rasterize.mass_centers(outline, 1)[0][0]
+        for _, part in stride4_masks(outline, (h, w)):
             ph, pw = part.pixels.shape
             small[i][part.top : part.top + ph, part.left : part.left + pw] = part.pixels
     labels = rng.integers(0, config.model.num_classes, shape).astype(np.int32)

@@ -71,14 +71,12 @@ def padded_size(config: str) -> tuple[int, int]:
     """Returns the padded test size of a config."""
     sys.path.insert(0, str(ROOT))
     from solov2_jax.config import load_config
-    from solov2_jax.summary import padded_test_size
+    from solov2_jax.tools.summary import padded_test_size
 
     return padded_test_size(load_config(str(ROOT / config), []))
 
 
-def start(
-    what: str, config: str, size: Any, folder: str, jax_defaults: bool
-) -> dict[str, Any]:
+def start(what: str, config: str, size: Any, folder: str, jax_defaults: bool) -> dict[str, Any]:
     """Returns the phases of a fresh process with this folder of compiled programs."""
     env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": folder, "JAX_PLATFORMS": "cpu"}
     env.pop("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", None)

@@ -31,9 +31,9 @@ import harness
 import numpy as np
 import worker
 
-from solov2_jax.data import pipeline, sizes
+from solov2_jax.data import buckets, pipeline
 from solov2_jax.data.coco import CocoDataset, load_coco
-from solov2_jax.data.generated import ShapesSettings, write_shapes
+from solov2_jax.tools.synthetic.shapes import ShapesSettings, write_shapes
 
 PROGRAMS = ("ours", "plain")
 CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache" / "data_benchmark"
@@ -99,23 +99,19 @@ def read_dataset(args: argparse.Namespace) -> CocoDataset:
     """Returns the data set of the command line."""
     if args.annotations:
         return load_coco(args.images, args.annotations)
-    settings = ShapesSettings(
-        num_train=48, num_val=1, height=480, width=640, max_objects=10
-    )
+    settings = ShapesSettings(num_train=48, num_val=1, height=480, width=640, max_objects=10)
     folder = write_shapes(str(CACHE), settings)
     return load_coco(f"{folder}/train", f"{folder}/instances_train.json")
 
 
-def batches_of(
-    args: argparse.Namespace, dataset: CocoDataset, workers: int
-) -> pipeline.Batches:
+def batches_of(args: argparse.Namespace, dataset: CocoDataset, workers: int) -> pipeline.Batches:
     """Returns our batches, more than any measurement takes."""
     return pipeline.train_batches(
         dataset,
         seed=0,
         num_steps=100_000 // args.batch,
         batch_size=args.batch,
-        resize=sizes.Resize(tuple(args.short), args.longest),
+        resize=buckets.Resize(tuple(args.short), args.longest),
         flip_prob=0.5,
         channel_order="BGR",
         reading=pipeline.Reading(num_workers=workers, num_threads=1, prefetch=2),
@@ -169,9 +165,7 @@ def load_pipeline(args: argparse.Namespace, dataset: CocoDataset) -> worker.Work
             next(iterator)
 
     def finish() -> None:
-        peaks = [
-            worker.peak_memory_gb(p.pid) for p in multiprocessing.active_children()
-        ]
+        peaks = [worker.peak_memory_gb(p.pid) for p in multiprocessing.active_children()]
         found["worker_peak_gb"] = max(found["worker_peak_gb"], *peaks)
         iterator.close()  # pyright: ignore
 

@@ -16,17 +16,16 @@ import worker
 from absl import flags
 from pycocotools import mask as coco_mask
 
-from solov2_jax.data import plan as planning
-from solov2_jax.data import spans, transforms
+from solov2_jax.data import rasterize, sampler, transforms
 from solov2_jax.data.annotations import MIN_BOX_SIDE
+from solov2_jax.data.batch import ArrayDict, TrainBatchMaker, expand_masks
 from solov2_jax.data.images import open_sized, read_sized, reuse_memory
-from solov2_jax.data.loading import ArrayDict, TrainLoader, expand_masks
 from solov2_jax.data.pipeline import Batches
-from solov2_jax.data.transport import New, in_memory
+from solov2_jax.data.shared_memory import New, in_memory
 
 
 @dataclasses.dataclass(frozen=True)
-class TimedLoader(TrainLoader):
+class TimedLoader(TrainBatchMaker):
     """Our loader with a clock around its stages."""
 
     stages: worker.Stages = dataclasses.field(default_factory=worker.Stages)
@@ -34,9 +33,7 @@ class TimedLoader(TrainLoader):
     def __call__(self, step: int, new: New = in_memory) -> ArrayDict:
         return expand_masks(super().__call__(step, new))
 
-    def read(
-        self, index: int, size: tuple[int, int], flip: bool, out: np.ndarray
-    ) -> None:
+    def read(self, index: int, size: tuple[int, int], flip: bool, out: np.ndarray) -> None:
         data = self.dataset
         old = int(data.heights[index]), int(data.widths[index])
         with self.stages("decode"):
@@ -52,7 +49,7 @@ class TimedLoader(TrainLoader):
 
 
 @dataclasses.dataclass(frozen=True)
-class PlainLoader(TrainLoader):
+class PlainLoader(TrainBatchMaker):
     """The plain form, with the same clock."""
 
     stages: worker.Stages = dataclasses.field(default_factory=worker.Stages)
@@ -74,9 +71,9 @@ class PlainLoader(TrainLoader):
         for row in range(b):
             index = int(self.plan.image[step, row])
             epoch = int(self.plan.epoch[step, row])
-            scale = planning.scale_index(self.seed, epoch, index, self.sizes.shape[1])
+            scale = sampler.scale_index(self.seed, epoch, index, self.sizes.shape[1])
             size = tuple(self.sizes[index, int(scale)].tolist())
-            flip = planning.is_flipped(self.seed, epoch, index, self.flip_prob)
+            flip = sampler.is_flipped(self.seed, epoch, index, self.flip_prob)
             self.read(index, size, flip, batch["image"][row])
             batch["image_size"][row] = size
             batch["image_id"][row] = self.dataset.image_ids[index]
@@ -85,9 +82,7 @@ class PlainLoader(TrainLoader):
                 self.fill_objects(of_row, index, size, flip)
         return batch
 
-    def read(
-        self, index: int, size: tuple[int, int], flip: bool, out: np.ndarray
-    ) -> None:
+    def read(self, index: int, size: tuple[int, int], flip: bool, out: np.ndarray) -> None:
         data = self.dataset
         old = int(data.heights[index]), int(data.widths[index])
         with self.stages("decode"):
@@ -98,9 +93,7 @@ class PlainLoader(TrainLoader):
             image = image[..., ::-1] if self.bgr else image
             out[: size[0], : size[1]] = image
 
-    def fill_objects(
-        self, row: ArrayDict, index: int, size: tuple[int, int], flip: bool
-    ) -> int:
+    def fill_objects(self, row: ArrayDict, index: int, size: tuple[int, int], flip: bool) -> int:
         data, slot = self.dataset, 0
         old = int(data.heights[index]), int(data.widths[index])
         objects = np.arange(data.start[index], data.start[index + 1])
@@ -128,7 +121,7 @@ def whole_mask(
     """Returns an object's mask in the resized image, uint8 [h, w]."""
     polygons = segmentations.polygons(index)
     if not polygons:  # few data sets have run lengths: as ours
-        crop = spans.rasterize(segmentations, index, old, size, flip)
+        crop = rasterize.rasterize(segmentations, index, old, size, flip)
         mask = np.zeros(size, np.uint8)
         if crop is not None:
             h, w = crop.pixels.shape
@@ -204,7 +197,7 @@ def with_loader(batches: Batches, program: str, timed: bool) -> Any:
       timed: its loader alone, `loader(step)`, with `stages`, for use without workers.
     """
     ours = batches._loader
-    assert isinstance(ours, TrainLoader)
+    assert isinstance(ours, TrainBatchMaker)
     values = {f.name: getattr(ours, f.name) for f in dataclasses.fields(ours)}
     if program == "ours":
         if not timed:

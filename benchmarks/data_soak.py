@@ -10,7 +10,7 @@ from typing import Any
 import report
 from data_tables import halves
 
-from solov2_jax.data import pipeline, sizes
+from solov2_jax.data import buckets, pipeline
 from solov2_jax.data.coco import CocoDataset
 
 SHORTS, LONGEST, BATCH, WORKERS = (96, 112, 128), 192, 2, 2
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace, dataset: CocoDataset) -> None:
         seed=0,
         num_steps=args.soak,
         batch_size=BATCH,
-        resize=sizes.Resize(SHORTS, LONGEST),
+        resize=buckets.Resize(SHORTS, LONGEST),
         flip_prob=0.5,
         reading=pipeline.Reading(num_workers=WORKERS, num_threads=2, prefetch=2),
     )

@@ -35,9 +35,7 @@ def render(results: Sequence[Mapping[str, Any]]) -> str:
     return "".join([table(HEADER, rows) + "\n\n" if rows else "", *soaked])
 
 
-def row(
-    whole: Mapping[str, Any], parts: Mapping[str, Any], program: str
-) -> tuple[str, ...]:
+def row(whole: Mapping[str, Any], parts: Mapping[str, Any], program: str) -> tuple[str, ...]:
     """Returns a program's row.
 
     The stages are the loader's alone; what the pipeline takes beyond them is the making
@@ -46,8 +44,7 @@ def row(
     images = parts["work"]["images"]
     figures = whole["programs"][program]
     stages = [
-        parts["programs"][program]["stages"][stage]["median"] / images * 1e3
-        for stage in STAGES
+        parts["programs"][program]["stages"][stage]["median"] / images * 1e3 for stage in STAGES
     ]
     every = per_image(whole, program)
     ratio = ""

@@ -28,9 +28,9 @@ import worker
 from pycocotools import mask as rle
 
 from solov2_jax.evaluation.coco import CocoEvaluator
-from solov2_jax.evaluation.pictures import from_records
-from solov2_jax.evaluation.truth import read_truth
+from solov2_jax.evaluation.ground_truth import read_ground_truth
 from solov2_jax.inference.prediction import Prediction
+from solov2_jax.tools.report.pictures import from_records
 
 POOL = 24  # images whose masks are held: 30 MB each at 480 x 640
 DETECTIONS = 100  # an image
@@ -77,7 +77,7 @@ def load(args: argparse.Namespace) -> worker.Work:
     rng = np.random.default_rng(0)
     pool = read_pool(args.annotations) if args.annotations else make_pool(rng)
     predictions = [make_prediction(rng, image) for image in pool]
-    truth = read_truth(repeat(pool, args.images))
+    truth = read_ground_truth(repeat(pool, args.images))
     ids = sorted(truth.categories)
     names = [truth.categories[i] for i in ids]
     scores = np.sort(rng.random((args.images, DETECTIONS)))[:, ::-1].astype(np.float32)
@@ -162,7 +162,7 @@ def blob(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
 
 def read_pool(path: str) -> list[Image]:
     """Returns the first images of an instances json that have objects."""
-    truth = read_truth(path)
+    truth = read_ground_truth(path)
     labels = {c: n for n, c in enumerate(sorted(truth.categories))}
     pool: dict[int, Image] = {}
     for a in truth.annotations:
@@ -216,8 +216,7 @@ def repeat(pool: list[Image], images: int) -> dict[str, Any]:
     labels = [label for image in pool for label in image.labels]
     content = {
         "categories": [
-            {"id": i + 1, "name": f"class {i + 1}"}
-            for i in range(max(CLASSES, max(labels) + 1))
+            {"id": i + 1, "name": f"class {i + 1}"} for i in range(max(CLASSES, max(labels) + 1))
         ],
         "images": [],
         "annotations": [],

@@ -111,9 +111,7 @@ def make_case(folder: Path, args: Any) -> None:
 def side(command: list[str], deadline: float) -> dict[str, Any]:
     """Returns {"about": ..., "jobs": {job: figures}} of a side that ends in time."""
     command = [*command, "--deadline", str(deadline)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     # A job that has started late is cut off: a compilation cannot be asked to stop.
     timer = threading.Timer(max(1.0, deadline + 5 - time.time()), process.kill)
     errors: list[str] = []

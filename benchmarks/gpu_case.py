@@ -12,7 +12,7 @@ from solov2_jax.config import load_config, save_config
 from solov2_jax.models import build_model
 from solov2_jax.structs import Batch
 from solov2_jax.targets import assign_targets
-from solov2_jax.weights.convert import flatten
+from solov2_jax.weights.convert import flatten_tree
 from solov2_jax.weights.names import to_adelaidet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +38,7 @@ def write_case(folder: Path, config: Any, batch: int, size: tuple[int, int]) -> 
     """Writes config.json, weights.npz (AdelaiDet's names) and arrays.npz."""
     save_config(config, folder / "config.json")
     model = build_model(config, config.model.num_classes)
-    np.savez(folder / "weights.npz", **to_adelaidet(dict(flatten(variables(model)))))
+    np.savez(folder / "weights.npz", **to_adelaidet(dict(flatten_tree(variables(model)))))
     arrays = make_batch(batch, *size, config.model.num_classes)
     targets = config.targets
     assigned = jax.jit(

@@ -56,9 +56,7 @@ class Side:
         n = self.args.matmul
         x = jnp.ones((n, n), DTYPES[self.precision])
         multiply = jax.jit(lambda a, b: a @ b)
-        seconds = gpu_jobs.repeat(
-            lambda: jax.block_until_ready(multiply(x, x)), self.args.seconds
-        )
+        seconds = gpu_jobs.repeat(lambda: jax.block_until_ready(multiply(x, x)), self.args.seconds)
         self.rates[self.precision] = 2 * n**3 / seconds["median"]
         return {"n": n, "seconds": seconds, "flops_per_s": self.rates[self.precision]}
 
@@ -79,9 +77,7 @@ class Side:
     def infer(self, batch: int) -> dict[str, Any]:
         """The network with its post-processing, to soft masks on the device."""
         network, post, image = self._network(batch)
-        run, compiled, times = ahead(
-            lambda v, x: post(network(v, x)), self._variables(), image
-        )
+        run, compiled, times = ahead(lambda v, x: post(network(v, x)), self._variables(), image)
         seconds = gpu_jobs.repeat(run, self.args.seconds)
         return self._figures(batch, self.flops["forward"], seconds, compiled, times)
 

@@ -46,8 +46,7 @@ def rates(ours: Mapping[str, Any], torch: Mapping[str, Any]) -> str:
         header += [f"{form} images/s", "ours / it", "GB"]
     matmul = {job: j for job, j in ours.items() if job.startswith("matmul:")}
     lines = [
-        f"{job}: {_cell(found, 'flops_per_s', '{:.4g}')} FLOP/s"
-        for job, found in matmul.items()
+        f"{job}: {_cell(found, 'flops_per_s', '{:.4g}')} FLOP/s" for job, found in matmul.items()
     ]
     return "\n".join(lines) + "\n\n" + (table(header, rows) if rows else "")
 

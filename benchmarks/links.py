@@ -113,9 +113,7 @@ class Assumptions:
     combine_bytes: int = 30 * 2**20  # XLA:GPU puts gradients together up to here
 
 
-def all_reduce_seconds(
-    size: int, chips: int, system: System, given: Assumptions
-) -> float:
+def all_reduce_seconds(size: int, chips: int, system: System, given: Assumptions) -> float:
     """Returns the time to sum `size` bytes over the chips, in combined messages.
 
     Each chip sends and receives 2 (n - 1) / n of the bytes (reduce-scatter and

@@ -49,9 +49,7 @@ def openvino(case: Path) -> tuple[Any, dict[str, str], int]:
 
 def network(case: Path, form: str) -> worker.Work:
     """The network alone, from normalised pixels to its raw outputs."""
-    infer, versions, threads = {"onnxruntime": onnxruntime, "openvino": openvino}[form](
-        case
-    )
+    infer, versions, threads = {"onnxruntime": onnxruntime, "openvino": openvino}[form](case)
     image = np.load(case / "network_input.npy")
     last: list[Any] = []
 

@@ -49,9 +49,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         case = cases.write_case(Path(folder), config, arrays)
         programs = [harness.ours("postprocess", case)]
-        programs += [
-            peer.program(form, "postprocess", case, args) for form in args.peers
-        ]
+        programs += [peer.program(form, "postprocess", case, args) for form in args.peers]
         work = {"script": "postprocess", "what": f"{args.candidates} candidates"}
         name = cases.name_of("postprocess", args, str(args.candidates))
         work |= cases.describe(args)

@@ -57,9 +57,7 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def differences(
-    programs: Mapping[str, Any], tolerances: Mapping[str, float]
-) -> list[str]:
+def differences(programs: Mapping[str, Any], tolerances: Mapping[str, float]) -> list[str]:
     """Returns where a program found something else than the first one.
 
     Args:
@@ -73,9 +71,7 @@ def differences(
         for key, tolerance in tolerances.items():
             a, b = (_as_list(x["found"][key]) for x in (ours, figures))
             far = _unmatched if key == "classes" else _relative
-            if len(a) != len(b) or any(
-                far(x, y) > tolerance for x, y in zip(a, b, strict=True)
-            ):
+            if len(a) != len(b) or any(far(x, y) > tolerance for x, y in zip(a, b, strict=True)):
                 wrong.append(f"{key}: {a} of {first}, {b} of {name}")
     return wrong
 

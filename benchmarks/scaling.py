@@ -112,9 +112,7 @@ def paper(args: Any) -> dict[str, Any]:
         "systems": [dataclasses.asdict(s) for s in SYSTEMS],
         "rows": rows,
         "by_step": {
-            s.name: {
-                str(t): efficiencies(s, max(CHIPS), size, t, backward) for t in STEPS
-            }
+            s.name: {str(t): efficiencies(s, max(CHIPS), size, t, backward) for t in STEPS}
             for s in SYSTEMS
         },
     }
@@ -133,9 +131,7 @@ def predictions(
     rows = []
     for batch in sorted({2, args.step_images}):
         seconds = step * batch / args.step_images
-        chips = {
-            str(n): efficiencies(system, n, size, seconds, backward) for n in CHIPS
-        }
+        chips = {str(n): efficiencies(system, n, size, seconds, backward) for n in CHIPS}
         row = {"system": system.name, "images_per_chip": batch, "step_s": seconds}
         row |= {"chips": chips, "host": host_input(system, batch / seconds, args)}
         rows.append(row)
@@ -168,9 +164,7 @@ def gradient_bytes(path: str) -> dict[str, int]:
     from solov2_jax.config import load_config
 
     case = StepCase(load_config(str(ROOT / path), []))
-    pairs = zip(
-        jax.tree.leaves(case.params), jax.tree.leaves(case.trainable), strict=True
-    )
+    pairs = zip(jax.tree.leaves(case.params), jax.tree.leaves(case.trainable), strict=True)
     trained = [x.size for x, flag in pairs if flag]
     return {"arrays": len(trained), "bytes": 4 * sum(trained)}
 

@@ -152,9 +152,7 @@ def host_input(paper: Mapping[str, Any]) -> str:
         for name, row in most.items()
     ]
     cores = f"cores, at {paper['images_per_core']:g} images/s each"
-    return table(
-        ("system", "images/s a host", cores, "JPEG MB/s", "to the chips GB/s"), rows
-    )
+    return table(("system", "images/s a host", cores, "JPEG MB/s", "to the chips GB/s"), rows)
 
 
 def sent(emulated: Mapping[str, Any]) -> str:
@@ -202,9 +200,7 @@ def cost(emulated: Mapping[str, Any]) -> str:
 
 def _shares(found: Mapping[str, float]) -> str:
     """Returns percent: nothing hidden / overlapped."""
-    return (
-        f"{100 * found['efficiency']:.0f} / {100 * found['efficiency_overlapped']:.0f}"
-    )
+    return f"{100 * found['efficiency']:.0f} / {100 * found['efficiency_overlapped']:.0f}"
 
 
 def _size(size: list[int]) -> str:

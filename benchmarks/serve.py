@@ -145,8 +145,8 @@ def in_process(arguments: argparse.Namespace, paths: list[Path]) -> dict:
     import jax
 
     from solov2_jax import Predictor
-    from solov2_jax.export.metadata import default_buckets
     from solov2_jax.inference.prediction import to_coco_results
+    from solov2_jax.tools.export.metadata import default_buckets
 
     logging.disable(logging.INFO)
     predictor = Predictor.from_workdir(arguments.workdir)
@@ -173,9 +173,7 @@ def in_process(arguments: argparse.Namespace, paths: list[Path]) -> dict:
     }
 
 
-async def measure(
-    arguments: argparse.Namespace, bodies: list, service: Service
-) -> dict:
+async def measure(arguments: argparse.Namespace, bodies: list, service: Service) -> dict:
     """Returns the phases of the load and the memory after each second."""
     memory: list[float] = []
 
@@ -222,9 +220,7 @@ def table(results: dict) -> str:
         ends = ", ".join(f"{n} x {end}" for end, n in row.get("ends", {}).items())
         times = (row["p50_ms"], row["p99_ms"])
         shown = " | ".join("-" if t is None else f"{t:.0f}" for t in times)
-        lines.append(
-            f"| {name} | {row['answered_per_second']:.1f} | {shown} | {ends} |"
-        )
+        lines.append(f"| {name} | {row['answered_per_second']:.1f} | {shown} | {ends} |")
     memory, marks = results["memory_mib"], results["memory_marks"]
     after = {name: memory[min(at, len(memory) - 1)] for name, at in marks.items()}
     text = ", ".join(f"{name} {value:.0f}" for name, value in after.items())
@@ -242,9 +238,7 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", help="for serve.py, after --")
     arguments = parser.parse_args()
     kinds = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
-    paths = sorted(p for p in Path(arguments.images).iterdir() if p.suffix in kinds)[
-        :32
-    ]
+    paths = sorted(p for p in Path(arguments.images).iterdir() if p.suffix in kinds)[:32]
     if not paths:
         parser.error(f"--images {arguments.images}: no .jpg or .png in this folder")
     bodies = [(path.read_bytes(), kinds[path.suffix]) for path in paths]

@@ -64,9 +64,7 @@ class StepCase:
 
     def abstract_state(self) -> TrainState:
         """Returns the state's shapes: enough to compile for."""
-        shapes = jax.eval_shape(
-            lambda key: state_of(self._init(key), self._tx), jax.random.key(0)
-        )
+        shapes = jax.eval_shape(lambda key: state_of(self._init(key), self._tx), jax.random.key(0))
         return abstract(shapes, self.mesh)
 
     def put(self, batch: dict[str, np.ndarray]) -> PyTree:
@@ -129,7 +127,7 @@ def train_flops(config: Any, height: int, width: int) -> dict[str, float]:
     A layer that is trained costs three times its forward pass (its output, its
     filter's gradient, its input's gradient); a frozen one is not gone back through.
     """
-    from solov2_jax.summary import summarize
+    from solov2_jax.tools.summary import summarize
 
     model = build_model(config, config.model.num_classes or NUM_CLASSES)
     rows = summarize(model, height, width, config.model.backbone.freeze_at)

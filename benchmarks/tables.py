@@ -44,9 +44,7 @@ def render(text: str, results: Sequence[Mapping[str, Any]]) -> str:
     def fill(match: re.Match) -> str:
         begin, script, what, end = match.groups()
         chosen = [
-            r
-            for r in results
-            if r["work"]["script"] == script and what in ("*", r["work"]["what"])
+            r for r in results if r["work"]["script"] == script and what in ("*", r["work"]["what"])
         ]
         return begin + (written(script, chosen) if chosen else EMPTY) + end
 
@@ -107,8 +105,7 @@ def row(result: Mapping[str, Any], name: str) -> str:
         label(result),
         result["allocator"],
         name,
-        f"{number(seconds['median'])} ({number(seconds['q1'])} to "
-        f"{number(seconds['q3'])})",
+        f"{number(seconds['median'])} ({number(seconds['q1'])} to {number(seconds['q3'])})",
         number(cpu),
         f"{figures['peak_memory_gb']:.1f}",
         number(figures["about"].get("first_call_s", figures["about"]["start_s"])),

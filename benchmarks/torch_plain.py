@@ -20,9 +20,7 @@ class Network:
     def __init__(self, config: Any, weights: Weights):
         self.config, self.weights = config["model"], weights
 
-    def conv(
-        self, name: str, x: torch.Tensor, stride: int = 1, bias: bool = False
-    ) -> torch.Tensor:
+    def conv(self, name: str, x: torch.Tensor, stride: int = 1, bias: bool = False) -> torch.Tensor:
         kernel = self.weights[name + ".weight"]
         shift = self.weights[name + ".bias"] if bias else None
         return F.conv2d(x, kernel, shift, stride, kernel.shape[-1] // 2)
@@ -65,9 +63,7 @@ class Network:
         """Returns p2 .. p6."""
         out, top = [], None
         for level in (5, 4, 3, 2):
-            side = self.conv(
-                f"backbone.fpn_lateral{level}", features[level - 2], bias=True
-            )
+            side = self.conv(f"backbone.fpn_lateral{level}", features[level - 2], bias=True)
             top = side if top is None else side + F.interpolate(top, scale_factor=2.0)
             out.insert(0, self.conv(f"backbone.fpn_output{level}", top, bias=True))
         return [*out, F.max_pool2d(out[-1], 1, 2)]
@@ -78,9 +74,7 @@ class Network:
             x = self.group_norm(f"{name}.{3 * i + 1}", self.conv(f"{name}.{3 * i}", x))
         return self.conv(f"ins_head.{kind}_pred", x, bias=True).flatten(2)
 
-    def instance_head(
-        self, levels: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def instance_head(self, levels: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns class logits [B, S, K] and kernels [B, S, E]."""
         p2, p3, p4, p5, p6 = levels
         levels = [enlarge(p2, 0.5), p3, p4, p5, to_size(p6, p5.shape[2:])]
@@ -101,9 +95,7 @@ class Network:
                 x = self.group_norm(name + ".1", self.conv(name + ".0", x))
                 x = enlarge(x, 2.0) if level else x
             total = total + x
-        return self.group_norm(
-            "mask_head.conv_pred.1", self.conv("mask_head.conv_pred.0", total)
-        )
+        return self.group_norm("mask_head.conv_pred.1", self.conv("mask_head.conv_pred.0", total))
 
     def __call__(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Returns (class logits, kernels, mask features) of normalised images."""

@@ -294,17 +294,13 @@ def export(case: Path) -> None:
             self.model = model
 
         def forward(self, image: Any) -> Any:
-            kernels, classes, feat = self.model.mask_head(
-                self.model.extract_feat(image)
-            )
+            kernels, classes, feat = self.model.mask_head(self.model.extract_feat(image))
             flat = [torch.cat([x.flatten(2) for x in v], 2) for v in (classes, kernels)]
             return *flat, feat
 
     path = case / "network.onnx"
     names = ["cate", "kernel", "mask_feat"]
-    torch.onnx.export(
-        Network().eval(), (image,), path, output_names=names, dynamo=False
-    )
+    torch.onnx.export(Network().eval(), (image,), path, output_names=names, dynamo=False)
     import numpy as np
 
     np.save(case / "network_input.npy", image.numpy())

@@ -141,7 +141,7 @@ def get_config() -> ConfigDict:
     data.val.annotations = "datasets/coco/annotations/instances_val2017.json"
     # "": those of data.train and data.val. "shapes": the embedded generated data set,
     # written below `data.generated.root` on first use, replaces them. "tfds:FOLDER":
-    # the records that `python -m solov2_jax.data.tfds` wrote do.
+    # the records that `python -m solov2_jax.tools.tfds` wrote do.
     data.name = ""
     data.generated = generated = ConfigDict()
     generated.root = "datasets/shapes"  # folder that it is written below

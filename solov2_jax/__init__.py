@@ -12,9 +12,9 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Predictor": "solov2_jax.inference.predictor",
-    "evaluate_run": "solov2_jax.evaluation.run_folder",
+    "evaluate_run": "solov2_jax.tools.report.evaluate_run",
     "load_config": "solov2_jax.config",
-    "set_up": "solov2_jax.session",
+    "set_up": "solov2_jax.logging",
     "train": "solov2_jax.training.loop",
 }
 

@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from solov2_jax.config_rules import wrong_values
+from solov2_jax.config_schema import wrong_values
 
 # A ConfigDict; its attributes are not known to type checkers.
 Config = Any
@@ -141,9 +141,7 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
     values = flags.FlagValues()
     argv = ["config", *overrides]
     try:
-        config_flags.DEFINE_config_dict(
-            "config", config, flag_values=values, sys_argv=argv
-        )
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         values(argv)
     except (flags.Error, TypeError, ValueError) as error:
         message = " ".join(str(error).split()).removeprefix("flag ")

@@ -63,9 +63,7 @@ def solov2_loss(
     kernels = jnp.take_along_axis(outputs.kernel, targets.pair_cell[..., None], axis=1)
     slots = jnp.arange(1, weight.shape[1] + 1)[None]
     num_slots = jnp.max(jnp.where(weight > 0, slots, 0))
-    dice, iou = pair_dice(
-        kernels, outputs.mask_feat, masks, targets.pair_instance, num_slots
-    )
+    dice, iou = pair_dice(kernels, outputs.mask_feat, masks, targets.pair_instance, num_slots)
     num_pairs = jnp.maximum(totals.pairs, 1.0)
     loss_ins = dice_weight * jnp.sum(weight * (1.0 - dice)) / num_pairs
 
@@ -186,9 +184,7 @@ pair_dice.defvjp(_pair_dice_fwd, _pair_dice_bwd)
 
 def _tile(kernels, mask_feat, masks, instance) -> tuple[Array, Array]:
     """Returns the pairs' logits and target masks, both float32 [B, P, rows, w4]."""
-    logits = jnp.einsum(
-        "bpe,bhwe->bphw", kernels, mask_feat, preferred_element_type=jnp.float32
-    )
+    logits = jnp.einsum("bpe,bhwe->bphw", kernels, mask_feat, preferred_element_type=jnp.float32)
     target = jnp.take_along_axis(masks, instance[:, :, None, None], axis=1)
     return logits, target.astype(jnp.float32)
 
@@ -209,9 +205,7 @@ def _over_tiles(tile: Callable, total, instance: Array, masks: Array):
 
         return tile(rows, i * size, total)
 
-    return (
-        jax.lax.fori_loop(0, h4 // size, body, total) if size < h4 else body(0, total)
-    )
+    return jax.lax.fori_loop(0, h4 // size, body, total) if size < h4 else body(0, total)
 
 
 def _switch_slots(form: Callable, num_slots: Array, max_slots: int):

@@ -12,9 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 
-def point_nms(
-    scores: Float[Array, "S K"], num_grids: Sequence[int]
-) -> Float[Array, "S K"]:
+def point_nms(scores: Float[Array, "S K"], num_grids: Sequence[int]) -> Float[Array, "S K"]:
     """Returns the scores with 0 where a cell above, left or above-left has more.
 
     Source: utils.py, point_nms: a 2x2 max-pool padded by one whose

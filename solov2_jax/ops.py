@@ -69,9 +69,7 @@ def bilinear_matrix(size_in: int, size_out: int) -> np.ndarray:
     return matrix
 
 
-def resize_bilinear(
-    x: Float[Array, "B h w C"], size: tuple[int, int]
-) -> Float[Array, "B H W C"]:
+def resize_bilinear(x: Float[Array, "B h w C"], size: tuple[int, int]) -> Float[Array, "B H W C"]:
     """Returns `x` at `size`, as `bilinear_matrix` does along each axis."""
     _, h, w, _ = x.shape
     dot = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)

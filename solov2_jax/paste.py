@@ -87,9 +87,7 @@ class _Taps(NamedTuple):
         return functools.reduce(jnp.logical_or, [used[i] & (w > 0) for i, w in taps])
 
 
-def _taps(
-    size: int, image: Int[Array, ""], original: Int[Array, ""], canvas: int
-) -> _Taps:
+def _taps(size: int, image: Int[Array, ""], original: Int[Array, ""], canvas: int) -> _Taps:
     """Returns the taps of an axis of `size` for each position of the canvas.
 
     Two of the enlarged mask's pixels, each between two of the mask's own; the order of
@@ -179,9 +177,7 @@ def _enlarge(
     has_row, has_column = tall.max(1) > threshold, tall.max(0) > threshold
     (y0, y1), (x0, x1) = _ends(has_row), _ends(has_column)
     box = jnp.stack([window.x + x0, window.y + y0, window.x + x1, window.y + y1])
-    mask = lax.dynamic_update_slice(
-        jnp.zeros(canvas, bool), tall > threshold, (window.y, window.x)
-    )
+    mask = lax.dynamic_update_slice(jnp.zeros(canvas, bool), tall > threshold, (window.y, window.x))
     return mask, jnp.where(jnp.any(has_row), box.astype(jnp.float32), 0.0)
 
 

@@ -86,16 +86,12 @@ def detect(
         else:
             score = jnp.where(mask_nms(found.label, iou, nms_iou), score, 0.0)
         kept = (score >= update_threshold) & (score > 0)
-        score, best = lax.top_k(
-            jnp.where(kept, score, 0.0), min(max_per_image, nms_pre)
-        )
+        score, best = lax.top_k(jnp.where(kept, score, 0.0), min(max_per_image, nms_pre))
         soft = jax.nn.sigmoid(_logits(kernel[found.cell[best]], pixels))
         soft = jnp.where(score[:, None] > 0, soft, 0.0).reshape(-1, *feat.shape[:2])
         return score, found.label[best], soft, score > 0, num_found
 
-    detections = lax.map(
-        detect_image, (outputs.cate, outputs.kernel, outputs.mask_feat)
-    )
+    detections = lax.map(detect_image, (outputs.cate, outputs.kernel, outputs.mask_feat))
     missing = max(max_per_image - nms_pre, 0)
     return Detections(*(_pad_axis_1(x, missing) for x in detections))
 
@@ -139,9 +135,7 @@ def _best(
     padded = jax.tree.map(lambda x: jnp.pad(x, (0, -limit % chunk)), found)
 
     def look(i, score):
-        part = jax.tree.map(
-            lambda x: lax.dynamic_slice_in_dim(x, i * chunk, chunk), padded
-        )
+        part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * chunk, chunk), padded)
         new, _, _ = rescore(part, overlaps=False)
         return lax.dynamic_update_slice_in_dim(score, new, i * chunk, 0)
 
@@ -210,9 +204,7 @@ def _mask_sums(
     return area, total, overlap[0] if overlaps else None
 
 
-def _logits(
-    kernels: Float[Array, "N E"], pixels: Float[Array, "n E"]
-) -> Float[Array, "N n"]:
+def _logits(kernels: Float[Array, "N E"], pixels: Float[Array, "n E"]) -> Float[Array, "N n"]:
     """Returns the mask logits: the dynamic 1x1 convolution."""
     return jnp.einsum("ne,xe->nx", kernels, pixels, preferred_element_type=jnp.float32)
 

@@ -98,9 +98,7 @@ def _cell_range(
     return first, last
 
 
-def _find_cell(
-    x: Float[Array, "G"], edges: Float[np.ndarray, "L k"]
-) -> Int[Array, "L G"]:
+def _find_cell(x: Float[Array, "G"], edges: Float[np.ndarray, "L k"]) -> Int[Array, "L G"]:
     """Returns the cell that holds a coordinate, clipped to the grid."""
     return jnp.sum(x[None, :, None] >= edges[:, None], axis=-1, dtype=jnp.int32)
 

@@ -24,9 +24,7 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 # The same examples on every run; no deadline, because a first call compiles.
-hypothesis.settings.register_profile(
-    "project", deadline=None, derandomize=True, database=None
-)
+hypothesis.settings.register_profile("project", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("project")
 
 

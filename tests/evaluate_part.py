@@ -14,9 +14,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from test_evaluation_run import Oracle, batches_of  # noqa: E402
 
-from solov2_jax import cli, process_flags  # noqa: E402
-from solov2_jax.data.coco import load_coco  # noqa: E402
-from solov2_jax.evaluation.run import evaluate  # noqa: E402
+from solov2_jax.data.coco import load_coco
+from solov2_jax.evaluation.evaluate import evaluate
+from solov2_jax.tools.cli import app, process_flags
 
 
 def main(overrides):
@@ -38,4 +38,4 @@ def main(overrides):
 if __name__ == "__main__":
     for flag in ("images", "annotations", "out"):
         flags.DEFINE_string(flag, None, "", required=True)
-    cli.run(main, joining=process_flags.joining)
+    app.run(main, joining=process_flags.joining)

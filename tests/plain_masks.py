@@ -3,8 +3,8 @@
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from solov2_jax.data import spans
-from solov2_jax.data.quarter import quarters
+from solov2_jax.data import rasterize
+from solov2_jax.data.rasterize import stride4_masks
 
 
 def plain_quarter(mask: np.ndarray) -> np.ndarray:
@@ -35,16 +35,16 @@ def plain_center(mask: np.ndarray) -> np.ndarray:
     return np.array([x.sum(), y.sum()], np.float32) / np.float32(len(x))
 
 
-def spans_of(masks: np.ndarray) -> spans.Spans:
+def spans_of(masks: np.ndarray) -> rasterize.Spans:
     """Returns the spans of whole masks, uint8 [n, h, w]."""
     counts = [coco_mask.encode(np.asfortranarray(m))["counts"] for m in masks]
-    return spans.of_strings(counts, masks.shape[1:])
+    return rasterize.spans_from_rle(counts, masks.shape[1:])
 
 
-def quarters_of(found: spans.Spans, number: int, size: tuple[int, int]) -> np.ndarray:
-    """Returns what `quarters` yields as whole masks, uint8 [n, h4, w4]."""
+def quarters_of(found: rasterize.Spans, number: int, size: tuple[int, int]) -> np.ndarray:
+    """Returns what `stride4_masks` yields as whole masks, uint8 [n, h4, w4]."""
     out = np.zeros((number, *(int(s * 0.25 + 0.5) for s in size)), np.uint8)
-    for i, crop in quarters(found, size):
+    for i, crop in stride4_masks(found, size):
         h, w = crop.pixels.shape
         out[i, crop.top : crop.top + h, crop.left : crop.left + w] = crop.pixels
     return out

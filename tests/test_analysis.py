@@ -5,12 +5,12 @@ import pytest
 from test_evaluation import HEIGHT, WIDTH, annotation, prediction
 from test_figures import random_case
 
-from solov2_jax.evaluation import analysis, breakdown
-from solov2_jax.evaluation.figures import score_fast
-from solov2_jax.evaluation.overlap import image_overlaps
-from solov2_jax.evaluation.tables import make_detections, make_objects
-from solov2_jax.evaluation.truth import read_truth
+from solov2_jax.evaluation.coco_accumulate import score_fast
+from solov2_jax.evaluation.coco_match import image_overlaps
+from solov2_jax.evaluation.coco_tables import make_detections, make_objects
+from solov2_jax.evaluation.ground_truth import read_ground_truth
 from solov2_jax.inference.prediction import to_coco_results
+from solov2_jax.tools.report import analysis
 
 IDS = (3, 7)
 # Objects, 40 x 40 each; the overlap of two moved by m columns is (40 - m) / (40 + m).
@@ -28,7 +28,7 @@ def columns(annotations, predictions, images=(1, 2)):
         "categories": [{"id": i, "name": f"class {i}"} for i in IDS],
         "annotations": annotations,
     }
-    truth = read_truth(content)
+    truth = read_ground_truth(content)
     results = [r for p in predictions for r in to_coco_results(p, IDS)]
     objects = make_objects(truth.annotations, images, IDS)
     return objects, make_detections(results, images, IDS)
@@ -61,9 +61,7 @@ def test_every_fate(case):
     _, outcome = outcome_of(objects, found)
     by_score = np.argsort(-found.score)
     names = [(*analysis.ERRORS, "-")[e] for e in outcome.error[by_score]]
-    assert names == [
-        *("-", "duplicate", "localisation", "class", "-", "background", "background")
-    ]
+    assert names == [*("-", "duplicate", "localisation", "class", "-", "background", "background")]
     assert outcome.right[by_score].tolist() == [True] + 6 * [False]
     assert outcome.ignored[by_score].tolist() == 4 * [False] + [True, False, False]
     expected = [1, 35 / 45, 20 / 60, 1]
@@ -103,7 +101,7 @@ def test_what_each_kind_of_error_costs(case):
 @pytest.mark.parametrize("seed", range(8))
 def test_ap50_is_cocos(seed):
     content, results = random_case(seed)
-    truth = read_truth(content)
+    truth = read_ground_truth(content)
     ids, categories = sorted(truth.images), sorted(truth.categories)
     objects = make_objects(truth.annotations, ids, categories)
     found = make_detections(results, ids, categories)
@@ -152,18 +150,18 @@ def test_confusion_matrix(case):
 def test_sizes_scores_and_images(case):
     objects, found = case
     _, outcome = outcome_of(objects, found)
-    rows = breakdown.by_size(objects, found, outcome, 0.35)
+    rows = analysis.by_size(objects, found, outcome, 0.35)
     assert [r.objects for r in rows] == [0, 0, 4, 0, 0, 0]
     assert rows[2].found == 1 and rows[2].mean_iou == 1
-    bins = breakdown.calibration(found, outcome, bins=2)
+    bins = analysis.calibration(found, outcome, bins=2)
     assert bins.count.tolist() == [2, 4]  # 0.3 and 0.4; the crowd's 0.5 is left out
     np.testing.assert_allclose(bins.score, [0.35, 0.75])
     np.testing.assert_allclose(bins.right, [0, 0.25])
     assert bins.error == pytest.approx((2 * 0.35 + 4 * 0.5) / 6)
-    images = breakdown.by_image(objects, found, outcome, 0.35, [1, 2])
+    images = analysis.by_image(objects, found, outcome, 0.35, [1, 2])
     first, second = images
     assert (first.objects, first.right, first.false, first.missed) == (4, 1, 4, 3)
     assert first.f1 == pytest.approx(2 / 9) and second.f1 == 1
-    assert breakdown.worst_first(images) == [first]
-    every = breakdown.by_image(objects, found, outcome, 0.0, [1, 2])
-    assert [r.image_id for r in breakdown.worst_first(every)] == [2, 1]
+    assert analysis.worst_first(images) == [first]
+    every = analysis.by_image(objects, found, outcome, 0.0, [1, 2])
+    assert [r.image_id for r in analysis.worst_first(every)] == [2, 1]

@@ -225,7 +225,7 @@ BAD = {
     "solov2_jax.structs": ("from jaxtyping import Array", False),
     "solov2_jax.models": ("", True),
     "solov2_jax.data": ("", True),
-    "solov2_jax.data.sizes": ("from solov2_jax.structs import Batch", False),
+    "solov2_jax.data.buckets": ("from solov2_jax.structs import Batch", False),
     "solov2_jax.evaluation": ("", True),
     "solov2_jax.evaluation.coco": ("import numpy", False),
     "solov2_jax.evaluation.b": ("from solov2_jax.inference.a import f", False),
@@ -276,7 +276,7 @@ def test_a_good_source_passes():
             False,
         ),
         "solov2_jax.losses": ("from .structs import Outputs", False),
-        "solov2_jax.data.tfds": ("def f():\n  import tensorflow_datasets", False),
+        "solov2_jax.tools.tfds": ("def f():\n  import tensorflow_datasets", False),
         "train": ("from solov2_jax.training.loop import train", False),
     }
     for check in (

@@ -12,10 +12,11 @@ from pycocotools import mask as coco_mask
 
 from configs import base
 from solov2_jax.data import augment as changes
-from solov2_jax.data import build, pipeline, pose, spans, views
+from solov2_jax.data import build, pipeline, rasterize, transforms
 from solov2_jax.data.augment import Augment
+from solov2_jax.data.buckets import Resize
 from solov2_jax.data.coco import load_coco
-from solov2_jax.data.sizes import Resize
+from solov2_jax.tools.fcpose import batches as pose
 
 OFF = Augment(0.0, 30.0, (), True, 0.0, 0.0, 0.0, (), (96, 96), 0.0)
 SETTINGS = [
@@ -56,12 +57,12 @@ def scenes(tmp_path_factory):
         for category in (1, 2, 3)[: number % 4]:
             outline = random_outline(rng, h, w)
             one = coco_mask.frPyObjects([outline], h, w)
-            crop = spans.paint(spans.of_strings([one[0]["counts"]], (h, w)))
+            crop = rasterize.spans_to_crop(rasterize.spans_from_rle([one[0]["counts"]], (h, w)))
             mask = np.zeros((h, w), bool)
             if crop is not None:
-                mask[crop.top :, crop.left :][: len(crop.pixels)][
-                    :, : crop.pixels.shape[1]
-                ] = crop.pixels
+                mask[crop.top :, crop.left :][: len(crop.pixels)][:, : crop.pixels.shape[1]] = (
+                    crop.pixels
+                )
             if (mask & ~free).any():
                 continue
             free &= ~mask
@@ -112,7 +113,7 @@ def masks_of(scene):
     masks = np.zeros((len(scene.labels), *scene.view.size), bool)
     for i in range(len(masks)):
         found = scene.outlines.take(np.flatnonzero(scene.outlines.owner == i))
-        crop = spans.paint(found)
+        crop = rasterize.spans_to_crop(found)
         if crop is not None:
             h, w = crop.pixels.shape
             masks[i, crop.top : crop.top + h, crop.left : crop.left + w] = crop.pixels
@@ -149,7 +150,7 @@ def test_picture_and_masks_move_together(scenes, values, index, epoch):
     assert scene.view.size[0] <= room[0] and scene.view.size[1] <= room[1]
     assert_together(scene)
     other = loader.scene((index + 3) % 8, epoch, scene.view.size, 1)
-    both = changes.pasted(scene, other, np.random.default_rng(epoch))
+    both = changes.copy_paste(scene, other, np.random.default_rng(epoch))
     assert_together(both, other)
     assert (masks_of(both).sum(axis=0) <= 1).all()
 
@@ -207,10 +208,10 @@ def test_points_move_with_the_picture(degrees, size, flip, seed):
     distance = (columns - xy[0]) ** 2 + (rows - xy[1]) ** 2
     dot = (255 * np.exp(-distance / 18)).astype(np.uint8)
     picture = Image.fromarray(dot).convert("RGB")
-    view = views.rotated(views.view_of(picture), degrees)
-    view = views.cropped(view, (2, 1, view.size[1] - 3, view.size[0] - 4))
-    view = views.resized(view, (size[0] + 60, size[1] + 60))
-    view = views.mirrored(view) if flip else view
+    view = transforms.rotate(transforms.affine_image(picture), degrees)
+    view = transforms.crop(view, (2, 1, view.size[1] - 3, view.size[0] - 4))
+    view = transforms.resize(view, (size[0] + 60, size[1] + 60))
+    view = transforms.hflip(view) if flip else view
     assert view.mirrored == flip
     weight = np.asarray(view.picture)[..., 0].astype(float)
     rows, columns = np.indices(weight.shape) + 0.5
@@ -222,13 +223,15 @@ def test_points_move_with_the_picture(degrees, size, flip, seed):
 def test_polygons_end_at_the_border(seed):
     rng = np.random.default_rng(seed)
     outline = random_outline(rng, 40, 60).reshape(-1, 2) * 2 - 20
-    found = views.clipped(outline, (40, 60))
+    found = transforms.clipped(outline, (40, 60))
     assert (found >= 0).all() and (found <= (60, 40)).all()
     frame = np.zeros((120, 160), np.uint8)
     for points in (outline, found):
         if len(points) > 2:
             runs = coco_mask.frPyObjects([((points + 40) * 1.0).ravel()], 120, 160)
-            crop = spans.paint(spans.of_strings([runs[0]["counts"]], (120, 160)))
+            crop = rasterize.spans_to_crop(
+                rasterize.spans_from_rle([runs[0]["counts"]], (120, 160))
+            )
             if crop is not None:
                 h, w = crop.pixels.shape
                 frame[crop.top :, crop.left :][:h, :w] += crop.pixels
@@ -243,14 +246,14 @@ def test_polygons_end_at_the_border(seed):
 @given(st.integers(0, 2**32 - 1))
 def test_a_crop_holds_an_object_and_may_spare_all(seed):
     rng = np.random.default_rng(seed)
-    view = views.view_of(Image.new("RGB", (60, 40)))
+    view = transforms.affine_image(Image.new("RGB", (60, 40)))
     corner = rng.uniform(0, 0.8, (4, 2)) * (60, 40)
     boxes = np.concatenate(
         [corner, np.minimum(corner + rng.uniform(1, 20, (4, 2)), (60, 40))], axis=-1
     )
     for spare in (False, True):
         augment = dataclasses.replace(OFF, crop_size=(0.2, 0.3), crop_objects=not spare)
-        found = changes.crop_around(view, boxes, augment, np.random.default_rng(seed))
+        found = changes.random_crop_with_instance(view, boxes, augment, np.random.default_rng(seed))
         moved = found.points(boxes.reshape(-1, 2, 2)).reshape(-1, 4)
         h, w = found.size
         if not spare:
@@ -277,7 +280,7 @@ def test_pasted_objects_hide_what_is_below(scenes):
     loader = loader_of(scenes, flip_prob=0.0, paste_prob=1.0)
     big, small = loader.scene(3, 0, (128, 128), 0), loader.scene(7, 0, (64, 64), 1)
     assert len(big.labels) == len(scenes.labels[scenes.start[3] : scenes.start[4]]) > 0
-    everything = changes.pasted(big, small, np.random.default_rng(0), share=1.1)
+    everything = changes.copy_paste(big, small, np.random.default_rng(0), share=1.1)
     number = len(big.labels)
     np.testing.assert_array_equal(everything.labels[:number], big.labels)
     np.testing.assert_array_equal(everything.labels[number:], small.labels)
@@ -285,7 +288,7 @@ def test_pasted_objects_hide_what_is_below(scenes):
     above = masks[number:].any(axis=0)
     assert above.sum() == masks_of(small).any(axis=0).sum() > 0
     np.testing.assert_array_equal(masks[:number], before & ~above)
-    nothing = changes.pasted(big, small, np.random.default_rng(0), share=0.0)
+    nothing = changes.copy_paste(big, small, np.random.default_rng(0), share=0.0)
     np.testing.assert_array_equal(masks_of(nothing), before)
     pixels = np.asarray(nothing.view.picture), np.asarray(big.view.picture)
     np.testing.assert_array_equal(*pixels)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import toy
 
+from solov2_jax.checkpoint import restore_variables
 from solov2_jax.training import sharding
-from solov2_jax.training.checkpoint import restore_variables
 from solov2_jax.training.loop import train
 from solov2_jax.training.state import create_state
 from solov2_jax.training.step import TrainStep

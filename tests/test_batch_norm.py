@@ -17,7 +17,7 @@ from solov2_jax.training.optim import make_optimizer
 from solov2_jax.training.precise_bn import PreciseBN
 from solov2_jax.training.state import state_of
 from solov2_jax.training.step import TrainStep
-from solov2_jax.weights.settings import check_config as check_settings
+from solov2_jax.weights.settings import check_settings as check_settings
 
 from test_accumulate import CELLS, E, H, K, W, make_batch, make_config  # isort: skip
 from test_hooks import make_run  # isort: skip
@@ -163,9 +163,7 @@ def test_precise_statistics_are_those_of_all_images_together():
     PreciseBN(objective.moments, batches, 0, 3).after_step(run)
     assert taken == [0, 1, 2, 0, 1, 2], "for the weights and for their average"
     # Of one batch with all images, the block's first norm sees the same statistics.
-    together = {
-        k: jnp.concatenate([make_batch(i)[k] for i in range(3)]) for k in make_batch(0)
-    }
+    together = {k: jnp.concatenate([make_batch(i)[k] for i in range(3)]) for k in make_batch(0)}
     want = objective.moments(variables, together)["backbone"]["conv1"]["norm"]
     got = run.state.model_state["batch_stats"]["backbone"]["conv1"]["norm"]
     np.testing.assert_allclose(got["mean"], want["mean"], rtol=1e-4, atol=1e-6)

@@ -52,9 +52,7 @@ def test_the_plain_quarter_is_opencvs(golden):
             for name in (f"imrescale_in_{size}", f"imrescale_out_{size}")
         )
         for i in range(full.shape[-1]):
-            np.testing.assert_array_equal(
-                data_side.quarter(full[..., i]), small[..., i]
-            )
+            np.testing.assert_array_equal(data_side.quarter(full[..., i]), small[..., i])
 
 
 def test_soak_notices_growing_memory(args, tmp_path, monkeypatch):

@@ -64,10 +64,7 @@ def test_the_ratio_is_of_our_time_to_the_peers(tmp_path):
 
 
 def test_a_compilation_after_the_warmups_fails(tmp_path):
-    body = (
-        "return worker.Work(lambda: calls.append(1), {}, "
-        "compiles=lambda: len(calls) // 3)"
-    )
+    body = "return worker.Work(lambda: calls.append(1), {}, compiles=lambda: len(calls) // 3)"
     one = [program(tmp_path, "compiles", body)]
     assert harness.alternate(one, runs=1, warmups=1)["failed"] == {}
     with pytest.raises(harness.BenchmarkError, match="compiled 1 .*in run 2"):
@@ -161,9 +158,7 @@ def test_tables_hold_the_results():
         "a\n<!-- table: infer network -->\nold\n<!-- end -->\n"
         "b\n<!-- table: infer image -->\nold\n<!-- end -->\n"
     )
-    made = tables.render(
-        text, [result(ours=(1.0, {"fpn": 0.25}), peer=(2.0, {"neck": 12.0}))]
-    )
+    made = tables.render(text, [result(ours=(1.0, {"fpn": 0.25}), peer=(2.0, {"neck": 12.0}))])
     rows = [line for line in made.splitlines() if line.startswith("|")]
     assert rows[2] == (
         "| `r50_3x` 800 x 1333, batch 1 | tuned | ours | 2.00 (1.50 to 2.50) | 2.00 "
@@ -179,9 +174,7 @@ def test_tables_hold_the_results():
 
 def test_readme_is_what_the_results_say():
     text = tables.README.read_text()
-    assert tables.document(text, tables.RESULTS) == text, (
-        "run `python benchmarks/tables.py`"
-    )
+    assert tables.document(text, tables.RESULTS) == text, "run `python benchmarks/tables.py`"
 
 
 def test_programs_must_have_done_the_same_work():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_network import tiny_config
 
-from solov2_jax.training.dry_run import batch_shapes, build_step
+from solov2_jax.tools.dry_run import batch_shapes, build_step
 
 # Where few bits show: norms, losses, the sigmoid of masks, optimiser.
 EXACT = {"exp", "log", "log1p", "logistic", "rsqrt", "sqrt", "div", "pow"}

@@ -5,9 +5,9 @@ import jax
 import numpy as np
 from hypothesis import strategies as st
 
-from solov2_jax.data.cells import assign_cells, share_cells
 from solov2_jax.structs import Batch
 from solov2_jax.targets import assign_targets
+from solov2_jax.tools.grid_assignment import assign_grid, count_collisions
 
 GRIDS = (10, 9, 6, 4, 3)
 RANGES = ((1, 24), (12, 48), (24, 96), (48, 192), (96, 512))
@@ -61,10 +61,8 @@ def objects(draw):
 @hypothesis.settings(max_examples=40)
 def test_cells_are_those_of_training(found):
     boxes, centers = found
-    cells = assign_cells(
-        boxes, centers, (H, W), num_grids=GRIDS, scale_ranges=RANGES, sigma=0.2
-    )
-    sharing = share_cells(cells, GRIDS)
+    cells = assign_grid(boxes, centers, (H, W), num_grids=GRIDS, scale_ranges=RANGES, sigma=0.2)
+    sharing = count_collisions(cells, GRIDS)
     targets = trained(boxes, centers)
     owner = np.concatenate([level.ravel() for level in sharing.owner])
     np.testing.assert_array_equal(np.where(owner < 0, G, owner), targets.cate[0])
@@ -78,10 +76,8 @@ def test_cells_are_those_of_training(found):
 def test_two_objects_in_one_cell():
     box = np.array([[3, 3, 13, 13], [4, 4, 12, 12], [120, 60, 130, 70]])
     center = np.array([[8.0, 8], [8, 8], [125, 65]])
-    cells = assign_cells(
-        box, center, (H, W), num_grids=GRIDS, scale_ranges=RANGES, sigma=0.2
-    )
-    sharing = share_cells(cells, GRIDS)
+    cells = assign_grid(box, center, (H, W), num_grids=GRIDS, scale_ranges=RANGES, sigma=0.2)
+    sharing = count_collisions(cells, GRIDS)
     assert cells.hit[0].all() and not cells.hit[1:].any()
     assert sharing.shared[0].tolist() == [True, True, False]
     assert sharing.owns[0].tolist() == [False, True, True]

@@ -11,13 +11,9 @@ import numpy as np
 import pytest
 import toy
 
-from solov2_jax.training import checkpoint, sharding
-from solov2_jax.training.checkpoint import (
-    Checkpoints,
-    list_steps,
-    restore_state,
-    restore_variables,
-)
+from solov2_jax import checkpoint
+from solov2_jax.checkpoint import CheckpointManager, list_steps, restore_state, restore_variables
+from solov2_jax.training import sharding
 from solov2_jax.training.state import abstract, create_state
 
 pytestmark = pytest.mark.filterwarnings(
@@ -41,7 +37,7 @@ def at_step(state, step):
 
 
 def save_all(workdir, state, steps, keep=10, best=None):
-    checkpoints = Checkpoints(workdir, keep=keep)
+    checkpoints = CheckpointManager(workdir, keep=keep)
     for step in steps:
         checkpoints.save(at_step(state, step), {"next_step": step})
         if step == best:

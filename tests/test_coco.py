@@ -20,9 +20,7 @@ def test_columns_are_sorted_by_image_and_labels_by_category_id(tmp_path):
     assert data.annotation_ids.tolist() == [2, 3, 1]
     assert data.labels.tolist() == [0, 1, 1]
     assert data.boxes[1].tolist() == [30, 20, 42, 32]
-    np.testing.assert_array_equal(
-        data.segmentations.polygons(1)[0], square(30, 20, 12)[0]
-    )
+    np.testing.assert_array_equal(data.segmentations.polygons(1)[0], square(30, 20, 12)[0])
     assert "3 images (1 without objects), 3 objects of 2 classes" in data.summary()
 
 

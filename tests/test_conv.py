@@ -92,8 +92,7 @@ def test_winograd_forms(tiles, monkeypatch):
     pairs = list(zip(xs, gs, strict=True))
     back = [sum(shifted(g, 2 - i, 2 - j) @ kernel[i, j].T for i, j in taps) for g in gs]
     grads = [
-        sum(np.einsum("bhwc,bhwd->cd", shifted(x, i, j), g) for x, g in pairs)
-        for i, j in taps
+        sum(np.einsum("bhwc,bhwd->cd", shifted(x, i, j), g) for x, g in pairs) for i, j in taps
     ]
 
     def all_three(xs, gs, kernel):

@@ -6,9 +6,14 @@ import tiny_coco
 from hypothesis import given
 from hypothesis import strategies as st
 
-from solov2_jax.inference.crops import MaskCrops, overlapping_pairs, pack
 from solov2_jax.inference.draw import draw_prediction
-from solov2_jax.inference.prediction import Prediction, to_coco_results
+from solov2_jax.inference.prediction import (
+    MaskCrops,
+    Prediction,
+    overlapping_pairs,
+    pack,
+    to_coco_results,
+)
 
 SIZE = (23, 31)
 
@@ -19,9 +24,7 @@ def random_masks(seed, number=5, size=SIZE):
     masks = np.zeros((number, *size), bool)
     for i, mask in enumerate(masks):
         y0, x0 = (int(rng.integers(0, s)) for s in size) if i else (0, 0)
-        y1, x1 = (
-            int(rng.integers(a, s)) + 1 for a, s in zip((y0, x0), size, strict=True)
-        )
+        y1, x1 = (int(rng.integers(a, s)) + 1 for a, s in zip((y0, x0), size, strict=True))
         y1, x1 = (y1, x1) if i else size
         mask[y0:y1, x0:x1] = rng.random((y1 - y0, x1 - x0)) < rng.choice([0.5, 1.0])
         mask[y0, x0] = True
@@ -85,9 +88,7 @@ def test_a_thousand_masks_of_20000_x_20000_pixels_are_small(monkeypatch):
     crops = MaskCrops([pack(mask, *place) for place in places], size)
     monkeypatch.setattr(MaskCrops, "_whole", None)  # what makes a mask of 400 MB
     assert sum(len(m.counts) for m in crops.packed) < 100_000
-    prediction = Prediction(
-        crops, crops.boxes(), np.ones(1000, np.float32), np.zeros(1000, int), 0
-    )
+    prediction = Prediction(crops, crops.boxes(), np.ones(1000, np.float32), np.zeros(1000, int), 0)
     results = to_coco_results(prediction, [1])
     assert all(len(r["segmentation"]["counts"]) < 200 for r in results)
     assert {r["bbox"][2] * r["bbox"][3] for r in results} == {1200}
@@ -102,9 +103,7 @@ def test_overlapping_pairs_are_all_and_only_those(seed, number):
         (i, j)
         for i in range(number)
         for j in range(i + 1, number)
-        if (
-            np.maximum(boxes[i, :2], boxes[j, :2]) < np.minimum(*boxes[[i, j], 2:])
-        ).all()
+        if (np.maximum(boxes[i, :2], boxes[j, :2]) < np.minimum(*boxes[[i, j], 2:])).all()
     ]
     assert overlapping_pairs(boxes).tolist() == [list(pair) for pair in want]
 
@@ -113,8 +112,6 @@ def test_within_reads_any_rectangle():
     mask = random_masks(1)[2]
     packed = pack(mask)
     for y0, x0, y1, x1 in [(0, 0, *SIZE), (5, 6, 9, 30), (20, 0, 23, 4)]:
-        np.testing.assert_array_equal(
-            packed.within((y0, x0, y1, x1)), mask[y0:y1, x0:x1]
-        )
+        np.testing.assert_array_equal(packed.within((y0, x0, y1, x1)), mask[y0:y1, x0:x1])
     with pytest.raises(ValueError, match="uncopied"):
         np.asarray(crops_of(mask[None]), copy=False)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from solov2_jax.training import curves
+from solov2_jax.tools import curves
 
 
 def write(folder, lines):

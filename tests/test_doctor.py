@@ -13,17 +13,15 @@ from tiny_coco import annotation, content, encode_mask, square, write
 
 from configs import base
 from solov2_jax.data.coco import read_coco
-from solov2_jax.data.doctor.__main__ import main
-from solov2_jax.data.doctor.findings import ERROR, NOTE, WARNING
-from solov2_jax.data.doctor.grids import Layout, crowding
-from solov2_jax.data.doctor.measure import draw, mask_iou, measure
-from solov2_jax.data.doctor.start import check_at_start
-from solov2_jax.data.doctor.study import Settings, study
-from solov2_jax.data.generated import ShapesSettings, write_shapes
+from solov2_jax.tools.doctor.__main__ import main
+from solov2_jax.tools.doctor.findings import ERROR, NOTE, WARNING
+from solov2_jax.tools.doctor.grids import Layout, crowding
+from solov2_jax.tools.doctor.measure import draw, mask_iou, measure
+from solov2_jax.tools.doctor.start import check_at_start
+from solov2_jax.tools.doctor.study import Settings, study
+from solov2_jax.tools.synthetic.shapes import ShapesSettings, write_shapes
 
-GRIDS = Layout(
-    (16, 16, 8, 6, 4), ((1, 32), (16, 64), (32, 96), (64, 128), (96, 512)), 0.2
-)
+GRIDS = Layout((16, 16, 8, 6, 4), ((1, 32), (16, 64), (32, 96), (64, 128), (96, 512)), 0.2)
 SETTINGS = Settings(short=64, max_size=96, layout=GRIDS, keep_empty=True)
 
 
@@ -40,13 +38,9 @@ def wrong(found) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory) -> tuple[tuple[str, str], tuple[str, str]]:
-    settings = ShapesSettings(
-        num_train=40, num_val=10, height=64, width=96, min_radius=0.16
-    )
+    settings = ShapesSettings(num_train=40, num_val=10, height=64, width=96, min_radius=0.16)
     folder = write_shapes(str(tmp_path_factory.mktemp("shapes")), settings)
-    return tuple(
-        (f"{folder}/{s}", f"{folder}/instances_{s}.json") for s in ("train", "val")
-    )
+    return tuple((f"{folder}/{s}", f"{folder}/instances_{s}.json") for s in ("train", "val"))
 
 
 def test_nothing_is_wrong_with_a_good_data_set(shapes):
@@ -110,8 +104,7 @@ BOW_TIE = [[30, 20, 60, 45, 60, 20, 30, 45]]
             None,
         ),
         (
-            content()
-            | {"categories": [*content()["categories"], {"id": 7, "name": "x"}]},
+            content() | {"categories": [*content()["categories"], {"id": 7, "name": "x"}]},
             WARNING,
             "1 of 3 .* classes have no object to train on",
             "x",
@@ -204,9 +197,7 @@ def test_objects_are_measured_as_training_sees_them(tmp_path):
     values = content()
     values["annotations"] = [
         annotation(1, 7, 5, bbox=[12, 8, 32, 20], segmentation=encode_mask(mask)),
-        annotation(
-            2, 7, 5, bbox=[12, 8, 32, 20], segmentation=[[12, 8, 44, 8, 44, 28, 12, 28]]
-        ),
+        annotation(2, 7, 5, bbox=[12, 8, 32, 20], segmentation=[[12, 8, 44, 8, 44, 28, 12, 28]]),
     ]
     data = read_coco(*write(tmp_path, values))
     objects = measure(data, range(len(data)), 96, 128)
@@ -227,9 +218,7 @@ def test_denser_grids_are_suggested_for_crowded_images(tmp_path):
     values = content()
     values["annotations"] = [
         annotation(i + 1, 9, 5, bbox=[x, y, 5, 5], segmentation=square(x, y, 5))
-        for i, (x, y) in enumerate(
-            (x, y) for x in range(0, 36, 6) for y in range(0, 36, 6)
-        )
+        for i, (x, y) in enumerate((x, y) for x in range(0, 36, 6) for y in range(0, 36, 6))
     ]
     sparse = Layout((4, 4, 4, 4, 4), GRIDS.scale_ranges, 0.2)
     result, _ = examine(write(tmp_path, values), layout=sparse)
@@ -248,9 +237,7 @@ def run(*arguments: str) -> int:
     return stop.value.code
 
 
-def test_the_command_writes_one_page_and_tells_by_its_exit_code(
-    tmp_path, shapes, capsys
-):
+def test_the_command_writes_one_page_and_tells_by_its_exit_code(tmp_path, shapes, capsys):
     train, val = shapes
     data = [f"--images={train[0]}", f"--annotations={train[1]}"]
     data += [f"--val_images={val[0]}", f"--val_annotations={val[1]}"]

@@ -7,9 +7,9 @@ from solov2_jax.inference.draw import (
     contour,
     distinct_colors,
     draw_prediction,
+    place_labels,
     text_box,
 )
-from solov2_jax.inference.labels import place_labels
 from solov2_jax.inference.prediction import Prediction
 
 SIZES = (9, 20)
@@ -58,9 +58,7 @@ def test_small_object_on_a_large_one_is_seen():
 
 def test_no_objects_and_another_images_masks():
     image = np.arange(30 * 40 * 3, dtype=np.uint8).reshape(30, 40, 3)
-    np.testing.assert_array_equal(
-        draw_prediction(image, squares([], 5, 30, 40), ["thing"]), image
-    )
+    np.testing.assert_array_equal(draw_prediction(image, squares([], 5, 30, 40), ["thing"]), image)
     with pytest.raises(ValueError, match="different images"):
         draw_prediction(image, squares([], 5, 40, 30), ["thing"])
 

@@ -16,13 +16,13 @@ from tiny_network import tiny_config, tiny_variables
 from configs import base
 from solov2_jax.data.build import build_loss_batches, build_train_batches
 from solov2_jax.models import build_model
+from solov2_jax.tools.dry_run import batch_shapes, dry_run, format_rows
+from solov2_jax.tools.overfit import overfit_config, verdict
 from solov2_jax.training.build import build_loss
-from solov2_jax.training.dry_run import batch_shapes, dry_run, format_rows
-from solov2_jax.training.overfit import overfit_config, verdict
+from solov2_jax.training.objective import ValidationLoss
 from solov2_jax.training.sharding import make_mesh, put_batch, replicated
 from solov2_jax.training.state import state_of
 from solov2_jax.training.step import TrainStep
-from solov2_jax.training.validation import ValidationLoss
 
 
 def small_config(folder=None):

@@ -197,9 +197,7 @@ def test_equals_pycocotools_on_noisy_predictions(truth):
         for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):
             crowd = {"iscrowd": int(i == 0)}
             number = len(truth["annotations"]) + 1
-            truth["annotations"].append(
-                annotation(number, image_id, IDS[label], box, **crowd)
-            )
+            truth["annotations"].append(annotation(number, image_id, IDS[label], box, **crowd))
         moved = [
             (x0 + int(d), y0, x1, y1)
             for (x0, y0, x1, y1), d in zip(boxes, rng.integers(0, 6, 12), strict=True)

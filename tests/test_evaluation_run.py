@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tiny_coco
 
+from solov2_jax.data.buckets import Resize
 from solov2_jax.data.pipeline import Reading, eval_batches
-from solov2_jax.data.sizes import Resize
-from solov2_jax.evaluation.run import evaluate
+from solov2_jax.evaluation.evaluate import evaluate
 from solov2_jax.inference.prediction import Prediction
 
 # tiny_coco's objects: image id -> [(label, x, y, side)]; labels by sorted ids 5, 20.
@@ -50,9 +50,7 @@ def dataset(tmp_path):
 def batches_of(dataset, **options):
     resize = Resize(**{"shorts": (48,), "max_size": 64, **options.pop("resize", {})})
     reading = Reading(num_workers=0, num_threads=1)
-    return eval_batches(
-        dataset, batch_size=2, resize=resize, reading=reading, **options
-    )
+    return eval_batches(dataset, batch_size=2, resize=resize, reading=reading, **options)
 
 
 def test_oracle_scores_1_and_both_files_are_written(dataset, tmp_path, caplog):

@@ -12,15 +12,15 @@ import pytest
 import tiny_network
 from PIL import Image
 
-from solov2_jax.export import exported as exporting
-from solov2_jax.export.exported import ExportedPredictor, resize_masks, tight_boxes
-from solov2_jax.export.metadata import default_buckets, read_metadata
-from solov2_jax.export.parity import compare
-from solov2_jax.export.program import make_program
-from solov2_jax.export.run import ExportOptions, export
-from solov2_jax.inference.inputs import InputOptions
 from solov2_jax.inference.predictor import build_predictor
+from solov2_jax.inference.preprocess import InputOptions
 from solov2_jax.models import build_model
+from solov2_jax.tools.export import exported as exporting
+from solov2_jax.tools.export.exported import ExportedPredictor, resize_masks, tight_boxes
+from solov2_jax.tools.export.metadata import default_buckets, read_metadata
+from solov2_jax.tools.export.parity import compare
+from solov2_jax.tools.export.program import make_program
+from solov2_jax.tools.export.run import ExportOptions, export
 
 for needed in ("onnx", "onnxruntime", "flatbuffers"):
     pytest.importorskip(needed)

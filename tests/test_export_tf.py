@@ -12,10 +12,10 @@ import pytest
 import tiny_network
 from PIL import Image
 
-from solov2_jax.export.metadata import read_metadata
-from solov2_jax.export.run import ExportOptions, export
 from solov2_jax.inference.predictor import build_predictor
 from solov2_jax.models import build_model
+from solov2_jax.tools.export.metadata import read_metadata
+from solov2_jax.tools.export.run import ExportOptions, export
 
 pytest.importorskip("tensorflow")
 # TensorFlow's own imports warn, differently in each version.

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import toy
 
+from solov2_jax.checkpoint import list_steps, restore_state, restore_variables
 from solov2_jax.training import sharding
-from solov2_jax.training.checkpoint import list_steps, restore_state, restore_variables
 from solov2_jax.training.state import abstract, state_of
 
 SCRIPT = Path(toy.__file__).with_name("fault_injection.py")
@@ -109,16 +109,13 @@ def test_a_run_goes_on_on_other_devices_with_a_longer_schedule(tmp_path):
     result = run_toy(tmp_path / "still", *stages[-1])
     assert result.returncode == 0, result.stdout + result.stderr
     moved, still = (
-        [line["loss"] for line in lines_of(tmp_path / name)]
-        for name in ("moved", "still")
+        [line["loss"] for line in lines_of(tmp_path / name)] for name in ("moved", "still")
     )
     assert len(moved) == 12
     # Sums over the batch in another order: a few float32 roundings.
     np.testing.assert_allclose(moved, still, rtol=2e-5)
     task = toy.toy_task(toy.toy_config(), None)
-    shapes = jax.eval_shape(
-        lambda k: state_of(task.init(k), task.tx), jax.random.key(0)
-    )
+    shapes = jax.eval_shape(lambda k: state_of(task.init(k), task.tx), jax.random.key(0))
     for devices in (8, 3):
         mesh = sharding.make_mesh(devices)
         restored = restore_state(tmp_path / "moved", abstract(shapes, mesh))

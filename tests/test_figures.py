@@ -6,9 +6,9 @@ import pytest
 from hypothesis import strategies as st
 from pycocotools import mask as rle
 
-from solov2_jax.evaluation.figures import FIGURES, score_fast, score_pycocotools
-from solov2_jax.evaluation.tables import make_detections, make_objects
-from solov2_jax.evaluation.truth import read_truth
+from solov2_jax.evaluation.coco_accumulate import FIGURES, score_fast, score_pycocotools
+from solov2_jax.evaluation.coco_tables import make_detections, make_objects
+from solov2_jax.evaluation.ground_truth import read_ground_truth
 
 
 def encode(box, size, keep):
@@ -73,7 +73,7 @@ def random_case(seed):
 
 def both(content, results, kind, image_ids=None):
     """Returns the fast score and pycocotools'."""
-    truth = read_truth(content)
+    truth = read_ground_truth(content)
     ids = sorted(truth.images) if image_ids is None else image_ids
     categories = sorted(truth.categories)
     objects = make_objects(truth.annotations, ids, categories)

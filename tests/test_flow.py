@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from solov2_jax.inference.clock import DeviceClock, covered
-from solov2_jax.inference.download import fetch
-from solov2_jax.inference.flow import SHAPES_AHEAD, Picture, ahead, detect, read_ahead
-from solov2_jax.inference.sources import Frame, find_files
+from solov2_jax.tools.predict.clock import DeviceClock, covered
+from solov2_jax.tools.predict.download import fetch
+from solov2_jax.tools.predict.pipeline import SHAPES_AHEAD, LoadedImage, ahead, detect, read_ahead
+from solov2_jax.tools.predict.sources import Frame, find_files
 
 
 def test_results_are_in_order_and_few_are_in_work():
@@ -93,7 +93,7 @@ def test_pictures_of_one_shape_share_a_batch_and_none_waits_for_ever():
     pictures = []
     for i, shape in enumerate(shapes):
         example = {"image": np.zeros((*shape, 3), np.uint8), "image_id": np.array(i)}
-        pictures.append(Picture(i, Frame(str(i), "f", "p"), example))
+        pictures.append(LoadedImage(i, Frame(str(i), "f", "p"), example))
     predictor = Counting()
     with DeviceClock() as clock:
         found = list(detect(predictor, pictures, 2, clock))
@@ -107,7 +107,7 @@ def test_pictures_of_one_shape_share_a_batch_and_none_waits_for_ever():
     for i in range(20):
         image = np.zeros((32, 32 * (i + 1), 3), np.uint8)
         example = {"image": image, "image_id": np.array(i)}
-        many.append(Picture(i, Frame(str(i), "f", "p"), example))
+        many.append(LoadedImage(i, Frame(str(i), "f", "p"), example))
     with DeviceClock() as clock:
         stream = detect(Counting(), iter(many), 2, clock)
         assert next(stream).picture.number <= SHAPES_AHEAD * 2

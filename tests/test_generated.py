@@ -13,18 +13,19 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from configs import quickstart
-from solov2_jax.data import build, generated
+from solov2_jax.data import build
 from solov2_jax.data.coco import load_coco
+from solov2_jax.tools.synthetic import shapes
 
 # pycocotools 2.0.11, under numpy 2: decode lacks a keyword of the array protocol.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
-SETTINGS = generated.ShapesSettings(num_train=40, num_val=8, height=64, width=96)
+SETTINGS = shapes.ShapesSettings(num_train=40, num_val=8, height=64, width=96)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The data set, written once."""
-    return generated.write_shapes(str(tmp_path_factory.mktemp("shapes")), SETTINGS)
+    return shapes.write_shapes(str(tmp_path_factory.mktemp("shapes")), SETTINGS)
 
 
 def load(folder, split):
@@ -52,7 +53,7 @@ def test_masks_are_exact_and_do_not_overlap():
     kinds = {"polygon": 0, "list": 0, "string": 0, "crowd": 0}
     for i in range(60):
         rng = np.random.default_rng(i)
-        picture, objects = generated.draw_scene(rng, settings)
+        picture, objects = shapes.draw_scene(rng, settings)
         assert picture.shape == (64, 96, 3) and picture.dtype == np.uint8
         total = np.zeros((64, 96), int)
         for obj in objects:
@@ -79,16 +80,13 @@ def test_masks_are_exact_and_do_not_overlap():
 
 def test_empty_images_and_counts_are_as_asked():
     settings = dataclasses.replace(SETTINGS, empty_fraction=0.5, crowd_fraction=0.0)
-    numbers = [
-        len(generated.draw_scene(np.random.default_rng(i), settings)[1])
-        for i in range(80)
-    ]
+    numbers = [len(shapes.draw_scene(np.random.default_rng(i), settings)[1]) for i in range(80)]
     assert 25 < numbers.count(0) < 55
     assert max(numbers) <= settings.max_objects
 
 
 def test_same_seed_same_files(tmp_path, folder):
-    again = generated.write_shapes(str(tmp_path), SETTINGS)
+    again = shapes.write_shapes(str(tmp_path), SETTINGS)
     names = sorted(p.relative_to(folder) for p in Path(folder).rglob("*.*"))
     assert names == sorted(p.relative_to(again) for p in Path(again).rglob("*.*"))
     for name in names:
@@ -97,11 +95,11 @@ def test_same_seed_same_files(tmp_path, folder):
 
 def test_other_settings_get_another_folder(tmp_path):
     small = dataclasses.replace(SETTINGS, num_train=2, num_val=1)
-    first = generated.write_shapes(str(tmp_path), small)
-    other = generated.write_shapes(str(tmp_path), dataclasses.replace(small, seed=1))
+    first = shapes.write_shapes(str(tmp_path), small)
+    other = shapes.write_shapes(str(tmp_path), dataclasses.replace(small, seed=1))
     assert first != other
     stamp = os.stat(os.path.join(first, "settings.json")).st_mtime_ns
-    assert generated.write_shapes(str(tmp_path), small) == first
+    assert shapes.write_shapes(str(tmp_path), small) == first
     assert os.stat(os.path.join(first, "settings.json")).st_mtime_ns == stamp
     settings = json.loads(Path(first, "settings.json").read_text())
     assert settings["num_train"] == 2
@@ -109,7 +107,7 @@ def test_other_settings_get_another_folder(tmp_path):
 
 def test_a_half_written_folder_is_never_used(tmp_path, monkeypatch):
     small = dataclasses.replace(SETTINGS, num_train=3, num_val=1)
-    real, calls = generated._write_split, []
+    real, calls = shapes._write_split, []
 
     def killed(folder, split, *rest):
         calls.append(split)
@@ -117,22 +115,19 @@ def test_a_half_written_folder_is_never_used(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         real(folder, split, *rest)
 
-    monkeypatch.setattr(generated, "_write_split", killed)
+    monkeypatch.setattr(shapes, "_write_split", killed)
     with pytest.raises(KeyboardInterrupt):
-        generated.write_shapes(str(tmp_path), small)
+        shapes.write_shapes(str(tmp_path), small)
     assert calls == ["train", "val"] and os.listdir(tmp_path) == []
-    monkeypatch.setattr(generated, "_write_split", real)
-    assert len(load(generated.write_shapes(str(tmp_path), small), "val")) == 1
+    monkeypatch.setattr(shapes, "_write_split", real)
+    assert len(load(shapes.write_shapes(str(tmp_path), small), "val")) == 1
 
 
 def test_processes_may_write_at_once(tmp_path):
     small = dataclasses.replace(SETTINGS, num_train=6, num_val=2)
     context = multiprocessing.get_context("spawn")
     with context.Pool(3) as pool:
-        jobs = [
-            pool.apply_async(generated.write_shapes, (str(tmp_path), small))
-            for _ in range(3)
-        ]
+        jobs = [pool.apply_async(shapes.write_shapes, (str(tmp_path), small)) for _ in range(3)]
         folders = {job.get(timeout=120) for job in jobs}
     assert len(folders) == 1
     assert [os.path.join(tmp_path, n) for n in os.listdir(tmp_path)] == list(folders)
@@ -145,7 +140,7 @@ def test_impossible_settings_are_an_error(tmp_path):
     ):
         settings = dataclasses.replace(SETTINGS, **changes)
         with pytest.raises(ValueError, match=message):
-            generated.write_shapes(str(tmp_path), settings)
+            shapes.write_shapes(str(tmp_path), settings)
 
 
 def test_pycocotools_reads_it_and_the_pictures_are_there(folder):

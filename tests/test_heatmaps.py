@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solov2_jax import heatmaps
+from solov2_jax.tools.fcpose import heatmaps
 
 SIZE = (64, 96)
 
@@ -59,9 +59,7 @@ def test_three_sets_are_the_references(points):
 def test_persons_one_after_the_other(points):
     persons = jnp.asarray(np.stack([points, points[::-1], np.zeros_like(points)]))
     sums = heatmaps.map_persons(lambda m: m.keypoint.sum(), persons, SIZE, together=2)
-    expected = [
-        plain(np.asarray(p), SIZE, 2, 1.8).sum(dtype=np.float64) for p in persons
-    ]
+    expected = [plain(np.asarray(p), SIZE, 2, 1.8).sum(dtype=np.float64) for p in persons]
     np.testing.assert_allclose(sums, expected, rtol=1e-6)  # the order of a float32 sum
     image = heatmaps.image_heatmap(persons, SIZE, 8, 0.9)
     each = [plain(np.asarray(p), SIZE, 8, 0.9) for p in persons]

@@ -7,33 +7,28 @@ import jax.numpy as jnp
 import pytest
 import toy
 
+from solov2_jax.checkpoint import CheckpointManager
 from solov2_jax.training import sharding
-from solov2_jax.training.checkpoint import Checkpoints
-from solov2_jax.training.hooks import (
-    IterationTimer,
-    LearningRate,
-    PeriodicWriter,
-    Run,
-)
-from solov2_jax.training.metrics import MetricsWindow
-from solov2_jax.training.saving import (
+from solov2_jax.training.checkpoint_hooks import (
     BestCheckpoint,
     EarlyStop,
     Evaluation,
     PeriodicCheckpoint,
 )
+from solov2_jax.training.hooks import IterationTimer, LearningRate, PeriodicWriter, Run
+from solov2_jax.training.metrics import MetricsWindow
 from solov2_jax.training.state import TrainState
 from solov2_jax.training.step import TrainStep
 from solov2_jax.training.writers import (
     ConsoleWriter,
     JsonlWriter,
-    QuietWriter,
     TensorBoardWriter,
+    WriterBase,
     duration,
 )
 
 
-class FakeCheckpoints(Checkpoints):
+class FakeCheckpoints(CheckpointManager):
     """Remembers what it was asked to save."""
 
     def __init__(self, best=None):
@@ -55,7 +50,7 @@ class FakeCheckpoints(Checkpoints):
         pass
 
 
-class FakeWriter(QuietWriter):
+class FakeWriter(WriterBase):
     def __init__(self):
         self.lines = []
 
@@ -151,9 +146,7 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_stop(bad, caplog):
     assert [line["skipped_steps"] for line in lines] == [0, 1, 1, 2]
     # The optimiser does not count a skipped step.
     assert [line["learning_rate"] for line in lines] == [0, 0, 1, 1]
-    assert (
-        f"step 2 is skipped: loss {bad}" in caplog.text and "ids 2, 99" in caplog.text
-    )
+    assert f"step 2 is skipped: loss {bad}" in caplog.text and "ids 2, 99" in caplog.text
     assert saver.checkpoints.saved == [2, 4], "the state is finite"
     with pytest.raises(FloatingPointError, match=r"steps 4 to 5: .*ids: 4, 99, 5\."):
         advance(run, hooks, bad)
@@ -243,9 +236,7 @@ def test_training_ends_when_the_best_is_long_ago(caplog):
     while not run.stop:
         advance(run, hooks)
     assert run.step == 8 and not run.interrupted
-    assert "early stopping after step 8: the best segm/AP, 0.5000, is that of" in (
-        caplog.text
-    )
+    assert "early stopping after step 8: the best segm/AP, 0.5000, is that of" in (caplog.text)
     # A run that resumes there decides the same, from what is written.
     again = make_run(step=8, total=20)
     known = evaluation([], FakeWriter(), written={"step": 8, "segm/AP": 0.5})
@@ -257,9 +248,7 @@ def test_training_ends_when_the_best_is_long_ago(caplog):
 def test_an_unknown_best_metric_is_an_error_with_a_suggestion():
     run, saver = make_run(step=1), saver_of(0)
     hooks = [evaluation([0.1], FakeWriter()), BestCheckpoint(saver, "segm/ap")]
-    with pytest.raises(
-        ValueError, match="best_metric = 'segm/ap'.*did you mean segm/AP"
-    ):
+    with pytest.raises(ValueError, match="best_metric = 'segm/ap'.*did you mean segm/AP"):
         advance(run, hooks)
 
 
@@ -339,9 +328,7 @@ def test_console_line(caplog):
         "2.50 images/s",
         "data 0.100 s",
     )
-    assert all(
-        part in line for part in (*parts, "eta 1:01:01", "SKIPPED 3", "RECOMPILES 2")
-    )
+    assert all(part in line for part in (*parts, "eta 1:01:01", "SKIPPED 3", "RECOMPILES 2"))
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from solov2_jax.data.headers import read_header
-from solov2_jax.data.images import read_image
-from solov2_jax.inference.sources import Names, VideoFile, open_sources
-from solov2_jax.inference.video import VideoReader, VideoWriter
+from solov2_jax.data.images import read_header, read_image
+from solov2_jax.tools.predict.sources import Names, VideoFile, open_sources
+from solov2_jax.tools.predict.video import VideoReader, VideoWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 RED = (250, 10, 10)
@@ -74,9 +73,7 @@ def write_hostile(folder):
     photo.save(folder / "turned.jpg", exif=exif)
     Image.new("RGB", (20_000, 1), RED).save(folder / "line.png")
     Image.new("RGB", (1, 20_000), RED).save(folder / "column.png")
-    (folder / "page.eps").write_text(
-        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
-    )
+    (folder / "page.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     return {
         "bomb.png": "more than",
         "text_bomb.png": "damaged",

@@ -14,10 +14,10 @@ from PIL import Image
 from tiny_coco import annotation, content, square, whole, write
 
 from solov2_jax.data.coco import CocoDataset, load_coco
-from solov2_jax.data.doctor.measure import draw
-from solov2_jax.data.generated import ShapesSettings, write_shapes
-from solov2_jax.data.importers.__main__ import main
-from solov2_jax.data.importers.names import read_names
+from solov2_jax.tools.doctor.measure import draw
+from solov2_jax.tools.importers.__main__ import main
+from solov2_jax.tools.importers.names import read_names
+from solov2_jax.tools.synthetic.shapes import ShapesSettings, write_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 Objects = list[tuple[str, str, np.ndarray]]
@@ -43,9 +43,7 @@ def assert_same(a: CocoDataset, b: CocoDataset) -> None:
     """The same images, classes and masks, in any order."""
     assert a.class_names == b.class_names
     assert sorted(a.file_names) == sorted(b.file_names)
-    for x, y in zip(
-        sorted(objects(a), key=key), sorted(objects(b), key=key), strict=True
-    ):
+    for x, y in zip(sorted(objects(a), key=key), sorted(objects(b), key=key), strict=True):
         assert x[:2] == y[:2]
         np.testing.assert_array_equal(x[2], y[2])
 
@@ -54,9 +52,7 @@ def assert_same(a: CocoDataset, b: CocoDataset) -> None:
 def shapes(tmp_path_factory) -> CocoDataset:
     """Generated scenes: polygons and run lengths, objects in parts, empty images."""
     root = tmp_path_factory.mktemp("shapes")
-    settings = ShapesSettings(
-        num_train=12, num_val=1, height=64, width=80, empty_fraction=0.2
-    )
+    settings = ShapesSettings(num_train=12, num_val=1, height=64, width=80, empty_fraction=0.2)
     folder = write_shapes(str(root), settings)
     return load_coco(f"{folder}/train", f"{folder}/instances_train.json")
 
@@ -73,9 +69,7 @@ def to_yolo(dataset: CocoDataset, labels: Path) -> None:
         for a in range(dataset.start[i], dataset.start[i + 1]):
             (polygon,) = dataset.segmentations.polygons(a)
             values = (polygon.reshape(-1, 2) / size).ravel()
-            lines.append(
-                f"{dataset.labels[a]} " + " ".join(f"{v:.9f}" for v in values.tolist())
-            )
+            lines.append(f"{dataset.labels[a]} " + " ".join(f"{v:.9f}" for v in values.tolist()))
         path = labels / Path(name).with_suffix(".txt")
         path.parent.mkdir(parents=True, exist_ok=True)
         if lines:
@@ -91,9 +85,7 @@ def test_yolo_comes_back(tmp_path):
     main(["yolo", f"--data={yaml}", f"--output={out}"])
     again = load_coco(data.image_root, str(out))
     assert_same(data, again)
-    np.testing.assert_allclose(
-        np.sort(again.boxes, 0), np.sort(data.boxes, 0), atol=2e-3
-    )
+    np.testing.assert_allclose(np.sort(again.boxes, 0), np.sort(data.boxes, 0), atol=2e-3)
     assert again.category_ids == (1, 2)
     other = tmp_path / "other.json"
     main(
@@ -170,9 +162,7 @@ def test_labelme_rectangle_circle_and_group(tmp_path):
         {"label": "b", "group_id": 1, "points": [[1, 1], [6, 1], [6, 6], [1, 6]]},
         {"label": "b", "group_id": 1, "points": [[9, 1], [12, 1], [12, 6], [9, 6]]},
     ]
-    (tmp_path / "a.json").write_text(
-        json.dumps({"imagePath": "a.png", "shapes": shapes})
-    )
+    (tmp_path / "a.json").write_text(json.dumps({"imagePath": "a.png", "shapes": shapes}))
     main(["labelme", f"--images={tmp_path}", f"--output={tmp_path}/out/x.json"])
     data = load_coco(str(tmp_path), str(tmp_path / "out" / "x.json"))
     rectangle, circle, pair = (mask for _, _, mask in objects(data))
@@ -287,9 +277,7 @@ def test_a_bad_yolo_line_is_named(tmp_path, capsys, text, message):
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "a.txt").write_text(text)
     names = ["--names=cat,dog", f"--output={tmp_path}/x.json"]
-    said = fail(
-        capsys, "yolo", f"--images={images}", f"--labels={tmp_path}/labels", *names
-    )
+    said = fail(capsys, "yolo", f"--images={images}", f"--labels={tmp_path}/labels", *names)
     assert "labels/a.txt: line" in said
     assert re.search(message, said), said
     assert not (tmp_path / "x.json").exists()
@@ -413,19 +401,15 @@ def test_sizes_are_those_after_the_exif_orientation(tmp_path):
 
 
 def test_the_command_needs_no_jax(tmp_path):
-    values = content() | {
-        "annotations": [annotation(1, 7, 5, segmentation=square(4, 4, 9))]
-    }
+    values = content() | {"annotations": [annotation(1, 7, 5, segmentation=square(4, 4, 9))]}
     data = load_coco(*write(tmp_path, values))
     to_yolo(data, tmp_path / "labels")
     script = (
         "import sys; sys.modules['jax'] = None\n"
-        "from solov2_jax.data.importers.__main__ import main\n"
+        "from solov2_jax.tools.importers.__main__ import main\n"
         f"main(['yolo', '--images={data.image_root}', '--labels={tmp_path}/labels', "
         f"'--names=cat,dog', '--output={tmp_path}/x.json'])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "1 objects of 2 classes" in done.stdout

@@ -9,7 +9,7 @@ from tiny_coco import annotation, content, write
 
 from configs import base
 from solov2_jax.data.keypoints import load_keypoints, mirror_order, move_points
-from solov2_jax.data.pose import build_pose_batches, read_basis
+from solov2_jax.tools.fcpose.batches import build_pose_batches, read_basis
 
 COCO = (
     "nose left_eye right_eye left_ear right_ear "
@@ -45,9 +45,7 @@ def test_points_are_read_in_the_objects_order(tmp_path):
     assert data.image_ids.tolist() == [7]  # image 3 has no visible point, 9 no object
     assert data.annotation_ids.tolist() == [2, 3]
     assert keypoints.points.shape == (2, 17, 3)
-    np.testing.assert_array_equal(
-        keypoints.points[:, 1, :2], data.boxes[:, :2].astype(np.float32)
-    )
+    np.testing.assert_array_equal(keypoints.points[:, 1, :2], data.boxes[:, :2].astype(np.float32))
     assert keypoints.points[:, 1, 2].tolist() == [2, 1]
     assert not keypoints.points[:, 3:].any()  # not annotated: zeros, not 0.5
 
@@ -100,9 +98,7 @@ def test_batches_carry_points_and_semantic_masks(tmp_path, flip):
     assert basis.shape == batch["image"].shape[1:3]
     expected = np.zeros((96, 128), np.uint8)
     expected[:20, :40] = 3
-    np.testing.assert_array_equal(
-        basis[:96, :128], expected[:, ::-1] if flip else expected
-    )
+    np.testing.assert_array_equal(basis[:96, :128], expected[:, ::-1] if flip else expected)
 
 
 def spoil(tmp_path, change) -> str:

@@ -12,16 +12,12 @@ import numpy as np
 import pytest
 import toy
 
+from solov2_jax.checkpoint import list_steps, read_position, restore_variables
 from solov2_jax.training import sharding
 from solov2_jax.training import workdir as workdirs
-from solov2_jax.training.checkpoint import (
-    list_steps,
-    read_position,
-    restore_variables,
-)
 from solov2_jax.training.loop import train
 from solov2_jax.training.restore import restore
-from solov2_jax.weights.convert import flatten, save_weights
+from solov2_jax.weights.convert import flatten_tree, save_weights
 
 TIMING = {"step_seconds", "data_seconds", "images_per_second", "eta_seconds"}
 TIMING |= {"memory_gb", "compiles"}
@@ -119,9 +115,7 @@ LONG = ("--config.train.log_every=3", "--config.train.eval_every=6", "--width=51
 
 
 @pytest.mark.parametrize("kill_at", [2, 4, 7])
-def test_kill_9_and_the_same_command_give_the_same_numbers(
-    tmp_path, uninterrupted, kill_at
-):
+def test_kill_9_and_the_same_command_give_the_same_numbers(tmp_path, uninterrupted, kill_at):
     code, output = run(tmp_path, *LONG, f"--kill_at={kill_at}")
     assert code == -signal.SIGKILL, output
     if kill_at == 4:  # asked for right after the save of step 4 began
@@ -219,9 +213,7 @@ def test_keys_that_change_no_step_may_change(tmp_path, caplog):
 
 def test_a_longer_cosine_is_another_run_unless_the_curve_stays(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="solov2_jax")
-    train(
-        toy.toy_config(optim__schedule="cosine", train__steps=3), tmp_path, toy.toy_task
-    )
+    train(toy.toy_config(optim__schedule="cosine", train__steps=3), tmp_path, toy.toy_task)
     longer = {"optim__schedule": "cosine", "train__steps": 5}
     with pytest.raises(ValueError, match="train.steps was 3, is 5"):
         train(toy.toy_config(**longer), tmp_path, toy.toy_task)
@@ -274,12 +266,12 @@ def test_what_the_weights_lack_is_drawn_as_without_them(tmp_path):
     task = toy.toy_task(config, tmp_path)
     mesh = sharding.make_mesh(2)
     scratch, _ = restore(toy.toy_config(), tmp_path, task, mesh)
-    flat = dict(flatten(jax.device_get(scratch.variables)))
+    flat = dict(flatten_tree(jax.device_get(scratch.variables)))
     lacking = "params/ins_head/cate_pred/kernel"
     file = {name: leaf + 1 for name, leaf in flat.items() if name != lacking}
     save_weights(config.init_from, file, {})
     state, _ = restore(config, tmp_path, task, mesh)
-    for name, leaf in flatten(jax.device_get(state.variables)):
+    for name, leaf in flatten_tree(jax.device_get(state.variables)):
         np.testing.assert_array_equal(leaf, file.get(name, flat[name]))
 
 
@@ -365,9 +357,7 @@ def test_batch_size_and_workdir_errors(tmp_path):
 
 def test_a_log_period_of_0_writes_the_evaluation_only(tmp_path):
     train(toy.toy_config(train__log_every=0), tmp_path, toy.toy_task)
-    assert [set(line) - {"step"} for line in lines_of(tmp_path)] == [
-        {"segm/AP", "bbox/AP"}
-    ]
+    assert [set(line) - {"step"} for line in lines_of(tmp_path)] == [{"segm/AP", "bbox/AP"}]
 
 
 def test_revision_is_a_commit_or_none():

@@ -39,9 +39,7 @@ step = jax.jit(jax.value_and_grad(solov2_loss, has_aux=True))
 def make_outputs(seed=0, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     shapes = dict(cate=(B, S, K), kernel=(B, S, E), mask_feat=(B, H4, W4, E))
-    return Outputs(
-        **{k: jnp.asarray(rng.normal(size=s), dtype) for k, s in shapes.items()}
-    )
+    return Outputs(**{k: jnp.asarray(rng.normal(size=s), dtype) for k, s in shapes.items()})
 
 
 def make_targets(num_pairs=PAIRS, slots=P):
@@ -160,9 +158,7 @@ def test_padding_slots_change_nothing():
     # Where the padding points makes no difference either.
     pad = many.pair_weight == 0
     cell = jnp.where(pad, 3, many.pair_cell)
-    many = many.replace(
-        pair_cell=cell, pair_instance=jnp.where(pad, 4, many.pair_instance)
-    )
+    many = many.replace(pair_cell=cell, pair_instance=jnp.where(pad, 4, many.pair_instance))
     (want, want_metrics), want_grad = step(outputs, few, masks)
     (got, metrics), grad = step(outputs, many, masks)
     np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -235,9 +231,7 @@ def test_bfloat16_outputs_give_a_float32_loss():
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(grad), jax.tree.leaves(want_grad), strict=True):
         # Three significant digits are bfloat16's.
-        np.testing.assert_allclose(
-            a.astype(jnp.float32), b, rtol=0.02, atol=0.01 * np.abs(b).max()
-        )
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0.02, atol=0.01 * np.abs(b).max())
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 8])

@@ -11,7 +11,8 @@ from plain_masks import plain_center, plain_quarter, quarters_of, spans_of
 from pycocotools import mask as coco_mask
 from tiny_coco import whole
 
-from solov2_jax.data import masks, spans
+from solov2_jax import rle
+from solov2_jax.data import rasterize
 from solov2_jax.data.annotations import Segmentations
 
 
@@ -91,7 +92,7 @@ def test_polygons_are_drawn_as_pycocotools_does(golden):
     polygons = json.loads(str(arrays["json_polygons"]))
     size = tuple(polygons["hw"])
     for name, parts in polygons["polys"].items():
-        mask = whole(spans.rasterize(of_polygons(parts), 0, size, size, False), size)
+        mask = whole(rasterize.rasterize(of_polygons(parts), 0, size, size, False), size)
         expected = np.unpackbits(arrays[f"poly_{name}"], axis=-1)[:, : size[1]]
         np.testing.assert_array_equal(mask, expected, err_msg=name)
         assert mask.sum() == areas[name]
@@ -129,12 +130,12 @@ def test_objects_together_are_the_plain_masks(sizes, seed, flip, multiples):
     objects = random_objects(np.random.default_rng(seed), old)
     number = len(objects)
     every = joined(objects) if objects else of_mask(np.zeros((1, 1), np.uint8))
-    found = spans.draw(every, range(number), old, new, flip)
-    centers, present = spans.mass_centers(found, number)
+    found = rasterize.draw_spans(every, range(number), old, new, flip)
+    centers, present = rasterize.mass_centers(found, number)
     small = quarters_of(found, number, new)
     for i, one in enumerate(objects):
         expected = plain_mask(one, old, new, flip)
-        crop = spans.rasterize(every, i, old, new, flip)
+        crop = rasterize.rasterize(every, i, old, new, flip)
         np.testing.assert_array_equal(whole(crop, new), expected)
         assert present[i] == (crop is not None) == expected.any()
         np.testing.assert_array_equal(small[i], plain_quarter(expected))
@@ -146,7 +147,7 @@ def test_mass_centre(golden):
     arrays = golden("data")
     shape = arrays["com_shape"]
     full = np.unpackbits(arrays["com_masks"], axis=-1)[..., : shape[2]]
-    centers, present = spans.mass_centers(spans_of(full), len(full))
+    centers, present = rasterize.mass_centers(spans_of(full), len(full))
     np.testing.assert_array_equal(present, full.any(axis=(1, 2)))
     # An empty mask's centre is 0; the reference skips it later.
     np.testing.assert_array_equal(centers[:, 0], arrays["com_x"])
@@ -163,7 +164,7 @@ def test_run_lengths_are_resized_as_pil_does(sizes, seed, flip):
     mask = (np.random.default_rng(seed).random(old) < 0.3).astype(np.uint8)
     image = Image.fromarray(mask).resize(new[::-1], Image.Resampling.NEAREST)
     expected = np.asarray(image)[:, ::-1] if flip else np.asarray(image)
-    crop = spans.rasterize(of_mask(mask), 0, old, new, flip)
+    crop = rasterize.rasterize(of_mask(mask), 0, old, new, flip)
     np.testing.assert_array_equal(whole(crop, new), expected)
     assert (crop is None) == (not expected.any())
 
@@ -176,8 +177,8 @@ def test_runs_are_parsed_as_pycocotools_writes_them(several):
         size = [sum(counts), 1]
         record = {"size": size, "counts": counts}
         packed.append(coco_mask.frPyObjects(record, *size)["counts"])
-        np.testing.assert_array_equal(masks.parse_runs(packed[-1]), counts)
-    values, lengths = masks.parse_strings(packed)
+        np.testing.assert_array_equal(rle.rle_from_string(packed[-1]), counts)
+    values, lengths = rle.rle_from_strings(packed)
     assert lengths.tolist() == [len(counts) for counts in several]
     np.testing.assert_array_equal(values, [v for counts in several for v in counts])
 
@@ -188,9 +189,9 @@ DAMAGED = [b"`", b"0", b"\x01", b"PPPPPPPPPPPPP0", b""]
 @pytest.mark.parametrize("counts", DAMAGED)
 def test_damaged_runs_are_an_error(counts):
     with pytest.raises(ValueError, match="damaged"):
-        masks.decode_runs(masks.parse_runs(counts), (40, 50))
+        rle.rle_decode(rle.rle_from_string(counts), (40, 50))
     with pytest.raises(ValueError, match="damaged"):
-        spans.of_strings([counts], (40, 50))
+        rasterize.spans_from_rle([counts], (40, 50))
 
 
 @pytest.mark.parametrize("counts", DAMAGED)
@@ -201,14 +202,14 @@ def test_the_damaged_object_is_named(counts):
     bad = Segmentations(np.zeros(0), none[:1], none, runs, np.array([0, len(runs)]))
     polygon = of_polygons([[2, 2, 8, 2, 8, 6]])
     every = joined([sound, polygon, bad, sound])
-    with pytest.raises(spans.DamagedRuns) as caught:
-        spans.draw(every, [1, 0, 2], (40, 50), (40, 50), False)
+    with pytest.raises(rasterize.InvalidRLE) as caught:
+        rasterize.draw_spans(every, [1, 0, 2], (40, 50), (40, 50), False)
     assert caught.value.position == 2
 
 
 def test_polygons_are_flipped_before_they_are_drawn():
     half = of_polygons([[2.5, 2.5, 8.5, 2.5, 8.5, 6.5]])
-    flipped = whole(spans.rasterize(half, 0, (20, 20), (20, 20), True), (20, 20))
+    flipped = whole(rasterize.rasterize(half, 0, (20, 20), (20, 20), True), (20, 20))
     other = of_polygons([[17.5, 2.5, 11.5, 2.5, 11.5, 6.5]])
-    plain = whole(spans.rasterize(other, 0, (20, 20), (20, 20), False), (20, 20))
+    plain = whole(rasterize.rasterize(other, 0, (20, 20), (20, 20), False), (20, 20))
     np.testing.assert_array_equal(flipped, plain)

@@ -52,9 +52,7 @@ def test_outputs_of_every_backbone(depth, norm):
     assert ("batch_stats" in variables) == (norm != "gn")
     trained = trainable_mask(variables["params"], 2, norm)["backbone"]
     assert not any(jax.tree.leaves([trained["stem"], trained["res2_0"]]))
-    assert all(jax.tree.leaves(trained["res5_1"]["conv1"]["norm"])) == (
-        norm != "frozen_bn"
-    )
+    assert all(jax.tree.leaves(trained["res5_1"]["conv1"]["norm"])) == (norm != "frozen_bn")
 
 
 def test_bfloat16_computes_what_float32_does():

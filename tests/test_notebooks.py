@@ -15,7 +15,7 @@ import pytest
 from nbclient import NotebookClient
 from test_docs import code, is_key
 
-from solov2_jax.training.checkpoint import list_steps
+from solov2_jax.checkpoint import list_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -31,9 +31,7 @@ def read(path):
 
 def parameters_cell(notebook):
     (index,) = [
-        i
-        for i, cell in enumerate(notebook.cells)
-        if "parameters" in cell.metadata.get("tags", ())
+        i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ())
     ]
     return index
 

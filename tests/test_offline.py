@@ -11,11 +11,10 @@ import pytest
 import tiny_coco
 from test_evaluation_run import TRUTH, squares
 
-from solov2_jax.evaluation.expect import check_names, misses, parse_expectations
-from solov2_jax.evaluation.offline import evaluate_files
-from solov2_jax.evaluation.results import read_results
-from solov2_jax.evaluation.truth import read_truth
+from solov2_jax.evaluation.ground_truth import read_ground_truth, read_results
 from solov2_jax.inference.prediction import to_coco_results
+from solov2_jax.tools.report.expected_results import check_names, misses, parse_expectations
+from solov2_jax.tools.report.results_file import evaluate_files
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {7: (48, 64), 3: (64, 48), 9: (40, 40)}
@@ -63,7 +62,7 @@ def test_other_forms_of_masks_and_no_boxes(files):
     counts.append(48 * 64 - sum(counts))
     results[1]["segmentation"] = {"size": [48, 64], "counts": counts}
     assert evaluate_files(annotations, write(results))["segm/AP"] == pytest.approx(1)
-    truth = read_truth(annotations)
+    truth = read_ground_truth(annotations)
     read = read_results(write(results), truth)
     assert [r["bbox"] for r in read] == [
         [10, 8, 20, 20],
@@ -165,8 +164,7 @@ def test_expectations():
     assert misses(found, {"segm/AP": 0.44, "bbox/AP50": 0.4}) == []
     assert misses(found, {"segm/AP": 0.4401, "bbox/AP50": -1.0}) == [
         "segm/AP is 0.4401, expected 0.42 +- 0.02",
-        "bbox/AP50 is -1.0000 (-1: nothing of that kind is annotated), expected 0.5 "
-        "+- 0.1",
+        "bbox/AP50 is -1.0000 (-1: nothing of that kind is annotated), expected 0.5 +- 0.1",
     ]
     check_names(found, ["segm/AP", "bbox/AP50"])
     with pytest.raises(ValueError, match="no such metric; did you mean segm/AP50"):

@@ -9,10 +9,9 @@ from tiny_network import tiny_config, write_workdir
 
 from configs import base
 from solov2_jax import config as configs
+from solov2_jax.checkpoint import list_steps, read_run
 from solov2_jax.inference.predictor import Predictor, load_workdir_config
-from solov2_jax.training.checkpoint import list_steps
 from solov2_jax.training.loop import train
-from solov2_jax.training.run_weights import read_run
 
 NEWER = ("optim.ema_decay", "optim.schedule", "train.accumulate", "eval.backend")
 

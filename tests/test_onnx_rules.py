@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from solov2_jax.export.onnx_control import RULES
-from solov2_jax.export.onnx_graph import IR_VERSION, OPSET, Graph
-from solov2_jax.export.walk import walk
+from solov2_jax.tools.export.onnx_control import RULES
+from solov2_jax.tools.export.onnx_graph import IR_VERSION, OPSET, Graph
+from solov2_jax.tools.export.walk import walk
 
 onnxruntime = pytest.importorskip("onnxruntime")
 

@@ -43,9 +43,7 @@ def test_upsampling_and_subsampling(units):
     want = nhwc(units["up2_out"])
     np.testing.assert_allclose(ops.upsample2x_bilinear(x), want, **ROUNDING)
     np.testing.assert_allclose(ops.resize_bilinear(x, (10, 14)), want, **ROUNDING)
-    np.testing.assert_array_equal(
-        ops.upsample2x_nearest(x), nhwc(units["nearest2_out"])
-    )
+    np.testing.assert_array_equal(ops.upsample2x_nearest(x), nhwc(units["nearest2_out"]))
     p6 = nhwc(units["p6_in"])[:, ::2, ::2]
     np.testing.assert_array_equal(p6, nhwc(units["p6_out"]))
 
@@ -62,9 +60,7 @@ def test_max_pool_is_torchs(shape):
     x = np.random.default_rng(0).normal(size=(2, h, w, 3)).astype(np.float32)
     padded = np.pad(x, ((0, 0), (1, 2), (1, 2), (0, 0)), constant_values=-np.inf)
     rows, cols = 2 * np.arange((h + 1) // 2), 2 * np.arange((w + 1) // 2)
-    want = np.max(
-        [padded[:, rows + i][:, :, cols + j] for i in range(3) for j in range(3)], 0
-    )
+    want = np.max([padded[:, rows + i][:, :, cols + j] for i in range(3) for j in range(3)], 0)
     np.testing.assert_array_equal(ops.max_pool_3x3_stride2(jnp.asarray(x)), want)
 
 

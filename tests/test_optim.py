@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import toy
 
-from solov2_jax.training.optim import make_optimizer, trainable_mask
-from solov2_jax.training.schedule import staircase, with_warmup
+from solov2_jax.training.optim import make_optimizer, staircase, trainable_mask, with_warmup
 
 
 def paths(tree, value=True):
@@ -50,9 +49,7 @@ def test_parameters_are_frozen_by_the_patterns_of_their_names():
     free = paths(trainable_mask(params_of_stages(), 0, "gn"))
     names = {n for n in free if "res4" not in n and "gn_pred" not in n}
     assert paths(mask) == names and len(names) == len(free) - 5
-    with pytest.raises(
-        ValueError, match=r"matches 'fpn/lateral3/\*'; did you mean fpn"
-    ):
+    with pytest.raises(ValueError, match=r"matches 'fpn/lateral3/\*'; did you mean fpn"):
         trainable_mask(params_of_stages(), 0, "gn", ("fpn/lateral3/*",))
 
 
@@ -81,10 +78,7 @@ def test_updates_are_torch_sgd(decay_norm):
         clip_norm=0.0,
         trainable=mask,
     )
-    grads = [
-        jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape)), params)
-        for _ in range(6)
-    ]
+    grads = [jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape)), params) for _ in range(6)]
     state, now = tx.init(params), params
     for g in grads:
         updates, state = jax.jit(tx.update)(g, state, now)
@@ -119,13 +113,9 @@ def test_clipping_sees_the_trained_parameters_only():
         trainable=mask,
     )
     # Huge gradients where nothing is trained must not shrink the others.
-    grads = jax.tree.map(
-        lambda x, t: jnp.full(x.shape, 1e-3 if t else 1e6), params, mask
-    )
+    grads = jax.tree.map(lambda x, t: jnp.full(x.shape, 1e-3 if t else 1e6), params, mask)
     updates, _ = tx.update(grads, tx.init(params), params)
-    np.testing.assert_allclose(
-        updates["ins_head"]["cate_pred"]["bias"], -1e-3, rtol=1e-6
-    )
+    np.testing.assert_allclose(updates["ins_head"]["cate_pred"]["bias"], -1e-3, rtol=1e-6)
     grads = jax.tree.map(lambda x: jnp.full(x.shape, 10.0), params)
     updates, _ = tx.update(grads, tx.init(params), params)
     norm = np.sqrt(sum(float((u**2).sum()) for u in jax.tree.leaves(updates)))

@@ -12,22 +12,21 @@ from pycocotools import mask as rle
 from scipy import ndimage
 
 from solov2_jax.data.coco import load_coco
-from solov2_jax.data.importers import __main__ as importers
-from solov2_jax.data.masks import decode_runs, parse_runs
-from solov2_jax.evaluation.pictures import truth
-from solov2_jax.inference.crops import MaskCrops, pack
 from solov2_jax.inference.draw import distinct_color, draw_prediction, object_colors
-from solov2_jax.inference.outputs import (
-    Outputs,
+from solov2_jax.inference.prediction import MaskCrops, Prediction, pack
+from solov2_jax.rle import rle_decode, rle_from_string
+from solov2_jax.tools.importers import __main__
+from solov2_jax.tools.predict.outputs import (
+    OutputFiles,
     Style,
     file_word,
     labelme_content,
     parse_formats,
     yolo_lines,
 )
-from solov2_jax.inference.polygons import join_rings, mask_polygons, ring_area
-from solov2_jax.inference.prediction import Prediction
-from solov2_jax.inference.sources import Frame
+from solov2_jax.tools.predict.polygons import join_rings, mask_polygons, ring_area
+from solov2_jax.tools.predict.sources import Frame
+from solov2_jax.tools.report.pictures import truth
 
 NAMES = ("cat", "big dog/..")
 
@@ -61,7 +60,7 @@ def drawn(rings, shape):
     """Returns what polygons become where annotations are read: COCO's own drawing."""
     flat = [np.ravel(ring).tolist() for ring in rings]
     merged: Any = rle.merge(rle.frPyObjects(flat, *shape))
-    crop = decode_runs(parse_runs(merged["counts"]), shape)
+    crop = rle_decode(rle_from_string(merged["counts"]), shape)
     return tiny_coco.whole(crop, shape).astype(bool)
 
 
@@ -97,14 +96,14 @@ def test_the_importers_read_the_labels_back(tmp_path):
     Image.new("RGB", (160, 120)).save(path)
     frame = Frame("a", "a.png", str(path), np.zeros((120, 160, 3), np.uint8))
     out = tmp_path / "out"
-    Outputs(str(out), ("yolo", "labelme"), NAMES, Style()).write(frame, prediction)
+    OutputFiles(str(out), ("yolo", "labelme"), NAMES, Style()).write(frame, prediction)
     for kind, names in (("yolo", "classes.txt"), ("labelme", "")):
         labels = out / "yolo" / "labels" if kind == "yolo" else out / "labelme"
         arguments = [kind, "--images", str(path.parent), "--labels", str(labels)]
         if names:
             arguments += ["--names", str(out / "yolo" / names)]
         written = tmp_path / f"{kind}.json"
-        importers.main([*arguments, "--output", str(written)])
+        __main__.main([*arguments, "--output", str(written)])
         dataset = load_coco(str(path.parent), str(written))
         found = truth(dataset, 0)
         assert len(found) == len(masks), kind
@@ -143,7 +142,7 @@ def test_every_format_is_written(tmp_path):
     frame = Frame("a", "a.png", str(tmp_path / "in" / "a.png"), image)
     formats = parse_formats(["overlay", "coco", " masks", "cutouts", "yolo", "labelme"])
     out = tmp_path / "deep" / "out"
-    writer = Outputs(str(out), formats, NAMES, Style())
+    writer = OutputFiles(str(out), formats, NAMES, Style())
     prediction = from_masks(masks, [1, 0])
     assert writer.write(frame, prediction) is None
     for i, name in enumerate(("000_big_dog", "001_cat")):
@@ -151,9 +150,7 @@ def test_every_format_is_written(tmp_path):
         assert (mask == masks[i]).all()
         x0, y0, x1, y1 = prediction.boxes[i].astype(int)
         cut = np.asarray(Image.open(out / "cutouts" / "a" / f"{name}.png"))
-        assert (cut[..., :3] == image[y0:y1, x0:x1]).all() and (
-            cut[..., 3] == 255
-        ).all()
+        assert (cut[..., :3] == image[y0:y1, x0:x1]).all() and (cut[..., 3] == 255).all()
     assert (np.asarray(Image.open(out / "a.png")) != image).any()
     assert (out / "yolo" / "classes.txt").read_text().splitlines() == list(NAMES)
     assert '1: "big dog/.."' in (out / "yolo" / "data.yaml").read_text()

@@ -107,9 +107,7 @@ def check_detections(arrays, key, size, outputs, nms_type, nms_kernel):
     # over the threshold changes it by up to half of one over their number.
     off = np.sort(np.abs(found.scores[0, :n] - arrays[f"{key}_scores"]))
     assert off[-1] <= 2e-4 and off[-3] <= 1e-5
-    masks, _ = paste_detections(
-        found.soft_masks, 0, np.arange(n), size, original, threshold=0.5
-    )
+    masks, _ = paste_detections(found.soft_masks, 0, np.arange(n), size, original, threshold=0.5)
     want = np.unpackbits(arrays[f"{key}_masks_packed"], axis=-1)[..., : original[1]]
     union = (masks | (want > 0)).sum((1, 2))
     iou = (masks & (want > 0)).sum((1, 2)) / np.maximum(union, 1)

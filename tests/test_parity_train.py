@@ -10,7 +10,7 @@ from golden_weights import golden_model
 from plain_masks import quarters_of, spans_of
 
 from configs import base
-from solov2_jax.data.spans import mass_centers
+from solov2_jax.data.rasterize import mass_centers
 from solov2_jax.training.build import build_loss, build_optimizer
 from solov2_jax.training.optim import trainable_mask
 from solov2_jax.weights.names import to_adelaidet
@@ -80,9 +80,7 @@ def task():
 
 def reference_names(params):
     """{reference name: array in the reference's layout} of a tree like the params."""
-    flat = {
-        "params/" + "/".join(k): np.asarray(v) for k, v in flatten_dict(params).items()
-    }
+    flat = {"params/" + "/".join(k): np.asarray(v) for k, v in flatten_dict(params).items()}
     return to_adelaidet(flat)
 
 

@@ -5,8 +5,8 @@ import tiny_coco
 from PIL import Image
 
 from solov2_jax.data.coco import load_coco
-from solov2_jax.evaluation.pictures import truth, write_pictures
 from solov2_jax.inference.prediction import Prediction
+from solov2_jax.tools.report.pictures import truth, write_pictures
 
 
 def test_truth_is_the_annotated_masks(tmp_path):

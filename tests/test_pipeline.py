@@ -14,9 +14,10 @@ from PIL import Image
 from tiny_coco import annotation, content, load, square, write
 
 from configs import base
-from solov2_jax.data import build, mapped, pipeline, plan, sizes
+from solov2_jax.data import buckets as sizes
+from solov2_jax.data import build, pipeline, sampler, shared_memory
+from solov2_jax.data.batch import TrainBatchMaker
 from solov2_jax.data.coco import load_coco
-from solov2_jax.data.loading import TrainLoader
 
 RESIZE = sizes.Resize((32, 40, 48), 64)
 FIELDS = {
@@ -60,7 +61,7 @@ def small_plan(num_steps, seed=0, batch_size=3, number=11):
     rng = np.random.default_rng(5)
     buckets = ((32, 32), (32, 64), (64, 32))
     assigned = rng.integers(0, 3, (number, 2)).astype(np.int16)
-    return plan.train_plan(
+    return sampler.train_schedule(
         np.arange(number),
         buckets,
         assigned,
@@ -76,7 +77,7 @@ def test_a_longer_run_begins_with_the_same_batches(monkeypatch):
         short, _ = small_plan(steps)
         np.testing.assert_array_equal(short.image, long.image[:steps])
         np.testing.assert_array_equal(short.bucket, long.bucket[:steps])
-    monkeypatch.setattr(plan, "_CHUNK", 25)
+    monkeypatch.setattr(sampler, "_CHUNK", 25)
     chunked, _ = small_plan(200)
     np.testing.assert_array_equal(chunked.image, long.image)
     np.testing.assert_array_equal(chunked.epoch, long.epoch)
@@ -84,7 +85,7 @@ def test_a_longer_run_begins_with_the_same_batches(monkeypatch):
 
 def test_each_epoch_sees_each_image_once_and_batches_share_a_bucket():
     batches, assigned = small_plan(400)
-    scale = plan.scale_index(0, batches.epoch, batches.image, 2)
+    scale = sampler.scale_index(0, batches.epoch, batches.image, 2)
     np.testing.assert_array_equal(
         assigned[batches.image, scale],
         np.broadcast_to(batches.bucket[:, None], scale.shape),
@@ -105,19 +106,19 @@ def test_order_differs_between_epochs_and_seeds():
 
 
 def test_random_bits_are_uniform_and_distinct():
-    bits = plan.random_bits(3, 0, np.arange(300)[:, None], np.arange(300))
+    bits = sampler.random_bits(3, 0, np.arange(300)[:, None], np.arange(300))
     assert len(np.unique(bits)) == bits.size
     share = (bits >> np.uint64(11)).astype(float) * 2.0**-53
     assert abs(share.mean() - 0.5) < 0.005 and abs(share.std() - 12**-0.5) < 0.005
-    flips = [plan.is_flipped(0, e, i, 0.3) for e in range(40) for i in range(40)]
+    flips = [sampler.is_flipped(0, e, i, 0.3) for e in range(40) for i in range(40)]
     assert abs(np.mean(flips) - 0.3) < 0.04
-    assert not any(plan.is_flipped(0, 0, i, 0.0) for i in range(99))
-    assert all(plan.is_flipped(0, 0, i, 1.0) for i in range(99))
+    assert not any(sampler.is_flipped(0, 0, i, 0.0) for i in range(99))
+    assert all(sampler.is_flipped(0, 0, i, 1.0) for i in range(99))
 
 
 def test_the_reference_schedule_is_planned_in_seconds():
     assigned = np.zeros((118_000, 6), np.int16)
-    batches = plan.train_plan(
+    batches = sampler.train_schedule(
         np.arange(118_000),
         ((32, 32),),
         assigned,
@@ -134,17 +135,17 @@ def test_the_reference_schedule_is_planned_in_seconds():
 
 def test_one_size_gets_exactly_its_shape():
     sizes = np.tile([100, 130], (50, 1, 1))
-    assert plan.derive_buckets(sizes, 5, 0.05) == ((128, 160),)
+    assert sampler.derive_buckets(sizes, 5, 0.05) == ((128, 160),)
 
 
 def test_few_derived_buckets_hold_every_size():
     rng = np.random.default_rng(0)
     h, w = rng.integers(200, 700, (2, 300))
-    sizes = plan.all_sizes(h, w, (640, 672, 704, 736, 768, 800), 1333)
-    buckets = plan.derive_buckets(sizes, 5, 0.05)
+    sizes = sampler.all_sizes(h, w, (640, 672, 704, 736, 768, 800), 1333)
+    buckets = sampler.derive_buckets(sizes, 5, 0.05)
     assert 1 < len(buckets) <= 5
     names = np.array([str(i) for i in range(300)])
-    assigned = plan.assign_buckets(sizes, buckets, names, "key")
+    assigned = sampler.assign_buckets(sizes, buckets, names, "key")
     shapes = np.array(buckets)[assigned]
     assert (shapes >= sizes).all() and (shapes % 32 == 0).all()
     # Better than one shape for landscape and one for portrait.
@@ -156,7 +157,7 @@ def test_the_smallest_bucket_is_taken():
     sizes = np.array([[[30, 30]], [[30, 50]], [[50, 30]]])
     names = np.array(["a", "b", "c"])
     buckets = ((64, 64), (32, 64), (32, 32))
-    assert plan.assign_buckets(sizes, buckets, names, "k").ravel().tolist() == [2, 1, 0]
+    assert sampler.assign_buckets(sizes, buckets, names, "k").ravel().tolist() == [2, 1, 0]
 
 
 def test_buckets_that_do_not_fit_are_an_error(tmp_path):
@@ -223,10 +224,7 @@ def test_shards_are_slices_of_the_global_batch(tmp_path):
     data = load(tmp_path)
     whole = list(train(data, batch_size=4))
     parts = [list(train(data, batch_size=4, shard=(i, 2))) for i in range(2)]
-    joined = [
-        {k: np.concatenate([a[k], b[k]]) for k in a}
-        for a, b in zip(*parts, strict=True)
-    ]
+    joined = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*parts, strict=True)]
     assert_equal(joined, whole)
     with pytest.raises(ValueError, match="batch_size 4 cannot be split into 3"):
         train(data, batch_size=4, shard=(0, 3))
@@ -235,8 +233,7 @@ def test_shards_are_slices_of_the_global_batch(tmp_path):
 def test_the_largest_objects_are_kept(tmp_path, caplog):
     values = content()
     values["annotations"] = [
-        annotation(i, 7, 5, bbox=[i, i, i, i], segmentation=square(i, i, i))
-        for i in (9, 3, 12, 5)
+        annotation(i, 7, 5, bbox=[i, i, i, i], segmentation=square(i, i, i)) for i in (9, 3, 12, 5)
     ]
     data = load(tmp_path, values)
     options = {"resize": sizes.Resize((48,), 64), "flip_prob": 0.0}
@@ -249,9 +246,7 @@ def test_the_largest_objects_are_kept(tmp_path, caplog):
 def test_flipping_mirrors_everything(tmp_path):
     data = load(tmp_path)
     resize = sizes.Resize((48,), 64)
-    plain, mirrored = (
-        list(train(data, resize=resize, flip_prob=p)) for p in (0.0, 1.0)
-    )
+    plain, mirrored = (list(train(data, resize=resize, flip_prob=p)) for p in (0.0, 1.0))
     for a, b in zip(plain, mirrored, strict=True):
         w = a["image_size"][0, 1]
         image, other = a["image"][0][:, :w], b["image"][0][:, :w]
@@ -260,9 +255,7 @@ def test_flipping_mirrors_everything(tmp_path):
         np.testing.assert_allclose(
             w - a["boxes"][0, :n][:, [2, 0]], b["boxes"][0, :n][:, [0, 2]], atol=1e-4
         )
-        np.testing.assert_allclose(
-            w - 1 - a["centers"][0, :n, 0], b["centers"][0, :n, 0], atol=1
-        )
+        np.testing.assert_allclose(w - 1 - a["centers"][0, :n, 0], b["centers"][0, :n, 0], atol=1)
 
 
 def test_channel_order(tmp_path):
@@ -325,9 +318,7 @@ def test_a_bad_image_is_the_same_clear_error(tmp_path, workers):
 
 def test_damaged_run_lengths_name_the_annotation(tmp_path):
     values = content()
-    values["annotations"] = [
-        annotation(8, 7, 5, segmentation={"size": [48, 64], "counts": "5:"})
-    ]
+    values["annotations"] = [annotation(8, 7, 5, segmentation={"size": [48, 64], "counts": "5:"})]
     data = load(tmp_path, values)
     with pytest.raises(ValueError, match="annotation 8: `segmentation`.*damaged"):
         list(train(data))
@@ -390,7 +381,7 @@ def test_ctrl_c_reaches_the_reader_and_no_worker(tmp_path):
     assert done.stdout == "all batches\n" and done.stderr == "", done.stderr
 
 
-class _Spy(TrainLoader):
+class _Spy(TrainBatchMaker):
     """Replaces the image ids by what a worker process has loaded."""
 
     def __call__(self, step, new=None):
@@ -404,15 +395,15 @@ class _Spy(TrainLoader):
 def test_workers_start_no_device_and_load_no_model(tmp_path):
     data = load(tmp_path)
     batches = train(data, reading=pipeline.Reading(num_workers=1))
-    fields = [f.name for f in dataclasses.fields(TrainLoader)]
+    fields = [f.name for f in dataclasses.fields(TrainBatchMaker)]
     batches._loader = _Spy(*(getattr(batches._loader, f) for f in fields))
     assert next(iter(batches))["seen"].tolist() == [0, 0, 0]
 
 
 def test_large_data_is_mapped_not_copied(tmp_path, monkeypatch):
-    monkeypatch.setattr(mapped, "_SMALL", 0)
+    monkeypatch.setattr(shared_memory, "_SMALL", 0)
     data = load(tmp_path)
-    shared = mapped.Mapped(train(data)._loader)
+    shared = shared_memory.MmapPickle(train(data)._loader)
     text = pickle.dumps(shared)
     other = pickle.loads(text)
     assert_equal([shared(3)], [other(3)])

@@ -81,8 +81,7 @@ def by_hand(outputs, i=0, **changes):
     cells, labels = np.nonzero(scores > s["score_threshold"])
     score = scores[cells, labels]
     soft = sigmoid(
-        np.asarray(outputs.kernel[i])[cells]
-        @ np.asarray(outputs.mask_feat[i]).reshape(-1, E).T
+        np.asarray(outputs.kernel[i])[cells] @ np.asarray(outputs.mask_feat[i]).reshape(-1, E).T
     )
     hard = soft > s["mask_threshold"]
     stride = np.repeat(s["strides"], [g * g for g in GRIDS])[cells]
@@ -103,9 +102,9 @@ def by_hand(outputs, i=0, **changes):
         score = score * keep
     elif n:
         most = iou.max(0)[:, None]
-        f = dict(
-            gaussian=lambda x: np.exp(-s["nms_sigma"] * x**2), linear=lambda x: 1 - x
-        )[s["nms_kernel"]]
+        f = dict(gaussian=lambda x: np.exp(-s["nms_sigma"] * x**2), linear=lambda x: 1 - x)[
+            s["nms_kernel"]
+        ]
         with np.errstate(divide="ignore", invalid="ignore"):
             decay = f(iou) / f(most)
         score = score * np.where(np.isnan(decay), 1.0, decay).min(0)
@@ -169,9 +168,7 @@ def test_memory_does_not_grow_with_the_number_of_candidates():
     outputs = make_outputs()
     sizes = [
         jax.jit(
-            lambda *x, m=m: postprocess.detect(
-                Outputs(*x), **{**SETTINGS, "max_candidates": m}
-            )
+            lambda *x, m=m: postprocess.detect(Outputs(*x), **{**SETTINGS, "max_candidates": m})
         )
         .lower(outputs.cate, outputs.kernel, outputs.mask_feat)
         .compile()
@@ -257,9 +254,7 @@ def test_matrix_nms_equals_the_references(golden, kernel):
 def test_mask_nms_equals_the_references(golden):
     g = golden("postprocess")
     _, labels, iou = golden_masks(g)
-    np.testing.assert_array_equal(
-        nms.mask_nms(labels, iou, 0.5), g["mask_nms_keep_0.5"]
-    )
+    np.testing.assert_array_equal(nms.mask_nms(labels, iou, 0.5), g["mask_nms_keep_0.5"])
 
 
 def test_mask_nms_of_a_long_chain():
@@ -274,9 +269,7 @@ def test_linear_matrix_nms_of_three_equal_masks():
     scores = jnp.float32([0.9, 0.8, 0.7, 0.6])
     iou = np.full((4, 4), 1.0, np.float32)
     iou[:3, 3] = 0.25  # the fourth is decayed by the first only, not by its copies
-    got = nms.matrix_nms(
-        scores, jnp.zeros(4, jnp.int32), jnp.asarray(iou), "linear", 2.0
-    )
+    got = nms.matrix_nms(scores, jnp.zeros(4, jnp.int32), jnp.asarray(iou), "linear", 2.0)
     np.testing.assert_allclose(got, [0.9, 0, 0, 0.45], rtol=1e-6)
 
 

@@ -17,14 +17,14 @@ from PIL import Image
 from rich.console import Console
 
 from solov2_jax.config import save_config
-from solov2_jax.inference import progress
-from solov2_jax.inference.files import FileOptions, predict_files
-from solov2_jax.inference.outputs import Style
 from solov2_jax.inference.prediction import Prediction
-from solov2_jax.inference.selection import Selection
-from solov2_jax.inference.shapes import shapes_of
-from solov2_jax.inference.sources import open_sources
-from solov2_jax.inference.video import VideoReader, VideoWriter
+from solov2_jax.tools.predict import progress
+from solov2_jax.tools.predict.buckets import shapes_of
+from solov2_jax.tools.predict.files import FileOptions, predict_files
+from solov2_jax.tools.predict.filter import DetectionFilter
+from solov2_jax.tools.predict.outputs import Style
+from solov2_jax.tools.predict.sources import open_sources
+from solov2_jax.tools.predict.video import VideoReader, VideoWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,7 +48,7 @@ class LeftHalf:
 def predict(source, out, score=0.3, formats=("overlay", "coco"), **options):
     """Predicts what `--input` would name; returns the summary."""
     sources = open_sources(str(source), "", threads=2, limit=0, every=1)
-    chosen = FileOptions(formats, Selection(score), **options)
+    chosen = FileOptions(formats, DetectionFilter(score), **options)
     return predict_files(LeftHalf(), sources, str(out), chosen)
 
 
@@ -152,7 +152,7 @@ def test_a_video_in_a_video_out_with_tracks(clip, tmp_path):
 
 def test_frames_for_labels_of_a_video(clip, tmp_path):
     sources = open_sources(clip, "", threads=2, limit=2, every=5)
-    options = FileOptions(("labelme",), Selection(0.3))
+    options = FileOptions(("labelme",), DetectionFilter(0.3))
     predict_files(LeftHalf(), sources, str(tmp_path / "out"), options)
     names = sorted(p.name for p in (tmp_path / "out" / "labelme").iterdir())
     assert names == ["clip_000000.json", "clip_000005.json"]
@@ -177,7 +177,7 @@ def test_ctrl_c_finishes_what_was_read(tmp_path):
             return super().predict_images(images)
 
     sources = open_sources(str(tmp_path), "", threads=2, limit=0, every=1)
-    options = FileOptions(("coco",), Selection(0.3))
+    options = FileOptions(("coco",), DetectionFilter(0.3))
     before = signal.getsignal(signal.SIGINT)
     summary = predict_files(Interrupted(), sources, str(tmp_path / "out"), options)
     assert signal.getsignal(signal.SIGINT) == before
@@ -188,9 +188,7 @@ def test_ctrl_c_finishes_what_was_read(tmp_path):
 
 def test_a_bar_in_a_terminal_keeps_the_log_above_it(monkeypatch, caplog):
     screen = io.StringIO()
-    monkeypatch.setattr(
-        progress, "Console", lambda file: Console(file=screen, force_terminal=True)
-    )
+    monkeypatch.setattr(progress, "Console", lambda file: Console(file=screen, force_terminal=True))
     with progress.ProgressReport(3) as report:
         for objects in (1, 2, 3):
             report.count(objects)
@@ -218,9 +216,9 @@ def test_few_shapes_for_many_images(tmp_path):
 
 def test_options_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="--batch_size 0"):
-        FileOptions(("coco",), Selection(0.3), batch_size=0)
+        FileOptions(("coco",), DetectionFilter(0.3), batch_size=0)
     with pytest.raises(ValueError, match="needs --track"):
-        FileOptions(("coco",), Selection(0.3), style=Style("track"))
+        FileOptions(("coco",), DetectionFilter(0.3), style=Style("track"))
 
 
 def command(script, *arguments, **environment):

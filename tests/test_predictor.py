@@ -16,9 +16,9 @@ from PIL import Image
 from solov2_jax.config import save_config
 from solov2_jax.inference import predictor as predictor_module
 from solov2_jax.inference import programs
-from solov2_jax.inference.crops import MaskCrops
-from solov2_jax.inference.inputs import InputOptions
+from solov2_jax.inference.prediction import MaskCrops
 from solov2_jax.inference.predictor import Predictor
+from solov2_jax.inference.preprocess import InputOptions
 from solov2_jax.inference.programs import DetectOptions, chunk_size
 from solov2_jax.structs import Detections, Outputs
 

@@ -17,10 +17,10 @@ import pytest
 import tiny_coco
 import toy
 
-from solov2_jax import processes
+from solov2_jax import distributed
+from solov2_jax.checkpoint import list_steps, restore_variables
 from solov2_jax.training import sharding
-from solov2_jax.training.checkpoint import list_steps, restore_variables
-from solov2_jax.weights.convert import flatten
+from solov2_jax.weights.convert import flatten_tree
 
 # Gradients of the same rows are added in another order.
 TOLERANCE = 1e-6
@@ -56,7 +56,7 @@ def start(script, *arguments, count=2, devices=2, last=()):
 
 
 def finish(started):
-    """Returns [(exit code, output)] of the processes."""
+    """Returns [(exit code, output)] of the distributed."""
     outputs = [process.communicate(timeout=SECONDS)[0] for process in started]
     return [(p.returncode, text) for p, text in zip(started, outputs, strict=True)]
 
@@ -70,7 +70,7 @@ def train(workdir, *arguments, **options):
 
 def variables_of(workdir, step="last"):
     variables, _ = restore_variables(workdir, step)
-    return dict(flatten(jax.device_get(variables)))
+    return dict(flatten_tree(jax.device_get(variables)))
 
 
 def assert_close(ours, theirs):
@@ -159,9 +159,7 @@ def test_a_killed_process_ends_the_other_with_a_message(runs, tmp_path, victim):
 
 
 def test_an_error_of_one_process_ends_both(tmp_path):
-    (first, _), (code, output) = finish(
-        start(toy, f"--workdir={tmp_path}", last=("--fail_at=5",))
-    )
+    (first, _), (code, output) = finish(start(toy, f"--workdir={tmp_path}", last=("--fail_at=5",)))
     assert code == 2 and "error: process 1 of 2: image 5 is broken" in output
     assert first != 0
     assert list_steps(tmp_path) == [4]
@@ -192,10 +190,7 @@ def test_evaluation_counts_every_image_once(tmp_path):
     assert "one: process 0 predicted 1 batches" in text
     assert "one: process 1 predicted 0 batches" in text
     for name, number in (("all", 3), ("one", 1)):
-        assert (
-            json.loads((out / name / "metrics.json").read_text())["num_images"]
-            == number
-        )
+        assert json.loads((out / name / "metrics.json").read_text())["num_images"] == number
     found = json.loads((out / "all" / "predictions.json").read_text())
     assert [r["image_id"] for r in found] == [3, 7, 7]
 
@@ -204,16 +199,16 @@ def test_evaluation_counts_every_image_once(tmp_path):
 
 
 def test_the_cluster_is_known_by_its_variables():
-    assert processes.find_cluster({}) == ""
+    assert distributed.find_cluster({}) == ""
     step = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_TASKS": "2"}
-    assert processes.find_cluster(step) == "Slurm"
+    assert distributed.find_cluster(step) == "Slurm"
     script = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
-    assert processes.find_cluster(script) == "", "a batch script is one process"
-    assert processes.find_cluster({**step, "SLURM_STEP_NUM_TASKS": "1"}) == ""
-    assert processes.find_cluster({"OMPI_COMM_WORLD_SIZE": "4"}) == "Open MPI"
-    assert processes.find_cluster({"TPU_WORKER_HOSTNAMES": "a"}) == ""
-    assert "GKE" in processes.find_cluster({"TPU_WORKER_HOSTNAMES": "a,b"})
-    assert processes.find_cluster({"JAX_COORDINATOR_ADDRESS": "a:1"})
+    assert distributed.find_cluster(script) == "", "a batch script is one process"
+    assert distributed.find_cluster({**step, "SLURM_STEP_NUM_TASKS": "1"}) == ""
+    assert distributed.find_cluster({"OMPI_COMM_WORLD_SIZE": "4"}) == "Open MPI"
+    assert distributed.find_cluster({"TPU_WORKER_HOSTNAMES": "a"}) == ""
+    assert "GKE" in distributed.find_cluster({"TPU_WORKER_HOSTNAMES": "a,b"})
+    assert distributed.find_cluster({"JAX_COORDINATOR_ADDRESS": "a:1"})
 
 
 @pytest.mark.parametrize(
@@ -227,15 +222,15 @@ def test_the_cluster_is_known_by_its_variables():
 )
 def test_incomplete_settings_are_an_error(given, message):
     with pytest.raises(ValueError, match=message):
-        processes.join(processes.Joining(**given))
+        distributed.initialize(distributed.Joining(**given))
 
 
 def test_alone_nothing_is_waited_for():
-    assert not processes.join(processes.Joining(mode="off"))
-    assert processes.gather({"a": 1}) == [{"a": 1}]
-    assert processes.from_first(lambda: (1, 2)) == (1, 2)
-    processes.barrier("nobody else")
-    vote = processes.Vote(sharding.make_mesh())
+    assert not distributed.initialize(distributed.Joining(mode="off"))
+    assert distributed.gather({"a": 1}) == [{"a": 1}]
+    assert distributed.broadcast_from_host0(lambda: (1, 2)) == (1, 2)
+    distributed.barrier("nobody else")
+    vote = distributed.Vote(sharding.make_mesh())
     assert [vote(wish) for wish in (False, True, False)] == [False, True, False]
 
 

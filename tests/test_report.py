@@ -12,9 +12,9 @@ from PIL import Image
 from test_evaluation_run import Oracle, batches_of
 from test_offline import files, perfect  # noqa: F401 (a fixture)
 
-from solov2_jax.evaluation.offline import evaluate_files
-from solov2_jax.evaluation.pictures import from_records
-from solov2_jax.evaluation.run import evaluate
+from solov2_jax.evaluation.evaluate import evaluate
+from solov2_jax.tools.report.pictures import from_records
+from solov2_jax.tools.report.results_file import evaluate_files
 
 
 def table(folder, name):

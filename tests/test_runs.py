@@ -6,8 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from pycocotools import mask as rle
 
-from solov2_jax.data.masks import decode_runs, parse_runs
-from solov2_jax.data.runs import compress_runs, encode_masks
+from solov2_jax.rle import rle_decode, rle_encode, rle_from_string, rle_to_strings
 
 
 def box(mask):
@@ -34,27 +33,27 @@ def test_equal_to_pycocotools(seed):
         mask[slice(*y), slice(*x)] = noise[slice(*y), slice(*x)]
     boxes = np.array([box(m) for m in masks], float).reshape(-1, 4)
     boxes[::2] += rng.uniform(0, 3, boxes[::2].shape) * (-1, -1, 1, 1)
-    assert encode_masks(masks, boxes) == [reference(m) for m in masks]
+    assert rle_encode(masks, boxes) == [reference(m) for m in masks]
 
 
 def test_the_way_back():
-    """Runs longer than any int16, and the reader of `data/masks.py`."""
+    """Runs longer than any int16, and the reader of `rle.py`."""
     mask = np.zeros((1, 3000, 2000), bool)
     mask[0, 1000:2990, 700:710] = True
-    (text,) = encode_masks(mask, np.array([[700, 1000, 710, 2990]]))
+    (text,) = rle_encode(mask, np.array([[700, 1000, 710, 2990]]))
     assert text == reference(mask[0])
-    crop = decode_runs(parse_runs(text.encode()), mask.shape[1:])
+    crop = rle_decode(rle_from_string(text.encode()), mask.shape[1:])
     assert crop is not None
     assert (crop.top, crop.left, crop.pixels.shape) == (1000, 700, (1990, 10))
 
 
 def test_runs_of_extreme_lengths():
     runs = [np.array([0, 1, 2**31 - 2, 1]), np.array([5]), np.array([3, 1, 1, 70000])]
-    for text, values in zip(compress_runs(runs), runs, strict=True):
-        np.testing.assert_array_equal(parse_runs(text.encode()), values)
+    for text, values in zip(rle_to_strings(runs), runs, strict=True):
+        np.testing.assert_array_equal(rle_from_string(text.encode()), values)
 
 
 def test_pixels_outside_of_the_box_are_an_error():
     mask = np.ones((1, 4, 4), bool)
     with pytest.raises(ValueError, match="detection 0: its mask has pixels outside"):
-        encode_masks(mask, np.array([[0, 0, 4, 3]]))
+        rle_encode(mask, np.array([[0, 0, 4, 3]]))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tiny_coco import annotation, content, load
 
-from solov2_jax.data import pipeline, plan, sizes
+from solov2_jax.data import buckets as sizes
+from solov2_jax.data import pipeline, sampler
 
 RESIZE = sizes.Resize((32, 40, 48), 64)
 
@@ -16,7 +17,7 @@ def repeated_plan(num_steps, repeats, seed=0):
     buckets = ((32, 32), (32, 64), (64, 32))
     assigned = rng.integers(0, 3, (len(repeats) + 2, 2)).astype(np.int16)
     images = np.arange(2, len(repeats) + 2)
-    return plan.train_plan(
+    return sampler.train_schedule(
         images,
         buckets,
         assigned,
@@ -39,7 +40,7 @@ def test_images_are_shown_as_often_as_wanted():
     # Every copy has a key of its own, so its own scale and flip.
     pairs = np.stack([batches.epoch, batches.image], axis=-1).reshape(-1, 2)
     assert len(np.unique(pairs, axis=0)) == len(pairs)
-    scale = plan.scale_index(0, batches.epoch, batches.image, 2)
+    scale = sampler.scale_index(0, batches.epoch, batches.image, 2)
     np.testing.assert_array_equal(
         assigned[batches.image, scale],
         np.broadcast_to(batches.bucket[:, None], scale.shape),
@@ -50,7 +51,7 @@ def test_a_longer_run_begins_with_the_same_repeats(monkeypatch):
     repeats = [1, 2.5, 1, 1.25, 1]
     long, _ = repeated_plan(200, repeats)
     short, _ = repeated_plan(60, repeats)
-    monkeypatch.setattr(plan, "_CHUNK", 25)
+    monkeypatch.setattr(sampler, "_CHUNK", 25)
     chunked, _ = repeated_plan(200, repeats)
     for other in (short, chunked):
         np.testing.assert_array_equal(other.image, long.image[: len(other)])
@@ -61,7 +62,7 @@ def test_repeating_nothing_changes_nothing():
     once, _ = repeated_plan(100, np.ones(7))
     buckets = ((32, 32), (32, 64), (64, 32))
     assigned = np.random.default_rng(5).integers(0, 3, (9, 2)).astype(np.int16)
-    plain = plan.train_plan(
+    plain = sampler.train_schedule(
         np.arange(2, 9), buckets, assigned, seed=0, num_steps=100, batch_size=3
     )
     np.testing.assert_array_equal(once.image, plain.image)
@@ -72,10 +73,10 @@ def test_factors_follow_the_rarest_class():
     # Images: {0}, {0, 1}, {0, 0}, {}, {2}; shares 3/5, 1/5, 1/5.
     labels = np.array([0, 1, 0, 0, 0, 2])
     start = np.array([0, 1, 3, 5, 5, 6])
-    found = plan.repeat_factors(labels, start, 0.45)
+    found = sampler.repeat_factors(labels, start, 0.45)
     rare = np.sqrt(0.45 / 0.2)
     np.testing.assert_allclose(found, [1, rare, 1, 1, rare])
-    np.testing.assert_array_equal(plan.repeat_factors(labels, start, 0.2), np.ones(5))
+    np.testing.assert_array_equal(sampler.repeat_factors(labels, start, 0.2), np.ones(5))
 
 
 def test_rare_classes_from_a_data_set(tmp_path, caplog):
@@ -89,12 +90,8 @@ def test_rare_classes_from_a_data_set(tmp_path, caplog):
     data = load(tmp_path, values)
     options = {"seed": 0, "num_steps": 40, "batch_size": 1, "flip_prob": 0.5}
     with caplog.at_level(logging.INFO):
-        batches = pipeline.train_batches(
-            data, resize=RESIZE, repeat_threshold=1.0, **options
-        )
-    assert "1 of 3 images are shown more than once an epoch, at most 1.7 times" in (
-        caplog.text
-    )
+        batches = pipeline.train_batches(data, resize=RESIZE, repeat_threshold=1.0, **options)
+    assert "1 of 3 images are shown more than once an epoch, at most 1.7 times" in (caplog.text)
     shown = [int(b["image_id"][0]) for b in batches]
     assert shown.count(9) > 1.3 * shown.count(7)
     with pytest.raises(ValueError, match="data.repeat_threshold is 2.0; .* 0..1"):

@@ -63,9 +63,7 @@ def test_combined_and_asynchronous_operations_are_read_once():
     assert second.source == "jit(f)/roll"
 
 
-GIVEN = links.Assumptions(
-    link_share=1.0, host_latency=0.0, network_latency=0.0, hop_latency=0.0
-)
+GIVEN = links.Assumptions(link_share=1.0, host_latency=0.0, network_latency=0.0, hop_latency=0.0)
 
 
 def test_the_time_of_an_all_reduce_is_that_of_its_bytes():
@@ -129,9 +127,7 @@ def test_tables_and_the_places_they_stand_in():
     assert made == "| a | b |\n| --- | --: |\n| x | 1.5 |\n| y | - |"
     text = "t\n<!-- one -->\nold\nlines\n<!-- end -->\nu\n<!-- two -->\n<!-- end -->\n"
     filled = markdown.fill(text, {"one": r"new \1", "two": "z"})
-    assert filled == (
-        "t\n<!-- one -->\nnew \\1\n<!-- end -->\nu\n<!-- two -->\nz\n<!-- end -->\n"
-    )
+    assert filled == ("t\n<!-- one -->\nnew \\1\n<!-- end -->\nu\n<!-- two -->\nz\n<!-- end -->\n")
     assert markdown.fill(filled, {"one": r"new \1"}) == filled
     with pytest.raises(ValueError, match="no place <!-- three -->"):
         markdown.fill(text, {"three": ""})
@@ -182,9 +178,7 @@ def test_gpu_tables_show_ratios_differences_and_what_is_missing():
     assert "ours infer:tf32:1: skipped, 3 s were left" in text
     assert "the first loss is 3.0000, torch's 3.5000" in text
     content["torch"] = {"missing": "no --torch_python was given"}
-    assert "torch: not measured, no --torch_python was given" in gpu_tables.render(
-        content
-    )
+    assert "torch: not measured, no --torch_python was given" in gpu_tables.render(content)
 
 
 def test_a_gpu_side_that_fails_or_is_late_leaves_what_it_had(tmp_path):

@@ -4,11 +4,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from solov2_jax.training.schedule import (
-    build_schedule,
-    describe_rate,
-    equal_milestones,
-)
+from solov2_jax.training.optim import build_schedule, describe_rate, equal_milestones
 
 # detectron2's WarmupMultiStepLR and its newer LRMultiplier gave the same values, for
 # base rate 0.01, warm-up from 0.01 over 1000 steps, x 0.1 at 210k and 250k of 270k.

@@ -17,9 +17,9 @@ from PIL import Image
 pytest.importorskip("fastapi_offline")
 pytest.importorskip("uvicorn")
 
-from solov2_jax.data.runs import encode_masks  # noqa: E402
-from solov2_jax.inference.predictor import Predictor  # noqa: E402
-from solov2_jax.serving.engine import batch_sizes, canvas_of, shrink  # noqa: E402
+from solov2_jax.inference.predictor import Predictor
+from solov2_jax.rle import rle_encode
+from solov2_jax.tools.serving.engine import batch_sizes, canvas_of, shrink
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIENTS = 12
@@ -91,7 +91,7 @@ def same_as_predictor(port, predictor):
         np.testing.assert_allclose([d["score"] for d in got], want.scores, rtol=1e-6)
         names = [predictor.class_names[i] for i in want.labels]
         assert [d["class_name"] for d in got] == names
-        counts = encode_masks(want.masks, want.boxes)
+        counts = rle_encode(want.masks, want.boxes)
         assert [d["segmentation"]["counts"] for d in got] == counts
     few = json.loads(post(port, body, "?limit=3")[1])["detections"]
     assert few == got[:3]

@@ -21,11 +21,11 @@ from PIL import Image
 pytest.importorskip("fastapi_offline")
 pytest.importorskip("uvicorn")
 
-from solov2_jax.serving.app import Limits, make_app  # noqa: E402
-from solov2_jax.serving.batcher import Batcher  # noqa: E402
-from solov2_jax.serving.pictures import decode  # noqa: E402
-from solov2_jax.serving.refusal import Refused  # noqa: E402
-from solov2_jax.serving.server import bind, make_server  # noqa: E402
+from solov2_jax.tools.serving.app import Limits, make_app
+from solov2_jax.tools.serving.batcher import Batcher
+from solov2_jax.tools.serving.pictures import decode
+from solov2_jax.tools.serving.refusal import RequestRefused
+from solov2_jax.tools.serving.server import bind, make_server
 
 LIMITS = Limits(
     max_bytes=20_000,
@@ -367,6 +367,6 @@ def test_a_taken_port_is_one_error():
 
 
 def test_decoding_says_no_more_than_needed():
-    with pytest.raises(Refused) as error:
+    with pytest.raises(RequestRefused) as error:
         decode(np.random.default_rng(0).bytes(500), 40_000)
     assert error.value.status == 415

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import toy
 
-from solov2_jax import session, set_up
+from solov2_jax import logging as session
+from solov2_jax import set_up
 
 ROOT = Path(__file__).resolve().parent.parent
 log = logging.getLogger("solov2_jax")
@@ -31,7 +32,7 @@ def test_the_log_is_shown_once_where_print_goes(capsys):
 
 def test_a_log_that_somebody_hears_is_left_alone(capsys):
     before = list(log.handlers)
-    with session.heard_log():  # pytest listens
+    with session.console_logging():  # pytest listens
         assert log.handlers == before
         log.warning("heard")
     assert "heard" not in capsys.readouterr().out
@@ -47,14 +48,8 @@ def test_training_shows_its_log_where_none_is_set_up(tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("given", ["", "theirs"])
-def test_programs_are_kept_in_the_folder_unless_the_environment_names_one(
-    tmp_path, given
-):
-    code = (
-        "import jax, solov2_jax\n"
-        "solov2_jax.set_up(cache='ours')\n"
-        "jax.jit(lambda x: x + 1)(1)\n"
-    )
+def test_programs_are_kept_in_the_folder_unless_the_environment_names_one(tmp_path, given):
+    code = "import jax, solov2_jax\nsolov2_jax.set_up(cache='ours')\njax.jit(lambda x: x + 1)(1)\n"
     clean = {k: v for k, v in os.environ.items() if "CACHE" not in k}
     environment = {"JAX_COMPILATION_CACHE_DIR": given} if given else {}
     subprocess.run(

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from configs import base
-from solov2_jax import summary
 from solov2_jax.models import build_model
+from solov2_jax.tools import summary
 
 CONFIG = str(pathlib.Path(__file__).resolve().parent.parent / "configs" / "base.py")
 

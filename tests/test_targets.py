@@ -140,9 +140,7 @@ def test_equals_the_formula_on_many_objects():
 def formula(image):
     """solov2.py, get_ground_truth_single, one object after another in float32."""
     f32, cells, objects, start = np.float32, [], [], 0
-    for (low, high), g in zip(
-        SETTINGS["scale_ranges"], SETTINGS["num_grids"], strict=True
-    ):
+    for (low, high), g in zip(SETTINGS["scale_ranges"], SETTINGS["num_grids"], strict=True):
         for i, (x0, y0, x1, y1) in enumerate(image["boxes"]):
             if not low <= np.sqrt((x1 - x0) * (y1 - y0)) <= high:
                 continue
@@ -245,6 +243,4 @@ def test_one_trace_for_different_contents():
 def test_levels_must_match():
     settings = {**SETTINGS, "num_grids": (40, 36)}
     with pytest.raises(ValueError, match="one range per level"):
-        targets.assign_targets(
-            make_batch(EMPTY), **settings, max_pairs=8, key=jax.random.key(0)
-        )
+        targets.assign_targets(make_batch(EMPTY), **settings, max_pairs=8, key=jax.random.key(0))

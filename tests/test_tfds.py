@@ -15,7 +15,7 @@ from solov2_jax.config import load_config
 from solov2_jax.data import build, records
 from solov2_jax.data.coco import load_coco
 from solov2_jax.data.images import read_image
-from solov2_jax.data.tfds import main
+from solov2_jax.tools.tfds import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,7 +62,7 @@ def built(tmp_path_factory) -> tuple[str, str, Path]:
     folder = tmp_path_factory.mktemp("tfds")
     images, path = write(folder, values())
     command = arguments(images, path, folder / "out")
-    script = f"from solov2_jax.data.tfds import main\nmain({command})"
+    script = f"from solov2_jax.tools.tfds import main\nmain({command})"
     done = run(script, blocked="tensorflow")
     assert done.returncode == 0, done.stderr
     assert "--config.data.name=tfds:" in done.stdout
@@ -155,9 +155,7 @@ def test_one_error_for_each_mistake(built, tmp_path, capsys):
 
     said = fails(*arguments(images, path, folder.parent.parent))
     assert "tiny/1.0.0 exists; remove it" in said
-    assert "--name My-Set: use lower-case" in fails(
-        *arguments(images, path, tmp_path, "My-Set")
-    )
+    assert "--name My-Set: use lower-case" in fails(*arguments(images, path, tmp_path, "My-Set"))
     other = tmp_path / "moved"
     shutil.copytree(folder, other)
     shorter = values()
@@ -181,7 +179,7 @@ def test_one_error_for_each_mistake(built, tmp_path, capsys):
 def test_the_extra_is_named_where_it_is_missing(built, tmp_path):
     images, path, _ = built
     command = arguments(images, path, tmp_path)
-    script = f"from solov2_jax.data.tfds import main\nmain({command})"
+    script = f"from solov2_jax.tools.tfds import main\nmain({command})"
     done = run(script, blocked="tensorflow_datasets")
     assert done.returncode == 2
     assert 'pip install "solov2_jax[tfds]"' in done.stderr

@@ -11,20 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from solov2_jax.inference import tiling
-from solov2_jax.inference.crops import MaskCrops, pack
-from solov2_jax.inference.merge import (
+from solov2_jax.inference.prediction import MaskCrops, Prediction, pack
+from solov2_jax.nms import mask_nms, matrix_nms
+from solov2_jax.tools.multiview import tiling
+from solov2_jax.tools.multiview.merge import (
     COMPLETE,
     CUT,
-    Found,
+    ImageView,
     NmsOptions,
-    View,
+    ViewObject,
     merge,
     suppress,
 )
-from solov2_jax.inference.prediction import Prediction
-from solov2_jax.inference.tiling import TiledPredictor, TileOptions, cut
-from solov2_jax.nms import mask_nms, matrix_nms
+from solov2_jax.tools.multiview.tiling import TiledPredictor, TileOptions, cut
 
 NMS = NmsOptions("matrix", "gaussian", 2.0, 0.5, 0.05)
 HEIGHT, WIDTH, TILE = 100, 130, 48
@@ -35,9 +34,7 @@ def components(bright):
     number = np.where(bright, np.arange(bright.size).reshape(bright.shape) + 1, 0)
     while True:
         padded = np.pad(number, 1)
-        most = np.maximum.reduce(
-            [number, padded[2:, 1:-1], padded[:-2, 1:-1], padded[1:-1, 2:]]
-        )
+        most = np.maximum.reduce([number, padded[2:, 1:-1], padded[:-2, 1:-1], padded[1:-1, 2:]])
         most = np.where(bright, np.maximum(most, padded[1:-1, :-2]), 0)
         if (most == number).all():
             return [number == i for i in np.unique(number[number > 0])]
@@ -238,11 +235,11 @@ def test_a_tile_knows_the_outline_better_than_the_whole_image(monkeypatch):
 
 
 def found(mask, view, kind, score=0.8):
-    return Found(pack(mask), score, 0, frozenset({view}), kind)
+    return ViewObject(pack(mask), score, 0, frozenset({view}), kind)
 
 
 LEFT, RIGHT = (0, 0, 100, 70), (0, 60, 100, 130)
-VIEWS = [View(LEFT, (0, 0, 100, 65)), View(RIGHT, (0, 65, 100, 130))]
+VIEWS = [ImageView(LEFT, (0, 0, 100, 65)), ImageView(RIGHT, (0, 65, 100, 130))]
 
 
 def test_touching_objects_stay_two_where_one_view_saw_one():

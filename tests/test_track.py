@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from solov2_jax.inference.prediction import Prediction
-from solov2_jax.inference.selection import Selection, parse_classes
-from solov2_jax.inference.track import Tracker
+from solov2_jax.tools.predict.filter import DetectionFilter, parse_classes
+from solov2_jax.tools.predict.track import Tracker
 
 SIZE = (60, 100)
 
@@ -71,13 +71,13 @@ def test_another_picture_size_starts_anew():
 
 def test_selection_by_score_class_and_number():
     prediction = frame((0, 0, 9, 0), (20, 0, 9, 1), (40, 0, 9, 0), (60, 0, 9, 1))
-    assert len(Selection(0.6)(prediction)) == 3
-    chosen = Selection(0.0, frozenset({1}))(prediction)
+    assert len(DetectionFilter(0.6)(prediction)) == 3
+    chosen = DetectionFilter(0.0, frozenset({1}))(prediction)
     assert chosen.labels.tolist() == [1, 1] and chosen.names == ["b", "b"]
-    best = Selection(0.0, frozenset({0}), 1)(prediction)
+    best = DetectionFilter(0.0, frozenset({0}), 1)(prediction)
     assert best.boxes.tolist() == [[0, 0, 9, 9]]
     followed = Tracker().update(prediction)
-    assert Selection(0.0, frozenset({1}))(followed).tracks.tolist() == [1, 3]
+    assert DetectionFilter(0.0, frozenset({1}))(followed).tracks.tolist() == [1, 3]
 
 
 def test_classes_by_name_or_id():

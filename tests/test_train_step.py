@@ -130,9 +130,7 @@ def test_no_gradient_is_computed_for_frozen_stages():
         assert len(seen) == calls
 
 
-@pytest.mark.parametrize(
-    ("size", "message"), [(12, "use 8 or 16"), (3, "use 8"), (16, None)]
-)
+@pytest.mark.parametrize(("size", "message"), [(12, "use 8 or 16"), (3, "use 8"), (16, None)])
 def test_batch_size_must_be_divisible_by_the_devices(size, message):
     mesh = sharding.make_mesh(8)
     if message is None:

@@ -11,16 +11,14 @@ from PIL import Image
 from plain_masks import plain_center, plain_quarter
 
 from solov2_jax.data import images, transforms
+from solov2_jax.data.buckets import Resize
 from solov2_jax.data.coco import load_coco
 from solov2_jax.data.pipeline import eval_batches, train_batches
-from solov2_jax.data.sizes import Resize
 
 
 def test_shortest_edge_sizes(golden):
     for case in json.loads(str(golden("data")["json_resize_shortest_edge"])):
-        size = transforms.shortest_edge_sizes(
-            case["h"], case["w"], case["short"], case["max"]
-        )
+        size = transforms.shortest_edge_sizes(case["h"], case["w"], case["short"], case["max"])
         assert size.tolist() == case["out"]
 
 
@@ -65,9 +63,7 @@ def mapper(tmp_path, golden):
     records = json.loads(str(arrays["json_mapper_annotations"]))
     content = {
         "images": [{"id": 1, "file_name": "image.png", "height": 200, "width": 300}],
-        "annotations": [
-            {**r, "id": i + 1, "image_id": 1} for i, r in enumerate(records)
-        ],
+        "annotations": [{**r, "id": i + 1, "image_id": 1} for i, r in enumerate(records)],
         "categories": [{"id": i, "name": f"c{i}"} for i in range(3)],
     }
     path = tmp_path / "instances.json"
@@ -99,9 +95,7 @@ def test_whole_mapper(mapper, name, short, flip):
     np.testing.assert_array_equal(boxes[:8], expected[:8])
     # The ninth box was given as integers, which the reference cuts after the resize.
     np.testing.assert_allclose(boxes[8], expected[8], atol=1)
-    np.testing.assert_array_equal(
-        batch["labels"][0][:count], arrays[f"mapper_{name}_classes"]
-    )
+    np.testing.assert_array_equal(batch["labels"][0][:count], arrays[f"mapper_{name}_classes"])
     if f"mapper_{name}_image" in arrays:
         expected = arrays[f"mapper_{name}_image"].transpose(1, 2, 0)
         np.testing.assert_array_equal(batch["image"][0][:height, :width], expected)
@@ -167,7 +161,7 @@ def test_cmyk(tmp_path):
 
 def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by a quarter turn clockwise to view
+    exif[0x0112] = 6  # rotated by a quarter turn clockwise to view
     expected = save(tmp_path / "x.png", "RGB", exif=exif)
     image = images.read_image(str(tmp_path / "x.png"))
     np.testing.assert_array_equal(image, np.rot90(expected, -1))
@@ -239,9 +233,7 @@ def test_one_pixel_wide_image(tmp_path, shape):
     (tmp_path / "x.json").write_text(json.dumps(content))
     data = load_coco(str(tmp_path), str(tmp_path / "x.json"))
     resize = Resize((64,), 128)
-    (batch,) = train_batches(
-        data, seed=0, num_steps=1, batch_size=1, resize=resize, flip_prob=0.5
-    )
+    (batch,) = train_batches(data, seed=0, num_steps=1, batch_size=1, resize=resize, flip_prob=0.5)
     size = [128, 3] if h == 40 else [3, 128]
     assert batch["image_size"].tolist() == [size]
     assert batch["valid"].sum() == 1

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tiny_coco import load
 
-from solov2_jax.data import pipeline, sizes
-from solov2_jax.data.transport import Arena, Piece, Sender, receive
+from solov2_jax.data import buckets, pipeline
+from solov2_jax.data.shared_memory import PoolBlock, PoolSender, SharedMemoryPool, receive
 
 if not hasattr(os, "memfd_create"):
     pytest.skip("this system has no files in memory", allow_module_level=True)
@@ -26,11 +26,11 @@ def loader(step, new=lambda shape: np.empty(shape, np.uint8)):
 
 
 def test_a_batch_arrives_without_a_copy_and_its_slot_comes_back():
-    arena = Arena(2, 100)
-    other = pickle.loads(pickle.dumps(Sender(loader, arena)))  # as a worker has it
+    arena = SharedMemoryPool(2, 100)
+    other = pickle.loads(pickle.dumps(PoolSender(loader, arena)))  # as a worker has it
     sent = [pickle.loads(pickle.dumps(other(step))) for step in (7, 9)]
-    assert sent[0]["image"] == Piece(0, 0, (2, 3, 5))
-    assert sent[1]["masks"] == Piece(1, 30, (3, 5))
+    assert sent[0]["image"] == PoolBlock(0, 0, (2, 3, 5))
+    assert sent[1]["masks"] == PoolBlock(1, 30, (3, 5))
     batches = [receive(batch, arena) for batch in sent]
     for batch, step in zip(batches, (7, 9), strict=True):
         assert batch["image"].shape == (2, 3, 5) and (batch["image"] == step).all()
@@ -52,15 +52,15 @@ def test_a_batch_arrives_without_a_copy_and_its_slot_comes_back():
 
 
 def test_a_failing_loader_gives_its_slot_back():
-    sender = Sender(loader, Arena(1, 100))
+    sender = PoolSender(loader, SharedMemoryPool(1, 100))
     for _ in range(3):
         with pytest.raises(ValueError, match="a bad image"):
             sender(-1)
-    assert isinstance(sender(1)["image"], Piece)
+    assert isinstance(sender(1)["image"], PoolBlock)
 
 
 def test_no_slot_is_taken_twice():
-    arena = Arena(64, 1)
+    arena = SharedMemoryPool(64, 1)
     mappings = [arena, pickle.loads(pickle.dumps(arena))]
     taken = []
 
@@ -79,10 +79,10 @@ def test_no_slot_is_taken_twice():
 def test_workers_deliver_the_same_with_one_slot_and_with_none(tmp_path, monkeypatch):
     data = load(tmp_path)
     options = {"seed": 1, "num_steps": 5, "batch_size": 2, "flip_prob": 0.5}
-    resize = sizes.Resize((32, 40, 48), 64)
+    resize = buckets.Resize((32, 40, 48), 64)
     expected = list(pipeline.train_batches(data, resize=resize, **options))
     size = 1 << 20
-    for arena in (Arena(1, size), None):
+    for arena in (SharedMemoryPool(1, size), None):
         monkeypatch.setattr(pipeline.Batches, "_make_arena", lambda self, a=arena: a)
         reading = pipeline.Reading(num_workers=1)
         found = pipeline.train_batches(data, resize=resize, reading=reading, **options)

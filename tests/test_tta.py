@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from solov2_jax.inference.inputs import InputOptions
-from solov2_jax.inference.merge import NmsOptions
 from solov2_jax.inference.predictor import Predictor
-from solov2_jax.inference.tta import (
+from solov2_jax.inference.preprocess import InputOptions
+from solov2_jax.structs import Detections
+from solov2_jax.tools.multiview.merge import NmsOptions
+from solov2_jax.tools.multiview.tta import (
     AugmentedPredictor,
     TtaOptions,
     fuse_scores,
     group_views,
     scaled,
 )
-from solov2_jax.structs import Detections
 
 NMS = NmsOptions("matrix", "gaussian", 2.0, 0.5, 0.05)
 INPUT = InputOptions("RGB", (0.0,) * 3, (1.0,) * 3, 64, 96, ())
@@ -42,9 +42,7 @@ class Channels(Predictor):
         self.shapes.append(images.shape)
         soft = np.zeros((len(images), KEPT, *(s // 4 for s in images.shape[1:3])))
         scores = np.zeros((len(images), KEPT))
-        for b, (image, size) in enumerate(
-            zip(images, batch["image_size"], strict=True)
-        ):
+        for b, (image, size) in enumerate(zip(images, batch["image_size"], strict=True)):
             for c in range(3):
                 cells = image[..., c].reshape(soft.shape[2], 4, soft.shape[3], 4)
                 mean = cells.mean((1, 3))
@@ -108,9 +106,7 @@ def test_every_object_is_found_once_where_it_is(size):
     assert [shape[0] for shape in predictor.shapes] == [2, 2]
     assert sorted(prediction.labels.tolist()) == [0, 1, 2]
     assert prediction.masks.shape == (3, *size)
-    for mask, label, box in zip(
-        prediction.masks, prediction.labels, prediction.boxes, strict=True
-    ):
+    for mask, label, box in zip(prediction.masks, prediction.labels, prediction.boxes, strict=True):
         assert iou(mask, image[..., label] > 0) > 0.8
         ys, xs = np.nonzero(mask)
         assert box.tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
@@ -168,10 +164,7 @@ def test_groups_hold_each_detection_once_one_a_view_and_one_class(seed):
     iou = rng.random((n, n))
     iou = np.maximum(iou, iou.T)
     groups = group_views(scores, labels, views, iou)
-    assert (
-        sorted(np.concatenate([[], *groups]).tolist())
-        == np.flatnonzero(scores).tolist()
-    )
+    assert sorted(np.concatenate([[], *groups]).tolist()) == np.flatnonzero(scores).tolist()
     for group in groups:
         assert len(set(views[group])) == len(group) and len(set(labels[group])) == 1
         assert (iou[group[0], group[1:]] > 0.5).all()
@@ -181,9 +174,7 @@ def test_groups_hold_each_detection_once_one_a_view_and_one_class(seed):
 def test_nms_is_between_objects_that_no_view_saw_both():
     scores = np.array([0.8, 0.6, 0.4, 0.2])
     labels, views = np.zeros(4, int), np.array([0, 1, 0, 1])
-    iou = np.array(
-        [[1, 0.4, 0.4, 0], [0.4, 1, 0, 0.4], [0.4, 0, 1, 0.9], [0, 0.4, 0.9, 1]]
-    )
+    iou = np.array([[1, 0.4, 0.4, 0], [0.4, 1, 0, 0.4], [0.4, 0, 1, 0.9], [0, 0.4, 0.9, 1]])
     groups = group_views(scores, labels, views, iou)
     assert [g.tolist() for g in groups] == [[0], [1], [2, 3]]
     means, kept = fuse_scores(groups, scores, labels, views, iou, NMS)

@@ -8,9 +8,9 @@ from PIL import Image
 from tiny_coco import annotation, content, square, write
 
 from configs import base
-from solov2_jax.data import drawing, view
 from solov2_jax.data.build import build_train_batches
 from solov2_jax.data.coco import load_coco
+from solov2_jax.tools import browse_batches, drawing
 
 FLAGS = [
     "--config=configs/quickstart.py",
@@ -37,7 +37,7 @@ def test_a_picture_for_every_image_of_a_batch(tmp_path, capsys):
     data = [f"--config.data.train.images={images}"]
     data += [f"--config.data.train.annotations={path}"]
     out = tmp_path / "view"
-    view.main([*FLAGS, *data, f"--output={out}", "--step=1", "--batches=3"])
+    browse_batches.main([*FLAGS, *data, f"--output={out}", "--step=1", "--batches=3"])
     said = capsys.readouterr().out
     assert "6 pictures" in said and "cat, box side" in said
     config = config_of(images, path)
@@ -49,7 +49,7 @@ def test_a_picture_for_every_image_of_a_batch(tmp_path, capsys):
     ]
     assert sorted(p.name for p in out.iterdir()) == sorted(expected)
     with Image.open(out / expected[0]) as picture:
-        assert picture.width == 3 * view.WIDTH + 16
+        assert picture.width == 3 * browse_batches.WIDTH + 16
 
 
 def test_cells_have_their_objects_colour(tmp_path):
@@ -62,14 +62,14 @@ def test_cells_have_their_objects_colour(tmp_path):
     row = next(i for i, v in enumerate(batch["valid"].any(axis=1)) if v)
     fields = {key: value[row] for key, value in batch.items()}
     fields["image"] = np.zeros_like(fields["image"])
-    cells, sharing = view.targets_of(fields, config)
+    cells, sharing = browse_batches.targets_of(fields, config)
     assert 1 < cells.hit[:, 0].sum() < 5
-    picture = view.draw_sample(fields, config, data.class_names)
+    picture = browse_batches.draw_sample(fields, config, data.class_names)
     height = (picture.shape[0] - 8) // 2
     panels = {}
     for i in range(6):
-        y, x = i // 3 * (height + 8), i % 3 * (view.WIDTH + 8)
-        panels[i] = picture[y + 20 : y + height, x : x + view.WIDTH]
+        y, x = i // 3 * (height + 8), i % 3 * (browse_batches.WIDTH + 8)
+        panels[i] = picture[y + 20 : y + height, x : x + browse_batches.WIDTH]
     tint = np.array(drawing.color(0)) * 0.65
     for level, grid in enumerate(config.model.ins_head.num_grids):
         panel = panels[level + 1]
@@ -78,7 +78,7 @@ def test_cells_have_their_objects_colour(tmp_path):
         middle = (np.arange(grid) * 2 + 1) * np.array([[h], [w]]) // (2 * grid)
         at_cells = found[middle[0]][:, middle[1]]
         np.testing.assert_array_equal(at_cells, sharing.owner[level] == 0)
-    text = view.describe(fields, config, data.class_names, "x")
+    text = browse_batches.describe(fields, config, data.class_names, "x")
     levels = np.flatnonzero(cells.hit[:, 0]) + 1
     assert f"levels {levels.tolist()}" in text and "NOT TRAINED" not in text
 
@@ -87,10 +87,10 @@ def test_an_image_without_objects_and_a_wrong_flag(tmp_path, capsys):
     images, path = write(tmp_path, content() | {"annotations": []})
     data = [f"--config.data.train.images={images}"]
     data += [f"--config.data.train.annotations={path}"]
-    view.main([*FLAGS, *data, f"--output={tmp_path}/out", "--batches=1"])
+    browse_batches.main([*FLAGS, *data, f"--output={tmp_path}/out", "--batches=1"])
     assert len(list(Path(tmp_path, "out").iterdir())) == 2
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        view.main([*FLAGS, *data, f"--output={tmp_path}/out", "--batches=0"])
+        browse_batches.main([*FLAGS, *data, f"--output={tmp_path}/out", "--batches=0"])
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("error: --step must be 0 or more")

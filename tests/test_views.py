@@ -10,12 +10,12 @@ import tiny_network
 from PIL import Image
 from test_predict_cli import command
 
-from solov2_jax.evaluation.originals import OriginalPredictor, Originals
-from solov2_jax.inference.crops import MaskCrops
+from solov2_jax.inference.prediction import MaskCrops
 from solov2_jax.inference.predictor import Predictor
-from solov2_jax.inference.tiling import TileOptions
-from solov2_jax.inference.tta import TtaOptions
-from solov2_jax.inference.views import build_views
+from solov2_jax.tools.multiview.build import build_views
+from solov2_jax.tools.multiview.tiling import TileOptions
+from solov2_jax.tools.multiview.tta import TtaOptions
+from solov2_jax.tools.report.full_resolution import FullResolutionBatches, FullResolutionPredictor
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,7 @@ def predict(predictor, image, **options):
 
 def test_one_view_and_one_tile_are_the_plain_prediction(workdir):
     # At 64 x 64 there is no padding, with which a mask at the border is mixed.
-    predictor = Predictor.from_workdir(
-        workdir, overrides=["--config.input.min_size_test=64"]
-    )
+    predictor = Predictor.from_workdir(workdir, overrides=["--config.input.min_size_test=64"])
     image = photo(48, 48)
     (plain,) = predictor.predict_images([image])
     for options in ({"tta": TtaOptions()}, {"tiles": TileOptions(48)}):
@@ -58,9 +56,7 @@ def test_one_view_and_one_tile_are_the_plain_prediction(workdir):
 
 def test_tiles_are_augmented_and_compiled_once(predictor, caplog):
     with caplog.at_level("INFO"):
-        found = predict(
-            predictor, photo(70, 100), tta=TtaOptions(True), tiles=TileOptions(40)
-        )
+        found = predict(predictor, photo(70, 100), tta=TtaOptions(True), tiles=TileOptions(40))
     assert isinstance(found.masks, MaskCrops) and found.masks.shape[1:] == (70, 100)
     assert caplog.text.count("compiling") == 1, caplog.text
     assert "2 image(s) padded to 64 x 64" in caplog.text
@@ -74,11 +70,11 @@ def test_the_filling_is_the_mean_colour_and_borders_are_a_masks_cell(predictor):
 
 def test_evaluation_of_originals_covers_every_image_once(predictor, tmp_path):
     dataset = tiny_coco.load(tmp_path)
-    looking = OriginalPredictor(build_views(predictor, TtaOptions(True), None))
-    batches = Originals(dataset)
+    looking = FullResolutionPredictor(build_views(predictor, TtaOptions(True), None))
+    batches = FullResolutionBatches(dataset)
     found = [p for batch in batches for p in looking.predict_batch(batch)]
     assert [p.image_id for p in found] == dataset.image_ids.tolist()
-    assert len(batches) == 3 and len(Originals(dataset, 2)) == 2
+    assert len(batches) == 3 and len(FullResolutionBatches(dataset, 2)) == 2
     sizes = zip(dataset.heights.tolist(), dataset.widths.tolist(), strict=True)
     assert [p.masks.shape[1:] for p in found] == list(sizes)
 

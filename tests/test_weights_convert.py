@@ -25,23 +25,22 @@ from checkpoint_files import (
 from test_weights_names import mmdet_name
 
 from configs import base
+from solov2_jax.checkpoint import CheckpointManager, read_run
 from solov2_jax.config import load_config
-from solov2_jax.training.checkpoint import Checkpoints
-from solov2_jax.training.run_weights import read_run
 from solov2_jax.training.state import TrainState
 from solov2_jax.training.workdir import describe_run
 from solov2_jax.weights import names
-from solov2_jax.weights.build import network_shapes
 from solov2_jax.weights.convert import (
     fit,
-    flatten,
+    flatten_tree,
     load_weights,
+    network_shapes,
     report_of,
     save_weights,
     unflatten,
 )
 from solov2_jax.weights.formats.safetensors import write_safetensors
-from solov2_jax.weights.settings import check_config, parse_setting
+from solov2_jax.weights.settings import check_settings, parse_setting
 from solov2_jax.weights.sources import read_weights, sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +84,7 @@ def test_round_trip_through_files_is_bit_exact(tmp_path, model, suffix):
     assert again.settings == weights.settings
     loaded, report = fit(again, variables_of(state), strict=True)
     assert not report.new
-    back = names.to_adelaidet(dict(flatten(loaded)))
+    back = names.to_adelaidet(dict(flatten_tree(loaded)))
     assert sorted(back) == sorted(state)
     for key, value in state.items():
         assert back[key].dtype == np.float32 and np.array_equal(back[key], value)
@@ -105,11 +104,11 @@ def test_every_tensor_and_every_leaf_is_accounted_for(tmp_path):
         "surprise": "no rule for this name",
         "optimizer": "optimiser state",
     }
-    leaves = {name for name, _ in flatten(variables)}
+    leaves = {name for name, _ in flatten_tree(variables)}
     assert set(report.loaded) | set(report.new) == leaves
     assert not set(report.loaded) & set(report.new)
     assert len(theirs) == len(report.loaded) + 2
-    flat = dict(flatten(loaded))
+    flat = dict(flatten_tree(loaded))
     want = names.from_adelaidet(state)
     for leaf in report.loaded:
         assert np.array_equal(flat[leaf], want[leaf])
@@ -182,17 +181,17 @@ def test_shapes_alone_suffice_when_everything_is_filled(tmp_path):
     shapes = unflatten(
         {
             name: SimpleNamespace(shape=leaf.shape, dtype=np.dtype("f4"))
-            for name, leaf in flatten(variables_of(state))
+            for name, leaf in flatten_tree(variables_of(state))
         }
     )
     path = write_state(tmp_path / "x.pth", state)
     loaded, _ = load_weights(path, shapes, strict=True)
-    assert all(isinstance(leaf, np.ndarray) for _, leaf in flatten(loaded))
+    assert all(isinstance(leaf, np.ndarray) for _, leaf in flatten_tree(loaded))
     backbone = {k: v for k, v in state.items() if "bottom_up" in k}
     path = write_state(tmp_path / "y.pth", backbone)
     with pytest.raises(ValueError, match="pass `init`"):
         load_weights(path, shapes)
-    drawn = dict(flatten(variables_of(state, 0.25)))
+    drawn = dict(flatten_tree(variables_of(state, 0.25)))
     asked = []
 
     def init(leaves):
@@ -210,7 +209,7 @@ def test_half_precision_weights_become_float32(tmp_path):
     np.savez(path, **{key: value.astype(np.float16) for key, value in state.items()})
     loaded, _ = load_weights(path, variables_of(state), strict=True)
     for leaf, value in names.from_adelaidet(state).items():
-        found = dict(flatten(loaded))[leaf]
+        found = dict(flatten_tree(loaded))[leaf]
         assert found.dtype == np.float32
         assert np.array_equal(found, value.astype(np.float16).astype(np.float32))
 
@@ -272,11 +271,7 @@ def test_detectron2_tells_its_pixels_and_its_author(tmp_path):
     assert weights.settings["input.mean"] == [123.675, 116.28, 103.53]
     assert weights.settings["input.std"] == [58.395, 57.12, 57.375]
     assert {name for name, _ in weights.dropped} == set(pixels)
-    bare = {
-        k.removeprefix("backbone.bottom_up."): v
-        for k, v in state.items()
-        if "bottom_up" in k
-    }
+    bare = {k.removeprefix("backbone.bottom_up."): v for k, v in state.items() if "bottom_up" in k}
     path = write_state(tmp_path / "b.pth", bare, __author__=p_str("torchvision"))
     assert read_weights(path).settings["input.channel_order"] == "RGB"
     path = write_state(tmp_path / "c.pth", bare)
@@ -313,14 +308,14 @@ def test_class_names_travel(tmp_path):
 def test_a_config_that_contradicts_is_an_error_that_names_the_key(tmp_path, key, value):
     weights = read_weights(write_state(tmp_path / "x.pth", small_state("r50")))
     config = config_of()
-    check_config(weights.settings, config, weights.path)
+    check_settings(weights.settings, config, weights.path)
     *groups, name = key.split(".")
     node = config
     for group in groups:
         node = node[group]
     node[name] = value
     with pytest.raises(ValueError, match=rf"x\.pth: .*: {key} is .* in the config, "):
-        check_config(weights.settings, config, weights.path)
+        check_settings(weights.settings, config, weights.path)
 
 
 def test_contradictions_are_named_together_and_means_have_some_play(tmp_path):
@@ -330,7 +325,7 @@ def test_contradictions_are_named_together_and_means_have_some_play(tmp_path):
     config = config_of()
     config.input.mean = (103.939, 116.779, 123.68)  # Caffe's, of the same images
     adelaidet = read_weights(write_state(tmp_path / "y.pth", small_state("r50")))
-    check_config(adelaidet.settings, config, "y.pth")
+    check_settings(adelaidet.settings, config, "y.pth")
 
 
 def test_settings_can_be_corrected(tmp_path):
@@ -369,7 +364,7 @@ def test_settings_that_are_no_settings(tmp_path):
             read_weights(path)
     save_weights(path, flat, {"norm_eps": 1e-3})
     with pytest.raises(ValueError, match="norm_eps is 1e-05 in the network, 0.001"):
-        check_config(read_weights(path).settings, config_of(), path)
+        check_settings(read_weights(path).settings, config_of(), path)
 
 
 # ---------------------------------------------------------------- the command
@@ -402,8 +397,7 @@ def wide_state():
     shapes = network_shapes(config, 4)
     rng = np.random.default_rng(0)
     flat = {
-        name: rng.standard_normal(leaf.shape, np.float32)
-        for name, leaf in flatten(shapes)
+        name: rng.standard_normal(leaf.shape, np.float32) for name, leaf in flatten_tree(shapes)
     }
     return names.to_adelaidet(flat)
 
@@ -454,7 +448,7 @@ def test_a_runs_weights_have_its_settings_and_its_classes(tmp_path):
     train_state = TrainState(
         jnp.int32(3), variables["params"], {"batch_stats": variables["batch_stats"]}, ()
     )
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = CheckpointManager(tmp_path, keep=1)
     checkpoints.save(train_state, {})
     checkpoints.close()
     config = config_of(18)
@@ -465,7 +459,7 @@ def test_a_runs_weights_have_its_settings_and_its_classes(tmp_path):
     assert weights.class_names == ("a", "b", "c")
     assert weights.settings["input.channel_order"] == "RGB"
     assert "model.backbone.stride_in_1x1" not in weights.settings
-    check_config(weights.settings, config, weights.path)
+    check_settings(weights.settings, config, weights.path)
     path = str(tmp_path / "model.pth")
     save_weights(path, weights.flat, weights.settings)
     again = read_weights(path)

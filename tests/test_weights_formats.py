@@ -62,9 +62,7 @@ def test_types_and_byte_orders(tmp_path, kind, order):
 def test_bfloat16_becomes_float32(tmp_path, order):
     bits = (A.view(np.uint32) >> 16).astype(">u2" if order == "big" else "<u2")
     tensor = p_tensor("0", "bf16", A.size, A.shape)
-    found = read_tensor(
-        one(tmp_path / "x.pth", tensor, {"0": bits.tobytes()}, order=order)
-    )
+    found = read_tensor(one(tmp_path / "x.pth", tensor, {"0": bits.tobytes()}, order=order))
     assert found.dtype == np.float32
     assert np.array_equal(found, A)  # small integers are exact in bfloat16
 
@@ -145,9 +143,7 @@ def test_parameters_wrappers_and_containers(tmp_path):
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_detectron2_pickles(tmp_path, protocol):
-    state = caffe2_state(
-        {k: v for k, v in small_state("r50").items() if "bottom_up" in k}
-    )
+    state = caffe2_state({k: v for k, v in small_state("r50").items() if "bottom_up" in k})
     state["turned"] = np.asfortranarray(A[0])
     state["big"] = A.astype(">f4")
     path = tmp_path / "R-50.pkl"
@@ -170,9 +166,7 @@ def test_python_2_pickle_with_latin_1_strings(tmp_path):
         return b"U" + bytes([len(text)]) + text
 
     data = A.tobytes()
-    dtype = (
-        p_global("numpy", "dtype") + p_tuple(short(b"f4"), p_int(0), p_int(1)) + b"R"
-    )
+    dtype = p_global("numpy", "dtype") + p_tuple(short(b"f4"), p_int(0), p_int(1)) + b"R"
     order = [p_int(3), short(b"<"), b"N", b"N", b"N", p_int(-1), p_int(-1), p_int(0)]
     dtype += p_tuple(*order) + b"b"
     array = (
@@ -270,9 +264,7 @@ def hostile_globals():
 
 @pytest.mark.parametrize(("name", "value"), list(hostile_globals()))
 @pytest.mark.parametrize("form", ["zip", "legacy", "pkl"])
-def test_pickles_that_call_are_refused_by_name(
-    tmp_path, monkeypatch, name, value, form
-):
+def test_pickles_that_call_are_refused_by_name(tmp_path, monkeypatch, name, value, form):
     monkeypatch.chdir(tmp_path)
     value = p_dict({"model": value})
     if form == "zip":
@@ -379,9 +371,7 @@ def test_no_memory_blow_up(tmp_path):
         str(tmp_path / "d.pkl"),
         write_npz(tmp_path / "e.npz", {"w.npy": npy(b"\x00" * 8, (2**30,))}),
     ]
-    (tmp_path / "d.pkl").write_bytes(
-        b"\x80\x04B" + struct.pack("<I", 2**32 - 1) + b"x."
-    )
+    (tmp_path / "d.pkl").write_bytes(b"\x80\x04B" + struct.pack("<I", 2**32 - 1) + b"x.")
     assert all(os.path.getsize(path) < 2000 for path in paths)
     tracemalloc.start()
     for path in paths:

@@ -11,7 +11,7 @@ from checkpoint_files import reference_shapes, small_state
 from configs import base
 from solov2_jax.models import build_model
 from solov2_jax.weights import names
-from solov2_jax.weights.convert import flatten
+from solov2_jax.weights.convert import flatten_tree
 
 MODELS = ["r18", "r34", "r50", "r101", "r50_light", "r18_light"]
 
@@ -21,17 +21,13 @@ def mmdet_name(key):
     layerN, downsample, neck.*_convs counted from 0, cls for cate, conv/gn modules."""
     key = key.replace("backbone.bottom_up.stem.conv1.norm", "backbone.bn1")
     key = key.replace("backbone.bottom_up.stem.conv1", "backbone.conv1")
-    key = re.sub(
-        r"backbone\.bottom_up\.res(\d)", lambda m: f"backbone.layer{int(m[1]) - 1}", key
-    )
+    key = re.sub(r"backbone\.bottom_up\.res(\d)", lambda m: f"backbone.layer{int(m[1]) - 1}", key)
     key = key.replace("shortcut.norm", "downsample.1")
     key = key.replace("shortcut", "downsample.0")
     key = re.sub(r"conv(\d)\.norm", r"bn\1", key)
     key = re.sub(
         r"backbone\.fpn_(lateral|output)(\d)",
-        lambda m: (
-            f"neck.{ {'output': 'fpn'}.get(m[1], m[1]) }_convs.{int(m[2]) - 2}.conv"
-        ),
+        lambda m: f"neck.{ {'output': 'fpn'}.get(m[1], m[1]) }_convs.{int(m[2]) - 2}.conv",
         key,
     )
     key = re.sub(r"^mask_head", "mask_head.mask_feature_head", key)
@@ -42,9 +38,7 @@ def mmdet_name(key):
     )
     key = re.sub(
         r"ins_head\.(cate|kernel)_tower\.(\d+)",
-        lambda m: (
-            f"ins_head.{m[1]}_convs.{int(m[2]) // 3}.{('conv', 'gn')[int(m[2]) % 3]}"
-        ),
+        lambda m: f"ins_head.{m[1]}_convs.{int(m[2]) // 3}.{('conv', 'gn')[int(m[2]) % 3]}",
         key,
     )
     key = re.sub(r"ins_head\.(cate|kernel)_pred", r"ins_head.conv_\1", key)
@@ -104,11 +98,9 @@ def test_names_and_shapes_are_the_references(model):
     `load_state_dict(strict=True)` asks for."""
     config, classes = config_of(model)
     network = build_model(config, classes)
-    shapes = jax.eval_shape(
-        lambda: network.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-    )
+    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
     # A scalar in every leaf's shape: no memory.
-    flat = {n: np.broadcast_to(np.float32(0), s.shape) for n, s in flatten(shapes)}
+    flat = {n: np.broadcast_to(np.float32(0), s.shape) for n, s in flatten_tree(shapes)}
     state = names.to_adelaidet(flat)
     assert {key: a.shape for key, a in state.items()} == reference_shapes(model)
 
@@ -183,9 +175,7 @@ def test_detectron2_names_without_and_with_prefix():
     bare = {k.removeprefix("backbone.bottom_up."): v for k, v in state.items()}
     assert names.drop_reason(names.DETECTRON2, "stem.fc.weight")
     for theirs in (bare, state):
-        equal(
-            names.from_names(names.DETECTRON2, theirs)[0], names.from_adelaidet(state)
-        )
+        equal(names.from_names(names.DETECTRON2, theirs)[0], names.from_adelaidet(state))
 
 
 def test_two_tensors_for_one_leaf_are_refused():
@@ -204,8 +194,6 @@ def test_unknown_names_are_refused_in_both_directions():
         names.to_adelaidet({"params/foo": np.zeros(1)})
 
 
-@pytest.mark.parametrize(
-    "name", ["ins_head.cate_tower.2.weight", "ins_head.cate_tower.00.weight"]
-)
+@pytest.mark.parametrize("name", ["ins_head.cate_tower.2.weight", "ins_head.cate_tower.00.weight"])
 def test_names_between_the_rules_match_none(name):
     assert names.targets_of(names.ADELAIDET, name) == []

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as rle
 
-from solov2_jax.data import masks
+from solov2_jax import rle as masks
 from solov2_jax.data.coco import CocoDataset, load_coco
 
 
@@ -48,9 +48,7 @@ def content() -> dict[str, Any]:
         "annotations": [
             annotation(1, 3, 20),
             annotation(2, 7, 5),
-            annotation(
-                3, 7, 20, bbox=[30, 20, 12, 12], segmentation=square(30, 20, 12)
-            ),
+            annotation(3, 7, 20, bbox=[30, 20, 12, 12], segmentation=square(30, 20, 12)),
         ],
         "categories": [{"id": 20, "name": "dog"}, {"id": 5, "name": "cat"}],
     }

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 
 from configs import base
+from solov2_jax.checkpoint import CheckpointManager
 from solov2_jax.config import save_config
 from solov2_jax.models import build_model
-from solov2_jax.training.checkpoint import Checkpoints
 from solov2_jax.training.state import TrainState
 from solov2_jax.weights.convert import save_weights
 from solov2_jax.weights.settings import settings_of_shapes
@@ -76,7 +76,7 @@ def write_workdir(folder: Path, config: Any, steps: tuple[int, ...] = (3,)) -> s
     save_config(config, folder / "config.json")
     classes = {"names": list(NAMES), "ids": list(IDS)}
     (folder / "classes.json").write_text(json.dumps(classes))
-    checkpoints = Checkpoints(folder, keep=len(steps))
+    checkpoints = CheckpointManager(folder, keep=len(steps))
     for step in steps:
         variables = jax.tree.map(jnp.asarray, tiny_variables(config, seed=step))
         state = TrainState(

@@ -20,12 +20,12 @@ from absl import flags
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from configs import base  # noqa: E402
-from solov2_jax import cli, process_flags  # noqa: E402
-from solov2_jax.config import apply_overrides, check_config  # noqa: E402
-from solov2_jax.training import optim  # noqa: E402
-from solov2_jax.training.loop import train  # noqa: E402
-from solov2_jax.training.schedule import build_schedule  # noqa: E402
-from solov2_jax.training.task import Task  # noqa: E402
+from solov2_jax.config import apply_overrides, check_config
+from solov2_jax.tools.cli import app, process_flags
+from solov2_jax.training import optim
+from solov2_jax.training.loop import train
+from solov2_jax.training.optim import build_schedule
+from solov2_jax.training.task import Task
 
 
 def toy_config(**changes):
@@ -129,9 +129,7 @@ def toy_task(config, workdir, *, batches=toy_batches, width=16, **replaced):
 
     params = jax.eval_shape(init, jax.random.key(0))["params"]
     o = config.optim
-    trainable = optim.trainable_mask(
-        params, config.model.backbone.freeze_at, patterns=o.freeze
-    )
+    trainable = optim.trainable_mask(params, config.model.backbone.freeze_at, patterns=o.freeze)
     schedule = build_schedule(config)
     tx = optim.make_optimizer(
         schedule,
@@ -195,4 +193,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("fail_at", -1, "Step whose batch is an error.")
     flags.DEFINE_integer("width", 16, "Of the layers.")
     flags.DEFINE_float("seconds_per_batch", 0.0, "To have time for a signal.")
-    cli.run(main, joining=process_flags.joining)
+    app.run(main, joining=process_flags.joining)

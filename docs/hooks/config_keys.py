@@ -12,7 +12,7 @@ from typing import Any
 
 from configs import base
 from solov2_jax.config import flatten
-from solov2_jax.config_rules import ABOVE_ZERO, AT_LEAST
+from solov2_jax.config_schema import ABOVE_ZERO, AT_LEAST
 
 _REFERENCE = re.compile(r"\s*\[([A-Z._][A-Z0-9_.{},: ]*)\]\.?$")
 

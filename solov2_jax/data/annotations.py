@@ -102,9 +102,7 @@ def _check_references(
                 f"{kind}: {key} {describe(unknown)}. Add the {kind} to the json or "
                 "remove the annotations."
             )
-    repeated = [
-        i for i, n in Counter(r["id"] for r in records if "id" in r).items() if n > 1
-    ]
+    repeated = [i for i, n in Counter(r["id"] for r in records if "id" in r).items() if n > 1]
     if repeated:
         raise ValueError(
             f"{path}: annotation ids must be unique, the evaluation counts on it; "
@@ -189,9 +187,7 @@ class _Builder:
             )
         if isinstance(counts, str):
             return counts.encode()
-        if not isinstance(counts, list) or not all(
-            isinstance(c, int) and c >= 0 for c in counts
-        ):
+        if not isinstance(counts, list) or not all(isinstance(c, int) and c >= 0 for c in counts):
             raise ValueError(
                 f"{where} needs `counts`: a list of run lengths or COCO's compressed "
                 "string; write one of them."

@@ -10,9 +10,9 @@ import dataclasses
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from solov2_jax.data import spans
-from solov2_jax.data.spans import Size, Spans
-from solov2_jax.data.views import View, cropped, resized, rotated
+from solov2_jax.data import rasterize
+from solov2_jax.data.rasterize import Size, Spans
+from solov2_jax.data.transforms import AffineImage, crop, resize, rotate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +59,14 @@ class Augment:
                 "image (height, width) in 0..1."
             )
         if self.jitter_scale and not (
-            len(self.jitter_scale) == 2
-            and 0 < self.jitter_scale[0] <= self.jitter_scale[1]
+            len(self.jitter_scale) == 2 and 0 < self.jitter_scale[0] <= self.jitter_scale[1]
         ):
             raise ValueError(
                 f"augment.jitter_scale is {self.jitter_scale}; use (), or (lowest, "
                 "highest), positive."
             )
         if len(self.jitter_size) != 2 or min(self.jitter_size) < 1:
-            raise ValueError(
-                f"augment.jitter_size is {self.jitter_size}; use (height, width)."
-            )
+            raise ValueError(f"augment.jitter_size is {self.jitter_size}; use (height, width).")
         return self
 
 
@@ -77,12 +74,12 @@ class Augment:
 class Scene:
     """An augmented image with its objects."""
 
-    view: View
+    view: AffineImage
     outlines: Spans  # `owner` counts the objects
     labels: np.ndarray  # int32 [n]
 
 
-def recolored(view: View, augment: Augment, rng: np.random.Generator) -> View:
+def color_jitter(view: AffineImage, augment: Augment, rng: np.random.Generator) -> AffineImage:
     """Returns the picture with other brightness, contrast and saturation.
 
     Source: detectron2 data/transforms/augmentation_impl.py, RandomBrightness,
@@ -100,15 +97,15 @@ def recolored(view: View, augment: Augment, rng: np.random.Generator) -> View:
     return dataclasses.replace(view, picture=picture)
 
 
-def maybe_rotated(view: View, augment: Augment, rng: np.random.Generator) -> View:
+def random_rotate(view: AffineImage, augment: Augment, rng: np.random.Generator) -> AffineImage:
     """Returns the picture rotated by an angle within the limit, or as it is."""
     chance, degrees = rng.random(), rng.uniform(-1, 1) * augment.rotate_degrees
-    return rotated(view, degrees) if chance < augment.rotate_prob else view
+    return rotate(view, degrees) if chance < augment.rotate_prob else view
 
 
-def crop_around(
-    view: View, boxes: np.ndarray, augment: Augment, rng: np.random.Generator
-) -> View:
+def random_crop_with_instance(
+    view: AffineImage, boxes: np.ndarray, augment: Augment, rng: np.random.Generator
+) -> AffineImage:
     """Returns a random part of the picture that holds the centre of a random object.
 
     Source: AdelaiDet adet/data/augmentation.py, RandomCropWithInstance, and
@@ -135,7 +132,7 @@ def crop_around(
     if not augment.crop_objects:
         window = grown(window, boxes)
     x0, y0, x1, y1 = (int(v) for v in window)
-    return cropped(view, (x0, y0, x1, y1))
+    return crop(view, (x0, y0, x1, y1))
 
 
 def grown(window: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -153,7 +150,9 @@ def grown(window: np.ndarray, boxes: np.ndarray) -> np.ndarray:
         window = larger
 
 
-def jittered(view: View, augment: Augment, rng: np.random.Generator) -> View:
+def large_scale_jitter(
+    view: AffineImage, augment: Augment, rng: np.random.Generator
+) -> AffineImage:
     """Returns the picture at a random scale, cut to `jitter_size` at a random place
     where it is larger.
 
@@ -173,7 +172,7 @@ def jittered(view: View, augment: Augment, rng: np.random.Generator) -> View:
         *(float(x0 * step_x), float(y0 * step_y)),
         *(float(min(right, w)), float(min(bottom, h))),
     )
-    return resized(view, (int(size[0]), int(size[1])), box)
+    return resize(view, (int(size[0]), int(size[1])), box)
 
 
 def fitted(size: Size, room: Size) -> Size:
@@ -183,9 +182,7 @@ def fitted(size: Size, room: Size) -> Size:
     return height, width
 
 
-def pasted(
-    scene: Scene, other: Scene, rng: np.random.Generator, share: float = 0.5
-) -> Scene:
+def copy_paste(scene: Scene, other: Scene, rng: np.random.Generator, share: float = 0.5) -> Scene:
     """Returns a scene with some of another's objects on top, at a random place.
 
     What they hide is cut from the objects below; one that is hidden has no span left.
@@ -205,7 +202,7 @@ def pasted(
         own = other.outlines.take(np.flatnonzero(other.outlines.owner == i))
         moved = Spans(own.owner, own.column + left, own.top + top, own.bottom + top)
         pieces.append(moved)
-        if (crop := spans.paint(moved)) is not None:
+        if (crop := rasterize.spans_to_crop(moved)) is not None:
             h, w = crop.pixels.shape
             cover[crop.top : crop.top + h, crop.left : crop.left + w] |= crop.pixels
     canvas = np.array(scene.view.picture)
@@ -220,7 +217,7 @@ def pasted(
     ]
     return Scene(
         dataclasses.replace(scene.view, picture=Image.fromarray(canvas)),
-        spans.joined([*below, *above]),
+        rasterize.concatenate_spans([*below, *above]),
         np.concatenate([scene.labels, other.labels[chosen]]),
     )
 
@@ -228,14 +225,12 @@ def pasted(
 def _uncovered(outlines: Spans, number: int, cover: np.ndarray) -> Spans:
     """Returns an object's spans without the pixels where `cover` is 1."""
     own = outlines.take(np.flatnonzero(outlines.owner == number))
-    crop = spans.paint(own)
+    crop = rasterize.spans_to_crop(own)
     if crop is None:
         return own
     h, w = crop.pixels.shape
     hidden = cover[crop.top : crop.top + h, crop.left : crop.left + w]
     if not (crop.pixels & hidden).any():
         return own
-    left = spans.of_pixels(crop.pixels & (1 - hidden), number)
-    return Spans(
-        left.owner, left.column + crop.left, left.top + crop.top, left.bottom + crop.top
-    )
+    left = rasterize.spans_from_pixels(crop.pixels & (1 - hidden), number)
+    return Spans(left.owner, left.column + crop.left, left.top + crop.top, left.bottom + crop.top)

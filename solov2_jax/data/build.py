@@ -7,15 +7,10 @@ from typing import Any
 
 from solov2_jax.data import records
 from solov2_jax.data.augment import Augment
+from solov2_jax.data.buckets import resize_of
 from solov2_jax.data.coco import CocoDataset, load_coco
-from solov2_jax.data.generated import ShapesSettings, write_shapes
-from solov2_jax.data.pipeline import (
-    Batches,
-    Reading,
-    eval_batches,
-    train_batches,
-)
-from solov2_jax.data.sizes import resize_of
+from solov2_jax.data.pipeline import Batches, Reading, eval_batches, train_batches
+from solov2_jax.tools.synthetic.shapes import ShapesSettings, write_shapes
 
 
 def load_datasets(config: Any) -> tuple[CocoDataset, CocoDataset]:

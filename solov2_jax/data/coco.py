@@ -52,9 +52,7 @@ class CocoDataset:
     def path(self, index: int) -> str:
         """Returns where image `index` is: a path, or a record for `records.source`."""
         if records.is_records(self.image_root):
-            return records.record_path(
-                self.image_root, index, str(self.file_names[index])
-            )
+            return records.record_path(self.image_root, index, str(self.file_names[index]))
         return os.path.join(self.image_root, str(self.file_names[index]))
 
     @property
@@ -221,22 +219,16 @@ def _check_unique(ids: Iterable[int], kind: str, path: str) -> None:
         )
 
 
-def _read_categories(
-    records: list[Any], path: str
-) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def _read_categories(records: list[Any], path: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Returns ids, sorted, and their names."""
-    ids = _integers(
-        _column(records, "id", "categories", path), "id", "categories", path
-    )
+    ids = _integers(_column(records, "id", "categories", path), "id", "categories", path)
     names = _column(records, "name", "categories", path)
     _check_unique(ids.tolist(), "category", path)
     order = np.argsort(ids)
     return tuple(ids[order].tolist()), tuple(str(names[i]) for i in order)
 
 
-def _compare_categories(
-    found: Mapping[int, str], expected: Mapping[int, str], path: str
-) -> None:
+def _compare_categories(found: Mapping[int, str], expected: Mapping[int, str], path: str) -> None:
     if dict(found) == dict(expected):
         return
     missing = sorted(set(expected) - set(found))
@@ -273,9 +265,7 @@ def _read_images(records: list[Any], path: str) -> dict[str, np.ndarray]:
         table[name] = _integers(values, key, "images", path).astype(dtype)
     _check_unique(table["image_ids"].tolist(), "image", path)
     if np.abs(table["image_ids"]).max() > _LARGEST_ID or table["image_ids"].min() < 0:
-        raise ValueError(
-            f"{path}: image ids must be in 0..{_LARGEST_ID}; renumber the images."
-        )
+        raise ValueError(f"{path}: image ids must be in 0..{_LARGEST_ID}; renumber the images.")
     bad = (table["heights"] < 1) | (table["widths"] < 1)
     if bad.any():
         raise ValueError(

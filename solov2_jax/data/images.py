@@ -1,6 +1,9 @@
-"""Reading any picture as 8-bit RGB, or one clear error that names the file."""
+"""Reading any picture as 8-bit RGB, or one clear error that names the file.
+
+What an image file says about itself, without decoding its pixels."""
 
 import contextlib
+import dataclasses
 import os
 import struct
 import zlib
@@ -109,9 +112,7 @@ def _to_rgb(image: Image.Image, path: str) -> Image.Image:
     if image.mode in _SIXTEEN_BIT:
         grey = np.asarray(image).astype(np.int64)
         if grey.size and (grey.min() < 0 or grey.max() > 65535):
-            raise _Refused(
-                f"{path}: has values outside of 0..65535; convert it to 8 or 16 bits."
-            )
+            raise _Refused(f"{path}: has values outside of 0..65535; convert it to 8 or 16 bits.")
         return Image.fromarray((grey // 256).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise _Refused(
@@ -153,3 +154,41 @@ def open_sized(path: str, height: int, width: int, annotations: str) -> Image.Im
         f"{height} x {width}.{hint} Correct `height` and `width` and the annotations, "
         "or replace the image."
     )
+
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNED = (5, 6, 7, 8)  # its values that swap the sides
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """Size of the picture as `images.read_image` returns it, upright."""
+
+    height: int
+    width: int
+    orientation: int  # of the EXIF tag: 1 upright as stored, 5 to 8 sides swapped
+
+
+def read_header(path: str) -> Header:
+    """Returns size and orientation, or raises one ValueError that names the file."""
+    with opened(path) as image:
+        width, height = image.size
+        orientation = int(image.getexif().get(_ORIENTATION, 1))
+    if orientation in _TURNED:
+        width, height = height, width
+    return Header(height, width, orientation)
+
+
+def list_images(folder: str | os.PathLike[str]) -> list[str]:
+    """Returns the image files below a folder, sorted, relative to it, with "/"."""
+    if not os.path.isdir(folder):
+        raise ValueError(f"{folder}: no such folder of images.")
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        for name in names:
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                path = os.path.relpath(os.path.join(parent, name), folder)
+                found.append(path.replace(os.sep, "/"))
+    return sorted(found)

@@ -52,9 +52,7 @@ def load_keypoints(images: str, annotations: str) -> tuple[CocoDataset, Keypoint
             "person_keypoints json (COCO's is person_keypoints_train2017.json)."
         )
     content["images"] = kept
-    content["annotations"] = [
-        r for r in content["annotations"] if r.get("image_id") in with_point
-    ]
+    content["annotations"] = [r for r in content["annotations"] if r.get("image_id") in with_point]
     dataset = dataset_of(content, images, annotations)
     points = np.stack([known[i] for i in dataset.annotation_ids.tolist()])
     return dataset, Keypoints(names, mirror_order(names), points)

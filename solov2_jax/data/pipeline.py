@@ -2,13 +2,22 @@
 
 The order is a `BatchPlan`; grain only fetches its batches, in threads or processes.
 grain itself imports jax in a worker, if it is installed; nothing starts a device.
+
+
+Ctrl-C is for the process that reads: its workers go on until it closes them.
+
+A terminal and a notebook's stop button signal the whole group of processes. The reader
+decides what becomes of the run; a worker that died of it would print a traceback, and
+could not give the batches that are still wanted.
 """
 
 import atexit
+import contextlib
 import dataclasses
 import functools
 import gc
 import logging
+import signal
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -17,16 +26,25 @@ import grain
 import numpy as np
 from absl import flags
 
-from solov2_jax.data import interrupts
-from solov2_jax.data import plan as planning
+from solov2_jax.data import sampler
 from solov2_jax.data.augment import Augment
-from solov2_jax.data.augmented import AugmentedLoader
+from solov2_jax.data.batch import (
+    ArrayDict,
+    AugmentedBatchMaker,
+    EvalBatchMaker,
+    TrainBatchMaker,
+    expand_masks,
+)
+from solov2_jax.data.buckets import Resize, choose_buckets
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.images import reuse_memory
-from solov2_jax.data.loading import ArrayDict, EvalLoader, TrainLoader, expand_masks
-from solov2_jax.data.mapped import Mapped
-from solov2_jax.data.sizes import Resize, choose_buckets
-from solov2_jax.data.transport import Arena, Sender, make_arena, receive
+from solov2_jax.data.shared_memory import (
+    MmapPickle,
+    PoolSender,
+    SharedMemoryPool,
+    make_pool,
+    receive,
+)
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +66,8 @@ class Batches:
 
     def __init__(
         self,
-        loader: TrainLoader | EvalLoader,
-        plan: planning.BatchPlan,
+        loader: TrainBatchMaker | EvalBatchMaker,
+        plan: sampler.BatchSchedule,
         start: int,
         reading: Reading,
     ):
@@ -83,9 +101,9 @@ class Batches:
         if not reading.num_workers:
             reuse_memory()
         arena = self._make_arena()
-        loader = self._loader if arena is None else Sender(self._loader, arena)
+        loader = self._loader if arena is None else PoolSender(self._loader, arena)
         batches = grain.MapDataset.range(self._start, self._stop)
-        stream = batches.map(Mapped(loader)).to_iter_dataset(
+        stream = batches.map(MmapPickle(loader)).to_iter_dataset(
             grain.ReadOptions(
                 num_threads=reading.num_threads,
                 prefetch_buffer_size=max(reading.prefetch, reading.num_threads),
@@ -104,7 +122,7 @@ class Batches:
             )
         iterator = iter(stream)
         try:
-            with interrupts.kept_from_children(bool(reading.num_workers)):
+            with kept_from_children(bool(reading.num_workers)):
                 batch = next(iterator, None)  # starts the processes
             while batch is not None:
                 yield expand_masks(receive(batch, arena))
@@ -114,20 +132,20 @@ class Batches:
             # grain's last batches hang in reference cycles with its StopIteration.
             gc.collect()
 
-    def _make_arena(self) -> Arena | None:
+    def _make_arena(self) -> SharedMemoryPool | None:
         """Returns memory for the batches on their way and some that are in use."""
         reading = self._reading
         if not reading.num_workers:
             return None
         ahead = reading.prefetch + max(reading.prefetch, reading.num_threads) + 1
         largest = max(self._loader.batch_bytes(h, w) for h, w in self.buckets)
-        return make_arena(reading.num_workers * ahead + _IN_USE, largest)
+        return make_pool(reading.num_workers * ahead + _IN_USE, largest)
 
 
 def _start_worker(number: int, count: int) -> None:
     """Prepares a worker process."""
     del number, count
-    interrupts.ignore()
+    ignore()
     reuse_memory()
 
 
@@ -177,16 +195,10 @@ def train_batches(
             f"train.batch_size {batch_size} cannot be split into {count} equal slices "
             f"(slice {index}); make it a multiple of the number of processes."
         )
-    sizes = planning.all_sizes(
-        dataset.heights, dataset.widths, resize.shorts, resize.max_size
-    )
+    sizes = sampler.all_sizes(dataset.heights, dataset.widths, resize.shorts, resize.max_size)
     if augment is not None and augment.jitter_scale:
         sizes = np.full((len(dataset), 1, 2), augment.jitter_size, np.int32)
-    chosen = (
-        np.arange(len(dataset))
-        if keep_empty
-        else np.flatnonzero(dataset.objects_per_image)
-    )
+    chosen = np.arange(len(dataset)) if keep_empty else np.flatnonzero(dataset.objects_per_image)
     if max_images:
         chosen = chosen[chosen < max_images]
     if not len(chosen):
@@ -196,7 +208,7 @@ def train_batches(
         )
     buckets, assigned = choose_buckets(dataset, sizes, chosen, resize, "train")
     _report_negatives(dataset, keep_empty)
-    plan = planning.train_plan(
+    plan = sampler.train_schedule(
         chosen,
         buckets,
         assigned,
@@ -221,9 +233,9 @@ def train_batches(
             (number[crowded] - slots).sum(),
         )
     fields = dataset, plan, sizes, _is_bgr(channel_order), seed, flip_prob, slots
-    loader = TrainLoader(*fields)
+    loader = TrainBatchMaker(*fields)
     if augment is not None and augment.active:
-        loader = AugmentedLoader(*fields, augment, resize)
+        loader = AugmentedBatchMaker(*fields, augment, resize)
     return Batches(loader, plan, start_step, reading or Reading())
 
 
@@ -240,9 +252,7 @@ def _report_negatives(dataset: CocoDataset, keep_empty: bool) -> None:
     )
 
 
-def _repeats(
-    dataset: CocoDataset, chosen: np.ndarray, threshold: float
-) -> np.ndarray | None:
+def _repeats(dataset: CocoDataset, chosen: np.ndarray, threshold: float) -> np.ndarray | None:
     """Returns how often each chosen image is shown in an epoch; None: once."""
     if not 0 <= threshold <= 1:
         raise ValueError(
@@ -250,7 +260,7 @@ def _repeats(
         )
     if not threshold:
         return None
-    factors = planning.repeat_factors(dataset.labels, dataset.start, threshold)[chosen]
+    factors = sampler.repeat_factors(dataset.labels, dataset.start, threshold)[chosen]
     log.info(
         "data.repeat_threshold %g: %d of %d images are shown more than once an epoch, "
         "at most %.1f times; an epoch has %.0f images",
@@ -283,24 +293,49 @@ def eval_batches(
       shard: (i, n) gives every n-th batch from the i-th on; together, n such parts hold
         each image once.
     """
-    sizes = planning.all_sizes(
-        dataset.heights, dataset.widths, resize.shorts[:1], resize.max_size
-    )
+    sizes = sampler.all_sizes(dataset.heights, dataset.widths, resize.shorts[:1], resize.max_size)
     chosen = np.arange(len(dataset))[: max_images or None]
     buckets, assigned = choose_buckets(dataset, sizes, chosen, resize, "test")
-    plan = planning.eval_plan(assigned[chosen, 0], buckets, batch_size)
+    plan = sampler.eval_schedule(assigned[chosen, 0], buckets, batch_size)
     index, count = shard
     part = slice(index, None, count)
     plan = dataclasses.replace(
         plan, image=plan.image[part], epoch=plan.epoch[part], bucket=plan.bucket[part]
     )
-    loader = EvalLoader(dataset, plan, sizes, _is_bgr(channel_order))
+    loader = EvalBatchMaker(dataset, plan, sizes, _is_bgr(channel_order))
     return Batches(loader, plan, 0, reading or Reading())
 
 
 def _is_bgr(channel_order: str) -> bool:
     if channel_order not in ("RGB", "BGR"):
-        raise ValueError(
-            f'input.channel_order is {channel_order!r}; use "RGB" or "BGR".'
-        )
+        raise ValueError(f'input.channel_order is {channel_order!r}; use "RGB" or "BGR".')
     return channel_order == "BGR"
+
+
+def ignore() -> None:
+    """Lets SIGINT pass this process by."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def kept_from_children(wanted: bool) -> Iterator[None]:
+    """Holds SIGINT back inside `with`, for what this thread starts: for good.
+
+    Threads and processes inherit what is held back, so a worker is safe from its first
+    instruction on. In the present thread the signal arrives when the block ends.
+
+    Args:
+      wanted: False: nothing is held back.
+    """
+    if not wanted or not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    from multiprocessing import resource_tracker
+
+    # It would start with the first worker, and lets the signal through when it does.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,4 +1,4 @@
-"""Images in array_record shards, as `data/tfds.py` writes them, without TensorFlow.
+"""Images in array_record shards, as `tools/tfds.py` writes them, without TensorFlow.
 
 A record is a serialized tf.train.Example. Its three nested messages are few enough to
 be read here, so that training needs neither TensorFlow nor tensorflow-datasets.
@@ -80,7 +80,7 @@ def _open(folder: str, split: str) -> Any:
         raise ValueError(
             f"{folder}: has {len(shards)} of {total or 'the'} array_record shards of "
             f"{split}; correct data.name, or build them by "
-            "`python -m solov2_jax.data.tfds`."
+            "`python -m solov2_jax.tools.tfds`."
         )
     return ArrayRecordDataSource(shards)
 

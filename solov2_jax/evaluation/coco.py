@@ -1,4 +1,6 @@
-"""Predictions -> COCO's average precision.
+"""Why a figure is -1 or 0, in words.
+
+Predictions -> COCO's average precision.
 
 Source: detectron2 evaluation/coco_evaluation.py, COCOEvaluator (reset, process,
 evaluate). Different here: box AP means something, because boxes are the masks' own;
@@ -11,23 +13,106 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from solov2_jax.evaluation.explain import reasons
-from solov2_jax.evaluation.figures import (
+import numpy as np
+
+from solov2_jax.evaluation.coco_accumulate import (
     BACKENDS,
     FIGURES,
     Score,
     score_fast,
     score_pycocotools,
 )
-from solov2_jax.evaluation.tables import (
-    Detections,
+from solov2_jax.evaluation.coco_match import AREA_RANGES, image_overlaps
+from solov2_jax.evaluation.coco_tables import (
+    DetectionTable,
     Kind,
-    Objects,
+    ObjectTable,
     make_detections,
     make_objects,
 )
-from solov2_jax.evaluation.truth import Truth, read_truth
+from solov2_jax.evaluation.ground_truth import GroundTruth, read_ground_truth
 from solov2_jax.inference.prediction import Prediction, to_coco_results
+
+SIZES = {
+    "s": "smaller than 32 x 32",
+    "m": "from 32 x 32 to 96 x 96",
+    "l": "larger than 96 x 96",
+}
+
+
+def reasons(
+    metrics: Mapping[str, float],
+    objects: ObjectTable,
+    found: DetectionTable,
+    num_results: int,
+) -> list[str]:
+    """Returns a line for each reason of a figure that is -1 or 0.
+
+    Args:
+      metrics: of `CocoEvaluator.evaluate`.
+      num_results: predictions, also those of other images or categories.
+    """
+    lines = [
+        f"AP{suffix}: no annotated object is {words} pixels"
+        for suffix, words in SIZES.items()
+        if metrics[f"segm/AP{suffix}"] < 0
+    ]
+    if not num_results:
+        return [*lines, "every figure is 0 because there is not one prediction"]
+    if not len(found):
+        return [
+            *lines,
+            f"every figure is 0: none of the {num_results} predictions is of these "
+            "images and categories; compare the ids",
+        ]
+    if metrics["segm/AP"] == 0:
+        lines += _nothing_right(objects, found)
+    zero = [s for s in SIZES if metrics[f"segm/AP{s}"] == 0]
+    if zero and metrics["segm/AP"] > 0:
+        lines += _sizes_without_hit(zero, objects, found)
+    return lines
+
+
+def _nothing_right(objects: ObjectTable, found: DetectionTable) -> list[str]:
+    """Returns why no detection is right at all: the classes, or the masks."""
+    best = np.zeros(len(found))
+    for one in image_overlaps(objects, found):
+        best[one.found] = one.iou.max(axis=1, initial=0)
+    fitting = int((best >= 0.5).sum())
+    if fitting:
+        return [
+            f"segm/AP is 0, but {fitting} of {len(found)} predictions have a mask IoU "
+            "of 0.5 or more with an object of another class: the masks are right and "
+            "the classes are not; compare category ids and the order of the classes"
+        ]
+    return [
+        f"segm/AP is 0: not one of {len(found)} predictions has a mask IoU of 0.5 with "
+        f"an object of any class, the best has {best.max():.2f}; weights that are not "
+        "trained look like this, and so do masks of other images"
+    ]
+
+
+def _sizes_without_hit(
+    sizes: Sequence[str], objects: ObjectTable, found: DetectionTable
+) -> list[str]:
+    """Returns a line for each size range in which nothing was found."""
+    area, theirs = objects.area, found.area("segm")
+    best = np.zeros(len(objects))
+    for one in image_overlaps(objects, found):
+        same = found.label[one.found][:, None] == objects.label[one.objects]
+        best[one.objects] = np.where(same, one.iou, 0).max(axis=0, initial=0)
+    lines = []
+    for suffix in sizes:
+        low, high = AREA_RANGES[1 + list(SIZES).index(suffix)]
+        there = (area >= low) & (area <= high) & ~objects.crowd
+        predicted = int(((theirs >= low) & (theirs <= high)).sum())
+        lines.append(
+            f"AP{suffix} is 0: {int(there.sum())} annotated objects are "
+            f"{SIZES[suffix]} pixels and {predicted} predictions are; the largest mask "
+            f"IoU of such an object with a prediction is {best[there].max():.2f}"
+        )
+    return lines
+
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +121,7 @@ class CocoEvaluator:
     """Collects predictions image by image, then computes the twelve figures of COCO.
 
     Args:
-      annotations: an instances json file, or its content, or what `read_truth` returns.
+      annotations: an instances json file, or its content, or what `read_ground_truth` returns.
       category_ids: the annotation file's category id of each label 0..K-1.
       class_names: their names.
       backend: "fast" or "pycocotools"; the figures are equal to the last digit.
@@ -44,15 +129,15 @@ class CocoEvaluator:
 
     def __init__(
         self,
-        annotations: str | os.PathLike[str] | dict[str, Any] | Truth,
+        annotations: str | os.PathLike[str] | dict[str, Any] | GroundTruth,
         category_ids: Sequence[int],
         class_names: Sequence[str],
         backend: str = "fast",
     ):
         if backend not in BACKENDS:
             raise ValueError(f"eval.backend is {backend!r}; use one of {BACKENDS}")
-        known = isinstance(annotations, Truth)
-        self.truth = annotations if known else read_truth(annotations)
+        known = isinstance(annotations, GroundTruth)
+        self.truth = annotations if known else read_ground_truth(annotations)
         self.source, self._backend = self.truth.source, backend
         self.category_ids = tuple(int(i) for i in category_ids)
         self.class_names = unique_names(class_names, self.category_ids)
@@ -127,7 +212,7 @@ class CocoEvaluator:
         self._seen.update(self.truth.images)
         self._results.extend(results)
 
-    def columns(self) -> tuple[Objects, Detections]:
+    def columns(self) -> tuple[ObjectTable, DetectionTable]:
         """Returns what is annotated and what was predicted on the processed images.
 
         Labels are places in the sorted category ids, images places in `image_ids`.
@@ -177,7 +262,7 @@ class CocoEvaluator:
         """Returns why figures are -1 or 0, a line for each reason."""
         return reasons(metrics, *self.columns(), len(self._results))
 
-    def _score(self, kind: Kind, objects: Objects, found: Detections) -> Score:
+    def _score(self, kind: Kind, objects: ObjectTable, found: DetectionTable) -> Score:
         if self._backend == "fast":
             return score_fast(objects, found, kind, self.num_classes)
         ids = sorted(self.category_ids)

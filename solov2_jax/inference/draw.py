@@ -1,4 +1,11 @@
-"""Prediction -> a picture: translucent masks, contours, class names and scores.
+"""Where labels go in a picture with many objects: each at its object, none on another.
+
+A label is a small text box. Its places are tried all at once (numpy), and the cheapest
+free one wins: near the object's middle, little of the object hidden, and little of the
+others'.
+
+
+Prediction -> a picture: translucent masks, contours, class names and scores.
 
 Every object has a colour of its own, or its class's or its track's, and labels look for
 a free place at their object, so that forty objects of one class stay apart. PIL and
@@ -7,15 +14,170 @@ numpy only.
 
 import colorsys
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from solov2_jax.inference.labels import Label, place_labels
 from solov2_jax.inference.prediction import Prediction
+
+# Objects are looked at on a grid of at most so many pixels a side.
+GRID = 400
+# Places tried inside an object.
+INSIDE = 64
+# Costs: share of the label that covers other objects, share of its own object that it
+# covers, distance from the object's middle in units of its size.
+OTHERS, OWN, DISTANCE = 2.0, 1.0, 0.6
+# A label without the class name must be cheaper by this to be preferred.
+SHORT = 0.45
+# Share of the picture under full labels from which on it counts as crowded.
+CROWDED = 0.12
+
+Measure = Callable[[str, int], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Label:
+    """The text of object `index` and its rectangle (x0, y0, x1, y1) in the picture."""
+
+    index: int
+    text: str
+    font_size: int
+    box: tuple[int, int, int, int]
+
+
+def place_labels(
+    prediction: Prediction,
+    class_names: Sequence[str],
+    measure: Measure,
+    font_sizes: tuple[int, int],
+) -> list[Label]:
+    """Returns the labels that find a place.
+
+    Small objects choose first, because they have the fewest places. An object without
+    room for "name score" gets its score alone, and without room for that nothing. In a
+    crowded picture only wide objects and the best of each class show their name. An
+    object of a track shows "#3 name score", and "#3" where there is little room.
+
+    Args:
+      measure: (text, font size) -> (width, height) of its box in pixels.
+      font_sizes: smallest and largest; in between by the object's size.
+    """
+    places = Places(prediction)
+    sizes = np.clip((np.sqrt(places.areas) / 6).round().astype(int), *font_sizes)
+    full, short = label_texts(prediction, class_names)
+    spaces = [measure(t, int(size)) for t, size in zip(full, sizes, strict=True)]
+    needed = sum(width * height for width, height in spaces)
+    crowded = needed > CROWDED * places.height * places.width
+    best_of_class = set(np.unique(prediction.labels, return_index=True)[1].tolist())
+    labels = []
+    for i in np.argsort(places.areas, kind="stable").tolist():
+        wide = spaces[i][0] <= prediction.boxes[i, 2] - prediction.boxes[i, 0]
+        named = not crowded or wide or i in best_of_class
+        texts = [full[i], short[i]] if named else [short[i]]
+        options = [places.cheapest(i, *measure(t, int(sizes[i]))) for t in texts]
+        costs = [options[0][0], *(cost + SHORT for cost, _ in options[1:])]
+        chosen = int(np.argmin(costs))
+        box = options[chosen][1]
+        if box is not None:
+            places.take(box)
+            labels.append(Label(i, texts[chosen], int(sizes[i]), box))
+    return labels
+
+
+def label_texts(prediction: Prediction, class_names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the full and the short text of each object."""
+    scores = [f"{score:.2f}" for score in prediction.scores]
+    names = [class_names[int(label)] for label in prediction.labels]
+    full = [f"{name} {score}" for name, score in zip(names, scores, strict=True)]
+    if prediction.tracks is None:
+        return full, scores
+    short = [f"#{number}" for number in prediction.tracks.tolist()]
+    return [f"{a} {b}" for a, b in zip(short, full, strict=True)], short
+
+
+class Places:
+    """Knows which pixels objects and earlier labels occupy."""
+
+    def __init__(self, prediction: Prediction):
+        self.height, self.width = prediction.masks.shape[1:]
+        self.stride = max(1, math.ceil(max(self.height, self.width) / GRID))
+        self.boxes = prediction.boxes
+        # [n, h, w], a view: every stride-th pixel.
+        self.masks = prediction.thinned(self.stride)
+        self.areas = self.masks.sum((1, 2), dtype=np.int64) * self.stride**2
+        self.covered = integral(np.any(self.masks, axis=0))
+        self.taken = np.zeros((0, 4), np.int64)
+
+    def take(self, box: tuple[int, int, int, int]) -> None:
+        """Marks a label's box as occupied."""
+        self.taken = np.concatenate([self.taken, [box]])
+
+    def cheapest(
+        self, i: int, width: int, height: int
+    ) -> tuple[float, tuple[int, int, int, int] | None]:
+        """Returns cost and box of object i's best free place, (inf, None) without."""
+        if width > self.width or height > self.height:
+            return math.inf, None
+        middle, centers = self.candidates(i, width, height)
+        x0 = np.clip(centers[:, 0] - width / 2, 0, self.width - width).astype(int)
+        y0 = np.clip(centers[:, 1] - height / 2, 0, self.height - height).astype(int)
+        boxes = np.stack([x0, y0, x0 + width, y0 + height], 1)
+        if len(self.taken):
+            a, b = boxes[:, None], self.taken
+            apart = (a[..., :2] > b[:, 2:]) | (a[..., 2:] < b[:, :2])
+            boxes = boxes[np.all(np.any(apart, axis=2), axis=1)]
+        if not len(boxes):
+            return math.inf, None
+        own = count(integral(self.masks[i]), boxes, self.stride)
+        others = np.maximum(count(self.covered, boxes, self.stride) - own, 0)
+        area = max(int(self.areas[i]), 1)
+        distance = np.hypot(*((boxes[:, :2] + boxes[:, 2:]) / 2 - middle).T)
+        cost = (
+            OTHERS * others / (width * height)
+            + OWN * own / area
+            + DISTANCE * distance / (math.sqrt(area) + height)
+        )
+        best = int(np.argmin(cost))
+        left, top, right, bottom = boxes[best].tolist()
+        return float(cost[best]), (left, top, right, bottom)
+
+    def candidates(self, i: int, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns an object's middle [2] and the centres of places to try [n, 2], x y.
+
+        Inside the object, spread over it, and around its box.
+        """
+        x0, y0, x1, y1 = self.boxes[i]
+        middle = np.array([(x0 + x1) / 2, (y0 + y1) / 2])
+        dx, dy = width / 2 + 1, height / 2 + 1
+        around = [(middle[0], y0 - dy), (middle[0], y1 + dy)]
+        around += [(x0 - dx, middle[1]), (x1 + dx, middle[1])]
+        around += [(x, y) for x in (x0 + dx, x1 - dx) for y in (y0 - dy, y1 + dy)]
+        ys, xs = np.nonzero(self.masks[i])
+        if len(xs) == 0:
+            return middle, np.array(around)
+        inside = np.stack([xs, ys], 1) * self.stride
+        middle = np.median(inside, 0)
+        # The middle of a ring is not on the ring: take its nearest pixel.
+        middle = inside[np.argmin(np.abs(inside - middle).sum(1))].astype(float)
+        spread = inside[:: max(1, len(inside) // INSIDE)]
+        return middle, np.concatenate([middle[None], spread, np.array(around)])
+
+
+def integral(mask: np.ndarray) -> np.ndarray:
+    """Returns the summed-area table [h + 1, w + 1] of a mask."""
+    return np.pad(mask.cumsum(0, dtype=np.int32).cumsum(1), ((1, 0), (1, 0)))
+
+
+def count(table: np.ndarray, boxes: np.ndarray, stride: int) -> np.ndarray:
+    """Returns about how many pixels of a mask lie in each box, by its table."""
+    h, w = table.shape
+    x0, x1 = np.minimum(boxes[:, [0, 2]].T // stride, w - 1)
+    y0, y1 = np.minimum(boxes[:, [1, 3]].T // stride, h - 1)
+    return (table[y1, x1] - table[y0, x1] - table[y1, x0] + table[y0, x0]) * stride**2
+
 
 FILL_OPACITY = 0.4
 COLOR_BY = ("object", "class", "track")
@@ -109,9 +271,7 @@ def distinct_color(i: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def draw_masks(
-    image: np.ndarray, prediction: Prediction, colors: np.ndarray
-) -> np.ndarray:
+def draw_masks(image: np.ndarray, prediction: Prediction, colors: np.ndarray) -> np.ndarray:
     """Returns the image under translucent masks, large ones below, contours on top.
 
     Only the pixels inside each object's box are touched.
@@ -147,9 +307,7 @@ def contour(mask: np.ndarray, thickness: int) -> np.ndarray:
     return mask & ~inner[1:-1, 1:-1]
 
 
-def draw_labels(
-    picture: np.ndarray, labels: Sequence[Label], colors: np.ndarray
-) -> np.ndarray:
+def draw_labels(picture: np.ndarray, labels: Sequence[Label], colors: np.ndarray) -> np.ndarray:
     """Returns the picture with each label in a box of its object's colour."""
     canvas = Image.fromarray(picture)
     draw = ImageDraw.Draw(canvas)

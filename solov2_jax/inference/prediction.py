@@ -1,16 +1,163 @@
-"""What inference hands to people: plain numpy at the original image's size."""
+"""Masks of a large image, held as the run lengths of their rectangles.
+
+A bool [n, H, W] of 1000 objects in 20,000 x 20,000 pixels would take 400 GB; this takes
+a few bytes for each column of an object. No JAX.
+
+
+What inference hands to people: plain numpy at the original image's size."""
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as rle
 
-from solov2_jax.data.runs import encode_masks
-from solov2_jax.inference.crops import MaskCrops, Window
+from solov2_jax.rle import rle_decode, rle_encode, rle_from_string, rle_of_crop, rle_to_strings
+
+# (y0, x0, y1, x1) in pixels, the last two exclusive.
+Rectangle = tuple[int, int, int, int]
+Window = tuple[slice, slice]
+
+
+@dataclass(frozen=True)
+class PackedMask:
+    """A mask's tight rectangle in an image, run-length encoded."""
+
+    rectangle: Rectangle
+    counts: bytes  # COCO's compressed run lengths of the rectangle
+    area: int
+
+    def unpack(self) -> np.ndarray:
+        """Returns the pixels of the rectangle, bool [h, w]."""
+        y0, x0, y1, x1 = self.rectangle
+        crop = rle_decode(rle_from_string(self.counts), (y1 - y0, x1 - x0))
+        assert crop is not None, "a packed mask has a pixel"
+        return crop.pixels.view(bool)
+
+    def within(self, window: Rectangle) -> np.ndarray:
+        """Returns the pixels of any rectangle of the image, bool."""
+        y0, x0, y1, x1 = window
+        out = np.zeros((max(y1 - y0, 0), max(x1 - x0, 0)), bool)
+        common = intersect(self.rectangle, window)
+        if common is not None:
+            own = self.unpack()[slices(common, self.rectangle)]
+            out[slices(common, window)] = own
+        return out
+
+
+def pack(mask: np.ndarray, top: int = 0, left: int = 0) -> PackedMask | None:
+    """Returns a bool [h, w] mask at a place in the image; None without a pixel."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return None
+    y0, y1, x0, x1 = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    tight = np.asfortranarray(mask[y0:y1, x0:x1], dtype=np.uint8)
+    coded: Any = rle.encode(tight)
+    rectangle = (int(y0) + top, int(x0) + left, int(y1) + top, int(x1) + left)
+    return PackedMask(rectangle, coded["counts"], int(tight.sum(dtype=np.int64)))
+
+
+def intersect(a: Rectangle, b: Rectangle) -> Rectangle | None:
+    """Returns the pixels that two rectangles have in common, None if there are none."""
+    y0, x0, y1, x1 = max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
+    return (y0, x0, y1, x1) if y0 < y1 and x0 < x1 else None
+
+
+def slices(part: Rectangle, whole: Rectangle) -> Window:
+    """Returns where a rectangle lies within another one's pixels."""
+    y, x = whole[:2]
+    return slice(part[0] - y, part[2] - y), slice(part[1] - x, part[3] - x)
+
+
+class MaskCrops:
+    """Masks that read like bool [n, H, W], but are made when they are asked for.
+
+    `masks[i]` is one mask of the image's size, `masks[keep]` (bool or int [k], or a
+    slice) some of them, `np.asarray(masks)` all: that one is large.
+
+    Args:
+      size: (height, width) of the image.
+    """
+
+    def __init__(self, packed: Sequence[PackedMask], size: tuple[int, int]):
+        self.packed = tuple(packed)
+        self.shape = (len(self.packed), int(size[0]), int(size[1]))
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self._whole(mask) for mask in self.packed)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, int | np.integer):
+            return self._whole(self.packed[index])
+        chosen = np.arange(len(self))[index]
+        return MaskCrops([self.packed[i] for i in chosen.tolist()], self.shape[1:])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("masks that are stored as crops cannot be had uncopied")
+        masks = np.zeros(self.shape, bool)
+        for mask, packed in zip(masks, self.packed, strict=True):
+            mask[slices(packed.rectangle, (0, 0, 0, 0))] = packed.unpack()
+        return masks if dtype is None else masks.astype(dtype, copy=False)
+
+    def crop(self, index: int) -> tuple[Window, np.ndarray]:
+        """Returns the window (rows, columns) of an object and the mask inside it."""
+        mask = self.packed[index]
+        return slices(mask.rectangle, (0, 0, 0, 0)), mask.unpack()
+
+    def boxes(self) -> np.ndarray:
+        """Returns the tight boxes (x0, y0, x1, y1), float32 [n, 4]."""
+        sides = np.array([m.rectangle for m in self.packed], np.float32).reshape(-1, 4)
+        return sides[:, [1, 0, 3, 2]]
+
+    def thinned(self, stride: int) -> np.ndarray:
+        """Returns every `stride`-th row and column of all masks, bool [n, h, w]."""
+        height, width = (-(-side // stride) for side in self.shape[1:])
+        thin = np.zeros((len(self), height, width), bool)
+        for mask, packed in zip(thin, self.packed, strict=True):
+            y, x = packed.rectangle[:2]
+            part = packed.unpack()[-y % stride :: stride, -x % stride :: stride]
+            y, x = -(-y // stride), -(-x // stride)
+            mask[y : y + part.shape[0], x : x + part.shape[1]] = part
+        return thin
+
+    def encode(self) -> list[str]:
+        """Returns COCO's run lengths of the whole image's masks, unmade."""
+        size = self.shape[1:]
+        runs = [rle_of_crop(m.unpack(), *m.rectangle[:2], size) for m in self.packed]
+        return rle_to_strings(runs)
+
+    def _whole(self, packed: PackedMask) -> np.ndarray:
+        mask = np.zeros(self.shape[1:], bool)
+        mask[slices(packed.rectangle, (0, 0, 0, 0))] = packed.unpack()
+        return mask
+
+
+def overlapping_pairs(rectangles: np.ndarray) -> np.ndarray:
+    """Returns the pairs (i, j), i < j, whose rectangles share a pixel, int [p, 2].
+
+    Args:
+      rectangles: (y0, x0, y1, x1), int [n, 4].
+    """
+    order = np.argsort(rectangles[:, 0], kind="stable")
+    y0, x0, y1, x1 = rectangles[order].T
+    # In order of their tops, those that begin before this one ends stand together.
+    last = np.searchsorted(y0, y1)
+    pairs = [np.zeros((0, 2), np.int64)]
+    for i in range(len(order)):
+        others = np.arange(i + 1, last[i])
+        meets = (x0[others] < x1[i]) & (x1[others] > x0[i])
+        partners = order[others[meets]]
+        pairs.append(np.stack([np.full(len(partners), order[i]), partners], axis=1))
+    found = np.sort(np.concatenate(pairs), axis=1)
+    return found[np.lexsort((found[:, 1], found[:, 0]))]
 
 
 @dataclass(frozen=True)
@@ -72,12 +219,10 @@ class Prediction:
         """Returns the masks as COCO's compressed run lengths of the whole image."""
         if isinstance(self.masks, MaskCrops):
             return self.masks.encode()
-        return encode_masks(self.masks, self.boxes)
+        return rle_encode(self.masks, self.boxes)
 
 
-def to_coco_results(
-    prediction: Prediction, category_ids: Sequence[int]
-) -> list[dict[str, Any]]:
+def to_coco_results(prediction: Prediction, category_ids: Sequence[int]) -> list[dict[str, Any]]:
     """Returns the prediction in COCO's results format: RLE mask, box as x, y, w, h.
 
     With `track_id` besides, where objects were followed.

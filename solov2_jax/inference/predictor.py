@@ -17,16 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from solov2_jax.checkpoint import load_workdir_config, read_classes, restore_variables
 from solov2_jax.config import load_config
-from solov2_jax.data.plan import Bucket, check_buckets
-from solov2_jax.inference.crops import MaskCrops, pack
-from solov2_jax.inference.inputs import (
-    InputOptions,
-    make_batches,
-    make_example,
-    padded_shape,
-)
-from solov2_jax.inference.prediction import Prediction
+from solov2_jax.data.sampler import Bucket, check_buckets
+from solov2_jax.inference.prediction import MaskCrops, Prediction, pack
+from solov2_jax.inference.preprocess import InputOptions, make_batches, make_example, padded_shape
 from solov2_jax.inference.programs import (
     DetectOptions,
     compile_detect,
@@ -34,12 +29,10 @@ from solov2_jax.inference.programs import (
     paste_detections,
     round_up,
 )
-from solov2_jax.inference.run_folder import load_workdir_config, read_classes
 from solov2_jax.models import build_model
 from solov2_jax.structs import Detections
-from solov2_jax.training.checkpoint import restore_variables
 from solov2_jax.weights.convert import fit
-from solov2_jax.weights.settings import check_config
+from solov2_jax.weights.settings import check_settings
 from solov2_jax.weights.sources import read_weights
 
 PyTree = Any
@@ -138,11 +131,9 @@ class Predictor:
                 f"model.num_classes is {config.model.num_classes}, but {weights} has "
                 f"{number} classes; set it to 0 to take the file's"
             )
-        check_config(read.settings, config, weights)
+        check_settings(read.settings, config, weights)
         model = build_model(config, number)
-        shapes = jax.eval_shape(
-            lambda: model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-        )
+        shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
         variables, _ = fit(read, shapes, strict=True)
         names = read.class_names or [f"class {i + 1}" for i in range(number)]
         return build_predictor(config, model, variables, names)
@@ -152,9 +143,7 @@ class Predictor:
         (prediction,) = self.predict_images([image])
         return prediction
 
-    def predict_images(
-        self, images: Iterable[Image], batch_size: int = 1
-    ) -> Iterator[Prediction]:
+    def predict_images(self, images: Iterable[Image], batch_size: int = 1) -> Iterator[Prediction]:
         """Yields the prediction of each image, in order; `image_id` counts from 0.
 
         Args:

@@ -19,9 +19,7 @@ def build_model(config: Any, num_classes: int) -> SOLOv2:
     """
     model = config.model
     if model.dtype not in _DTYPES:
-        raise ValueError(
-            f"model.dtype is {model.dtype!r}; choose one of {sorted(_DTYPES)}"
-        )
+        raise ValueError(f"model.dtype is {model.dtype!r}; choose one of {sorted(_DTYPES)}")
     return SOLOv2(
         num_classes=num_classes,
         depth=model.backbone.depth,

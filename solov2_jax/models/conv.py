@@ -60,9 +60,7 @@ def _on_cpu() -> bool:
     return jax.default_backend() == "cpu" and not _portable.get()
 
 
-def conv2d(
-    x: Float[Array, "B h w C"], kernel: Kernel, stride: int = 1
-) -> Float[Array, "B _ _ D"]:
+def conv2d(x: Float[Array, "B h w C"], kernel: Kernel, stride: int = 1) -> Float[Array, "B _ _ D"]:
     """Returns the convolution of `x`, padded by k // 2 on every side (as torch does).
 
     "SAME" padding would shift stride-2 convolutions by a pixel.
@@ -70,9 +68,7 @@ def conv2d(
     return conv2d_levels([x], kernel, stride)[0]
 
 
-def conv2d_levels(
-    xs: Sequence[jax.Array], kernel: Kernel, stride: int = 1
-) -> list[jax.Array]:
+def conv2d_levels(xs: Sequence[jax.Array], kernel: Kernel, stride: int = 1) -> list[jax.Array]:
     """Returns `conv2d` of each array with one kernel, in one product where possible."""
     if kernel.ndim == 3:
         return winograd.convolve(list(xs), kernel)
@@ -81,7 +77,7 @@ def conv2d_levels(
     return [_lax_conv(x, kernel, stride) for x in xs]
 
 
-def prepare_kernel(
+def transform_kernel(
     kernel: Float[Array, "k k C D"], xs: Sequence[jax.Array], stride: int = 1
 ) -> Kernel:
     """Returns the kernel in the form that `conv2d_levels(xs, ...)` is fastest with.
@@ -135,19 +131,14 @@ def _conv2d_cpu_bwd(stride, residuals, grads):
     ]
     if _is_winograd_grad(xs, kernel, stride):
         return dxs, winograd.filter_grad(xs, grads)
-    taps = [
-        _tap_filter_grad(x, g, kernel.shape[0], stride)
-        for x, g in zip(xs, grads, strict=True)
-    ]
+    taps = [_tap_filter_grad(x, g, kernel.shape[0], stride) for x, g in zip(xs, grads, strict=True)]
     return dxs, functools.reduce(jnp.add, taps)
 
 
 def _is_winograd(xs, kernel, stride, min_tiles=WINOGRAD_MIN_TILES):
     """Whether Winograd's form is the fastest, forward and for the input's gradient."""
     pairs = kernel.shape[2] * kernel.shape[3]
-    wide = (
-        min(kernel.shape[2:]) >= WINOGRAD_MIN_CHANNELS and pairs >= WINOGRAD_MIN_PAIRS
-    )
+    wide = min(kernel.shape[2:]) >= WINOGRAD_MIN_CHANNELS and pairs >= WINOGRAD_MIN_PAIRS
     return wide and _has_tiles(xs, kernel, stride, min_tiles)
 
 

@@ -25,9 +25,7 @@ class FPN(nn.Module):
     def __call__(self, features: dict[str, jax.Array]) -> dict[str, jax.Array]:
         def conv(size, name, x):
             init, dtype = xavier_init, self.dtype
-            return Conv(self.channels, size, kernel_init=init, dtype=dtype, name=name)(
-                [x]
-            )[0]
+            return Conv(self.channels, size, kernel_init=init, dtype=dtype, name=name)([x])[0]
 
         out, top = {}, None
         for level in (5, 4, 3, 2):

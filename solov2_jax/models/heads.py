@@ -49,9 +49,7 @@ class InstanceHead(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, levels: Sequence[jax.Array]
-    ) -> tuple[list[jax.Array], list[jax.Array]]:
+    def __call__(self, levels: Sequence[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
         """Returns class logits [B, g, g, K] and kernels [B, g, g, E] per level."""
         grids = [
             ops.resize_bilinear(append_coords(x), (g, g))
@@ -61,9 +59,7 @@ class InstanceHead(nn.Module):
         prior = nn.initializers.constant(-math.log(1 / self.prior_prob - 1))
         cate = ConvTower(*args, dtype, name="cate_tower")([x[..., :-2] for x in grids])
         kernel = ConvTower(*args, dtype, name="kernel_tower")(grids)
-        cate = Conv(
-            self.num_classes, 3, bias_init=prior, dtype=dtype, name="cate_pred"
-        )(cate)
+        cate = Conv(self.num_classes, 3, bias_init=prior, dtype=dtype, name="cate_pred")(cate)
         kernel = Conv(self.num_kernels, 3, dtype=dtype, name="kernel_pred")(kernel)
         return cate, kernel
 

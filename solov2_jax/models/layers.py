@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from solov2_jax import ops
-from solov2_jax.models.conv import conv2d, conv2d_levels, prepare_kernel
+from solov2_jax.models.conv import conv2d, conv2d_levels, transform_kernel
 
 NORMS = ("frozen_bn", "gn", "sync_bn")  # of the backbone
 
@@ -40,7 +40,7 @@ def _prepared(
         return module.get_variable("prepared", "kernel")
     value = kernel()
     if module.is_mutable_collection("prepared") and not module.is_initializing():
-        value = prepare_kernel(value, xs, stride)
+        value = transform_kernel(value, xs, stride)
         module.put_variable("prepared", "kernel", value)
     return value
 
@@ -61,9 +61,7 @@ class FrozenBatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         # The reference's default makes variance + epsilon exactly 1.
-        var = self.variable(
-            "batch_stats", "var", lambda: jnp.full((channels,), 1 - self.epsilon)
-        )
+        var = self.variable("batch_stats", "var", lambda: jnp.full((channels,), 1 - self.epsilon))
         factor = scale * lax.rsqrt(var.value + self.epsilon)
         return lax.stop_gradient((factor, bias - mean.value * factor))
 
@@ -119,9 +117,7 @@ class ConvNorm(nn.Module):
         k = self.kernel_size
         shape = (k, k, x.shape[-1], self.features)
         if self.norm not in NORMS:
-            raise ValueError(
-                f"model.backbone.norm is {self.norm!r}; choose one of {NORMS}"
-            )
+            raise ValueError(f"model.backbone.norm is {self.norm!r}; choose one of {NORMS}")
         x, factor, shift = x.astype(self.dtype), None, None
         mutable = self.is_mutable_collection("batch_stats")
         trained = self.norm == "sync_bn" and mutable and not self.is_initializing()

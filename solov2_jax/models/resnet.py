@@ -93,9 +93,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, image: Float[Array, "B h w 3"]) -> dict[str, jax.Array]:
         if self.depth not in STAGES:
-            raise ValueError(
-                f"model.backbone.depth is {self.depth}; known are {list(STAGES)}"
-            )
+            raise ValueError(f"model.backbone.depth is {self.depth}; known are {list(STAGES)}")
         num_blocks, bottleneck = STAGES[self.depth]
         x = Stem(self._norm_of(1), self.dtype, name="stem")(image)
         if self.freeze_at >= 1:

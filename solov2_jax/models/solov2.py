@@ -64,17 +64,15 @@ class SOLOv2(nn.Module):
             self.dtype,
             name="ins_head",
         )(split_features(features))
-        mask_feat = MaskHead(
-            self.mask_channels, self.num_kernels, self.dtype, name="mask_head"
-        )(features)
+        mask_feat = MaskHead(self.mask_channels, self.num_kernels, self.dtype, name="mask_head")(
+            features
+        )
         return Outputs(_pack(cate), _pack(kernel), mask_feat)
 
 
 def _pack(levels: Sequence[jax.Array]) -> jax.Array:
     """Returns the cells of all levels one after the other: [B, S, C]."""
-    return jnp.concatenate(
-        [x.reshape(x.shape[0], -1, x.shape[-1]) for x in levels], axis=1
-    )
+    return jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in levels], axis=1)
 
 
 def intermediates(

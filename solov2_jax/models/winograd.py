@@ -65,9 +65,7 @@ _FILTER_2D = np.kron(_FILTER, _FILTER).astype(np.float32)
 # at its inverse: the transformed filter serves both directions, with these transforms.
 _INVERSE = (5, 3, 4, 1, 2, 0)
 _MULTIPLE = (1, -_A2, -_A2, -_B2, -_B2, 1)  # of the filter's value at each point
-_DATA_BACK = tuple(
-    tuple(m * c for c in _DATA[i]) for i, m in zip(_INVERSE, _MULTIPLE, strict=True)
-)
+_DATA_BACK = tuple(tuple(m * c for c in _DATA[i]) for i, m in zip(_INVERSE, _MULTIPLE, strict=True))
 _OUTPUT_BACK = tuple(tuple(row[i] for i in _INVERSE) for row in _OUTPUT)
 _PRODUCT = (((2,), (1,)), ((0,), (0,)))  # [36, T, C] x [36, C, D]
 _PRODUCT_BACK = (((2,), (2,)), ((0,), (0,)))  # [36, T, D] x [36, C, D]
@@ -90,9 +88,7 @@ _FORWARD = _Direction(_DATA, _PRODUCT, _OUTPUT)
 _BACK = _Direction(_DATA_BACK, _PRODUCT_BACK, _OUTPUT_BACK)
 
 
-def convolve(
-    xs: Sequence[jax.Array], weights: Float[Array, "36 C D"]
-) -> list[jax.Array]:
+def convolve(xs: Sequence[jax.Array], weights: Float[Array, "36 C D"]) -> list[jax.Array]:
     """Returns the convolution, padded by one pixel, of arrays [B, h, w, C] each.
 
     Args:
@@ -101,9 +97,7 @@ def convolve(
     return _convolve(xs, weights, _FORWARD)
 
 
-def input_grad(
-    grads: Sequence[jax.Array], weights: Float[Array, "36 C D"]
-) -> list[jax.Array]:
+def input_grad(grads: Sequence[jax.Array], weights: Float[Array, "36 C D"]) -> list[jax.Array]:
     """Returns the gradients of `convolve`'s inputs, of those of its outputs."""
     return _convolve(grads, weights, _BACK)
 
@@ -274,10 +268,6 @@ def _combine(matrix, parts, axis: int) -> jax.Array:
     """Returns matrix times parts, stacked along `axis`."""
     results = []
     for row in matrix:
-        terms = [
-            part if c == 1 else c * part
-            for c, part in zip(row, parts, strict=True)
-            if c != 0
-        ]
+        terms = [part if c == 1 else c * part for c, part in zip(row, parts, strict=True) if c != 0]
         results.append(functools.reduce(jnp.add, terms))
     return jnp.stack(results, axis)

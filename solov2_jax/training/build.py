@@ -14,27 +14,23 @@ import optax
 
 from solov2_jax.models import build_model
 from solov2_jax.targets import assign_targets
-from solov2_jax.training.objective import Solov2Objective
-from solov2_jax.training.optim import make_optimizer, trainable_mask
-from solov2_jax.training.schedule import build_schedule, describe_rate
+from solov2_jax.training.objective import Solov2Objective, ValidationLoss
+from solov2_jax.training.optim import build_schedule, describe_rate, make_optimizer, trainable_mask
 from solov2_jax.training.task import Task
-from solov2_jax.training.validation import ValidationLoss
 
 PyTree = Any
 
 log = logging.getLogger("solov2_jax")
 
 
-def build_task(
-    config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
-) -> Task:
+def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False) -> Task:
     """Returns the SOLOv2 task that a config describes.
 
     Args:
       val_is_train: evaluate on the training images instead of the validation's.
     """
     from solov2_jax.data.build import build_train_batches, load_datasets
-    from solov2_jax.data.doctor.start import check_at_start
+    from solov2_jax.tools.doctor.start import check_at_start
 
     train, val = load_datasets(config)
     val = train if val_is_train else val
@@ -146,7 +142,7 @@ def build_evaluate(
 
     def evaluate_variables(variables: dict[str, PyTree]) -> dict[str, float]:
         from solov2_jax.data.build import build_eval_batches
-        from solov2_jax.evaluation.run import evaluate
+        from solov2_jax.evaluation.evaluate import evaluate
         from solov2_jax.inference.predictor import build_predictor
 
         # The state lives on every device; prediction runs on one.

@@ -62,7 +62,7 @@ class Hook(Protocol):
     def after_train(self, run: Run) -> None: ...
 
 
-class QuietHook:
+class HookBase:
     """Does nothing at any point; the hooks below fill in what they need."""
 
     def before_train(self, run: Run) -> None:
@@ -78,7 +78,7 @@ class QuietHook:
         """Called once, after the last step or an early stop."""
 
 
-class IterationTimer(QuietHook):
+class IterationTimer(HookBase):
     """Seconds per step and of waiting for data, images/s, ETA, memory.
 
     Means over the steps since the last line. Compiling is not counted, nor what hooks
@@ -115,7 +115,7 @@ class IterationTimer(QuietHook):
             self._steps = 0
 
 
-class LearningRate(QuietHook):
+class LearningRate(HookBase):
     """Logs the rate that the step used; the schedule itself is part of the step.
 
     Comes after a hook that fetches the metrics, which tell the skipped steps.
@@ -131,7 +131,7 @@ class LearningRate(QuietHook):
             run.scalars["learning_rate"] = float(np.asarray(self._schedule(updates)))
 
 
-class PeriodicWriter(QuietHook):
+class PeriodicWriter(HookBase):
     """Writes the means of the metrics and everything that earlier hooks found out."""
 
     def __init__(self, writers: Sequence[Writer], every: int):

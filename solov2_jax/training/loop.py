@@ -12,36 +12,32 @@ from typing import Any
 
 import jax
 
-from solov2_jax import processes, session
+from solov2_jax import distributed
+from solov2_jax import logging as session
+from solov2_jax.checkpoint import CheckpointManager
 from solov2_jax.training import sharding, workdir
 from solov2_jax.training.build import build_task
-from solov2_jax.training.checkpoint import Checkpoints
-from solov2_jax.training.hooks import (
-    Hook,
-    IterationTimer,
-    LearningRate,
-    PeriodicWriter,
-    Run,
-)
-from solov2_jax.training.metrics import MetricsWindow
-from solov2_jax.training.precise_bn import PreciseBN
-from solov2_jax.training.restore import restore
-from solov2_jax.training.saving import (
+from solov2_jax.training.checkpoint_hooks import (
     BestCheckpoint,
     EarlyStop,
     Evaluation,
     PeriodicCheckpoint,
 )
-from solov2_jax.training.showing import Histograms, Pictures, Profiler
+from solov2_jax.training.hooks import Hook, IterationTimer, LearningRate, PeriodicWriter, Run
+from solov2_jax.training.metrics import MetricsWindow
+from solov2_jax.training.precise_bn import PreciseBN
+from solov2_jax.training.restore import restore
 from solov2_jax.training.step import TrainStep
 from solov2_jax.training.task import Task
-from solov2_jax.training.trackers import MlflowWriter, WandbWriter
+from solov2_jax.training.visualization_hooks import Histograms, Pictures, Profiler
 from solov2_jax.training.watchdog import Facts, LossWatchdog
 from solov2_jax.training.writers import (
     ConsoleWriter,
     CsvWriter,
     JsonlWriter,
+    MlflowWriter,
     TensorBoardWriter,
+    WandbWriter,
     Writer,
 )
 
@@ -67,8 +63,8 @@ def train(
     path = workdir.make_workdir(folder)
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdir.locked(path))
-        if processes.is_first():
-            stack.enter_context(session.heard_log())
+        if distributed.is_primary():
+            stack.enter_context(session.console_logging())
         stack.enter_context(workdir.logging_to(path / "train.log"))
         return _train(config, path, build, stack)
 
@@ -94,7 +90,7 @@ def _train(config, path, build, stack) -> dict[str, float]:
     window = MetricsWindow(config.train.max_skipped, position)
     size = config.train.batch_size
     run = Run(state, step, config.train.steps, size, step_fn, window)
-    checkpoints = Checkpoints(path, keep=config.train.keep_checkpoints)
+    checkpoints = CheckpointManager(path, keep=config.train.keep_checkpoints)
     stack.callback(checkpoints.close)
     writers = make_writers(path, step, config, stack)
     hooks = make_hooks(config, path, task, checkpoints, writers)
@@ -118,7 +114,7 @@ def train_steps(
     for hook in hooks:
         hook.before_train(run)
     previous: Any = ()
-    vote = processes.Vote(mesh)
+    vote = distributed.Vote(mesh)
     while not run.finished:
         if vote(bool(run.stop)):
             if not run.stop:
@@ -159,7 +155,7 @@ def make_writers(
       step: that the run resumes at.
       stack: closes them.
     """
-    if not processes.is_first():
+    if not distributed.is_primary():
         return []
     makers: dict[str, Callable[[], Writer]] = {
         "tensorboard": lambda: TensorBoardWriter(path / "tensorboard", step),
@@ -182,7 +178,7 @@ def make_hooks(
     config: Any,
     path: pathlib.Path,
     task: Task,
-    checkpoints: Checkpoints,
+    checkpoints: CheckpointManager,
     writers: Sequence[Writer],
 ) -> list[Hook]:
     """Returns the default hooks, in the order they are called.
@@ -210,7 +206,7 @@ def make_hooks(
         given = task.moments, task.batches, train.eval_every, train.precise_bn
         precise = [PreciseBN(*given)]
     # Only the first process has written any; all must evaluate, or none.
-    written = processes.from_first(
+    written = distributed.broadcast_from_host0(
         lambda: next((w.last for w in writers if isinstance(w, JsonlWriter)), {})
     )
     saver = PeriodicCheckpoint(checkpoints, train.checkpoint_every, position)
@@ -218,9 +214,7 @@ def make_hooks(
         Profiler(train.profile_steps, path / "profile"),
         IterationTimer(train.log_every),
         LearningRate(task.schedule, train.log_every),
-        LossWatchdog(
-            Facts.of(config, task.schedule), train.log_every, train.watch_steps
-        ),
+        LossWatchdog(Facts.of(config, task.schedule), train.log_every, train.watch_steps),
         PeriodicWriter(writers, train.log_every),
         *precise,
         saver,

@@ -1,14 +1,18 @@
-"""SOLOv2's loss of a batch's numpy fields: normalise, apply, assign, compare."""
+"""SOLOv2's loss of a batch's numpy fields: normalise, apply, assign, compare.
 
-from collections.abc import Callable
+The training loss on validation images."""
+
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import numpy as np
 
 from solov2_jax import ops
 from solov2_jax.losses import Totals, solov2_loss, totals_of
 from solov2_jax.structs import Batch, Targets
-from solov2_jax.training.gradients import Metrics
+from solov2_jax.training import sharding
+from solov2_jax.training.step import LossFn, Metrics
 
 PyTree = Any
 Rows = tuple[dict[str, jax.Array], dict[str, jax.Array]]  # of Batch, of Targets
@@ -38,9 +42,7 @@ class Solov2Objective:
         self._apply, self._assign = apply, assign
         self._mean, self._std, self._weights = mean, std, weights
 
-    def prepare(
-        self, batch: dict[str, jax.Array], key: jax.Array
-    ) -> tuple[Rows, Totals]:
+    def prepare(self, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Rows, Totals]:
         targets = self._assign(Batch(**batch), key)
         # Dicts: whoever splits the rows gives them one axis more for a while.
         return (batch, dict(vars(targets))), totals_of(targets)
@@ -55,15 +57,11 @@ class Solov2Objective:
         batch, targets = Batch(**rows[0]), Targets(**rows[1])
         variables = {"params": params, **model_state}
         if self._mutable:
-            outputs, changed = self._apply(
-                variables, self._image(rows[0]), mutable=self._mutable
-            )
+            outputs, changed = self._apply(variables, self._image(rows[0]), mutable=self._mutable)
             model_state = {**model_state, **changed}
         else:
             outputs = self._apply(variables, self._image(rows[0]))
-        loss, metrics = solov2_loss(
-            outputs, targets, batch.masks, totals=totals, **self._weights
-        )
+        loss, metrics = solov2_loss(outputs, targets, batch.masks, totals=totals, **self._weights)
         return loss, (metrics, model_state)
 
     def moments(self, variables: PyTree, batch: dict[str, jax.Array]) -> PyTree:
@@ -74,9 +72,7 @@ class Solov2Objective:
         return changed["moments"]
 
     def _image(self, batch: dict[str, jax.Array]) -> jax.Array:
-        return ops.normalize_image(
-            batch["image"], batch["image_size"], self._mean, self._std
-        )
+        return ops.normalize_image(batch["image"], batch["image_size"], self._mean, self._std)
 
     def __call__(
         self, params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array
@@ -84,3 +80,47 @@ class Solov2Objective:
         rows, totals = self.prepare(batch, key)
         loss, (metrics, _) = self.part(params, model_state, rows, totals)
         return loss, metrics
+
+
+class ValidationLoss:
+    """variables -> {"val/loss": ..., ...}: those of one batch with all images.
+
+    Args:
+      loss_fn: of whole batches.
+      batches: makes the batches, the same ones each time.
+    """
+
+    def __init__(self, loss_fn: LossFn, batches: Callable[[], Iterable[dict[str, np.ndarray]]]):
+        self._batches, self.compiles = batches, 0
+        self._mesh = sharding.make_mesh()
+        copied = sharding.replicated(self._mesh)
+
+        def metrics(variables: PyTree, batch: PyTree) -> dict[str, jax.Array]:
+            self.compiles += 1  # runs when traced: once for each padded shape
+            state = {name: tree for name, tree in variables.items() if name != "params"}
+            # The key only chooses among more pairs than there are slots.
+            return loss_fn(variables["params"], state, batch, jax.random.key(0))[1]
+
+        by_batch = sharding.split_by_batch(self._mesh)
+        self._metrics = jax.jit(metrics, in_shardings=(copied, by_batch), out_shardings=copied)
+
+    def __call__(self, variables: PyTree) -> dict[str, float]:
+        variables = sharding.copy_to_all(variables, self._mesh)
+        rows = []
+        for batch in self._batches():
+            arrays = sharding.put_batch(batch, self._mesh)
+            rows.append(jax.device_get(self._metrics(variables, arrays)))
+        pairs = np.array([row["num_pairs"] for row in rows])
+        cells = np.array([row["num_cells"] for row in rows])
+        each = {n: np.array([row[n] for row in rows]) for n in rows[0]}
+        ins, iou = (
+            float(each[n] @ pairs / max(pairs.sum(), 1.0)) for n in ("loss_ins", "mean_iou")
+        )
+        # The class loss is divided by the positive cells + 1.
+        cate = float(each["loss_cate"] @ (cells + 1) / (cells.sum() + 1))
+        return {
+            "val/loss": ins + cate,
+            "val/loss_ins": ins,
+            "val/loss_cate": cate,
+            "val/mean_iou": iou,
+        }

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from solov2_jax.training import sharding
-from solov2_jax.training.hooks import QuietHook, Run
+from solov2_jax.training.hooks import HookBase, Run
 
 PyTree = Any
 
 log = logging.getLogger("solov2_jax")
 
 
-class PreciseBN(QuietHook):
+class PreciseBN(HookBase):
     """Replaces the batch norms' statistics before an evaluation or the last save.
 
     The one hook that changes the state: what evaluation and prediction use, which no
@@ -49,9 +49,7 @@ class PreciseBN(QuietHook):
             sharding.replicated(self._mesh),
             sharding.split_by_batch(self._mesh),
         )
-        self._moments = jax.jit(
-            moments, in_shardings=(copied, split), out_shardings=copied
-        )
+        self._moments = jax.jit(moments, in_shardings=(copied, split), out_shardings=copied)
 
     def after_step(self, run: Run) -> None:
         if not (run.due(self._every) or run.finished):

@@ -8,15 +8,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from solov2_jax import processes
+from solov2_jax import distributed
+from solov2_jax.checkpoint import list_steps, read_run, restore_state
 from solov2_jax.config import write_json
 from solov2_jax.training import sharding
-from solov2_jax.training.checkpoint import list_steps, restore_state
-from solov2_jax.training.run_weights import read_run
 from solov2_jax.training.state import TrainState, abstract, create_state, draw, state_of
 from solov2_jax.training.task import Task
 from solov2_jax.weights import convert
-from solov2_jax.weights.settings import check_config
+from solov2_jax.weights.settings import check_settings
 from solov2_jax.weights.sources import read_weights
 
 log = logging.getLogger("solov2_jax")
@@ -36,7 +35,7 @@ def restore(
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     average = config.optim.ema_decay > 0
     shapes = jax.eval_shape(lambda k: state_of(task.init(k), task.tx, average), key)
-    if processes.from_first(lambda: list_steps(workdir)):
+    if distributed.broadcast_from_host0(lambda: list_steps(workdir)):
         restored = restore_state(workdir, abstract(shapes, mesh))
         assert restored is not None
         state, position = restored
@@ -51,7 +50,7 @@ def restore(
             return draw(lambda k: _leaves(task.init(k), names), key, mesh)
 
         variables, report = initial_weights(config, shapes.variables, init)
-        if processes.is_first():
+        if distributed.is_primary():
             write_json(report.to_dict(), workdir / "init_from.json")
         state = jax.jit(
             lambda v: state_of(v, task.tx, average),
@@ -65,7 +64,7 @@ def restore(
 
 
 def _leaves(variables: dict[str, PyTree], names: Sequence[str]) -> dict[str, jax.Array]:
-    flat = dict(convert.flatten(variables))
+    flat = dict(convert.flatten_tree(variables))
     return {name: flat[name] for name in names}
 
 
@@ -93,13 +92,11 @@ def initial_weights(
             f"init_from = {config.init_from!r}: no such file or folder; give a weights "
             "file or another run's workdir, or '' for random weights"
         )
-    check_config(weights.settings, config, weights.path)
+    check_settings(weights.settings, config, weights.path)
     return convert.fit(weights, shapes, init=init)
 
 
-def check_position(
-    position: dict[str, Any], task: Task, workdir: str | pathlib.Path
-) -> None:
+def check_position(position: dict[str, Any], task: Task, workdir: str | pathlib.Path) -> None:
     """Raises if the training data is not what the run was started with."""
     if position["data"] != task.fingerprint:
         raise ValueError(

@@ -53,9 +53,7 @@ def draw(init_fn: Callable[[jax.Array], PyTree], key: jax.Array, mesh: Mesh) -> 
     # saves.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
-    build = jax.jit(
-        init_fn, out_shardings=sharding.replicated(mesh), compiler_options=options
-    )
+    build = jax.jit(init_fn, out_shardings=sharding.replicated(mesh), compiler_options=options)
     return build(key)
 
 
@@ -77,6 +75,4 @@ def state_of(
 def abstract(state: TrainState, mesh: Mesh) -> TrainState:
     """Returns shapes, types and shardings of a state on a mesh."""
     copied = sharding.replicated(mesh)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=copied), state
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=copied), state)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from solov2_jax.training.gradients import LossFn, Objective
+from solov2_jax.training.step import LossFn, Objective
 
 PyTree = Any
 
@@ -25,9 +25,7 @@ class Task:
     tx: optax.GradientTransformation
     schedule: optax.Schedule
     trainable: PyTree
-    batches: Callable[
-        [int], Generator[dict[str, np.ndarray], None, None]
-    ]  # from a step on
+    batches: Callable[[int], Generator[dict[str, np.ndarray], None, None]]  # from a step on
     evaluate: Callable[[dict[str, PyTree]], dict[str, float]]  # of variables
     fingerprint: str  # of the training data's content
     # (variables, batch) -> mean and variance at each trained batch norm

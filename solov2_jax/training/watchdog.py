@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import optax
 
-from solov2_jax.training.hooks import QuietHook, Run
+from solov2_jax.training.hooks import HookBase, Run
 
 log = logging.getLogger("solov2_jax")
 
@@ -47,7 +47,7 @@ class Facts:
         )
 
 
-class LossWatchdog(QuietHook):
+class LossWatchdog(HookBase):
     """Logs a line when `loss_ins` stays where it starts: dice loss 1, times its weight.
 
     Reads the means of the metrics' window, so it comes after a hook that fetches them

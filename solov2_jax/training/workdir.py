@@ -21,10 +21,10 @@ import jax
 import numpy as np
 
 import solov2_jax
-from solov2_jax import processes
+from solov2_jax import distributed
+from solov2_jax.checkpoint import list_steps
 from solov2_jax.config import changed_keys, read_config, save_config, write_json
-from solov2_jax.training.checkpoint import list_steps
-from solov2_jax.training.schedule import build_schedule
+from solov2_jax.training.optim import build_schedule
 
 log = logging.getLogger("solov2_jax")
 
@@ -69,7 +69,7 @@ def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Keeps a second run out of the folder; a kill frees it too."""
-    if not processes.is_first():
+    if not distributed.is_primary():
         yield  # the first process holds it for all
         return
     with open(workdir / ".lock", "w") as file:
@@ -166,9 +166,9 @@ def _same_rates(steps: int, old: Any, new: Any) -> bool:
 def describe_run(
     workdir: pathlib.Path, config: Any, names: Sequence[str], ids: Sequence[int]
 ) -> None:
-    """Writes config.json, classes.json and environment.json, once for all processes."""
-    processes.barrier("the config was compared")
-    if not processes.is_first():
+    """Writes config.json, classes.json and environment.json, once for all distributed."""
+    distributed.barrier("the config was compared")
+    if not distributed.is_primary():
         return
     save_config(config, workdir / "config.json")
     classes = {"names": list(names), "ids": [int(i) for i in ids]}

@@ -1,12 +1,20 @@
-"""Where numbers go: the console, `metrics.jsonl`, `metrics.csv` and TensorBoard."""
+"""Where numbers go: the console, `metrics.jsonl`, `metrics.csv` and TensorBoard.
+
+Experiment trackers, for who asks for them in `train.writers`: wandb and mlflow.
+
+Their packages are optional and imported when a run starts, so that nobody else needs
+them. Both get the scalars, the pictures and the histograms that a `Writer` gets.
+"""
 
 import csv
+import importlib
 import io
 import json
 import logging
 import math
 import os
 import pathlib
+from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -27,7 +35,7 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
-class QuietWriter:
+class WriterBase:
     """Writes nothing; the writers below fill in what they can show."""
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
@@ -43,7 +51,7 @@ class QuietWriter:
         """Called once, at the end, also after an error."""
 
 
-class ConsoleWriter(QuietWriter):
+class ConsoleWriter(WriterBase):
     """One line for people: losses, rate, images/s, waiting for data, ETA, memory."""
 
     def __init__(self, total_steps: int):
@@ -70,7 +78,7 @@ class ConsoleWriter(QuietWriter):
         log.info("  ".join(text))
 
 
-class JsonlWriter(QuietWriter):
+class JsonlWriter(WriterBase):
     """`metrics.jsonl`: one JSON object per step, appended.
 
     Opening it for a run that resumes cuts the lines beyond the resumed step, so each
@@ -108,7 +116,7 @@ class JsonlWriter(QuietWriter):
         self._file.close()
 
 
-class CsvWriter(QuietWriter):
+class CsvWriter(WriterBase):
     """`metrics.csv`: a row per step, for spreadsheets; what a step lacks is empty.
 
     A new name is a new column, for which the file is written anew; that happens when
@@ -160,7 +168,7 @@ class CsvWriter(QuietWriter):
         self._file.flush()
 
 
-class TensorBoardWriter(QuietWriter):
+class TensorBoardWriter(WriterBase):
     """Event files in `tensorboard/`; events beyond the resumed step are hidden."""
 
     def __init__(self, folder: str | os.PathLike, resumed_step: int):
@@ -222,3 +230,84 @@ def duration(seconds: float) -> str:
     hours, minute = divmod(minutes, 60)
     clock = f"{hours}:{minute:02}:{second:02}" if hours or days else ""
     return (f"{days} d " if days else "") + (clock or f"{minute}:{second:02}")
+
+
+PROJECT = "solov2_jax"
+
+
+class WandbWriter(WriterBase):
+    """Weights & Biases; where and as whom is said by its own WANDB_* variables."""
+
+    def __init__(self, folder: pathlib.Path, config: dict[str, Any]):
+        self._wandb = _import("wandb", "wandb")
+        run = _read_id(folder, "wandb")
+        self._run = self._wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=folder.name,
+            dir=str(folder),
+            config=config,
+            id=run,
+            resume="allow" if run else None,
+        )
+        _write_id(folder, "wandb", self._run.id)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        self._run.log(scalars, step=step)
+
+    def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
+        shown = {name: self._wandb.Image(image) for name, image in images.items()}
+        self._run.log(shown, step=step)
+
+    def write_histograms(self, step: int, arrays: dict[str, np.ndarray]) -> None:
+        shown = {name: self._wandb.Histogram(x) for name, x in arrays.items()}
+        self._run.log(shown, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MlflowWriter(WriterBase):
+    """MLflow; where is said by its own MLFLOW_* variables. It has no histograms."""
+
+    def __init__(self, folder: pathlib.Path, config: dict[str, Any]):
+        self._mlflow = _import("mlflow", "mlflow-skinny")
+        self._mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
+        run = _read_id(folder, "mlflow")
+        started = self._mlflow.start_run(run_id=run, run_name=folder.name)
+        if run is None:
+            self._mlflow.log_dict(config, "config.json")
+        _write_id(folder, "mlflow", started.info.run_id)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        self._mlflow.log_metrics(scalars, step=step)
+
+    def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
+        for name, image in images.items():
+            self._mlflow.log_image(image, key=name.replace("/", "_"), step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+def _import(name: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"train.writers has {name!r}, but its package cannot be imported "
+            f"({error}): pip install {package}, or take it out of train.writers"
+        ) from error
+
+
+def _id_file(folder: pathlib.Path, name: str) -> pathlib.Path:
+    return folder / f".{name}_run"
+
+
+def _read_id(folder: pathlib.Path, name: str) -> str | None:
+    """Returns the tracker's name of the run that is resumed, None for a new one."""
+    path = _id_file(folder, name)
+    return path.read_text() if path.is_file() else None
+
+
+def _write_id(folder: pathlib.Path, name: str, run: str) -> None:
+    _id_file(folder, name).write_text(run)

@@ -1,4 +1,6 @@
-"""Putting weights into the network's variables, and the report of what went where."""
+"""Putting weights into the network's variables, and the report of what went where.
+
+Weights against a whole config: the network it describes, and its settings."""
 
 import json
 import logging
@@ -6,12 +8,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from solov2_jax.models import build_model
 from solov2_jax.weights.formats.safetensors import write_safetensors
 from solov2_jax.weights.formats.torch_writer import write_torch
 from solov2_jax.weights.names import Flat, shorten, to_adelaidet
-from solov2_jax.weights.settings import check_config, depth_of
+from solov2_jax.weights.settings import check_settings, depth_of
 from solov2_jax.weights.sources import NO_RULE, OURS, Weights, read_weights
 
 _log = logging.getLogger(__name__)
@@ -92,17 +97,17 @@ def _partly_new(report: Report) -> dict[str, int]:
     return holes
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields (path, leaf) of a nested dict, paths joined by "/"."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}/")
+            yield from flatten_tree(value, f"{prefix}{name}/")
         else:
             yield f"{prefix}{name}", value
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the nested dict of flat paths, inverse of `flatten`."""
+    """Returns the nested dict of flat paths, inverse of `flatten_tree`."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, name = path.split("/")
@@ -120,9 +125,7 @@ def _mismatches(flat: Flat, targets: Mapping[str, Any]) -> list[str]:
         if leaf not in targets:
             wrong.append(f"{leaf} {value.shape} is not in the network")
         elif value.shape != tuple(targets[leaf].shape):
-            wrong.append(
-                f"{leaf} is {value.shape}, the network's {tuple(targets[leaf].shape)}"
-            )
+            wrong.append(f"{leaf} is {value.shape}, the network's {tuple(targets[leaf].shape)}")
     return wrong
 
 
@@ -158,7 +161,7 @@ def match(
     weights: Weights, variables: Mapping[str, Any], *, strict: bool = False
 ) -> tuple[Flat, Report]:
     """Returns (leaves of the file that fit the network, report), see `fit`."""
-    targets, flat, dropped = dict(flatten(variables)), dict(weights.flat), []
+    targets, flat, dropped = dict(flatten_tree(variables)), dict(weights.flat), []
     if not strict and _other_classes(flat, targets):
         for leaf in [leaf for leaf in flat if leaf.startswith(_CLASS_LAYER)]:
             classes = flat.pop(leaf).shape[-1]
@@ -201,7 +204,7 @@ def fit(
     _log.info("%s", report.summary())
     for group, count in _partly_new(report).items():
         _log.warning("%s: %d leaves of %s are missing", weights.path, count, group)
-    targets = dict(flatten(variables))
+    targets = dict(flatten_tree(variables))
     loaded = {n: np.array(v, targets[n].dtype, order="C") for n, v in flat.items()}
     if report.new and not hasattr(targets[report.new[0]], "__array__"):
         if init is None:
@@ -227,7 +230,7 @@ def load_weights(
     """
     weights = read_weights(path, source, sha256=sha256)
     if config is not None:
-        check_config(weights.settings, config, path)
+        check_settings(weights.settings, config, path)
     return fit(weights, variables, strict=strict, init=init)
 
 
@@ -241,3 +244,20 @@ def save_weights(path: str, flat: Flat, settings: Mapping[str, Any]) -> None:
         write_torch(path, to_adelaidet(flat), text)
     else:
         raise ValueError(f"{path}: write to a .safetensors file (AdelaiDet's: .pth)")
+
+
+def network_shapes(config: Any, num_classes: int) -> dict[str, Any]:
+    """Returns the variables' shapes of the network that the config describes."""
+    model = build_model(config, num_classes)
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), image)
+
+
+def check_network(config: Any, weights: Weights, strict: bool = False) -> tuple[Flat, Report]:
+    """Returns (leaves that fit the config's network, report); nothing is computed.
+
+    With `model.num_classes` 0 the network has the weights' classes.
+    """
+    check_settings(weights.settings, config, weights.path)
+    classes = config.model.num_classes or weights.num_classes or 1
+    return match(weights, network_shapes(config, classes), strict=strict)

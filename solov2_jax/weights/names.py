@@ -16,8 +16,8 @@ import numpy as np
 from solov2_jax.weights.rules import (
     NORM_EPS,
     Drop,
+    NameTable,
     Rule,
-    Table,
     batch_norm,
     conv,
     fill,
@@ -151,9 +151,7 @@ _SOLO_HEADS = _mmdet_heads(
 )
 
 
-_COUNTER = Drop(
-    r".*\.num_batches_tracked", "counts batches; frozen batch norms need no counter"
-)
+_COUNTER = Drop(r".*\.num_batches_tracked", "counts batches; frozen batch norms need no counter")
 _CLASSIFIER = Drop(
     r"((stem\.)?fc|fc1000|pred|classifier|linear)[._].*",
     "ImageNet classifier, not used",
@@ -169,11 +167,11 @@ _STEM_BIAS = Drop(r"(stem\.)?conv1(_b|\.bias)", "the reference ignores it too")
 _EMA_BUFFER = Drop(r"ema_.*", "moving average kept by an EMA hook")
 
 _BOTTOM_UP = _detectron2_backbone("backbone.bottom_up.")
-ADELAIDET = Table(
+ADELAIDET = NameTable(
     (*_BOTTOM_UP, *_DETECTRON2_FPN, *_adelaidet_heads()),
     (_COUNTER, _PIXELS, _OTHER_HEADS),
 )
-DETECTRON2 = Table(
+DETECTRON2 = NameTable(
     (
         *_caffe2_backbone(),
         *_detectron2_backbone(""),
@@ -182,7 +180,7 @@ DETECTRON2 = Table(
     ),
     (_COUNTER, _PIXELS, _OTHER_HEADS, _CLASSIFIER, _MOMENTUM, _STEM_BIAS),
 )
-MMDET = Table(
+MMDET = NameTable(
     (
         *_torchvision_backbone("backbone."),
         *_MMDET_FPN,
@@ -191,9 +189,9 @@ MMDET = Table(
     ),
     (_COUNTER, _OTHER_HEADS, _EMA_BUFFER),
 )
-TORCHVISION = Table(_torchvision_backbone(""), (_COUNTER, _CLASSIFIER))
+TORCHVISION = NameTable(_torchvision_backbone(""), (_COUNTER, _CLASSIFIER))
 
-TABLES: dict[str, Table] = {
+TABLES: dict[str, NameTable] = {
     "adelaidet": ADELAIDET,
     "detectron2": DETECTRON2,
     "mmdet": MMDET,
@@ -204,7 +202,7 @@ TABLES: dict[str, Table] = {
 
 
 @no_type_check
-def targets_of(table: Table, name: str) -> list[tuple[str, str]]:
+def targets_of(table: NameTable, name: str) -> list[tuple[str, str]]:
     """Returns the (leaf, transform) pairs that the source tensor `name` fills."""
     found = []
     for rule in table.by_source.get(skeleton(name), ()):
@@ -214,7 +212,7 @@ def targets_of(table: Table, name: str) -> list[tuple[str, str]]:
     return found
 
 
-def drop_reason(table: Table, name: str) -> str | None:
+def drop_reason(table: NameTable, name: str) -> str | None:
     """Returns why the table drops the source tensor, None when it does not."""
     for drop in table.drops:
         if re.fullmatch(drop.pattern, name):
@@ -236,7 +234,7 @@ def apply_transform(transform: str, value: np.ndarray) -> np.ndarray:
     raise ValueError(f"unknown transform {transform!r}")
 
 
-def from_names(table: Table, state: Mapping[str, np.ndarray]) -> tuple[Flat, Flat]:
+def from_names(table: NameTable, state: Mapping[str, np.ndarray]) -> tuple[Flat, Flat]:
     """Returns (leaves that the table fills, source tensors it has no rule for).
 
     Raises ValueError when two source tensors fill the same leaf.

@@ -40,7 +40,7 @@ class Drop:
 
 
 @dataclass(frozen=True)
-class Table:
+class NameTable:
     """What one source's names mean."""
 
     rules: tuple[Rule, ...]

@@ -253,7 +253,7 @@ def _agree(key: str, ours: Any, theirs: Any) -> bool:
     return ours == theirs or (ours in norms and theirs in norms)
 
 
-def check_config(settings: Settings, config: Any, path: str) -> None:
+def check_settings(settings: Settings, config: Any, path: str) -> None:
     """Raises ValueError naming every config key that contradicts the settings."""
     wrong = []
     for key, value in settings.items():

@@ -142,9 +142,7 @@ def _why_extra(key: str) -> str:
     return "not part of the weights"
 
 
-def _from_pickle(
-    container: str, content: Any, file: torch.TorchFile | None
-) -> Contents:
+def _from_pickle(container: str, content: Any, file: torch.TorchFile | None) -> Contents:
     """Returns the tensors of a checkpoint's object."""
     state, others = _unwrap(content)
     tensors: dict[str, np.ndarray] = {}
@@ -175,9 +173,7 @@ def read_contents(path: str) -> Contents:
     if container == "pickle":
         size = os.path.getsize(path)
         with open(path, "rb") as stream:
-            content = pickles.Machine(arrays.SYMBOLS, budget=2 * size).load(
-                stream, size
-            )
+            content = pickles.Machine(arrays.SYMBOLS, budget=2 * size).load(stream, size)
         return _from_pickle(container, content, None)
     opener = torch.open_zip if container == "torch zip" else torch.open_legacy
     with opener(path) as file:
@@ -222,8 +218,7 @@ def _read(path: str, source: str, digest: str, override: Settings) -> Weights:
         flat, dropped = _named(contents, found)
     if not flat:
         raise ValueError(
-            f"none of its tensors has a name of source {found}: "
-            f"{names.shorten(contents.tensors)}"
+            f"none of its tensors has a name of source {found}: {names.shorten(contents.tensors)}"
         )
     flat = _as_float32(flat)
     settings = implied_settings(found, flat, contents.tensors, contents.metadata)

@@ -11,7 +11,7 @@ from solov2_jax.weights.formats.pickles import (
     Builder,
     Machine,
     Marker,
-    Refused,
+    UnsafePickle,
     check_key,
 )
 
@@ -23,7 +23,7 @@ def _raw(value: Any, machine: Machine) -> bytes:
         return value.encode("latin-1")
     if isinstance(value, bytes | bytearray):
         return bytes(value)
-    raise Refused("array data that is not bytes: refused")
+    raise UnsafePickle("array data that is not bytes: refused")
 
 
 class DType(Buildable):
@@ -33,7 +33,7 @@ class DType(Buildable):
         if isinstance(code, bytes):
             code = code.decode("ascii")
         if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?[fiub][1248]", code):
-            raise Refused(f"arrays of type {str(code)[:20]!r} are no numbers: refused")
+            raise UnsafePickle(f"arrays of type {str(code)[:20]!r} are no numbers: refused")
         self.value = np.dtype(code)
 
     def build(self, state: Any, machine: Machine) -> None:
@@ -41,20 +41,19 @@ class DType(Buildable):
         order = state[1]
         order = order.decode() if isinstance(order, bytes) else order
         if order not in ("<", ">", "|", "=") or any(state[2:5]):
-            raise Refused("a structured array type: refused")
+            raise UnsafePickle("a structured array type: refused")
         self.value = self.value.newbyteorder(order)
 
 
 def _as_array(shape: Any, dtype: Any, fortran: Any, data: bytes) -> np.ndarray:
     if not isinstance(dtype, DType):
-        raise Refused("an array without a number type: refused")
+        raise UnsafePickle("an array without a number type: refused")
     if not all(type(size) is int and size >= 0 for size in shape):
-        raise Refused("an array with a malformed shape: refused")
+        raise UnsafePickle("an array with a malformed shape: refused")
     need = math.prod(shape) * dtype.value.itemsize
     if need != len(data):
-        raise Refused(
-            f"an array {tuple(shape)} of {dtype.value} needs {need} bytes, the file "
-            f"has {len(data)}"
+        raise UnsafePickle(
+            f"an array {tuple(shape)} of {dtype.value} needs {need} bytes, the file has {len(data)}"
         )
     array = np.frombuffer(data, dtype.value)
     return array.reshape(shape, order="F" if fortran else "C")
@@ -73,7 +72,7 @@ class Array(Buildable):
 
 def _reconstruct(machine: Machine, args: tuple) -> Array:
     if not isinstance(args[0], Marker) or args[0].name != "numpy.ndarray":
-        raise Refused("an array of another class: refused")
+        raise UnsafePickle("an array of another class: refused")
     return Array()
 
 
@@ -91,7 +90,7 @@ def _scalar(machine: Machine, args: tuple) -> Any:
 def _encode(machine: Machine, args: tuple) -> bytes:
     text, encoding = args
     if encoding not in ("latin1", "latin-1") or not isinstance(text, str):
-        raise Refused(f"text encoded as {str(encoding)[:20]!r}: refused")
+        raise UnsafePickle(f"text encoded as {str(encoding)[:20]!r}: refused")
     machine.charge(len(text))
     return text.encode("latin-1")
 
@@ -99,7 +98,7 @@ def _encode(machine: Machine, args: tuple) -> bytes:
 def _list(machine: Machine, args: tuple) -> list:
     items = args[0] if args else ()
     if len(args) > 1 or not isinstance(items, list | tuple | set):
-        raise Refused("a malformed list")
+        raise UnsafePickle("a malformed list")
     machine.charge(8 * len(items))
     return list(items)
 
@@ -118,7 +117,7 @@ def _dict(machine: Machine, args: tuple) -> dict:
     for key, value in _list(machine, args):
         check_key(key)
         if key in result:
-            raise Refused(f"duplicate key {str(key)[:80]!r}")
+            raise UnsafePickle(f"duplicate key {str(key)[:80]!r}")
         result[key] = value
     return result
 
@@ -140,9 +139,7 @@ for _module in ("builtins", "__builtin__"):
     SYMBOLS[f"{_module}.frozenset"] = _set
     SYMBOLS[f"{_module}.list"] = _list
     SYMBOLS[f"{_module}.dict"] = _dict
-    SYMBOLS[f"{_module}.bytearray"] = lambda machine, args: _raw(
-        args[0] if args else b"", machine
-    )
+    SYMBOLS[f"{_module}.bytearray"] = lambda machine, args: _raw(args[0] if args else b"", machine)
 for _module in ("numpy.core", "numpy._core"):
     SYMBOLS[f"{_module}.multiarray._reconstruct"] = _reconstruct
     SYMBOLS[f"{_module}.multiarray.scalar"] = _scalar

@@ -56,9 +56,7 @@ def _read_array(name: str, data: bytes) -> np.ndarray:
         raise ValueError(f"array {name!r}: data type {dtype} is not a number")
     rest = len(data) - stream.tell()
     if math.prod(shape) * dtype.itemsize != rest:
-        raise ValueError(
-            f"array {name!r}: {dtype}{list(shape)} does not fit its {rest} bytes"
-        )
+        raise ValueError(f"array {name!r}: {dtype}{list(shape)} does not fit its {rest} bytes")
     array = np.frombuffer(data, dtype, offset=stream.tell())
     array = array.astype(dtype.newbyteorder("="), copy=False)
     return array.reshape(shape, order="F" if fortran else "C")

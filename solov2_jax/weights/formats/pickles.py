@@ -21,7 +21,7 @@ from typing import Any, no_type_check
 _LINE = 1 << 16  # bytes of the longest text argument
 
 
-class Refused(ValueError):
+class UnsafePickle(ValueError):
     """The file asks for something that weights do not need."""
 
 
@@ -69,7 +69,7 @@ class _Bounded:
     def read(self, count: int) -> bytes:
         left = self._size - self._file.tell()
         if not 0 <= count <= left:
-            raise Refused(f"a value of {count} bytes is declared, {left} are left")
+            raise UnsafePickle(f"a value of {count} bytes is declared, {left} are left")
         return self._file.read(count)
 
     def readline(self) -> bytes:
@@ -102,7 +102,7 @@ def check_key(key: Any) -> None:
     """Refuses dict keys and set members other than scalars: a deeply nested tuple
     would overflow the interpreter's stack when hashed."""
     if not isinstance(key, str | int | float | bytes | None):
-        raise Refused(f"a key of type {_describe(key)}: refused")
+        raise UnsafePickle(f"a key of type {_describe(key)}: refused")
 
 
 @no_type_check
@@ -137,12 +137,12 @@ class Machine:
         """Refuses files that make a little data into a lot."""
         self._budget -= amount
         if self._budget < 0:
-            raise Refused("the file copies its contents more often than weights do")
+            raise UnsafePickle("the file copies its contents more often than weights do")
 
     def load(self, file: BufferedIOBase, size: int) -> Any:
         """Returns the pickled value; the file then stands behind it.
 
-        Raises Refused (a ValueError) on anything but plain data.
+        Raises UnsafePickle (a ValueError) on anything but plain data.
         """
         operations = pickletools.genops(_Bounded(file, size))  # type: ignore[arg-type]
         try:
@@ -151,8 +151,8 @@ class Machine:
                     return self._stack.pop()
                 self._step(opcode.name, argument)
         except (IndexError, KeyError, TypeError) as error:
-            raise Refused(f"malformed pickle ({error!r})") from error
-        raise Refused("malformed pickle (no end)")
+            raise UnsafePickle(f"malformed pickle ({error!r})") from error
+        raise UnsafePickle("malformed pickle (no end)")
 
     def _step(self, name: str, argument: Any) -> None:
         stack = self._stack
@@ -172,7 +172,7 @@ class Machine:
         elif name not in _IGNORED:
             handler = _HANDLERS.get(name)
             if handler is None:
-                raise Refused(f"the file uses the pickle operation {name}: refused")
+                raise UnsafePickle(f"the file uses the pickle operation {name}: refused")
             handler(self)
 
     def _pop_mark(self) -> list[Any]:
@@ -183,28 +183,28 @@ class Machine:
                 values = stack[index + 1 :]
                 del stack[index:]
                 return values
-        raise Refused("malformed pickle (no mark)")
+        raise UnsafePickle("malformed pickle (no mark)")
 
     def _set_items(self, items: list[Any]) -> None:
         target = self._stack[-1]
         if not isinstance(target, dict) or len(items) % 2:
-            raise Refused("malformed pickle (items of what is no dict)")
+            raise UnsafePickle("malformed pickle (items of what is no dict)")
         for key, value in zip(items[::2], items[1::2], strict=True):
             check_key(key)
             if key in target:
-                raise Refused(f"duplicate key {str(key)[:80]!r}")
+                raise UnsafePickle(f"duplicate key {str(key)[:80]!r}")
             target[key] = value
 
     def _append(self, items: list[Any]) -> None:
         target = self._stack[-1]
         if not isinstance(target, list):
-            raise Refused("malformed pickle (appends to what is no list)")
+            raise UnsafePickle("malformed pickle (appends to what is no list)")
         target.extend(items)
 
     def _push_symbol(self, name: str) -> None:
         symbol = self._symbols.get(name)
         if symbol is None:
-            raise Refused(
+            raise UnsafePickle(
                 f"the file names {name!r}, which is not a tensor, array, plain "
                 "container or number: refused, nothing was executed"
             )
@@ -219,12 +219,12 @@ class Machine:
     def _call(self) -> None:
         args, function = self._stack.pop(), self._stack.pop()
         if id(function) not in self._named or not isinstance(args, tuple):
-            raise Refused(f"the file calls a {_describe(function)}: refused")
+            raise UnsafePickle(f"the file calls a {_describe(function)}: refused")
         try:
             self._stack.append(function(self, args))
         except (ValueError, TypeError, AttributeError, IndexError) as error:
             name = self._named[id(function)]
-            raise Refused(f"malformed {name} in the file ({error})") from error
+            raise UnsafePickle(f"malformed {name} in the file ({error})") from error
 
     def _build(self) -> None:
         state, target = self._stack.pop(), self._stack[-1]
@@ -233,17 +233,17 @@ class Machine:
         elif not isinstance(target, (dict, Record)):
             # A dict's or record's state is attributes, which nobody reads here.
             what = _describe(target)
-            raise Refused(f"the file sets attributes of a {what}: refused")
+            raise UnsafePickle(f"the file sets attributes of a {what}: refused")
 
     def _persistent_id(self) -> None:
         if self._persistent is None:
-            raise Refused("the file refers to data outside itself: refused")
+            raise UnsafePickle("the file refers to data outside itself: refused")
         self._stack.append(self._persistent(self._stack.pop()))
 
     def _add_items(self) -> None:
         items = self._pop_mark()
         if not isinstance(self._stack[-1], set):
-            raise Refused("malformed pickle (adds to what is no set)")
+            raise UnsafePickle("malformed pickle (adds to what is no set)")
         for item in items:
             check_key(item)
         self._stack[-1].update(items)

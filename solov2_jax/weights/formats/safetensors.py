@@ -92,8 +92,7 @@ def read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         position = end
     if position != size - 8 - length:
         raise ValueError(
-            f"the header describes {position} bytes of data, the file has "
-            f"{size - 8 - length}"
+            f"the header describes {position} bytes of data, the file has {size - 8 - length}"
         )
     data = np.memmap(path, np.uint8, "r")[8 + length :]
     tensors = {}

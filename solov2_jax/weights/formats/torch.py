@@ -22,7 +22,7 @@ import numpy as np
 
 from solov2_jax.weights.formats import arrays
 from solov2_jax.weights.formats.npz import check_members
-from solov2_jax.weights.formats.pickles import Machine, Marker, Refused, record
+from solov2_jax.weights.formats.pickles import Machine, Marker, UnsafePickle, record
 from solov2_jax.weights.formats.safetensors import widen_bfloat16
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -75,7 +75,7 @@ class Tensor:
 @no_type_check
 def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise Refused(f"a size that is no count ({type(value).__name__}): refused")
+        raise UnsafePickle(f"a size that is no count ({type(value).__name__}): refused")
     return value
 
 
@@ -89,9 +89,9 @@ def _storage(pid: Any) -> Storage:
     tag, kind, key, _, numbers, *view = pid
     tag = tag.decode() if isinstance(tag, bytes) else tag
     if tag != "storage" or not isinstance(kind, Marker) or not isinstance(key, str):
-        raise Refused("a reference to data other than a storage: refused")
+        raise UnsafePickle("a reference to data other than a storage: refused")
     if kind.name not in _STORAGES:
-        raise Refused(f"a storage of {kind.name}: refused")
+        raise UnsafePickle(f"a storage of {kind.name}: refused")
     start, count = 0, _count(numbers)
     if view and view[0] is not None:
         _, start, count = view[0]
@@ -103,13 +103,13 @@ def _tensor(machine: Machine, args: tuple) -> Tensor:
     """Source: torch/_utils.py, _rebuild_tensor and _rebuild_tensor_v2."""
     storage, offset, shape, strides = args[:4]
     if not isinstance(storage, Storage) or len(shape) != len(strides):
-        raise Refused("a tensor without a storage: refused")
+        raise UnsafePickle("a tensor without a storage: refused")
     shape, strides = tuple(map(_count, shape)), tuple(map(_count, strides))
     last = _count(offset)
     if all(shape):
         last += 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if last > storage.count or math.prod(shape) > storage.count:
-        raise Refused(
+        raise UnsafePickle(
             f"a tensor {shape} declares more numbers than its storage "
             f"{storage.key!r} has ({storage.count})"
         )
@@ -118,7 +118,7 @@ def _tensor(machine: Machine, args: tuple) -> Tensor:
 
 def _parameter(machine: Machine, args: tuple) -> Tensor:
     if not isinstance(args[0], Tensor):
-        raise Refused("a parameter that is no tensor: refused")
+        raise UnsafePickle("a parameter that is no tensor: refused")
     return args[0]
 
 
@@ -162,7 +162,7 @@ class TorchFile:
         buffer = self._cache[storage.key]
         self._budget -= math.prod(tensor.shape) * size
         if self._budget < 0:
-            raise Refused("its tensors share storages more often than weights do")
+            raise UnsafePickle("its tensors share storages more often than weights do")
         if all(tensor.shape):
             view = np.ndarray(
                 tensor.shape,
@@ -181,14 +181,14 @@ def _zip_prefix(archive: zipfile.ZipFile) -> str:
     """Returns the archive's only folder; ValueError on more than torch writes."""
     for info in archive.infolist():
         if info.compress_type != zipfile.ZIP_STORED:
-            raise Refused(
+            raise UnsafePickle(
                 f"archive member {info.filename!r} is compressed; PyTorch stores its "
                 "members as they are: refused"
             )
     pickles = [n for n in archive.namelist() if n.count("/") == 1]
     pickles = [n for n in pickles if n.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise Refused("no PyTorch checkpoint: the archive lacks a NAME/data.pkl")
+        raise UnsafePickle("no PyTorch checkpoint: the archive lacks a NAME/data.pkl")
     return pickles[0].removesuffix("data.pkl")
 
 
@@ -201,18 +201,18 @@ def open_zip(path: str) -> Iterator[TorchFile]:
         prefix = _zip_prefix(archive)
         sizes = {info.filename: info.file_size for info in archive.infolist()}
         if sum(sizes.values()) > size:
-            raise Refused("archive members overlap: refused")
+            raise UnsafePickle("archive members overlap: refused")
         order = b"little"
         if f"{prefix}byteorder" in sizes:
             order = archive.read(f"{prefix}byteorder").strip()
         if order not in (b"little", b"big"):
-            raise Refused(f"unknown byte order {order[:20]!r}")
+            raise UnsafePickle(f"unknown byte order {order[:20]!r}")
         data = archive.read(f"{prefix}data.pkl")
 
         def read_storage(key: str, length: int) -> bytes:
             name = f"{prefix}data/{key}"
             if sizes.get(name, -1) < length:
-                raise Refused(
+                raise UnsafePickle(
                     f"storage {key[:40]!r} should have {length} bytes, the file has "
                     f"{sizes.get(name, 0)}"
                 )
@@ -230,15 +230,15 @@ def _storage_positions(
     positions = {}
     for key in keys:
         if key not in kinds:
-            raise Refused(f"storage {str(key)[:40]!r} belongs to no tensor")
+            raise UnsafePickle(f"storage {str(key)[:40]!r} belongs to no tensor")
         head = file.read(8)
         if len(head) < 8:
-            raise Refused(f"the file ends before storage {key!r}: truncated?")
+            raise UnsafePickle(f"the file ends before storage {key!r}: truncated?")
         kind = kinds[key]
         itemsize = 2 if kind == "bf16" else np.dtype(kind).itemsize
         length = struct.unpack(f"{order}q", head)[0] * itemsize
         if not 0 <= length <= size - file.tell():
-            raise Refused(f"the file ends inside storage {key!r}: truncated?")
+            raise UnsafePickle(f"the file ends inside storage {key!r}: truncated?")
         positions[key] = (file.tell(), length)
         file.seek(length, os.SEEK_CUR)
     return positions
@@ -253,13 +253,13 @@ def open_legacy(path: str) -> Iterator[TorchFile]:
     def persistent(pid: Any) -> Storage:
         storage = _storage(pid)
         if kinds.setdefault(storage.key, storage.kind) != storage.kind:
-            raise Refused(f"storage {storage.key!r} has two types: refused")
+            raise UnsafePickle(f"storage {storage.key!r} has two types: refused")
         return storage
 
     with open(path, "rb") as file:
         magic, protocol, system = (Machine({}).load(file, size) for _ in range(3))
         if magic != MAGIC or protocol != _PROTOCOL or not isinstance(system, dict):
-            raise Refused("no PyTorch checkpoint (magic number or protocol)")
+            raise UnsafePickle("no PyTorch checkpoint (magic number or protocol)")
         content = Machine(SYMBOLS, persistent, size).load(file, size)
         keys = Machine({}).load(file, size)
         order = "<" if system.get("little_endian", True) else ">"
@@ -268,7 +268,7 @@ def open_legacy(path: str) -> Iterator[TorchFile]:
         def read_storage(key: str, length: int) -> bytes:
             position, available = positions.get(key, (0, -1))
             if available < length:
-                raise Refused(f"storage {key[:40]!r} has fewer than {length} bytes")
+                raise UnsafePickle(f"storage {key[:40]!r} has fewer than {length} bytes")
             file.seek(position)
             return file.read(available)
 

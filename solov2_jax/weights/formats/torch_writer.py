@@ -60,9 +60,7 @@ def _tensor(key: int, array: np.ndarray) -> bytes:
     )
 
 
-def write_torch(
-    path: str, state: Mapping[str, np.ndarray], texts: Mapping[str, str]
-) -> None:
+def write_torch(path: str, state: Mapping[str, np.ndarray], texts: Mapping[str, str]) -> None:
     """Writes {"model": state, **texts} as a checkpoint; the file appears whole.
 
     Args:
@@ -71,8 +69,7 @@ def write_torch(
     """
     arrays = {n: np.ascontiguousarray(a, np.dtype("<f4")) for n, a in state.items()}
     entries = b"".join(
-        _text(name) + _tensor(key, array)
-        for key, (name, array) in enumerate(arrays.items())
+        _text(name) + _tensor(key, array) for key, (name, array) in enumerate(arrays.items())
     )
     model = _text("model") + _EMPTY_ORDERED_DICT + b"(" + entries + b"u"  # SETITEMS
     others = b"".join(_text(name) + _text(text) for name, text in texts.items())

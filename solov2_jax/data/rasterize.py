@@ -1,0 +1,363 @@
+"""Masks of an image's objects as vertical spans: outlines -> spans -> what is learnt.
+
+A span is a piece of a column that an object covers. All objects of an image are kept
+in one set of arrays, so that a crowd costs hardly more calls than one object, and
+pixels are made only where the loss looks: a quarter-size mask reads a quarter of them.
+
+
+Spans -> masks at a quarter of the size, the resolution that the loss looks at."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from solov2_jax.data.annotations import Segmentations
+from solov2_jax.rle import Crop, nearest_table, rle_from_strings
+
+Size = tuple[int, int]  # (height, width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spans:
+    """The pixels (column, top .. bottom - 1) of objects; no pixel twice.
+
+    Sorted by object. An object without a span has an empty mask.
+    """
+
+    owner: np.ndarray  # int64 [s], 0..n-1
+    column: np.ndarray  # int64 [s]
+    top: np.ndarray  # int64 [s]
+    bottom: np.ndarray  # int64 [s], > top
+
+    def take(self, chosen: np.ndarray) -> "Spans":
+        """Returns some of the spans."""
+        return Spans(
+            self.owner[chosen],
+            self.column[chosen],
+            self.top[chosen],
+            self.bottom[chosen],
+        )
+
+
+class InvalidRLE(ValueError):
+    """Run lengths that are no mask of their image.
+
+    Attributes:
+      position: of the object among those asked for.
+    """
+
+    def __init__(self, position: int, why: str):
+        super().__init__(why)
+        self.position = position
+
+
+def draw_spans(
+    segmentations: Segmentations,
+    indices: Sequence[int],
+    old_size: Size,
+    new_size: Size,
+    flip: bool,
+) -> Spans:
+    """Returns the masks of objects in the resized, maybe flipped image.
+
+    Polygons are scaled, flipped and then drawn at the new size; run lengths are drawn
+    at the old size and resized by nearest neighbour.
+    Source: detectron2 data/detection_utils.py, transform_instance_annotations.
+
+    Args:
+      indices: of the objects; `owner` counts them.
+      old_size, new_size: of the image before and after the resize.
+    """
+    height, width = new_size
+    scale = np.array([width / old_size[1], height / old_size[0]])
+    polygons: list[np.ndarray] = []
+    drawn: list[tuple[int, int]] = []  # object's position, number of its polygons
+    pieces = []
+    for position, index in enumerate(indices):
+        outline = segmentations.polygons(index)
+        if not outline:
+            runs = segmentations.run_lengths(index)
+            found = resize_spans(spans_of_rle(runs, position, old_size), old_size, new_size)
+            if flip:
+                found = dataclasses.replace(found, column=width - 1 - found.column)
+            pieces.append(found)
+            continue
+        drawn.append((position, len(outline)))
+        for polygon in outline:
+            points = polygon.reshape(-1, 2) * scale
+            if flip:
+                points[:, 0] = width - points[:, 0]
+            polygons.append(points.ravel())
+    if polygons:
+        pieces.append(draw_polygons(polygons, drawn, new_size))
+    return concatenate_spans(pieces)
+
+
+_EMPTY = Spans(*[np.zeros(0, np.int64)] * 4)
+
+
+def rasterize(
+    segmentations: Segmentations,
+    index: int,
+    old_size: Size,
+    new_size: Size,
+    flip: bool,
+) -> Crop | None:
+    """Returns one object's mask as pixels of the size after the resize, as `draw_spans`
+    draws it; None if empty."""
+    return spans_to_crop(draw_spans(segmentations, [index], old_size, new_size, flip))
+
+
+def draw_polygons(polygons: list[np.ndarray], drawn: list[tuple[int, int]], size: Size) -> Spans:
+    """Returns the spans of objects that are unions of polygons, in pixels of `size`.
+
+    Args:
+      drawn: of each object, its number and that of its polygons.
+    """
+    parts = coco_mask.frPyObjects(polygons, *size)  # pyright: ignore
+    counts, start = [], 0
+    for _, number in drawn:
+        own = parts[start : start + number]
+        counts.append((own[0] if number == 1 else coco_mask.merge(own))["counts"])  # pyright: ignore
+        start += number
+    spans = spans_from_rle(counts, size)
+    positions = np.array([position for position, _ in drawn])
+    return dataclasses.replace(spans, owner=positions[spans.owner])
+
+
+def spans_of_rle(counts: bytes, position: int, size: Size) -> Spans:
+    """Returns the spans of one object that is given by run lengths.
+
+    Args:
+      position: becomes its owner.
+    """
+    try:
+        spans = spans_from_rle([counts], size)
+    except ValueError as error:
+        raise InvalidRLE(position, str(error)) from None
+    return dataclasses.replace(spans, owner=np.full(len(spans.owner), position))
+
+
+def concatenate_spans(pieces: Sequence[Spans]) -> Spans:
+    """Returns the spans of several sets, sorted by object."""
+    if len(pieces) == 1:
+        return pieces[0]
+    fields = zip(*(dataclasses.astuple(piece) for piece in pieces), strict=True)
+    every = Spans(*(np.concatenate(f) for f in fields)) if pieces else _EMPTY
+    return every.take(np.argsort(every.owner, kind="stable"))
+
+
+def select_spans(spans: Spans, chosen: np.ndarray, number: int) -> Spans:
+    """Returns the spans of some of the objects, which are counted anew.
+
+    Args:
+      chosen: the objects, in order.
+      number: of all objects.
+    """
+    position = np.full(number, -1)
+    position[chosen] = np.arange(len(chosen))
+    owner = position[spans.owner]
+    kept = spans.take(np.flatnonzero(owner >= 0))
+    return dataclasses.replace(kept, owner=owner[owner >= 0])
+
+
+def spans_from_pixels(mask: np.ndarray, owner: int) -> Spans:
+    """Returns the spans of one object's mask, uint8 [h, w]."""
+    h, w = mask.shape
+    # A row of zeros on both sides ends every column.
+    columns = np.zeros((w, h + 2), np.int8)
+    columns[:, 1:-1] = mask.T
+    flat = columns.ravel()
+    edges = np.flatnonzero(flat[1:] != flat[:-1])
+    column, row = np.divmod(edges, h + 2)
+    return Spans(np.full(len(edges) // 2, owner), column[::2], row[::2], row[1::2])
+
+
+def bounding_boxes(spans: Spans, number: int) -> np.ndarray:
+    """Returns (x0, y0, x1, y1) around each object's pixels, float32 [n, 4]; zeros for
+    one that has none."""
+    boxes = np.zeros((number, 4), np.float32)
+    if len(spans.owner):
+        begin = np.flatnonzero(np.diff(spans.owner, prepend=-1))
+        boxes[spans.owner[begin]] = np.stack(
+            [
+                np.minimum.reduceat(spans.column, begin),
+                np.minimum.reduceat(spans.top, begin),
+                np.maximum.reduceat(spans.column, begin) + 1,
+                np.maximum.reduceat(spans.bottom, begin),
+            ],
+            axis=-1,
+        )
+    return boxes
+
+
+def spans_from_rle(counts: Sequence[bytes], size: Size) -> Spans:
+    """Returns the spans of COCO's compressed run lengths, one string per object.
+
+    Raises:
+      ValueError: they do not cover exactly the image.
+    """
+    height, width = size
+    runs, lengths = rle_from_strings(counts)
+    # One image beside the other: the run lengths of each must end where it ends.
+    stops = np.cumsum(runs)
+    last = np.cumsum(lengths) - 1
+    expected = np.arange(1, len(counts) + 1) * (height * width)
+    if (lengths == 0).any() or (runs < 0).any() or (stops[last] != expected).any():
+        raise ValueError(f"run lengths are damaged: they do not cover {height} x {width} pixels")
+    number = np.arange(len(runs)) - np.repeat(last + 1 - lengths, lengths)
+    ones = np.flatnonzero((number & 1 == 1) & (runs > 0))
+    stop = stops[ones]
+    start = stop - runs[ones]
+    first, final = start // height, (stop - 1) // height
+    if (first != final).any():
+        columns = final - first + 1
+        start, stop = np.repeat(start, columns), np.repeat(stop, columns)
+        before = np.cumsum(columns) - columns
+        first = np.arange(len(start)) + np.repeat(first - before, columns)
+    top = np.maximum(start - first * height, 0)
+    bottom = np.minimum(stop - first * height, height)
+    owner, column = np.divmod(first, width)
+    return Spans(owner, column, top, bottom)
+
+
+@lru_cache(maxsize=256)
+def _nearest_edges(old: int, new: int) -> np.ndarray:
+    """Returns the first target pixel at or after each source edge, int64 [old + 1]."""
+    return np.searchsorted(nearest_table(old, new), np.arange(old + 1))
+
+
+def resize_spans(spans: Spans, old_size: Size, new_size: Size) -> Spans:
+    """Returns the masks after PIL's nearest resize of the image."""
+    if old_size == new_size:
+        return spans
+    rows = _nearest_edges(old_size[0], new_size[0])
+    columns = _nearest_edges(old_size[1], new_size[1])
+    top, bottom = rows[spans.top], rows[spans.bottom]
+    left = columns[spans.column]
+    copies = np.where(bottom > top, columns[spans.column + 1] - left, 0)
+    before = np.cumsum(copies) - copies
+    left = np.arange(copies.sum()) + np.repeat(left - before, copies)
+    owner, top, bottom = (np.repeat(a, copies) for a in (spans.owner, top, bottom))
+    return Spans(owner, left, top, bottom)
+
+
+def mass_centers(spans: Spans, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the mean (x, y) of each object's pixel indices, float32 [n, 2], and
+    which objects have a pixel, bool [n].
+
+    Source: AdelaiDet adet/modeling/solov2/utils.py, center_of_mass. The sums are exact
+    here, float32 there, so large masks can differ in the last digit.
+    """
+    length = spans.bottom - spans.top
+    x = spans.column * length
+    y = (spans.top + spans.bottom - 1) * length // 2
+    area, x, y = (np.bincount(spans.owner, v, number) for v in (length, x, y))
+    sums = np.stack([x, y], axis=-1).astype(np.float32)
+    present = area > 0
+    return sums / np.where(present, area, 1).astype(np.float32)[:, None], present
+
+
+def spans_to_crop(spans: Spans) -> Crop | None:
+    """Returns the pixels of one object's spans; None if there are none."""
+    if not len(spans.owner):
+        return None
+    x0, x1 = int(spans.column.min()), int(spans.column.max()) + 1
+    y0, y1 = int(spans.top.min()), int(spans.bottom.max())
+    steps = np.zeros((x1 - x0) * (y1 - y0) + 1, np.int8)
+    place = (spans.column - x0) * (y1 - y0) - y0
+    steps[place + spans.top] += 1
+    # Two spans of one column may touch, and a column's end is the next one's start.
+    steps[place + spans.bottom] -= 1
+    columns = np.cumsum(steps[:-1], dtype=np.int8).view(np.uint8)
+    pixels = columns.reshape(x1 - x0, y1 - y0).T
+    return Crop(np.ascontiguousarray(pixels), y0, x0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axis:
+    """How one side is scaled to a quarter, by two neighbours per target pixel."""
+
+    rank: np.ndarray  # int64 [side + 1], how many pixels before this one are read
+    first: np.ndarray  # int32 [new], the weight of the first neighbour, in 1/2048
+    second: np.ndarray  # int32 [new]
+
+
+@lru_cache(maxsize=512)
+def _axis(side: int) -> _Axis:
+    """Returns the table of a side.
+
+    Source: OpenCV resize.cpp, 8-bit INTER_LINEAR: weights in 1/2048. At this scale a
+    position never leaves the image, and no pixel is read twice.
+    """
+    new = int(side * 0.25 + 0.5)
+    position = ((np.arange(new) + 0.5) * (side / max(new, 1)) - 0.5).astype(np.float32)
+    low = np.floor(position).astype(np.int64)
+    part = position - low.astype(np.float32)
+    read = np.zeros(side + 1, np.int64)
+    read[low + 1] += 1
+    read[low + 2] += 1
+    return _Axis(
+        np.cumsum(read),
+        np.rint((np.float32(1) - part) * np.float32(2048)).astype(np.int32),
+        np.rint(part * np.float32(2048)).astype(np.int32),
+    )
+
+
+def stride4_masks(spans: Spans, size: Size) -> Iterator[tuple[int, Crop]]:
+    """Yields (object, mask scaled to a quarter), sides int(side / 4 + 0.5).
+
+    Equal, bit for bit, to OpenCV's bilinear resize of the whole image's uint8 mask. An
+    object of which no pixel is read is left out: its small mask is empty.
+    Source: AdelaiDet adet/modeling/solov2/utils.py, imrescale.
+
+    Args:
+      size: (height, width) of the image.
+    """
+    rows, columns = _axis(size[0]), _axis(size[1])
+    left = columns.rank[spans.column]
+    top, bottom = rows.rank[spans.top], rows.rank[spans.bottom]
+    read = np.flatnonzero((columns.rank[spans.column + 1] > left) & (bottom > top))
+    if not len(read):
+        return
+    owner, left, top, bottom = (a[read] for a in (spans.owner, left, top, bottom))
+    begin = np.flatnonzero(np.diff(owner, prepend=-1))
+    # Rectangles of whole target pixels: two columns and two rows read for each.
+    x0 = np.minimum.reduceat(left, begin) // 2
+    x1 = np.maximum.reduceat(left, begin) // 2 + 1
+    y0 = np.minimum.reduceat(top, begin) // 2
+    y1 = (np.maximum.reduceat(bottom, begin) + 1) // 2
+    tall = 2 * (y1 - y0)
+    ends = np.cumsum(tall * 2 * (x1 - x0))
+    starts = ends - tall * 2 * (x1 - x0)
+    own = np.repeat(np.arange(len(begin)), np.diff(begin, append=len(owner)))
+    place = starts[own] + (left - 2 * x0[own]) * tall[own] - 2 * y0[own]
+    steps = np.zeros(ends[-1] + 1, np.int8)
+    steps[place + top] += 1
+    steps[place + bottom] -= 1
+    pixels = np.cumsum(steps, dtype=np.int8).view(np.uint8)
+    exact = size[0] % 4 == 0 and size[1] % 4 == 0
+    boxes = np.stack([owner[begin], starts, ends, tall, x0, x1, y0, y1], axis=-1)
+    for number, a, b, height, *box in boxes.tolist():
+        left, right, upper, lower = box
+        part = pixels[a:b].reshape(-1, height)
+        if exact:
+            # Equal weights: at least two of the four pixels in the middle.
+            pairs = part[0::2] + part[1::2]
+            small = pairs[:, 0::2] + pairs[:, 1::2] >= 2
+        else:
+            x, y = slice(left, right), slice(upper, lower)
+            small = _weigh(part, columns, x, rows, y)
+        yield number, Crop(small.view(np.uint8).T, upper, left)
+
+
+def _weigh(part: np.ndarray, columns: _Axis, x: slice, rows: _Axis, y: slice) -> np.ndarray:
+    """Returns the weighted pixels, rounded as OpenCV rounds, bool [x, y]."""
+    across = part[0::2] * columns.first[x, None] + part[1::2] * columns.second[x, None]
+    across >>= 4
+    upper = (across[:, 0::2] * rows.first[y]) >> 16
+    lower = (across[:, 1::2] * rows.second[y]) >> 16
+    return upper + lower >= 2

@@ -1,0 +1,200 @@
+"""Several processes, one for each host or accelerator: joining, agreeing, ending.
+
+All of them run the same program on one mesh of everybody's devices. A process that ends
+before the others leaves them waiting in an operation that it takes part in. So a
+failing one does not wait for anybody, and JAX ends the others once its sign of life is
+missing.
+"""
+
+import json
+import logging
+import os
+import sys
+import traceback
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+log = logging.getLogger("solov2_jax")
+
+# Exit codes: an error here, and an operation that another process broke off.
+FAILED, OTHERS_FAILED = 1, 3
+
+
+@dataclass(frozen=True)
+class Joining:
+    """How processes find each other; empty fields are found out by JAX.
+
+    Attributes:
+      mode: "auto", "on" or "off".
+      coordinator: host:port of process 0.
+      heartbeat_timeout: seconds without a sign of life after which a process is dead.
+    """
+
+    mode: str = "auto"
+    coordinator: str = ""
+    num_processes: int | None = None
+    process_id: int | None = None
+    heartbeat_timeout: int = 100
+
+
+def find_cluster(environment: Mapping[str, str]) -> str:
+    """Returns what says that this process is one of several, "" if nothing does.
+
+    Only what tells it without a question to anyone: a single process must not wait for
+    others that nobody has started.
+    """
+
+    def number(name: str) -> int:
+        return int(environment.get(name, "1"))
+
+    if environment.get("JAX_COORDINATOR_ADDRESS"):
+        return "JAX_COORDINATOR_ADDRESS"
+    # Of a job step, which srun starts: a batch script is a single process.
+    if "SLURM_STEP_NODELIST" in environment and number("SLURM_STEP_NUM_TASKS") > 1:
+        return "Slurm"
+    if number("OMPI_COMM_WORLD_SIZE") > 1:
+        return "Open MPI"
+    names = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+    if any("," in environment.get(name, "") for name in names):
+        return "TPU hosts of GKE"
+    return ""
+
+
+def initialize(joining: Joining) -> bool:
+    """Returns whether this process is one of several, which it has joined then.
+
+    To be called before the first use of a device. Raises a ValueError where the
+    settings are incomplete, or nobody answers.
+    """
+    given = joining.coordinator, joining.num_processes, joining.process_id
+    if joining.mode == "off" and any(x not in ("", None) for x in given):
+        raise ValueError("--distributed=off contradicts --coordinator and the like")
+    if joining.coordinator and None in given:
+        raise ValueError("--coordinator needs --num_processes and --process_id (0, 1, ...) too")
+    found = "--coordinator" if joining.coordinator else find_cluster(os.environ)
+    if joining.mode == "off" or (joining.mode == "auto" and not found):
+        if any(x is not None for x in given[1:]):
+            raise ValueError(
+                "--num_processes and --process_id need --coordinator=HOST:PORT, the "
+                "address of process 0"
+            )
+        return False
+    # JAX would take over SIGTERM, also before there is anything to save.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            joining.coordinator or None,
+            joining.num_processes,
+            joining.process_id,
+            heartbeat_timeout_seconds=joining.heartbeat_timeout,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"the processes did not find each other ({found or 'by --distributed=on'}):"
+            f" {' '.join(str(error).split())[:300]}. Give --coordinator, "
+            "--num_processes and --process_id, or --distributed=off for one process"
+        ) from error
+    log.info(
+        "process %d of %d, found by %s: %d of %d devices (%s)",
+        *(jax.process_index(), jax.process_count(), found or "--distributed=on"),
+        *(jax.local_device_count(), jax.device_count(), jax.devices()[0].platform),
+    )
+    return True
+
+
+def is_primary() -> bool:
+    """Returns whether this process is the one that writes and prints."""
+    return jax.process_index() == 0
+
+
+@contextmanager
+def abort_together(user_errors: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Ends this process for good if what is inside fails, so that the others end too.
+
+    An error inside is printed, as one line if its user can mend it; nothing is waited
+    for, since the others may be stuck.
+    """
+    name = f"process {jax.process_index()} of {jax.process_count()}"
+    try:
+        yield
+        jax.distributed.shutdown()  # waits for the others
+        return
+    except SystemExit:
+        jax.distributed.shutdown()  # a result of all of them, not an error of one
+        raise
+    except user_errors as error:
+        print(f"error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except jax.errors.JaxRuntimeError as error:
+        traceback.print_exc()
+        print(
+            f"error: {name}: an operation on all devices failed: "
+            f"{' '.join(str(error).split())[:200]}. If another process ended before, "
+            "its output says why; the same command continues from the last checkpoint",
+            file=sys.stderr,
+        )
+        code = OTHERS_FAILED
+    except BaseException:
+        traceback.print_exc()
+        code = FAILED
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def barrier(name: str) -> None:
+    """Returns when all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def gather(value: Any) -> list[Any]:
+    """Returns every process's value, in their order; JSON values only."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(zlib.compress(json.dumps(value).encode(), 1), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    # One program for each power of two, instead of one for each length.
+    padded = np.zeros(1 << (int(sizes.max()) - 1).bit_length(), np.uint8)
+    padded[: len(data)] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [
+        json.loads(zlib.decompress(row[:size].tobytes()))
+        for row, size in zip(rows, sizes, strict=True)
+    ]
+
+
+def broadcast_from_host0(make: Callable[[], Any]) -> Any:
+    """Returns make() of the first process, which alone calls it; JSON values only."""
+    return gather(make() if is_primary() else None)[0]
+
+
+class Vote:
+    """Whether any process wants something, known to all at the same step.
+
+    Nobody waits for it: the answer is that to the previous call. A single process gets
+    its own answer at once.
+    """
+
+    def __init__(self, mesh: jax.sharding.Mesh):
+        spec = jax.sharding.PartitionSpec
+        self._split = jax.sharding.NamedSharding(mesh, spec("data"))
+        copied = jax.sharding.NamedSharding(mesh, spec())
+        self._any = jax.jit(lambda x: x.max(), out_shardings=copied)
+        self._latest: jax.Array | None = None
+
+    def __call__(self, wish: bool) -> bool:
+        """Returns whether any process wished so, one call ago."""
+        if jax.process_count() == 1:
+            return wish
+        mine = np.full(jax.local_device_count(), wish, np.int32)
+        array = jax.make_array_from_process_local_data(self._split, mine)
+        before, self._latest = self._latest, self._any(array)
+        return before is not None and bool(before)

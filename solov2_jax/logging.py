@@ -1,0 +1,85 @@
+"""What a program sets up before it trains or predicts: its log, compiled programs.
+
+The commands do this by themselves; a notebook or a script calls `set_up`.
+"""
+
+import contextlib
+import logging
+import os
+import pathlib
+import socket
+import sys
+from collections.abc import Iterator
+
+CACHE = "~/.cache/solov2_jax"
+
+log = logging.getLogger("solov2_jax")
+_NAME = "solov2_jax console"
+
+
+def set_up(cache: str = CACHE) -> None:
+    """Shows the log on the console and keeps compiled programs, as the commands do.
+
+    A second call changes nothing.
+
+    Args:
+      cache: folder of compiled programs; "": they are not kept.
+    """
+    show_log()
+    # Libraries report errors by raising them; what they log goes to train.log.
+    libraries = logging.getLogger("absl")
+    libraries.propagate = False
+    if not libraries.handlers:
+        libraries.addHandler(logging.NullHandler())
+    compilation_cache(cache)
+
+
+def show_log() -> None:
+    """Shows what the package logs on standard output, in a notebook below the cell."""
+    known = next((h for h in log.handlers if h.get_name() == _NAME), None)
+    if isinstance(known, logging.StreamHandler):
+        known.setStream(sys.stdout)  # a notebook or a test may have replaced it
+    else:
+        log.addHandler(_console())
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+@contextlib.contextmanager
+def console_logging() -> Iterator[None]:
+    """Shows the log inside `with`, if nobody listens to it."""
+    if log.hasHandlers():
+        yield
+        return
+    handler = _console()
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+def _console() -> logging.Handler:
+    handler = logging.StreamHandler(sys.stdout)
+    handler.set_name(_NAME)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    return handler
+
+
+def compilation_cache(cache: str) -> None:
+    """Keeps compiled programs in a folder, so that a second start is quick.
+
+    JAX_COMPILATION_CACHE_DIR, where it is set, wins.
+
+    Args:
+      cache: "": only what that variable asks for.
+    """
+    import jax  # slow
+
+    if cache and jax.config.values["jax_compilation_cache_dir"] is None:
+        # One folder per machine: compiled CPU code is for that CPU's instructions.
+        folder = pathlib.Path(cache).expanduser() / socket.gethostname()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # JAX keeps what took a second to compile; a start has a dozen quicker ones.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,0 +1,213 @@
+"""Pictures of training batches as the network gets them, with their targets.
+
+    python -m solov2_jax.tools.browse_batches --config configs/light_448_r50.py --output view \\
+        --config.data.train.images=photos --config.data.train.annotations=train.json
+
+A picture per image: the padded, augmented input with its masks at a quarter of the
+size, and for each level the grid with the cells that are positive, in their object's
+colour; cells of several objects have a white frame. `--step 1000` shows what training
+will see at that step. Exit code 0: written; 2: an error that `error: ...` explains.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from solov2_jax.config import load_config, split_overrides
+from solov2_jax.data.build import build_train_batches, data_files
+from solov2_jax.data.coco import CocoDataset, load_coco
+from solov2_jax.rle import Crop
+from solov2_jax.tools import drawing
+from solov2_jax.tools.cli.plain import command
+from solov2_jax.tools.grid_assignment import (
+    Collisions,
+    GridAssignment,
+    assign_grid,
+    count_collisions,
+)
+
+WIDTH = 560  # of a panel, pixels
+COLUMNS = 3
+_DARK = 0.45  # brightness of the picture behind a grid
+_FILL = 0.65  # opacity of a positive cell
+
+
+def view(config: Any, dataset: CocoDataset, folder: str, step: int, number: int) -> list[str]:
+    """Returns the paths of the pictures, one per image of `number` batches.
+
+    Args:
+      step: of training, from which on.
+    """
+    config = config.copy_and_resolve_references()
+    config.train.steps = step + number
+    config.data.num_workers = 0
+    os.makedirs(folder, exist_ok=True)
+    names = dict(zip(dataset.image_ids.tolist(), dataset.file_names, strict=True))
+    paths = []
+    for i, batch in enumerate(build_train_batches(config, dataset, step)):
+        for row in range(len(batch["image"])):
+            fields = {key: value[row] for key, value in batch.items()}
+            image_id = int(fields["image_id"])
+            picture = draw_sample(fields, config, dataset.class_names)
+            title = f"step {step + i}, {names[image_id]} (image {image_id})"
+            path = os.path.join(folder, f"step_{step + i:06d}_{row}_{image_id}.jpg")
+            Image.fromarray(drawing.caption(picture, title)).save(path, quality=90)
+            print(describe(fields, config, dataset.class_names, title))
+            paths.append(path)
+    return paths
+
+
+def targets_of(fields: dict[str, np.ndarray], config: Any) -> tuple[GridAssignment, Collisions]:
+    """Returns the cells of a sample's valid objects, and who shares them."""
+    valid = fields["valid"]
+    grids = tuple(config.model.ins_head.num_grids)
+    cells = assign_grid(
+        fields["boxes"][valid],
+        fields["centers"][valid],
+        fields["image"].shape[:2],
+        num_grids=grids,
+        scale_ranges=tuple(tuple(r) for r in config.targets.scale_ranges),
+        sigma=config.targets.sigma,
+    )
+    return cells, count_collisions(cells, grids)
+
+
+def draw_sample(fields: dict[str, np.ndarray], config: Any, names: Sequence[str]) -> np.ndarray:
+    """Returns the input and its levels side by side, uint8 [h, w, 3]."""
+    image = fields["image"]
+    if config.input.channel_order == "BGR":
+        image = image[..., ::-1]
+    cells, sharing = targets_of(fields, config)
+    labels = fields["labels"][fields["valid"]].tolist()
+    height, width = image.shape[:2]
+    panel = (round(WIDTH * height / width), WIDTH)
+    masks = fields["masks"][fields["valid"]]
+    panels = [_objects(image, masks, fields, panel, [names[int(k)] for k in labels])]
+    ranges = config.targets.scale_ranges
+    for level, grid in enumerate(config.model.ins_head.num_grids):
+        low, high = ranges[level]
+        count = sharing.count[level]
+        title = (
+            f"level {level + 1}: {grid} x {grid}, box side {low} to {high}: "
+            f"{int(cells.hit[level].sum())} objects, {int((count > 0).sum())} cells, "
+            f"{int((count > 1).sum())} of several objects"
+        )
+        owner = sharing.owner[level]
+        panels.append(drawing.caption(_grid(image, owner, count, panel), title))
+    return _tile(panels)
+
+
+def _objects(
+    image: np.ndarray,
+    masks: np.ndarray,
+    fields: dict[str, np.ndarray],
+    size: tuple[int, int],
+    names: Sequence[str],
+) -> np.ndarray:
+    """Returns the input with the masks that training gets, boxes and mass centres."""
+    crops = [Crop(m.repeat(4, 0).repeat(4, 1), 0, 0) for m in masks]
+    painted = drawing.paint(np.ascontiguousarray(image), crops)
+    canvas = Image.fromarray(painted).resize((size[1], size[0]))
+    draw = ImageDraw.Draw(canvas)
+    scale = size[1] / image.shape[1]
+    boxes = fields["boxes"][fields["valid"]] * scale
+    centers = fields["centers"][fields["valid"]] * scale
+    for i, (box, (x, y)) in enumerate(zip(boxes.tolist(), centers.tolist(), strict=True)):
+        draw.rectangle(box, outline=drawing.color(i))
+        draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill="white", outline="black")
+    h, w = (fields["image_size"] * scale).tolist()
+    draw.rectangle((0, 0, w - 1, h - 1), outline=(150, 150, 150))
+    kinds, count = np.unique(np.array(names, str), return_counts=True)
+    listed = ", ".join(f"{n} {k}" for k, n in zip(kinds, count, strict=True))
+    text = "input {} x {}: ".format(*image.shape[:2]) + (listed or "no object")
+    text = text if len(text) <= 84 else f"{text[:80]} ..."
+    return drawing.caption(np.asarray(canvas), text)
+
+
+def _grid(
+    image: np.ndarray, owner: np.ndarray, count: np.ndarray, size: tuple[int, int]
+) -> np.ndarray:
+    """Returns the darkened input under a level's grid."""
+    small = Image.fromarray(np.ascontiguousarray(image)).resize((size[1], size[0]))
+    canvas = np.asarray(small) * _DARK
+    rows, columns = (np.arange(s) * len(owner) // s for s in size)
+    cell = owner[rows][:, columns]
+    tint = np.array([drawing.color(i) for i in range(owner.max(initial=-1) + 1)])
+    inside = cell >= 0
+    if inside.any():
+        canvas[inside] = canvas[inside] * (1 - _FILL) + tint[cell[inside]] * _FILL
+    edges = [np.flatnonzero(np.diff(axis)) + 1 for axis in (rows, columns)]
+    canvas[edges[0]] = canvas[edges[0]] * 0.7 + 50
+    canvas[:, edges[1]] = canvas[:, edges[1]] * 0.7 + 50
+    picture = Image.fromarray(canvas.round().clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    starts = [np.concatenate([[0], e, [s]]) for e, s in zip(edges, size, strict=True)]
+    for y, x in np.argwhere(count > 1).tolist():
+        corner = starts[1][x], starts[0][y]
+        draw.rectangle((*corner, starts[1][x + 1] - 1, starts[0][y + 1] - 1), outline="white")
+    return np.asarray(picture)
+
+
+def _tile(panels: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns panels of one size in rows, with white between them."""
+    gap = 8
+    height, width = panels[0].shape[:2]
+    rows = -(-len(panels) // COLUMNS)
+    size = rows * (height + gap) - gap, COLUMNS * (width + gap) - gap
+    canvas = np.full((*size, 3), 255, np.uint8)
+    for i, panel in enumerate(panels):
+        y, x = i // COLUMNS * (height + gap), i % COLUMNS * (width + gap)
+        canvas[y : y + height, x : x + width] = panel
+    return canvas
+
+
+def describe(fields: dict[str, np.ndarray], config: Any, names: Sequence[str], title: str) -> str:
+    """Returns a line per object: class, box side, levels, cells of its own."""
+    cells, sharing = targets_of(fields, config)
+    boxes = fields["boxes"][fields["valid"]]
+    lines = [title]
+    for i, (box, label) in enumerate(zip(boxes, fields["labels"][fields["valid"]], strict=True)):
+        side = float(np.sqrt((box[2] - box[0]) * (box[3] - box[1])))
+        levels = (np.flatnonzero(cells.hit[:, i]) + 1).tolist()
+        own = sum(int((owner == i).sum()) for owner in sharing.owner)
+        note = "" if own else ": NOT TRAINED, no level or no cell of its own"
+        lines.append(
+            f"  {names[label]}, box side {side:.0f} px, levels {levels}, {own} cells{note}"
+        )
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the command line."""
+    top = argparse.ArgumentParser(
+        prog="python -m solov2_jax.tools.browse_batches",
+        description="Draws training batches with their targets.",
+        epilog="Keys of the config are set by --config.a.b=value.",
+    )
+    top.add_argument("--config", required=True, help="or a run's config.json")
+    top.add_argument("--output", required=True, help="folder for the pictures")
+    top.add_argument("--step", type=int, default=0, help="first step of training")
+    top.add_argument("--batches", type=int, default=2, help="how many steps")
+    return top
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draws as the arguments say."""
+    rest, overrides = split_overrides(sys.argv[1:] if argv is None else list(argv))
+    args = parser().parse_args(rest)
+    if args.step < 0 or args.batches < 1:
+        raise ValueError("--step must be 0 or more, --batches 1 or more")
+    config = load_config(args.config, overrides)
+    dataset = load_coco(*data_files(config)[0])
+    paths = view(config, dataset, args.output, args.step, args.batches)
+    print(f"{len(paths)} pictures: {args.output}")
+
+
+if __name__ == "__main__":
+    main()

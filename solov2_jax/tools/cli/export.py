@@ -1,0 +1,167 @@
+r"""Exports a trained network with its post-processing, and compares it by running it.
+
+    solov2-export --workdir runs/r50 --format onnx
+    solov2-export --workdir runs/r50 --format onnx --precision int8 --evaluate
+    solov2-export --config configs/r50_3x.py --weights r50_3x.safetensors \
+        --format stablehlo --shape 800x1344,1344x800 --images photos --output out
+
+Formats: stablehlo runs wherever JAX does, without this package; onnx in ONNX Runtime;
+savedmodel and tflite in TensorFlow, the extra "export-tf". One file for each padded
+shape, whose weights, thresholds and NMS are inside; `metadata.json` names classes and
+preprocessing, and `export.json` holds the measured differences. Inputs and outputs:
+docs/export_and_serving.md.
+
+Exit code 0: done; 2: an error that the one line `error: ...` explains.
+"""
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from solov2_jax.config import load_config, write_json
+from solov2_jax.tools.cli import app
+
+if TYPE_CHECKING:
+    from solov2_jax.inference.predictor import Predictor
+
+_FORMATS = ("stablehlo", "onnx", "savedmodel", "tflite")
+
+_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a training run.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "Of the workdir: last, best or a step.")
+_CONFIG = flags.DEFINE_string("config", "", "Config file, with --weights.")
+_WEIGHTS = flags.DEFINE_string("weights", "", "Weights file, with --config.")
+_FORMAT = flags.DEFINE_enum("format", None, _FORMATS, "To write.", required=True)
+_PRECISION = flags.DEFINE_enum(
+    "precision",
+    "float32",
+    ("float32", "float16", "int8"),
+    "float16: of the stored weights; int8: of the convolutions.",
+)
+_SHAPES = flags.DEFINE_list(
+    "shape",
+    "",
+    "Padded HEIGHTxWIDTH, multiples of 32, separated by commas. Default: the config's "
+    "input.buckets_test, or a landscape and a portrait shape that hold every image.",
+)
+_BATCH = flags.DEFINE_integer("batch", 1, "Images per call.", lower_bound=1)
+_MASKS = flags.DEFINE_enum(
+    "masks",
+    "input",
+    ("input", "quarter"),
+    "input: masks of 0 and 1 at the padded input's size; quarter: probabilities at a "
+    "quarter of it.",
+)
+_IMAGES = flags.DEFINE_string(
+    "images",
+    "",
+    "Image, folder or quoted pattern to compare on. Default: the run's validation data.",
+)
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "Images that are compared.", lower_bound=1)
+_EVALUATE = flags.DEFINE_bool("evaluate", False, "Measure AP of both on the run's validation data.")
+_OUTPUT = flags.DEFINE_string(
+    "output", "", "Folder to write. Default: WORKDIR/export/FORMAT_PRECISION."
+)
+
+
+def main(overrides: list[str]) -> None:
+    """Exports as the flags say."""
+    given = tuple(bool(f.value) for f in (_WORKDIR, _CONFIG, _WEIGHTS))
+    if given not in ((True, False, False), (False, True, True)):
+        raise ValueError("give either --workdir, or --config and --weights together")
+    if not _WORKDIR.value and not (_OUTPUT.value and _IMAGES.value):
+        raise ValueError("--config and --weights need --output and --images")
+    buckets = tuple(_parse_shape(text) for text in _SHAPES.value if text.strip())
+    from solov2_jax.tools.export.exported import format_module
+
+    format_module(_FORMAT.value)  # raises now instead of after loading weights
+    config, predictor = _load(overrides)
+    from solov2_jax.models import build_model
+    from solov2_jax.tools.export.metadata import default_buckets
+    from solov2_jax.tools.export.run import ExportOptions, export
+
+    options = ExportOptions(
+        _FORMAT.value,
+        _PRECISION.value,
+        _MASKS.value,
+        _BATCH.value,
+        buckets or default_buckets(predictor.input),
+    )
+    source = _WEIGHTS.value or f"{os.path.basename(os.path.abspath(_WORKDIR.value))}"
+    folder = _OUTPUT.value or os.path.join(
+        _WORKDIR.value, "export", f"{_FORMAT.value}_{_PRECISION.value}"
+    )
+    dataset = None
+    if not _IMAGES.value or _EVALUATE.value:
+        dataset = _load_dataset(config, predictor)
+    model = build_model(config, len(predictor.class_names))
+    images = _find_images(dataset)
+    report = export(model, predictor, options, folder, images, source)
+    if _EVALUATE.value:
+        report["ap"] = _measure_ap(config, predictor, options.buckets, dataset, folder)
+        write_json(report, os.path.join(folder, "export.json"))
+    print(f"exported to {folder}")
+
+
+def _parse_shape(text: str) -> tuple[int, int]:
+    try:
+        height, width = (int(part) for part in text.lower().split("x"))
+        return height, width
+    except ValueError:
+        raise ValueError(
+            f"--shape={text}: write HEIGHTxWIDTH in pixels, such as 800x1344"
+        ) from None
+
+
+def _load(overrides: list[str]) -> "tuple[Any, Predictor]":
+    """Returns the config and the predictor that the flags name."""
+    from solov2_jax import Predictor
+    from solov2_jax.inference.predictor import load_workdir_config
+
+    if _WORKDIR.value:
+        config = load_workdir_config(_WORKDIR.value, overrides)
+        workdir, checkpoint = _WORKDIR.value, _CHECKPOINT.value
+        return config, Predictor.from_workdir(workdir, checkpoint, overrides)
+    config = load_config(_CONFIG.value, overrides)
+    return config, Predictor.from_weights(_WEIGHTS.value, config)
+
+
+def _load_dataset(config: Any, predictor: Any) -> Any:
+    from solov2_jax.data.build import load_val_dataset
+
+    if not _WORKDIR.value:
+        raise ValueError("--evaluate needs --workdir: the run's validation data")
+    classes = zip(predictor.category_ids, predictor.class_names, strict=True)
+    return load_val_dataset(config, dict(classes))
+
+
+def _find_images(dataset: Any) -> list[str]:
+    if _IMAGES.value:
+        from solov2_jax.tools.predict.sources import find_files, is_video
+
+        files = [path for path in find_files(_IMAGES.value) if not is_video(path)]
+        return files[: _NUM_IMAGES.value]
+    number = min(len(dataset), _NUM_IMAGES.value)
+    return [dataset.path(i) for i in range(number)]
+
+
+def _measure_ap(
+    config: Any, predictor: Any, buckets: Any, dataset: Any, folder: str
+) -> dict[str, dict[str, float]]:
+    from solov2_jax.tools.export.exported import ExportedPredictor
+    from solov2_jax.tools.export.measure import measure_ap
+
+    # The original pads as the exported files do.
+    predictor.input = dataclasses.replace(predictor.input, buckets=buckets)
+    exported = ExportedPredictor(folder)
+    found = measure_ap(predictor, exported, dataset, folder, config.eval.max_images)
+    for name, metrics in found.items():
+        print(f"{name}: segm/AP {metrics['segm/AP']:.4f}", end=", ")
+        print(f"segm/AP50 {metrics['segm/AP50']:.4f}")
+    return found
+
+
+def run() -> None:
+    """Runs the command."""
+    app.run(main)

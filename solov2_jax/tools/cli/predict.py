@@ -1,0 +1,151 @@
+r"""Predicts objects in images and videos: overlays, `predictions.json`, masks, labels.
+
+    solov2-predict --workdir runs/r50 --input photos/ --output outputs/
+    solov2-predict --config configs/r50_3x.py --weights r50_3x.npz \
+        --input 'photos/*.jpg' --output outputs/ --score 0.5 --classes person,dog
+    solov2-predict --workdir runs/r50 --input clip.mp4 --output outputs/ --track
+    solov2-predict --workdir runs/r50 --input camera:0 --output outputs/ --frames 500
+    solov2-predict --workdir runs/r50 --input photos/ --output outputs/ \
+        --write overlay,masks,cutouts,yolo,labelme
+
+Each image is padded to its own multiple of 32, exactly as the reference does with one
+image; every new padded shape compiles once. `--shapes 4` derives at most four shapes
+from the images, which many images want. `--tile 512` cuts large images into overlapping
+tiles, `--tta flip,0.8,1,1.25` averages several views. `--score 0` keeps every detection
+that the network's own thresholds (`--config.test.*`) let through.
+
+Exit code 0: done; 2: an error that the one line `error: ...` explains, also when only
+some of the images could not be read: the others are done then.
+"""
+
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from solov2_jax.tools.cli import app
+from solov2_jax.tools.cli.view_flags import view_options
+
+if TYPE_CHECKING:
+    from solov2_jax.inference.predictor import Predictor
+    from solov2_jax.tools.predict.files import Summary
+    from solov2_jax.tools.predict.sources import Source
+
+_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a training run.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "Of the workdir: last, best or a step.")
+_CONFIG = flags.DEFINE_string("config", "", "Config file, with --weights.")
+_WEIGHTS = flags.DEFINE_string("weights", "", "Weights file, with --config.")
+_INPUT = flags.DEFINE_string(
+    "input",
+    None,
+    "An image, a video, a folder, a quoted pattern, an http(s) address, camera:0, or "
+    "an rtsp address.",
+    required=True,
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write to; made if need be.", required=True)
+_WRITE = flags.DEFINE_list(
+    "write",
+    "overlay,coco",
+    "What is written: overlay (pictures, videos), coco (predictions.json), masks and "
+    "cutouts (PNG for each object), yolo and labelme (labels to correct by hand).",
+)
+_SCORE = flags.DEFINE_float(
+    "score", 0.3, "Least score of a detection.", lower_bound=0, upper_bound=1
+)
+_CLASSES = flags.DEFINE_list("classes", "", "Only these: names or category ids.")
+_MAX = flags.DEFINE_integer("max", 0, "Best detections of an image. 0: all.", lower_bound=0)
+_HIDE_LABELS = flags.DEFINE_bool("hide_labels", False, "Overlays without text.")
+_COLOR_BY = flags.DEFINE_enum(
+    "color_by",
+    None,
+    ["object", "class", "track"],
+    "What keeps its colour. Default: track with --track, else object.",
+)
+_TRACK = flags.DEFINE_bool("track", False, "Follow objects from frame to frame and number them.")
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 1, "Images of one padded shape that are computed together."
+)
+_SHAPES = flags.DEFINE_integer(
+    "shapes",
+    0,
+    "At most so many padded shapes for all images. 0: each image's own.",
+    lower_bound=0,
+)
+_FRAMES = flags.DEFINE_integer(
+    "frames", 0, "Of a video or camera: so many at most. 0: all.", lower_bound=0
+)
+_EVERY = flags.DEFINE_integer(
+    "every", 1, "Of a video or camera: the first of every so many.", lower_bound=1
+)
+_READERS = flags.DEFINE_integer("readers", 2, "Threads that read and resize images.", lower_bound=1)
+
+
+def load_predictor(overrides: list[str]) -> "Predictor":
+    """Returns the predictor that the flags name."""
+    from solov2_jax import Predictor
+
+    if _WORKDIR.value:
+        return Predictor.from_workdir(_WORKDIR.value, _CHECKPOINT.value, overrides)
+    return Predictor.from_weights(_WEIGHTS.value, _CONFIG.value, overrides)
+
+
+def build_views(predictor: "Predictor", sources: "list[Source]") -> Any:
+    """Returns the predictor with the shapes, tiles and views that the flags ask for."""
+    tta, tiles = view_options()
+    if _SHAPES.value and not tiles and not predictor.input.buckets:
+        from solov2_jax.tools.predict.buckets import shapes_of
+
+        predictor = predictor.with_shapes(shapes_of(sources, predictor, _SHAPES.value))
+    if not (tta or tiles):
+        return predictor
+    from solov2_jax.tools.multiview.build import build_views
+
+    return build_views(predictor, tta, tiles)
+
+
+def predict(overrides: list[str], scratch: str) -> "Summary":
+    """Predicts as the flags say.
+
+    Args:
+      scratch: folder for what is downloaded.
+    """
+    from solov2_jax.tools.predict.files import FileOptions, check_files, predict_files
+    from solov2_jax.tools.predict.filter import DetectionFilter, parse_classes
+    from solov2_jax.tools.predict.outputs import Style, parse_formats
+    from solov2_jax.tools.predict.sources import open_sources
+
+    color_by = _COLOR_BY.value or ("track" if _TRACK.value else "object")
+    options = FileOptions(
+        parse_formats(_WRITE.value),
+        DetectionFilter(_SCORE.value, None, _MAX.value),
+        Style(color_by, not _HIDE_LABELS.value),
+        _BATCH_SIZE.value,
+        _TRACK.value,
+    )
+    view_options()  # raises now instead of after a compilation, as do the next ones
+    sources = open_sources(
+        *(_INPUT.value, scratch),
+        threads=_READERS.value,
+        limit=_FRAMES.value,
+        every=_EVERY.value,
+    )
+    check_files(sources, _OUTPUT.value)
+    predictor = load_predictor(overrides)
+    classes = parse_classes(_CLASSES.value, predictor.class_names, predictor.category_ids)
+    options = options.with_classes(classes)
+    looking = build_views(predictor, sources)
+    return predict_files(looking, sources, _OUTPUT.value, options)
+
+
+def main(overrides: list[str]) -> None:
+    """Predicts, and says what became of it."""
+    given = tuple(bool(f.value) for f in (_WORKDIR, _CONFIG, _WEIGHTS))
+    if given not in ((True, False, False), (False, True, True)):
+        raise ValueError("give either --workdir, or --config and --weights together")
+    with tempfile.TemporaryDirectory() as scratch:
+        predict(overrides, scratch).report(_OUTPUT.value)
+
+
+def run() -> None:
+    """Runs the command."""
+    app.run(main)

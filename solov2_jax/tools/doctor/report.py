@@ -1,0 +1,135 @@
+"""A study as text for the console."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from solov2_jax.tools.doctor.advice import Advice
+from solov2_jax.tools.doctor.findings import ERROR, NOTE, WARNING
+from solov2_jax.tools.doctor.grids import table
+from solov2_jax.tools.doctor.objects import class_counts, percentiles
+from solov2_jax.tools.doctor.study import DataStudy, Part
+
+WIDTH = 32  # of the longest bar
+MAX_CLASSES = 30  # most and fewest objects; the others are in the page
+# Square root of the mask's area, pixels of the network's input.
+SIDES = (0, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, np.inf)
+
+
+def text_report(study: DataStudy) -> str:
+    """Returns everything but the pictures."""
+    blocks = [_part(part, study.short) for part in study.parts]
+    if study.parts:
+        blocks.append(_grids(study))
+    if study.advice:
+        blocks.append(_advice(study.advice))
+    blocks.append(_findings(study))
+    return "\n\n".join(blocks)
+
+
+def _part(part: Part, short: int) -> str:
+    data = part.dataset
+    number = data.objects_per_image
+    sizes = [f"{int(h)}x{int(w)}" for h, w in zip(data.heights, data.widths, strict=True)]
+    common, count = np.unique(sizes, return_counts=True)
+    most = common[np.argmax(count)]
+    middle = percentiles(number, (50, 95, 100))
+    sides = side_lengths(part)
+    lines = [
+        f"{part.name}: {data.annotation_file}",
+        f"  {len(data)} images, {len(common)} sizes, most often {most} "
+        f"({count.max()}); shorter side {data_range(data)}",
+        f"  {len(data.labels)} objects of {len(data.class_names)} classes; an image "
+        f"has {middle[0]:.0f} in the middle, {middle[1]:.0f} at the 95th percentile, "
+        f"{middle[2]:.0f} at most",
+        f"  side of an object at an input of {short} pixels: 5 % below "
+        f"{percentiles(sides, (5,))[0]:.0f}, half below "
+        f"{percentiles(sides, (50,))[0]:.0f}, 5 % above "
+        f"{percentiles(sides, (95,))[0]:.0f}",
+        "",
+        *_bars(_side_rows(sides)),
+        "",
+        *_bars(_class_rows(part)),
+    ]
+    return "\n".join(lines)
+
+
+def data_range(data) -> str:
+    """Returns the range of the images' shorter sides, in words."""
+    short = np.minimum(data.heights, data.widths)
+    return f"{short.min()} to {short.max()} pixels"
+
+
+def side_lengths(part: Part) -> np.ndarray:
+    """Returns the square root of every mask's area, pixels of the input."""
+    return np.sqrt(part.objects.area[part.objects.area > 0])
+
+
+def _side_rows(sides: np.ndarray) -> list[tuple[str, int]]:
+    count, _ = np.histogram(sides, SIDES)
+    names = [
+        f"{low:.0f} to {high:.0f} px" if np.isfinite(high) else f"{low:.0f} px and more"
+        for low, high in zip(SIDES[:-1], SIDES[1:], strict=True)
+    ]
+    return list(zip(names, count.tolist(), strict=True))
+
+
+def _class_rows(part: Part) -> list[tuple[str, int]]:
+    number = class_counts(part.dataset)
+    order = np.argsort(-number, kind="stable").tolist()
+    rows = [(part.dataset.class_names[k], int(number[k])) for k in order]
+    if len(rows) <= MAX_CLASSES:
+        return rows
+    half = MAX_CLASSES // 2
+    left = sum(n for _, n in rows[half:-half])
+    middle = (f"({len(rows) - MAX_CLASSES} more classes)", left)
+    return [*rows[:half], middle, *rows[-half:]]
+
+
+def _bars(rows: Sequence[tuple[str, int]]) -> list[str]:
+    most = max((n for name, n in rows if name[0] != "("), default=1) or 1
+    width = max(len(name) for name, _ in rows)
+    lines = []
+    for name, n in rows:
+        bar = "" if name[0] == "(" else "#" * round(WIDTH * n / most)
+        lines.append(f"  {name:{width}}  {n:6d}  {bar}".rstrip())
+    return lines
+
+
+def _grids(study: DataStudy) -> str:
+    lines = ["grid cells with the config's grids and scale ranges"]
+    for part in study.parts:
+        rows = table(study.layout, part.crowd)
+        widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+        lines.append(f"  {part.name}:")
+        for row in rows:
+            cells = (cell.ljust(w) for cell, w in zip(row, widths, strict=True))
+            lines.append("    " + "  ".join(cells).rstrip())
+        crowd = part.crowd
+        lines.append(
+            f"    {len(crowd.lost)} objects without a cell of their own, "
+            f"{len(crowd.homeless)} outside of all ranges"
+        )
+    return "\n".join(lines)
+
+
+def _advice(advice: Advice) -> str:
+    lines = ["suggested for the training data", *(f"  {r}" for r in advice.reasons)]
+    return "\n".join([*lines, *(f"    {flag}" for flag in advice.overrides())])
+
+
+def _findings(study: DataStudy) -> str:
+    lines = []
+    named = [("", study.findings), *((f"{p.name}: ", p.findings) for p in study.parts)]
+    for level in (ERROR, WARNING, NOTE):
+        for where, findings in named:
+            for finding in findings:
+                if finding.level == level:
+                    line = finding.line()
+                    lines.append(line.replace(": ", f": {where}", 1))
+    verdict = {
+        ERROR: "training cannot start before the errors are mended",
+        WARNING: "training may start; look at the warnings",
+        NOTE: "training may start",
+    }
+    return "\n".join([*lines, verdict[study.verdict]])

@@ -1,0 +1,123 @@
+"""What is exported: one function from a padded image to finished detections.
+
+Shapes: the legend of `structs.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from solov2_jax import ops
+from solov2_jax.inference.preprocess import InputOptions
+from solov2_jax.inference.programs import DetectOptions
+from solov2_jax.postprocess import detect
+
+# (image, image_size) -> outputs by name.
+Program = Callable[[Any, Any], dict[str, Any]]
+
+# "input": masks of the padded input, 0 or 1, with boxes. "quarter": probabilities at a
+# quarter of it, which `Predictor` pastes at the original size.
+MASKS = ("input", "quarter")
+INPUTS = ("image", "image_size")
+
+
+def output_names(masks: str) -> tuple[str, ...]:
+    """Returns the outputs, in the order in which formats without names give them."""
+    boxes = ("boxes",) if masks == "input" else ()
+    return ("count", "scores", "labels", *boxes, "masks")
+
+
+def make_program(
+    model: Any,
+    variables: Any,
+    input_options: InputOptions,
+    detect_options: DetectOptions,
+    masks: str,
+    half_weights: bool = False,
+) -> Program:
+    """Returns the function that is exported; its weights are constants.
+
+    It takes image uint8 [B, h, w, 3], always RGB, padded at the right and bottom, and
+    image_size int32 [B, 2], (height, width) before padding. It returns, for the best D
+    detections, best first: count int32 [B], how many there are; scores float32 [B, D];
+    labels int32 [B, D]; and with masks="input" boxes float32 [B, D, 4] (x0, y0, x1, y1,
+    in input pixels) and masks uint8 [B, D, h, w], with masks="quarter" masks float32
+    [B, D, h4, w4]. What is beyond `count` is 0.
+
+    Args:
+      half_weights: large weights are constants of 16 bits; the computation stays.
+    """
+    weights = jax.tree.map(np.asarray, jax.device_get(variables))
+    if half_weights:
+        weights = jax.tree.map(_halved, weights)
+
+    def program(image: Any, image_size: Any) -> dict[str, Any]:
+        if input_options.channel_order == "BGR":
+            image = image[..., ::-1]
+        mean, std = input_options.mean, input_options.std
+        pixels = ops.normalize_image(image, image_size, mean, std)
+        # Staged, not computed: what the file holds are the halved constants.
+        full = jax.tree.map(lambda w: jnp.asarray(w).astype(jnp.float32), weights)
+        found = detect(model.apply(full, pixels), **asdict(detect_options))
+        outputs = {
+            "count": jnp.sum(found.valid, axis=1, dtype=jnp.int32),
+            "scores": found.scores,
+            "labels": jnp.where(found.valid, found.labels, 0).astype(jnp.int32),
+        }
+        if masks == "quarter":
+            return outputs | {"masks": found.soft_masks}
+        threshold = detect_options.mask_threshold
+
+        def enlarge(one: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+            return _enlarge(*one, threshold)
+
+        # One mask after the other: only the result grows with their number.
+        b, d, *quarter = found.soft_masks.shape
+        soft = found.soft_masks.reshape(b * d, *quarter)
+        sizes = jnp.repeat(image_size, d, axis=0)
+        full_masks, boxes = lax.map(enlarge, (found.valid.reshape(-1), soft, sizes))
+        outputs["masks"] = full_masks.reshape(b, d, *full_masks.shape[1:])
+        outputs["boxes"] = boxes.reshape(b, d, 4)
+        return outputs
+
+    return program
+
+
+def _halved(leaf: np.ndarray) -> np.ndarray:
+    return leaf.astype(np.float16) if leaf.ndim == 4 else leaf
+
+
+def _enlarge(
+    valid: Bool[Array, ""],
+    soft: Float[Array, "h4 w4"],
+    image_size: Array,
+    threshold: float,
+) -> tuple[Array, Array]:
+    """Returns a mask at four times the size, uint8, and its box; 0 if invalid."""
+    h, w = (4 * n for n in soft.shape)
+
+    def some() -> tuple[Array, Array]:
+        large = ops.upsample4x_bilinear(soft[None, :, :, None])[0, :, :, 0]
+        row, column = jnp.arange(h), jnp.arange(w)
+        inside = (row[:, None] < image_size[0]) & (column[None] < image_size[1])
+        mask = (large > threshold) & inside
+        sides = []
+        for axis, position in ((0, column), (1, row)):
+            used = jnp.any(mask, axis=axis)
+            last = jnp.max(jnp.where(used, position, -1)) + 1
+            first = jnp.min(jnp.where(used, position, last))
+            sides.append((first, last))
+        (x0, x1), (y0, y1) = sides
+        box = jnp.stack([x0, y0, x1, y1]).astype(jnp.float32)
+        return mask.astype(jnp.uint8), box
+
+    def none() -> tuple[Array, Array]:
+        return jnp.zeros((h, w), jnp.uint8), jnp.zeros(4, jnp.float32)
+
+    return lax.cond(valid, some, none)

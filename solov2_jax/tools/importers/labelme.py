@@ -1,0 +1,210 @@
+"""labelme's json: a file per image, a list of shapes with labels."""
+
+import base64
+import binascii
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from solov2_jax.data.annotations import MAX_COORDINATE
+from solov2_jax.data.images import read_header
+from solov2_jax.tools.importers.instances import Instances
+from solov2_jax.tools.importers.names import read_text
+
+_WITHOUT_AREA = ("point", "points", "line", "linestrip")
+_CIRCLE_ERROR = 0.1  # pixels between a circle and the polygon that stands for it
+
+
+def import_labelme(
+    images: str,
+    labels: str,
+    categories: Mapping[int, str] | None = None,
+    ignored: Sequence[str] = (),
+) -> tuple[Instances, Counter[str]]:
+    """Returns the instances of all json files below a folder, and what was left out.
+
+    Shapes with the same label and `group_id` are one object. Shapes without an area
+    (points, lines) are left out and counted.
+
+    Args:
+      images: folder that file names will be relative to.
+      labels: folder of the json files; `imagePath` is relative to each file.
+      categories: id -> name; None: the labels that occur, sorted, from id 1.
+      ignored: labels that are no class.
+    """
+    files = sorted(Path(labels).rglob("*.json")) if os.path.isdir(labels) else []
+    if not files:
+        raise ValueError(f"{labels}: has no json files of labelme; correct --labels.")
+    records = {path: _read(path) for path in files}
+    if categories is None:
+        found = {
+            _label(s, f"{path}: shape {i}")
+            for path, record in records.items()
+            for i, s in enumerate(record["shapes"])
+        }
+        categories = dict(enumerate(sorted(found - set(ignored)), start=1))
+    if not categories:
+        raise ValueError(f"{labels}: no shape has a label that is a class.")
+    instances, left_out = Instances(categories), Counter[str]()
+    seen: dict[str, Path] = {}
+    for path, record in records.items():
+        name = _add_image(instances, path, record, images)
+        other = seen.setdefault(name, path)
+        if other != path:
+            raise ValueError(f"{path}: its image {name} is {other}'s too; remove one.")
+        _add_shapes(instances, path, record, ignored, left_out)
+    return instances, left_out
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: cannot be read as json ({error}).") from None
+    if not isinstance(record, dict) or not isinstance(record.get("shapes"), list):
+        raise ValueError(
+            f"{path}: has no list `shapes`; it is not labelme's. Move other json files elsewhere."
+        )
+    if not isinstance(record.get("imagePath"), str):
+        raise ValueError(f"{path}: has no `imagePath`; add the image's file name.")
+    return record
+
+
+def _add_image(instances: Instances, path: Path, record: dict[str, Any], images: str) -> str:
+    """Returns the name of a json's image below `images`."""
+    # labelme on Windows writes backslashes.
+    relative = record["imagePath"].replace("\\", "/")
+    beside = path.parent / relative
+    file = beside if beside.exists() else Path(images, os.path.basename(relative))
+    if not file.exists():
+        raise ValueError(
+            f"{path}: `imagePath` {record['imagePath']}: there is neither {beside} nor "
+            f"{file}; correct it or --images."
+        )
+    name = os.path.relpath(file, images).replace(os.sep, "/")
+    if name.startswith("../"):
+        raise ValueError(f"{path}: its image {file} is not below --images {images}.")
+    header = read_header(str(file))
+    stated = record.get("imageHeight"), record.get("imageWidth")
+    if stated != (None, None) and stated != (header.height, header.width):
+        raise ValueError(
+            f"{path}: `imageHeight` and `imageWidth` are {stated}, but {file} is "
+            f"{header.height} x {header.width}; was the image replaced? Correct them "
+            "and the shapes."
+        )
+    instances.add_image(name, header.height, header.width)
+    return name
+
+
+def _label(shape: Any, where: str) -> str:
+    if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
+        raise ValueError(f"{where}: has no `label`; add it.")
+    return shape["label"]
+
+
+def _add_shapes(
+    instances: Instances,
+    path: Path,
+    record: dict[str, Any],
+    ignored: Sequence[str],
+    left_out: Counter[str],
+) -> None:
+    """Takes the objects of one json."""
+    ids = {name: i for i, name in instances.categories.items()}
+    groups: dict[Any, list[tuple[int, dict[str, Any]]]] = {}
+    for index, shape in enumerate(record["shapes"]):
+        where = f"{path}: shape {index}"
+        label = _label(shape, where)
+        kind = shape.get("shape_type", "polygon")
+        if label in ignored:
+            left_out[f"label {label}"] += 1
+        elif label not in ids:
+            raise ValueError(
+                f"{where}: `label` {label!r} is not among the class names "
+                f"{sorted(ids)}; correct it, add the name, or give it to --ignore."
+            )
+        elif kind in _WITHOUT_AREA:
+            left_out[f"shape_type {kind}"] += 1
+        else:
+            group = shape.get("group_id")
+            key = index if group is None else (label, group)
+            groups.setdefault(key, []).append((index, shape))
+    for parts in groups.values():
+        label = parts[0][1]["label"]
+        drawn = [_draw(shape, f"{path}: shape {i}", instances.size) for i, shape in parts]
+        if not any(d.dtype == bool for d in drawn):
+            instances.add_polygons(ids[label], drawn)
+            continue
+        masks = [d if d.dtype == bool else _fill(d, instances.size) for d in drawn]
+        instances.add_mask(ids[label], np.any(masks, axis=0))
+
+
+def _draw(shape: dict[str, Any], where: str, size: tuple[int, int]) -> np.ndarray:
+    """Returns the outline, float64 [n, 2], or of a mask bool [height, width]."""
+    kind = shape.get("shape_type", "polygon")
+    try:
+        points = np.array(shape.get("points"), np.float64)
+    except (TypeError, ValueError):
+        points = np.zeros((0, 0))
+    wild = points.ndim != 2 or points.shape[1] != 2
+    if wild or not (np.abs(points) < MAX_COORDINATE).all():
+        raise ValueError(f"{where}: `points` must be pairs of numbers [x, y], pixels.")
+    if kind == "polygon" and len(points) >= 3:
+        return points
+    if kind == "rectangle" and len(points) in (2, 4):
+        (x0, y0), (x1, y1) = points.min(axis=0), points.max(axis=0)
+        return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
+    if kind == "circle" and len(points) == 2:
+        return _circle(points[0], float(np.hypot(*(points[1] - points[0]))))
+    if kind == "mask" and len(points) == 2:
+        return _decode(shape, points, where, size)
+    raise ValueError(
+        f"{where}: `shape_type` {kind!r} with {len(points)} points; an object is a "
+        "polygon of 3 or more points, a rectangle or a circle of 2, or a mask."
+    )
+
+
+def _circle(center: np.ndarray, radius: float) -> np.ndarray:
+    """Returns a polygon of the circle's area."""
+    number = max(12, int(np.ceil(np.pi * np.sqrt(radius / (2 * _CIRCLE_ERROR)))))
+    angle = np.arange(number) * (2 * np.pi / number)
+    radius *= np.sqrt(2 * np.pi / number / np.sin(2 * np.pi / number))
+    return center + radius * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+
+
+def _decode(
+    shape: dict[str, Any], points: np.ndarray, where: str, size: tuple[int, int]
+) -> np.ndarray:
+    """Returns the mask in the whole image, bool [height, width]."""
+    try:
+        data = base64.b64decode(shape["mask"], validate=True)
+        with Image.open(io.BytesIO(data)) as image:
+            part = np.asarray(image.convert("L")) > 0
+    except (KeyError, TypeError, binascii.Error, OSError, SyntaxError) as error:
+        raise ValueError(
+            f"{where}: `mask` is not a PNG in base64 ({error!r}); save it again."
+        ) from None
+    left, top = np.rint(points.min(axis=0)).astype(int).tolist()
+    height, width = part.shape
+    if min(left, top) < 0 or top + height > size[0] or left + width > size[1]:
+        raise ValueError(
+            f"{where}: the mask of {height} x {width} pixels at {left}, {top} leaves "
+            f"the image of {size[0]} x {size[1]}."
+        )
+    mask = np.zeros(size, bool)
+    mask[top : top + height, left : left + width] = part
+    return mask
+
+
+def _fill(outline: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Returns a polygon's pixels, bool [height, width]."""
+    flat: Any = [outline.ravel()]
+    return coco_mask.decode(coco_mask.frPyObjects(flat, *size))[..., 0] > 0

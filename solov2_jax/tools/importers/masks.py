@@ -1,0 +1,122 @@
+"""PNG masks: the value of a pixel says to which object it belongs.
+
+Pascal VOC has two files per image: SegmentationObject (the object's number) and
+SegmentationClass (its class), both 0 on background and 255 where nothing is said.
+Without class files all objects are of one class.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from solov2_jax.data.annotations import describe
+from solov2_jax.data.images import list_images, read_header
+from solov2_jax.tools.importers.instances import Instances
+
+
+def import_masks(
+    images: str,
+    objects: str,
+    classes: str,
+    categories: Mapping[int, str],
+    void: int | None = None,
+) -> Instances:
+    """Returns the instances of all images that have a mask.
+
+    Args:
+      images: folder; images without a mask file are left out.
+      objects: folder of PNG files named as the images.
+      classes: folder of PNG files with class values, "" for one class.
+      categories: id -> name; the values in the class files are the ids.
+      void: value in either file that is neither object nor background.
+    """
+    if not classes and len(categories) != 1:
+        raise ValueError(
+            f"{len(categories)} class names, but no --classes folder that tells which "
+            "object is which; give the folder, or one name."
+        )
+    pairs = _pair(images, objects)
+    instances = Instances(categories)
+    for name, path in pairs:
+        header = read_header(os.path.join(images, name))
+        instances.add_image(name, header.height, header.width)
+        values = _read(path, instances.size, name)
+        kinds = None
+        if classes:
+            file = Path(classes, path.relative_to(objects))
+            kinds = _read(file, instances.size, name)
+        for value in np.unique(values).tolist():
+            if value in (0, void):
+                continue
+            mask = values == value
+            where = f"{path}: object {value}"
+            category = _category(mask, kinds, where, categories, void)
+            instances.add_mask(category, mask)
+    return instances
+
+
+def _pair(images: str, objects: str) -> list[tuple[str, Path]]:
+    """Returns (image, mask file) of every mask, sorted by the image's name."""
+    if not os.path.isdir(objects):
+        raise ValueError(f"{objects}: no such folder of PNG masks; correct --objects.")
+    files = {
+        path.relative_to(objects).with_suffix("").as_posix(): path
+        for path in sorted(Path(objects).rglob("*.png"))
+    }
+    if not files:
+        raise ValueError(f"{objects}: has no PNG files; correct --objects.")
+    names = {os.path.splitext(name)[0]: name for name in list_images(images)}
+    alone = sorted(set(files) - set(names))
+    if alone:
+        raise ValueError(
+            f"{objects}: {len(alone)} of {len(files)} masks have no image in {images}: "
+            f"{describe(alone)}. Correct the folders or remove the masks."
+        )
+    return [(names[stem], files[stem]) for stem in sorted(files)]
+
+
+def _read(path: Path, size: tuple[int, int], name: str) -> np.ndarray:
+    """Returns the values of a mask, int64 [height, width]."""
+    try:
+        with Image.open(path) as image:
+            mode, values = image.mode, np.asarray(image)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such mask, which {name} needs.") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: is not a PNG that can be read ({error}).") from None
+    if values.ndim != 2 or values.dtype.kind not in "uib":
+        raise ValueError(
+            f"{path}: is a picture of mode {mode}; a mask has one whole number per "
+            "pixel (palette or grey PNG, 8 or 16 bits). Colours are not numbers: "
+            "convert it."
+        )
+    if values.shape != size:
+        raise ValueError(
+            f"{path}: is {values.shape[0]} x {values.shape[1]}, but its image {name} "
+            f"is {size[0]} x {size[1]}; make them equal."
+        )
+    return values.astype(np.int64)
+
+
+def _category(
+    mask: np.ndarray,
+    kinds: np.ndarray | None,
+    where: str,
+    categories: Mapping[int, str],
+    void: int | None,
+) -> int:
+    """Returns the one class of an object's pixels."""
+    if kinds is None:
+        return next(iter(categories))
+    found = [v for v in np.unique(kinds[mask]).tolist() if v != void]
+    if len(found) != 1:
+        raise ValueError(f"{where}: its pixels have the classes {found}; an object has one.")
+    if found[0] not in categories:
+        raise ValueError(
+            f"{where}: is of class {found[0]}, which has no name; there are "
+            f"{describe(f'{i} ({n})' for i, n in categories.items())}."
+        )
+    return found[0]

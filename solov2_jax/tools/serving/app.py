@@ -1,0 +1,250 @@
+"""The service's routes: an ASGI application around an engine."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi_offline import FastAPIOffline
+
+import solov2_jax
+from solov2_jax.tools.serving.batcher import Batcher
+from solov2_jax.tools.serving.metrics import CONTENT_TYPE, Metrics
+from solov2_jax.tools.serving.page import PAGE
+from solov2_jax.tools.serving.pictures import TYPES, check_type, decode
+from solov2_jax.tools.serving.refusal import RequestRefused
+
+log = logging.getLogger(__name__)
+
+# Of an oversized body, so that its sender reads the answer instead of a broken pipe.
+_DISCARD_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request, and all together, may take."""
+
+    max_bytes: int  # of a body
+    max_pixels: int  # of a picture
+    queue: int  # requests that are read, decoded, waiting or computed; more: 429
+    body_seconds: float  # to send a body
+    batch_size: int
+    batch_wait: float  # seconds
+    score: float  # default of the parameter
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """What the routes need of an `Engine`."""
+
+    class_names: tuple[str, ...]
+
+    def prepare(self, image: np.ndarray, score: float, limit: int, drawn: bool) -> Any: ...
+
+    def answer(self, jobs: Any) -> Any: ...
+
+
+class Service:
+    """The state behind the routes: admission, decoding threads, the batcher.
+
+    Args:
+      decoders: threads that decode and resize; each holds one picture.
+    """
+
+    def __init__(self, engine: Answering, limits: Limits, decoders: int = 2):
+        self.engine, self.limits, self.metrics = engine, limits, Metrics()
+        self.admitted = 0
+        self._pool = ThreadPoolExecutor(decoders, thread_name_prefix="decoder")
+        self._batcher = Batcher(
+            engine.answer,
+            limits.batch_size,
+            limits.batch_wait,
+            self.metrics.observe_batch,
+        )
+
+    def close(self) -> None:
+        """Ends the threads; what was admitted is answered before."""
+        self._pool.shutdown()
+        self._batcher.close()
+
+    def is_well(self) -> bool:
+        """Returns whether requests can be answered."""
+        return self._batcher.is_alive()
+
+    async def predict(self, request: Request, output: str, score: float, limit: int) -> bytes:
+        """Returns the body of the answer, or raises `RequestRefused`."""
+        check_type(request.headers.get("content-type", ""))
+        with self._admission():
+            body = await self._read(request)
+            loop = asyncio.get_running_loop()
+            drawn = output == "png"
+            job = await loop.run_in_executor(self._pool, self._prepare, body, score, limit, drawn)
+            del body
+            return await asyncio.wrap_future(self._batcher.submit(job))
+
+    def _prepare(self, body: bytes, score: float, limit: int, drawn: bool) -> Any:
+        image = decode(body, self.limits.max_pixels)
+        return self.engine.prepare(image, score, limit, drawn)
+
+    @contextlib.contextmanager
+    def _admission(self) -> Any:
+        if self.admitted >= self.limits.queue:
+            raise RequestRefused(
+                429,
+                f"{self.admitted} requests are being answered, the most this service "
+                "takes: try again",
+                retry_after=1,
+            )
+        self.admitted += 1
+        self.metrics.admitted.set(self.admitted)
+        try:
+            yield
+        finally:
+            self.admitted -= 1
+            self.metrics.admitted.set(self.admitted)
+
+    async def _read(self, request: Request) -> bytes:
+        most = self.limits.max_bytes
+        too_large = RequestRefused(413, f"the body has more than {most} bytes: shrink the image")
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                declared = request.headers.get("content-length", "0")
+                if int(declared) > most:
+                    raise too_large
+                body = bytearray()
+                async for part in request.stream():
+                    body += part
+                    if len(body) > most:
+                        raise too_large
+        except TimeoutError:
+            raise RequestRefused(
+                408, f"the body took longer than {self.limits.body_seconds:g} s"
+            ) from None
+        except RequestRefused:
+            await _discard(request)
+            raise
+        if not body:
+            raise RequestRefused(400, "the body is empty: send an image's bytes")
+        return bytes(body)
+
+
+async def _discard(request: Request) -> None:
+    """Reads on for a moment without keeping anything."""
+    with contextlib.suppress(TimeoutError, RuntimeError):
+        async with asyncio.timeout(_DISCARD_SECONDS):
+            async for _ in request.stream():
+                pass
+
+
+def make_app(engine: Answering, limits: Limits, model: str) -> FastAPI:
+    """Returns the application.
+
+    Args:
+      model: what is served, for people.
+    """
+    service = Service(engine, limits)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.close)
+
+    app = FastAPIOffline(
+        title="SOLOv2 instance segmentation",
+        description=f"Serves {model}. Classes: {', '.join(engine.class_names)}.",
+        version=solov2_jax.__version__,
+        lifespan=lifespan,
+    )
+
+    @app.exception_handler(RequestRefused)
+    async def refuse(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestRefused)
+        headers = {}
+        if error.retry_after is not None:
+            headers["Retry-After"] = str(error.retry_after)
+        if error.status in (408, 413):
+            headers["Connection"] = "close"  # the rest of the body is not read
+        return JSONResponse({"error": error.message}, error.status, headers)
+
+    @app.middleware("http")
+    async def count(request: Request, call_next: Any) -> Response:
+        start = time.perf_counter()
+        status = 500
+        try:
+            response = await call_next(request)
+            status = response.status_code
+            return response
+        finally:
+            if request.url.path == "/predict":
+                service.metrics.requests.labels(str(status)).inc()
+                service.metrics.seconds.observe(time.perf_counter() - start)
+
+    @app.post("/predict", openapi_extra=_BODY, responses=_responses())
+    async def predict(
+        request: Request,
+        output: Annotated[
+            Literal["json", "png"], Query(description="Masks as JSON, or a picture.")
+        ] = "json",
+        score: Annotated[
+            float, Query(ge=0, le=1, description="Least score of a detection.")
+        ] = limits.score,
+        limit: Annotated[int, Query(ge=1, le=10_000, description="Most detections.")] = 100,
+    ) -> Response:
+        """Finds the objects of one image, whose bytes are the body.
+
+        JSON: `height` and `width` of the upright image, and `detections`, best first:
+        `class_name`, `category_id`, `score`, `bbox` (x, y, width, height), and
+        `segmentation`, the mask in COCO's compressed run lengths. PNG: the picture with
+        the masks drawn, its long side at most 1600 pixels.
+        """
+        body = await service.predict(request, output, score, limit)
+        kind = "image/png" if output == "png" else "application/json"
+        return Response(body, media_type=kind)
+
+    @app.get("/healthz")
+    async def healthz() -> JSONResponse:
+        """Tells whether requests are answered, and how many are being."""
+        well = service.is_well()
+        state = {"status": "ok" if well else "broken", "admitted": service.admitted}
+        return JSONResponse({**state, "model": model}, 200 if well else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Counters and times in Prometheus' text format."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE)
+
+    return app
+
+
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in TYPES},
+    }
+}
+
+
+def _responses() -> dict[int | str, dict[str, Any]]:
+    found = {
+        400: "The image is damaged, or the body empty.",
+        408: "The body came too slowly.",
+        413: "Too many bytes or pixels.",
+        415: "No image of a known kind.",
+        429: "Too many requests at once: try again after `Retry-After` seconds.",
+    }
+    answers = {"application/json": {}, "image/png": {}}
+    return {
+        200: {"description": "The detections.", "content": answers},
+        **{status: {"description": text} for status, text in found.items()},
+    }

@@ -1,0 +1,235 @@
+"""The network as a table: module, what it is, output, parameters, FLOPs.
+
+    python -m solov2_jax.tools.summary --config configs/r50_3x.py [--config.a.b=value]
+
+Nothing is computed and no array allocated: the network is traced with shapes only.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from solov2_jax.config import load_config, split_overrides
+from solov2_jax.models import build_model
+from solov2_jax.models.layers import Conv, ConvNorm, FrozenBatchNorm, GroupNorm
+from solov2_jax.training.optim import trainable_mask
+
+# Classes shown where the config leaves the count to the annotations: COCO's.
+DEFAULT_NUM_CLASSES = 80
+_NORMS = {"frozen_bn": ", frozen BN", "gn": "", "sync_bn": ", BN"}
+_HEADER = ("module", "what", "output", "parameters", "trainable", "GFLOPs")
+
+
+@dataclasses.dataclass
+class Row:
+    """One module with everything inside it.
+
+    `parameters` counts as the reference does: a frozen batch norm's scale, bias, mean
+    and variance are not parameters, but `frozen_norm`. `flops` are those of the
+    convolutions, two for one multiply-add.
+    """
+
+    path: tuple[str, ...]
+    what: str
+    outputs: list[tuple[int, ...]]  # without the batch
+    parameters: int = 0
+    trainable: int = 0
+    frozen_norm: int = 0
+    flops: int = 0
+
+
+def summarize(model: nn.Module, height: int, width: int, freeze_at: int) -> list[Row]:
+    """Returns a row per module, outermost first, for one image of the padded size.
+
+    Args:
+      freeze_at: stages that are not trained, as `config.model.backbone.freeze_at`.
+    """
+    rows: dict[tuple[str, ...], Row] = {}
+
+    def record(next_fun, args, kwargs, context):
+        module = context.module
+        if context.method_name != "__call__" or isinstance(module, FrozenBatchNorm):
+            return next_fun(*args, **kwargs)
+        row = rows.setdefault(module.path, Row(module.path, type(module).__name__, []))
+        out = next_fun(*args, **kwargs)
+        # A module that is called once per level adds an output per call.
+        row.outputs += [x.shape[1:] for x in jax.tree.leaves(out)]
+        row.what = _describe(module, jax.tree.leaves(args)[0].shape[-1])
+        return out
+
+    image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    with nn.intercept_methods(record):
+        variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    _count(rows, variables, freeze_at)
+    return list(rows.values())
+
+
+def _describe(module: nn.Module, channels: int) -> str:
+    """Returns e.g. "3x3 256->512, bias" for a module with that many input channels."""
+    if isinstance(module, ConvNorm | Conv):
+        k = module.kernel_size
+        conv = f"{k}x{k} {channels}->{module.features}"
+        if isinstance(module, Conv):
+            return conv + ", bias" * module.use_bias
+        return conv + f" / {module.stride}" * (module.stride > 1) + _NORMS[module.norm]
+    if isinstance(module, GroupNorm):
+        return f"GroupNorm {module.groups}"
+    return type(module).__name__
+
+
+def _count(rows: dict[tuple[str, ...], Row], variables, freeze_at: int) -> None:
+    """Adds each array of `variables` to the rows of all modules around it."""
+    params = _flatten(variables["params"])
+    stats = _flatten(variables.get("batch_stats", {}))
+    frozen = {path[:-1] for path in stats}
+    norm = "frozen_bn" if frozen else "gn"
+    trainable = _flatten(trainable_mask(variables["params"], freeze_at, norm))
+    for path, array in params.items():
+        flops = 0
+        if path[-1] == "kernel":
+            k1, k2, channels, _ = array.shape
+            pixels = sum(math.prod(shape) for shape in rows[path[:-1]].outputs)
+            flops = 2 * k1 * k2 * channels * pixels
+        for depth in range(len(path)):
+            row = rows.get(path[:depth])
+            if row is None:  # the frozen batch norm's own level
+                continue
+            if path[:-1] in frozen:
+                row.frozen_norm += array.size
+                continue
+            row.parameters += array.size
+            row.trainable += array.size * trainable[path]
+            row.flops += flops
+    for path, array in stats.items():
+        for depth in range(len(path) - 1):
+            rows[path[:depth]].frozen_norm += array.size
+
+
+def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
+    return flatten_dict(tree)  # type: ignore[return-value]
+
+
+def format_table(rows: Sequence[Row], depth: int = 0) -> str:
+    """Returns the rows as lines of text with their total.
+
+    Args:
+      depth: deepest level shown, 1 the backbone, FPN and heads; 0: all.
+    """
+    lines: list[tuple[str, ...]] = [_HEADER]
+    for row in rows:
+        level = len(row.path)
+        if depth and level > depth:
+            continue
+        name = "  " * (level - 1) + row.path[-1] if row.path else "(all)"
+        numbers = (f"{row.parameters:,}", f"{row.trainable:,}", _giga(row.flops))
+        lines.append((name, row.what, format_shapes(row.outputs), *numbers))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
+    text = []
+    for line in lines:
+        left = [cell.ljust(w) for cell, w in zip(line[:3], widths[:3], strict=True)]
+        right = [cell.rjust(w) for cell, w in zip(line[3:], widths[3:], strict=True)]
+        text.append("  ".join([*left, *right]).rstrip())
+    text.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(text)
+
+
+def _giga(flops: int) -> str:
+    return f"{flops / 1e9:,.3f}" if flops else ""
+
+
+def format_shapes(shapes: Sequence[tuple[int, ...]]) -> str:
+    """Returns e.g. "40x40 36x36 x512": sides, then the channels that they share.
+
+    Beyond six arrays the module's parts say more than a list, and it is left out.
+    """
+    if len(shapes) > 6:
+        return f"{len(shapes)} arrays"
+    groups: list[tuple[int, list[str]]] = []
+    for *sides, channels in shapes:
+        if not groups or groups[-1][0] != channels:
+            groups.append((channels, []))
+        groups[-1][1].append("x".join(map(str, sides)))
+    return ", ".join(f"{' '.join(sides)} x{c}" for c, sides in groups)
+
+
+def padded_test_size(config: Any) -> tuple[int, int]:
+    """Returns (height, width) of the largest padded test image that is not upright."""
+    buckets = [tuple(size) for size in config.input.buckets_test]
+    if buckets:
+        lying = [size for size in buckets if size[0] <= size[1]]
+        return max(lying or buckets, key=math.prod)
+    return _up_to_32(config.input.min_size_test), _up_to_32(config.input.max_size_test)
+
+
+def _up_to_32(side: int) -> int:
+    return max(-(-side // 32), 1) * 32
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m solov2_jax.tools.summary",
+        description="Prints the network of a config as a table.",
+        epilog="Keys of the config are set by --config.a.b=value.",
+    )
+    parser.add_argument("--config", required=True, help="for example configs/r50_3x.py")
+    parser.add_argument(
+        "--size",
+        metavar="H,W",
+        help="padded image in pixels, multiples of 32 (default: the test size)",
+    )
+    parser.add_argument(
+        "--depth", type=int, default=0, help="levels of modules shown (default: all)"
+    )
+    try:
+        rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+        args = parser.parse_args(rest)
+        config = load_config(args.config, overrides)
+        print(_report(config, args.size, args.depth))
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def _report(config: Any, size: str | None, depth: int) -> str:
+    if depth < 0:
+        raise ValueError(f"--depth {depth}: must be 0 (all) or more")
+    height, width = _parse_size(size) if size else padded_test_size(config)
+    num_classes = config.model.num_classes or DEFAULT_NUM_CLASSES
+    model = build_model(config, num_classes)
+    rows = summarize(model, height, width, config.model.backbone.freeze_at)
+    total, lines = rows[0], [format_table(rows, depth), ""]
+    lines += [
+        f"image {height}x{width}, {num_classes} classes"
+        + " (the config counts them from the annotations)" * (config.model.num_classes == 0),
+        f"parameters {total.parameters:,}, of these trained {total.trainable:,}; "
+        f"besides {total.frozen_norm:,} values of "
+        + "frozen " * (config.model.backbone.norm != "sync_bn")
+        + "batch norms",
+        f"convolutions {total.flops / 1e9:,.1f} GFLOPs an image "
+        "(2 per multiply-add; without post-processing)",
+    ]
+    return "\n".join(lines)
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    try:
+        height, width = (int(side) for side in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"--size {text}: write H,W, for example 800,1344") from error
+    if height <= 0 or width <= 0 or height % 32 or width % 32:
+        raise ValueError(
+            f"--size {text}: both sides must be positive multiples of 32, for example "
+            f"{_up_to_32(height)},{_up_to_32(width)}"
+        )
+    return height, width
+
+
+if __name__ == "__main__":
+    main()
