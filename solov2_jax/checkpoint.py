@@ -27,7 +27,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from solov2_jax import distributed
-from solov2_jax.config import load_config, read_config, write_json
+from solov2_jax.config import load_config, read_config
+from solov2_jax.io import write_json
 from solov2_jax.training.state import TrainState
 from solov2_jax.weights.convert import flatten_tree
 from solov2_jax.weights.settings import drop_needless, settings_of_config, settings_of_shapes

@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from solov2_jax.config_schema import wrong_values
+from solov2_jax.io import write_json
 
 # A ConfigDict; its attributes are not known to type checkers.
 Config = Any
@@ -240,14 +241,6 @@ def changed_keys(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]
     keys = [*b, *(key for key in a if key not in b)]
     pairs = {key: (a.get(key, "(absent)"), b.get(key, "(absent)")) for key in keys}
     return {k: (x, y) for k, (x, y) in pairs.items() if _tuples(x) != _tuples(y)}
-
-
-def write_json(values: Any, path: str | os.PathLike) -> None:
-    """Writes JSON through a temporary file, so that a kill leaves the old file."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 def _tuples(value: Any) -> Any:

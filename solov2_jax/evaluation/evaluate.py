@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 from solov2_jax import distributed
-from solov2_jax.config import write_json
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.inference.prediction import Prediction, write_results
+from solov2_jax.io import write_json
 from solov2_jax.tools.report.expected_results import ExpectedResult, check_names
 from solov2_jax.tools.report.pictures import write_pictures
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from solov2_jax import distributed
 from solov2_jax.checkpoint import list_steps, read_run, restore_state
-from solov2_jax.config import write_json
+from solov2_jax.io import write_json
 from solov2_jax.training import sharding
 from solov2_jax.training.state import TrainState, abstract, create_state, draw, state_of
 from solov2_jax.training.task import Task

@@ -23,7 +23,8 @@ import numpy as np
 import solov2_jax
 from solov2_jax import distributed
 from solov2_jax.checkpoint import list_steps
-from solov2_jax.config import changed_keys, read_config, save_config, write_json
+from solov2_jax.config import changed_keys, read_config, save_config
+from solov2_jax.io import write_json
 from solov2_jax.training.optim import build_schedule
 
 log = logging.getLogger("solov2_jax")

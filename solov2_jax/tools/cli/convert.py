@@ -15,7 +15,8 @@ import pathlib
 
 from absl import flags
 
-from solov2_jax.config import load_config, write_json
+from solov2_jax.config import load_config
+from solov2_jax.io import write_json
 from solov2_jax.tools.cli import app
 from solov2_jax.weights.convert import report_of, save_weights
 from solov2_jax.weights.settings import parse_setting

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from solov2_jax.config import load_config, write_json
+from solov2_jax.config import load_config
+from solov2_jax.io import write_json
 from solov2_jax.tools.cli import app
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 
 import solov2_jax
-from solov2_jax.config import write_json
 from solov2_jax.data.sampler import STRIDE, Bucket
 from solov2_jax.data.transforms import shortest_edge_sizes
 from solov2_jax.inference.preprocess import InputOptions
 from solov2_jax.inference.programs import DetectOptions
+from solov2_jax.io import write_json
 from solov2_jax.tools.export.program import output_names
 
 FILE = "metadata.json"

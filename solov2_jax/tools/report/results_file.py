@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from solov2_jax.config import write_json
 from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.evaluation.ground_truth import GroundTruth, read_ground_truth, read_results
+from solov2_jax.io import write_json
 from solov2_jax.tools.report.compare import Comparison, compare, comparison_lines
 from solov2_jax.tools.report.expected_results import ExpectedResult, check_names
 from solov2_jax.tools.report.study import ReportData, make_study

@@ -1,0 +1,144 @@
+"""Files on disk: one way to write them whole, one way to say that one cannot be read.
+
+Every file that must survive a kill or a full disk goes through `atomic_path`; every file
+that somebody else made is read inside `reading`, so that whatever a library raises
+becomes one sentence that names the file. `import_object` resolves the import paths
+("module:name") that a config may hold.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+Path = str | os.PathLike[str]
+
+
+class InputError(ValueError):
+    """A user's file, setting or argument is wrong; the message is complete by itself.
+
+    It names the place, the field and the fix, so nobody wraps it again.
+    """
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[pathlib.Path]:
+    """Yields a temporary path in the same folder, which replaces `path` at the end.
+
+    A kill or an error leaves the old file as it was; after an error the temporary file
+    is deleted. The contents reach the disk before the name does.
+
+    Raises:
+      OSError: naming `path`, where the folder cannot be written to.
+    """
+    target = pathlib.Path(path)
+    try:
+        # Short and random: the target's own name may be as long as a name can be.
+        number, name = tempfile.mkstemp(prefix=".writing-", dir=target.parent)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
+    os.close(number)
+    temporary = pathlib.Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp keeps others out
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_bytes(data: bytes, path: Path) -> None:
+    """Writes a file, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes a UTF-8 file, whole or not at all."""
+    write_bytes(text.encode(), path)
+
+
+def write_json(values: Any, path: Path) -> None:
+    """Writes JSON, whole or not at all."""
+    write_text(json.dumps(values, indent=2) + "\n", path)
+
+
+@contextlib.contextmanager
+def reading(path: Path, kind: str, fix: str = "") -> Iterator[None]:
+    """Turns whatever a library raises while it reads `path` into one `InputError`.
+
+    An `InputError` raised inside passes: it says more than this could. So do the errors
+    of the process itself (MemoryError is not among them: a file may ask for too much).
+
+    Args:
+      kind: what the file should be, such as "a COCO instances json".
+      fix: what the user can do, as a sentence.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file{_sentence(fix)}") from error
+    # zlib, lzma, struct, Pillow, PyAV and json raise classes of their own, and bare
+    # RecursionError, OverflowError, KeyError, ...: all mean that the file is unreadable.
+    except Exception as error:
+        raise InputError(
+            f"{path}: cannot be read as {kind} ({reason(error)}){_sentence(fix)}"
+        ) from error
+
+
+def _sentence(fix: str) -> str:
+    return f". {fix}" if fix else ""
+
+
+def reason(error: BaseException) -> str:
+    """Returns an error's class and its message on one line, at most 200 characters."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def read_json(path: Path, kind: str, fix: str = "") -> Any:
+    """Returns the value of a UTF-8 json file, with or without a byte order mark.
+
+    Raises:
+      InputError: naming the file, if it is missing or no json.
+    """
+    with reading(path, kind, fix):
+        return json.loads(pathlib.Path(path).read_bytes().decode("utf-8-sig"))
+
+
+def import_object(path: str, key: str) -> Any:
+    """Returns what an import path such as "mypackage.augment:cutout" names.
+
+    Args:
+      key: the config's key that holds the path, for messages.
+
+    Raises:
+      InputError: if the path has another form or leads nowhere.
+    """
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise InputError(f'{key}: {path!r} is no import path; write "package.module:name"')
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"{key}: {path!r} cannot be imported ({reason(error)}); install the package or "
+            "put its folder on PYTHONPATH"
+        ) from error
