@@ -113,5 +113,5 @@ def test_within_reads_any_rectangle():
     packed = pack(mask)
     for y0, x0, y1, x1 in [(0, 0, *SIZE), (5, 6, 9, 30), (20, 0, 23, 4)]:
         np.testing.assert_array_equal(packed.within((y0, x0, y1, x1)), mask[y0:y1, x0:x1])
-    with pytest.raises(ValueError, match="uncopied"):
+    with pytest.raises(ValueError, match="copy=False"):
         np.asarray(crops_of(mask[None]), copy=False)

@@ -78,7 +78,7 @@ class Counting:
     def __init__(self):
         self.batches = []
 
-    def prepare(self, image, image_id): ...
+    def preprocess(self, image, image_id): ...
 
     def detect(self, batch):
         self.batches.append((batch["image"].shape[1:3], batch["image_id"].tolist()))

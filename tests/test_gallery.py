@@ -6,8 +6,7 @@ from PIL import Image
 
 from solov2_jax.inference.draw import enlarge
 from solov2_jax.inference.prediction import Prediction
-from solov2_jax.tools.drawing import sheet
-from solov2_jax.tools.predict.gallery import gallery
+from solov2_jax.tools.predict.gallery import gallery, sheet
 
 GREY = (np.arange(60 * 40 * 3, dtype=np.int64) % 251).astype(np.uint8)
 

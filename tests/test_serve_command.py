@@ -17,9 +17,10 @@ from PIL import Image
 pytest.importorskip("fastapi_offline")
 pytest.importorskip("uvicorn")
 
+from solov2_jax.inference.draw import shrink
 from solov2_jax.inference.predictor import Predictor
 from solov2_jax.rle import rle_encode
-from solov2_jax.tools.serving.engine import batch_sizes, canvas_of, shrink
+from solov2_jax.tools.serving.engine import DRAWN_SIDE, batch_sizes, canvas_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIENTS = 12
@@ -141,5 +142,5 @@ def test_programs_are_few():
     assert batch_sizes(1) == (1,) and batch_sizes(6) == (1, 2, 4, 6)
     assert canvas_of((1, 129)) == (128, 256) and canvas_of((128, 4096)) == (128, 4096)
     small = np.zeros((10, 20, 3), np.uint8)
-    assert shrink(small) is small
-    assert shrink(np.zeros((4000, 1, 3), np.uint8)).shape == (1600, 1, 3)
+    assert shrink(small, DRAWN_SIDE) is small
+    assert shrink(np.zeros((4000, 1, 3), np.uint8), DRAWN_SIDE).shape == (1600, 1, 3)

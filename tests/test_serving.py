@@ -49,7 +49,7 @@ class Engine:
         self.gate.set()
         self.batches = []
 
-    def prepare(self, image, score, limit, drawn):
+    def preprocess(self, image, score, limit, drawn):
         return (image.shape, score, limit, drawn)
 
     def answer(self, jobs):

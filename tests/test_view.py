@@ -10,7 +10,8 @@ from tiny_coco import annotation, content, square, write
 from configs import base
 from solov2_jax.data.build import build_train_batches
 from solov2_jax.data.coco import load_coco
-from solov2_jax.tools import browse_batches, drawing
+from solov2_jax.inference.draw import distinct_color
+from solov2_jax.tools import browse_batches
 
 FLAGS = [
     "--config=configs/quickstart.py",
@@ -70,7 +71,7 @@ def test_cells_have_their_objects_colour(tmp_path):
     for i in range(6):
         y, x = i // 3 * (height + 8), i % 3 * (browse_batches.WIDTH + 8)
         panels[i] = picture[y + 20 : y + height, x : x + browse_batches.WIDTH]
-    tint = np.array(drawing.color(0)) * 0.65
+    tint = np.array(distinct_color(0)) * 0.65
     for level, grid in enumerate(config.model.ins_head.num_grids):
         panel = panels[level + 1]
         found = (np.abs(panel - tint) < 2).all(axis=-1)

@@ -1,15 +1,10 @@
-"""Where labels go in a picture with many objects: each at its object, none on another.
+"""Objects drawn into pictures: translucent masks, contours, class names and scores.
 
-A label is a small text box. Its places are tried all at once (numpy), and the cheapest
-free one wins: near the object's middle, little of the object hidden, and little of the
-others'.
-
-
-Prediction -> a picture: translucent masks, contours, class names and scores.
-
-Every object has a colour of its own, or its class's or its track's, and labels look for
-a free place at their object, so that forty objects of one class stay apart. PIL and
-numpy only.
+`draw_objects` is the one function that draws masks, of predictions, annotations and
+training batches alike. Every object has a colour of its own, or its class's or its
+track's. Labels are small text boxes whose places are tried all at once: the cheapest
+free one wins, near the object's middle, with little of it and of the others hidden, so
+that forty objects of one class stay apart. PIL and numpy only.
 """
 
 import colorsys
@@ -21,7 +16,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from solov2_jax.inference.prediction import Prediction
+from solov2_jax.inference.prediction import Prediction, Window
 
 # Objects are looked at on a grid of at most so many pixels a side.
 GRID = 400
@@ -82,7 +77,7 @@ def place_labels(
         chosen = int(np.argmin(costs))
         box = options[chosen][1]
         if box is not None:
-            places.take(box)
+            places.occupy(box)
             labels.append(Label(i, texts[chosen], int(sizes[i]), box))
     return labels
 
@@ -109,11 +104,11 @@ class Places:
         self.masks = prediction.thinned(self.stride)
         self.areas = self.masks.sum((1, 2), dtype=np.int64) * self.stride**2
         self.covered = integral(np.any(self.masks, axis=0))
-        self.taken = np.zeros((0, 4), np.int64)
+        self.occupied = np.zeros((0, 4), np.int64)
 
-    def take(self, box: tuple[int, int, int, int]) -> None:
+    def occupy(self, box: tuple[int, int, int, int]) -> None:
         """Marks a label's box as occupied."""
-        self.taken = np.concatenate([self.taken, [box]])
+        self.occupied = np.concatenate([self.occupied, [box]])
 
     def cheapest(
         self, i: int, width: int, height: int
@@ -125,8 +120,8 @@ class Places:
         x0 = np.clip(centers[:, 0] - width / 2, 0, self.width - width).astype(int)
         y0 = np.clip(centers[:, 1] - height / 2, 0, self.height - height).astype(int)
         boxes = np.stack([x0, y0, x0 + width, y0 + height], 1)
-        if len(self.taken):
-            a, b = boxes[:, None], self.taken
+        if len(self.occupied):
+            a, b = boxes[:, None], self.occupied
             apart = (a[..., :2] > b[:, 2:]) | (a[..., 2:] < b[:, :2])
             boxes = boxes[np.all(np.any(apart, axis=2), axis=1)]
         if not len(boxes):
@@ -210,7 +205,8 @@ def draw_prediction(
             f"{prediction.masks.shape[1:]}: they belong to different images"
         )
     colors = object_colors(prediction, color_by)
-    picture = draw_masks(image, prediction, colors)
+    crops = [prediction.crop(i) for i in range(len(prediction))]
+    picture = draw_objects(image, crops, colors)
     if not labels:
         return picture
     largest = round(min(image.shape[:2]) * FONT_SHARE)
@@ -230,6 +226,15 @@ def enlarge(image: np.ndarray, prediction: Prediction) -> tuple[np.ndarray, Pred
     masks = np.asarray(prediction.masks).repeat(factor, 1).repeat(factor, 2)
     large = replace(prediction, masks=masks, boxes=prediction.boxes * factor)
     return image.repeat(factor, 0).repeat(factor, 1), large
+
+
+def shrink(image: np.ndarray, longest: int) -> np.ndarray:
+    """Returns the picture with its longer side at most so many pixels."""
+    factor = longest / max(image.shape[:2])
+    if factor >= 1:
+        return image
+    height, width = (max(1, round(side * factor)) for side in image.shape[:2])
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def object_colors(prediction: Prediction, color_by: str) -> np.ndarray:
@@ -271,21 +276,26 @@ def distinct_color(i: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def draw_masks(image: np.ndarray, prediction: Prediction, colors: np.ndarray) -> np.ndarray:
+def draw_objects(
+    image: np.ndarray, crops: Sequence[tuple[Window, np.ndarray]], colors: np.ndarray
+) -> np.ndarray:
     """Returns the image under translucent masks, large ones below, contours on top.
 
-    Only the pixels inside each object's box are touched.
+    Args:
+      image: uint8 [H, W, 3]; it is not changed.
+      crops: of each object a window (rows, columns) of the image and the mask in it,
+        bool, such as `Prediction.crop` returns.
+      colors: uint8 [n, 3].
     """
     picture = image.copy()
     thickness = max(1, round(min(image.shape[:2]) / 400))
-    crops = [prediction.crop(i) for i in range(len(prediction))]
-    largest_first = np.argsort([-int(mask.sum()) for _, mask in crops], kind="stable")
-    for i in largest_first:
+    largest_first = np.argsort([-np.count_nonzero(mask) for _, mask in crops], kind="stable")
+    for i in largest_first.tolist():
         window, mask = crops[i]
         part = picture[window]
         mixed = part[mask] * (1 - FILL_OPACITY) + colors[i] * FILL_OPACITY
         part[mask] = mixed.round().astype(np.uint8)
-    for i in largest_first:
+    for i in largest_first.tolist():
         window, mask = crops[i]
         picture[window][contour(mask, thickness)] = colors[i]
     return picture

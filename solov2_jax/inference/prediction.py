@@ -1,13 +1,11 @@
-"""Masks of a large image, held as the run lengths of their rectangles.
+"""What inference hands to people: plain numpy at the original image's size.
 
-A bool [n, H, W] of 1000 objects in 20,000 x 20,000 pixels would take 400 GB; this takes
-a few bytes for each column of an object. No JAX.
-
-
-What inference hands to people: plain numpy at the original image's size."""
+Masks of a large image are held as the run lengths of their rectangles: a bool [n, H, W]
+of 1000 objects in 20,000 x 20,000 pixels would take 400 GB, `MaskCrops` take a few bytes
+for each column of an object. No JAX.
+"""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle
 
+from solov2_jax.io import atomic_path
 from solov2_jax.rle import rle_decode, rle_encode, rle_from_string, rle_of_crop, rle_to_strings
 
 # (y0, x0, y1, x1) in pixels, the last two exclusive.
@@ -101,7 +100,9 @@ class MaskCrops:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
-            raise ValueError("masks that are stored as crops cannot be had uncopied")
+            raise ValueError(
+                "MaskCrops hold no dense array, so np.asarray(masks, copy=False) cannot work"
+            )
         masks = np.zeros(self.shape, bool)
         for mask, packed in zip(masks, self.packed, strict=True):
             mask[slices(packed.rectangle, (0, 0, 0, 0))] = packed.unpack()
@@ -156,8 +157,8 @@ def overlapping_pairs(rectangles: np.ndarray) -> np.ndarray:
         meets = (x0[others] < x1[i]) & (x1[others] > x0[i])
         partners = order[others[meets]]
         pairs.append(np.stack([np.full(len(partners), order[i]), partners], axis=1))
-    found = np.sort(np.concatenate(pairs), axis=1)
-    return found[np.lexsort((found[:, 1], found[:, 0]))]
+    ordered = np.sort(np.concatenate(pairs), axis=1)
+    return ordered[np.lexsort((ordered[:, 1], ordered[:, 0]))]
 
 
 @dataclass(frozen=True)
@@ -246,12 +247,10 @@ def to_coco_results(prediction: Prediction, category_ids: Sequence[int]) -> list
 
 
 def write_results(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Writes COCO results one a line; a kill leaves the old file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
+    """Writes COCO results, one per line, whole or not at all."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write("[")
         for i, result in enumerate(results):
             file.write(",\n" if i else "\n")
             file.write(json.dumps(result))  # much faster than json.dump
         file.write("\n]\n")
-    os.replace(temporary, path)

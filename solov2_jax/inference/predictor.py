@@ -25,7 +25,7 @@ from solov2_jax.inference.preprocess import InputOptions, make_batches, make_exa
 from solov2_jax.inference.programs import (
     DetectOptions,
     compile_detect,
-    compile_prepare,
+    compile_kernel_transform,
     paste_detections,
     round_up,
 )
@@ -53,7 +53,8 @@ class Predictor:
     Args:
       model: `model.apply(variables, image)` gives `Outputs`; hashable.
       class_names, category_ids: of the labels 0..K-1.
-      prepare: variables -> what the model is applied with instead, once.
+      transform_kernels: variables -> what the model is applied with instead, once; see
+        `programs.compile_kernel_transform`.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Predictor:
         detect_options: DetectOptions,
         class_names: Sequence[str],
         category_ids: Sequence[int],
-        prepare: Callable[[PyTree], PyTree] | None = None,
+        transform_kernels: Callable[[PyTree], PyTree] | None = None,
     ):
         self.input = input_options
         self.options = detect_options
@@ -73,7 +74,7 @@ class Predictor:
         self.category_ids = tuple(int(i) for i in category_ids)
         self.variables = variables
         placed = jax.device_put(variables)
-        self._ready = prepare(placed) if prepare else placed
+        self._ready = transform_kernels(placed) if transform_kernels else placed
         mean, std = input_options.mean, input_options.std
         self._detect = compile_detect(model, mean, std, detect_options)
 
@@ -119,23 +120,23 @@ class Predictor:
             raise ValueError(f"overrides {list(overrides)} need a config file's path")
         weights = os.fspath(weights)
         read = read_weights(weights)
-        number = read.num_classes
-        if number is None:
+        num_classes = read.num_classes
+        if num_classes is None:
             raise ValueError(
                 f"{weights} has no class layer (a backbone only?), so it cannot "
                 "predict; give weights of a whole SOLOv2, or train from these with "
                 "--config.init_from"
             )
-        if config.model.num_classes not in (0, number):
+        if config.model.num_classes not in (0, num_classes):
             raise ValueError(
                 f"model.num_classes is {config.model.num_classes}, but {weights} has "
-                f"{number} classes; set it to 0 to take the file's"
+                f"{num_classes} classes; set it to 0 to take the file's"
             )
         check_settings(read.settings, config, weights)
-        model = build_model(config, number)
+        model = build_model(config, num_classes)
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
         variables, _ = fit(read, shapes, strict=True)
-        names = read.class_names or [f"class {i + 1}" for i in range(number)]
+        names = read.class_names or [f"class {i + 1}" for i in range(num_classes)]
         return build_predictor(config, model, variables, names)
 
     def __call__(self, image: Image) -> Prediction:
@@ -155,16 +156,16 @@ class Predictor:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         waiting: list[dict[str, np.ndarray]] = []
         for number, image in enumerate(images):
-            waiting.append(self.prepare(image, number))
+            waiting.append(self.preprocess(image, number))
             if len(waiting) == batch_size:
                 yield from self._in_order(waiting, batch_size)
                 waiting = []
         yield from self._in_order(waiting, batch_size)
 
-    def prepare(self, image: Image, image_id: int = 0) -> dict[str, np.ndarray]:
+    def preprocess(self, image: Image, image_id: int = 0) -> dict[str, np.ndarray]:
         """Returns one image as the network's input, without a batch axis; no JAX.
 
-        `inputs.make_batches` makes batches of them for `predict_batch`.
+        `preprocess.make_batches` makes batches of them for `predict_batch`.
         """
         return make_example(image, image_id, self.input)
 
@@ -194,11 +195,11 @@ class Predictor:
             image_id [B].
         """
         image_size = np.asarray(batch["image_size"], np.int32)
-        found = self.detect(batch)
+        detections = self.detect(batch)
         original = np.asarray(batch["original_size"], np.int32)
         return [
             self.paste(
-                found,
+                detections,
                 i,
                 image_size[i],
                 original[i],
@@ -217,7 +218,7 @@ class Predictor:
 
     @staticmethod
     def paste(
-        found: Detections,
+        detections: Detections,
         index: int,
         image_size: Sequence[Any] | np.ndarray,
         original_size: Sequence[Any] | np.ndarray,
@@ -233,19 +234,23 @@ class Predictor:
           class_names: of all labels.
         """
         # Small enough to fetch whole; taking a row on the device is a program each.
-        fields = jax.device_get((found.scores, found.labels, found.valid))
+        fields = jax.device_get((detections.scores, detections.labels, detections.valid))
         scores, labels, valid = (field[index] for field in fields)
         kept = np.flatnonzero(valid)
         size = int(original_size[0]), int(original_size[1])
-        where = (image_size, original_size, threshold)
+        soft_masks = detections.soft_masks
         if len(kept) * size[0] * size[1] > PACK_BYTES:
-            masks, there = paste_packed(found.soft_masks, index, kept, size, where)
-            boxes, kept = masks.boxes(), kept[there]
+            masks, nonempty = paste_packed(
+                soft_masks, index, kept, image_size=image_size, size=size, threshold=threshold
+            )
+            boxes, kept = masks.boxes(), kept[nonempty]
         else:
-            masks, boxes = paste_detections(found.soft_masks, index, kept, *where)
-            there = boxes[:, 2] > boxes[:, 0]
-            if not there.all():
-                masks, boxes, kept = masks[there], boxes[there], kept[there]
+            masks, boxes = paste_detections(
+                soft_masks, index, kept, image_size, original_size, threshold
+            )
+            nonempty = boxes[:, 2] > boxes[:, 0]
+            if not nonempty.all():
+                masks, boxes, kept = masks[nonempty], boxes[nonempty], kept[nonempty]
         scores, labels = scores[kept], labels[kept]
         return Prediction(masks, boxes, scores, labels, image_id, class_names)
 
@@ -263,25 +268,25 @@ def paste_packed(
     soft_masks: jax.Array,
     index: int,
     kept: np.ndarray,
+    *,
+    image_size: Sequence[Any] | np.ndarray,
     size: tuple[int, int],
-    where: tuple[Any, Any, float],
+    threshold: float,
 ) -> tuple[MaskCrops, np.ndarray]:
     """Returns the masks of a large image, packed, and which are not empty, bool [n].
 
-    Args:
-      size: (height, width) of the image.
-      where: the last arguments of `paste_detections`.
+    Args: see `paste_detections`; `size` is the original (height, width).
     """
     step = max(1, PACK_BYTES // (size[0] * size[1]))
     packed = []
     for start in range(0, len(kept), step):
         part = kept[start : start + step]
-        masks, boxes = paste_detections(soft_masks, index, part, *where)
+        masks, boxes = paste_detections(soft_masks, index, part, image_size, size, threshold)
         for mask, box in zip(masks, boxes.astype(int).tolist(), strict=True):
             x0, y0, x1, y1 = box
             packed.append(pack(mask[y0:y1, x0:x1], y0, x0) if x1 > x0 else None)
-    there = np.array([p is not None for p in packed], bool)
-    return MaskCrops([p for p in packed if p is not None], size), there
+    nonempty = np.array([p is not None for p in packed], bool)
+    return MaskCrops([p for p in packed if p is not None], size), nonempty
 
 
 def build_predictor(
@@ -316,5 +321,5 @@ def build_predictor(
         DetectOptions(num_grids=tuple(config.model.ins_head.num_grids), **options),
         names,
         category_ids or range(1, len(names) + 1),
-        compile_prepare(model, size),
+        compile_kernel_transform(model, size),
     )

@@ -68,8 +68,8 @@ def compile_detect(
 
 
 @functools.lru_cache(maxsize=16)
-def compile_prepare(model: Any, size: tuple[int, int]) -> Any:
-    """Returns the compiled variables -> variables with prepared kernels in their place.
+def compile_kernel_transform(model: Any, size: tuple[int, int]) -> Any:
+    """Returns the compiled variables -> variables with transformed kernels in their place.
 
     Those are in the form that is fastest for images of `size` (height, width) and right
     for all. They are for prediction: no gradient reaches the parameters through them.
@@ -81,14 +81,14 @@ def compile_prepare(model: Any, size: tuple[int, int]) -> Any:
 
     compiled = jax.jit(run)
 
-    def prepare(variables):
-        made = compiled(variables)
-        replaced = flatten_dict(made["prepared"])
+    def transform_kernels(variables):
+        transformed = compiled(variables)
+        replaced = flatten_dict(transformed["prepared"])
         params = flatten_dict(variables["params"])
-        left = {path: leaf for path, leaf in params.items() if path not in replaced}
-        return {**variables, **made, "params": unflatten_dict(left)}
+        kept = {path: leaf for path, leaf in params.items() if path not in replaced}
+        return {**variables, **transformed, "params": unflatten_dict(kept)}
 
-    return prepare
+    return transform_kernels
 
 
 @functools.partial(jax.jit, static_argnames=("canvas", "threshold"))
@@ -130,7 +130,7 @@ def paste_detections(
     for start in range(0, len(kept), chunk):
         part = np.asarray(kept[start : start + chunk], np.int32)
         n = len(part)
-        pasted, found = _paste(
+        pasted, pasted_boxes = _paste(
             soft_masks,
             np.int32(index),
             np.pad(part, (0, chunk - n), constant_values=none),
@@ -140,7 +140,7 @@ def paste_detections(
             threshold=threshold,
         )
         masks[start : start + n] = np.asarray(pasted)[:n, :height, :width]
-        boxes[start : start + n] = np.asarray(found)[:n]
+        boxes[start : start + n] = np.asarray(pasted_boxes)[:n]
     return masks, boxes
 
 

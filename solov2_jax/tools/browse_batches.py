@@ -21,8 +21,7 @@ from PIL import Image, ImageDraw
 from solov2_jax.config import load_config, split_overrides
 from solov2_jax.data.build import build_train_batches, data_files
 from solov2_jax.data.coco import CocoDataset, load_coco
-from solov2_jax.rle import Crop
-from solov2_jax.tools import drawing
+from solov2_jax.inference.draw import distinct_colors, draw_objects
 from solov2_jax.tools.cli.plain import command
 from solov2_jax.tools.grid_assignment import (
     Collisions,
@@ -30,6 +29,7 @@ from solov2_jax.tools.grid_assignment import (
     assign_grid,
     count_collisions,
 )
+from solov2_jax.tools.predict.gallery import caption, tile_panels
 
 WIDTH = 560  # of a panel, pixels
 COLUMNS = 3
@@ -56,7 +56,7 @@ def view(config: Any, dataset: CocoDataset, folder: str, step: int, number: int)
             picture = draw_sample(fields, config, dataset.class_names)
             title = f"step {step + i}, {names[image_id]} (image {image_id})"
             path = os.path.join(folder, f"step_{step + i:06d}_{row}_{image_id}.jpg")
-            Image.fromarray(drawing.caption(picture, title)).save(path, quality=90)
+            Image.fromarray(caption(picture, title)).save(path, quality=90)
             print(describe(fields, config, dataset.class_names, title))
             paths.append(path)
     return paths
@@ -98,8 +98,8 @@ def draw_sample(fields: dict[str, np.ndarray], config: Any, names: Sequence[str]
             f"{int((count > 1).sum())} of several objects"
         )
         owner = sharing.owner[level]
-        panels.append(drawing.caption(_grid(image, owner, count, panel), title))
-    return _tile(panels)
+        panels.append(caption(_grid(image, owner, count, panel), title))
+    return tile_panels(panels, COLUMNS)
 
 
 def _objects(
@@ -110,15 +110,17 @@ def _objects(
     names: Sequence[str],
 ) -> np.ndarray:
     """Returns the input with the masks that training gets, boxes and mass centres."""
-    crops = [Crop(m.repeat(4, 0).repeat(4, 1), 0, 0) for m in masks]
-    painted = drawing.paint(np.ascontiguousarray(image), crops)
+    whole = slice(0, image.shape[0]), slice(0, image.shape[1])
+    crops = [(whole, m.repeat(4, 0).repeat(4, 1) > 0) for m in masks]
+    colors = distinct_colors(len(crops))
+    painted = draw_objects(np.ascontiguousarray(image), crops, colors)
     canvas = Image.fromarray(painted).resize((size[1], size[0]))
     draw = ImageDraw.Draw(canvas)
     scale = size[1] / image.shape[1]
     boxes = fields["boxes"][fields["valid"]] * scale
     centers = fields["centers"][fields["valid"]] * scale
     for i, (box, (x, y)) in enumerate(zip(boxes.tolist(), centers.tolist(), strict=True)):
-        draw.rectangle(box, outline=drawing.color(i))
+        draw.rectangle(box, outline=tuple(colors[i].tolist()))
         draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill="white", outline="black")
     h, w = (fields["image_size"] * scale).tolist()
     draw.rectangle((0, 0, w - 1, h - 1), outline=(150, 150, 150))
@@ -126,7 +128,7 @@ def _objects(
     listed = ", ".join(f"{n} {k}" for k, n in zip(kinds, count, strict=True))
     text = "input {} x {}: ".format(*image.shape[:2]) + (listed or "no object")
     text = text if len(text) <= 84 else f"{text[:80]} ..."
-    return drawing.caption(np.asarray(canvas), text)
+    return caption(np.asarray(canvas), text)
 
 
 def _grid(
@@ -137,7 +139,7 @@ def _grid(
     canvas = np.asarray(small) * _DARK
     rows, columns = (np.arange(s) * len(owner) // s for s in size)
     cell = owner[rows][:, columns]
-    tint = np.array([drawing.color(i) for i in range(owner.max(initial=-1) + 1)])
+    tint = distinct_colors(int(owner.max(initial=-1)) + 1)
     inside = cell >= 0
     if inside.any():
         canvas[inside] = canvas[inside] * (1 - _FILL) + tint[cell[inside]] * _FILL
@@ -151,19 +153,6 @@ def _grid(
         corner = starts[1][x], starts[0][y]
         draw.rectangle((*corner, starts[1][x + 1] - 1, starts[0][y + 1] - 1), outline="white")
     return np.asarray(picture)
-
-
-def _tile(panels: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns panels of one size in rows, with white between them."""
-    gap = 8
-    height, width = panels[0].shape[:2]
-    rows = -(-len(panels) // COLUMNS)
-    size = rows * (height + gap) - gap, COLUMNS * (width + gap) - gap
-    canvas = np.full((*size, 3), 255, np.uint8)
-    for i, panel in enumerate(panels):
-        y, x = i // COLUMNS * (height + gap), i % COLUMNS * (width + gap)
-        canvas[y : y + height, x : x + width] = panel
-    return canvas
 
 
 def describe(fields: dict[str, np.ndarray], config: Any, names: Sequence[str], title: str) -> str:

@@ -39,7 +39,7 @@ class StagedPredictor(Protocol):
     class_names: tuple[str, ...]
     mask_threshold: float
 
-    def prepare(self, image: np.ndarray, image_id: int) -> dict[str, np.ndarray]: ...
+    def preprocess(self, image: np.ndarray, image_id: int) -> dict[str, np.ndarray]: ...
 
     def detect(self, batch: Mapping[str, np.ndarray]) -> Any: ...
 
@@ -98,7 +98,7 @@ def read_ahead(
             return None
         if staged is None or frame.image is None:
             return LoadedImage(number, frame)
-        return LoadedImage(number, frame, staged.prepare(frame.image, number))
+        return LoadedImage(number, frame, staged.preprocess(frame.image, number))
 
     for picture in ahead(pool, read, enumerate(calls, first), window):
         if picture is None:

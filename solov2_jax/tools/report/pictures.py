@@ -11,7 +11,7 @@ from PIL import Image
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.images import read_image
 from solov2_jax.data.rasterize import rasterize
-from solov2_jax.inference.draw import distinct_colors, draw_masks, draw_prediction, enlarge
+from solov2_jax.inference.draw import draw_prediction, enlarge
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.rle import Crop, rle_decode, rle_from_string
 
@@ -126,6 +126,4 @@ def _box(mask: np.ndarray) -> np.ndarray:
 
 def _enlarged(image, prediction: Prediction, class_names) -> np.ndarray:
     canvas, large = enlarge(image, prediction)
-    if not class_names:
-        return draw_masks(canvas, large, distinct_colors(len(large)))
-    return draw_prediction(canvas, large, class_names)
+    return draw_prediction(canvas, large, class_names, labels=bool(class_names))

@@ -46,7 +46,7 @@ class Answering(Protocol):
 
     class_names: tuple[str, ...]
 
-    def prepare(self, image: np.ndarray, score: float, limit: int, drawn: bool) -> Any: ...
+    def preprocess(self, image: np.ndarray, score: float, limit: int, drawn: bool) -> Any: ...
 
     def answer(self, jobs: Any) -> Any: ...
 
@@ -85,13 +85,15 @@ class Service:
             body = await self._read(request)
             loop = asyncio.get_running_loop()
             drawn = output == "png"
-            job = await loop.run_in_executor(self._pool, self._prepare, body, score, limit, drawn)
+            job = await loop.run_in_executor(
+                self._pool, self._preprocess, body, score, limit, drawn
+            )
             del body
             return await asyncio.wrap_future(self._batcher.submit(job))
 
-    def _prepare(self, body: bytes, score: float, limit: int, drawn: bool) -> Any:
+    def _preprocess(self, body: bytes, score: float, limit: int, drawn: bool) -> Any:
         image = decode(body, self.limits.max_pixels)
-        return self.engine.prepare(image, score, limit, drawn)
+        return self.engine.preprocess(image, score, limit, drawn)
 
     @contextlib.contextmanager
     def _admission(self) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from solov2_jax.data.sampler import Bucket
-from solov2_jax.inference.draw import draw_prediction
+from solov2_jax.inference.draw import draw_prediction, shrink
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.preprocess import make_batches
 from solov2_jax.inference.programs import paste_detections
@@ -55,10 +55,10 @@ class Engine:
         for size in self.sizes:
             predictor.compile(self.shapes, size)
 
-    def prepare(self, image: np.ndarray, score: float, limit: int, drawn: bool) -> Job:
+    def preprocess(self, image: np.ndarray, score: float, limit: int, drawn: bool) -> Job:
         """Returns a job of a picture, RGB uint8 [H, W, 3]."""
-        picture = shrink(image) if drawn else None
-        return Job(self.predictor.prepare(image), score, limit, picture)
+        picture = shrink(image, DRAWN_SIDE) if drawn else None
+        return Job(self.predictor.preprocess(image), score, limit, picture)
 
     def answer(self, jobs: Sequence[Job]) -> list[bytes]:
         """Returns the bodies of the answers: JSON, or a PNG where there is a picture.
@@ -152,13 +152,3 @@ def batch_sizes(most: int) -> tuple[int, ...]:
     while sizes[-1] < most:
         sizes.append(min(2 * sizes[-1], most))
     return tuple(sizes)
-
-
-def shrink(image: np.ndarray) -> np.ndarray:
-    """Returns the picture with a long side of at most `DRAWN_SIDE`."""
-    height, width = image.shape[:2]
-    if (longest := max(height, width)) <= DRAWN_SIDE:
-        return image
-    size = [max(1, n * DRAWN_SIDE // longest) for n in (width, height)]
-    resized = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
-    return np.asarray(resized)
