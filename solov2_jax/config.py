@@ -4,21 +4,22 @@ The keys and their meaning stand in `configs/base.py`; this module knows only th
 form, and that no value is silently ignored.
 """
 
+import ast
 import difflib
 import importlib.util
-import json
 import logging
 import os
 import pathlib
 import sys
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from solov2_jax.config_schema import wrong_values
-from solov2_jax.io import write_json
+from solov2_jax.config_schema import old_names, wrong_values
+from solov2_jax.io import InputError, read_json, reading, reason, write_json
 
 # A ConfigDict; its attributes are not known to type checkers.
 Config = Any
@@ -36,10 +37,18 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """
     file = _find(path)
     config = read_config(file) if file.suffix == ".json" else _call_file(file)
-    config.lock()
+    _lock(config)
+    overrides = renamed_overrides(overrides)
     apply_overrides(config, overrides)
     check_config(config)
+    check_effect(config, overrides)
     return config
+
+
+def _lock(config: ConfigDict) -> None:
+    config.lock()
+    if "user" in config:  # whose keys are the user's own
+        config.user.unlock()
 
 
 def shipped_configs() -> pathlib.Path:
@@ -72,20 +81,64 @@ def _listing(file: pathlib.Path) -> str:
 
 
 def _call_file(file: pathlib.Path) -> ConfigDict:
+    _bind_configs(file.resolve().parent)
+    old = tuple(_base().RENAMED)
+    token = old_names.set(old)
+    try:
+        with reading(file, "a config file", "It is Python with a function get_config()"):
+            config = _run(file).get_config()
+    finally:
+        old_names.reset(token)
+    if not isinstance(config, ConfigDict):
+        raise InputError(f"config file {file}: get_config() returned no ConfigDict")
+    for key in old:
+        _rename(config, key, _base().RENAMED[key], str(file))
+    return config
+
+
+def _run(file: pathlib.Path) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location("solov2_config", file)
     if spec is None or spec.loader is None:
-        raise ValueError(f"config file {file}: not a Python file (.py)")
+        raise InputError(f"config file {file}: not a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
-    _bind_configs(file.resolve().parent)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except (AttributeError, KeyError, TypeError, ImportError, SyntaxError) as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"config file {file}: {message}") from error
-    if not isinstance(config, ConfigDict):
-        raise ValueError(f"config file {file}: get_config() returned no ConfigDict")
+    spec.loader.exec_module(module)
+    return module
+
+
+def _base() -> types.ModuleType:
+    """Returns the shipped `configs/base.py`, whichever `configs` a file has bound."""
+    global _BASE
+    if _BASE is None:
+        _BASE = _run(shipped_configs() / "base.py")
+    return _BASE
+
+
+_BASE: types.ModuleType | None = None
+
+
+def _rename(config: ConfigDict, old: str, new: str, place: str) -> None:
+    """Moves what a file gave an old key to the new one."""
+    value = _group(config, old).get(old.split(".")[-1])
+    with config.unlocked():
+        _delete(config, old)
+    if value is not None:
+        log.info("%s: %s is now called %s; it is read as that", place, old, new)
+        _group(config, new)[new.split(".")[-1]] = value
+
+
+def _group(config: ConfigDict, key: str) -> ConfigDict:
+    """Returns the group that a key is in."""
+    for name in key.split(".")[:-1]:
+        config = config[name]
     return config
+
+
+def _delete(config: ConfigDict, key: str) -> None:
+    """Deletes a key, and its group if that is empty then."""
+    group, _, name = key.rpartition(".")
+    del _group(config, key)[name]
+    if group and not _group(config, key):
+        _delete(config, group)
 
 
 def _bind_configs(folder: pathlib.Path) -> None:
@@ -130,11 +183,32 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, overrides
 
 
-def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
-    """Sets the keys named by "--config.key=value" strings in a config, in place."""
-    known = flatten(config)
+def renamed_overrides(overrides: Sequence[str]) -> list[str]:
+    """Returns overrides with the old names of keys replaced, which log lines tell."""
+    renamed, names = [], _base().RENAMED
     for override in overrides:
-        key = override.split("=", 1)[0].removeprefix("--config.")
+        key, equals, value = override.removeprefix("--config.").partition("=")
+        if key in names:
+            log.info("--config.%s: the key is now called %s", key, names[key])
+        renamed.append(f"--config.{names.get(key, key)}{equals}{value}")
+    return renamed
+
+
+def _key_of(override: str) -> str:
+    return override.split("=", 1)[0].removeprefix("--config.")
+
+
+def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Sets the keys named by "--config.key=value" strings in a config, in place.
+
+    Keys below `config.user` need not exist.
+    """
+    known = flatten(config)
+    for override in [o for o in overrides if _is_new(_key_of(o), known)]:
+        _set_user(config, _key_of(override), override.split("=", 1)[1])
+    overrides = [o for o in overrides if not _is_new(_key_of(o), known)]
+    for override in overrides:
+        key = _key_of(override)
         if key not in known:
             inside = any(name.startswith(key + ".") for name in known)
             why = "is a group of keys, not a key" if inside else "unknown key"
@@ -147,6 +221,24 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
     except (flags.Error, TypeError, ValueError) as error:
         message = " ".join(str(error).split()).removeprefix("flag ")
         raise ValueError(f"{message} (default: see configs/base.py)") from error
+
+
+def _is_new(key: str, known: Mapping[str, Any]) -> bool:
+    return key.startswith("user.") and key not in known
+
+
+def _set_user(config: ConfigDict, key: str, text: str) -> None:
+    """Sets a new key of the user's: a Python literal, else the text as it is."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    *groups, name = key.split(".")
+    for group in groups:
+        if group not in config:
+            config[group] = ConfigDict()
+        config = config[group]
+    config[name] = value
 
 
 def suggest(name: str, names: Iterable[str]) -> str:
@@ -176,9 +268,27 @@ def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[st
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raises one ValueError that names every key with an impossible value."""
-    if wrong := wrong_values(flatten(config)):
-        raise ValueError("config: " + "; ".join(wrong))
+    """Raises one InputError that names every key with an impossible value."""
+    base = _base()
+    if wrong := list(wrong_values(flatten(config), base.rules(), base.RELATIONS)):
+        raise InputError("config: " + "; ".join(wrong))
+
+
+def check_effect(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Raises an InputError for keys that were given and that the others make inert.
+
+    Args:
+      overrides: what was given; a config file may hold values that are not used.
+    """
+    flat, rules = flatten(config), _base().rules()
+    inert = {}
+    for override in overrides:
+        rule = rules.get(_key_of(override))
+        reasons = [c.reason(flat) for c in rule.used] if rule else []
+        if text := next(filter(None, reasons), ""):
+            inert[override] = text
+    if inert:
+        raise InputError("; ".join(f"{key} has no effect: {why}" for key, why in inert.items()))
 
 
 def save_config(config: ConfigDict, path: str | os.PathLike) -> None:
@@ -188,7 +298,7 @@ def save_config(config: ConfigDict, path: str | os.PathLike) -> None:
 
 def base_config() -> Config:
     """Returns the configuration of `configs/base.py`, which has every key."""
-    return _call_file(shipped_configs() / "base.py")
+    return _base().get_config()
 
 
 def read_config(path: str | os.PathLike) -> Config:
@@ -197,42 +307,41 @@ def read_config(path: str | os.PathLike) -> Config:
     Keys that are newer than the file get the value that `configs/base.py` gives them,
     which a log line tells; a key that is not there is an error.
     """
-    try:
-        text = pathlib.Path(path).read_text()
-        values = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable config.json: {error}") from error
+    values = read_json(path, "a config.json")
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: not a config: the file holds no JSON object")
-    return _filled(_tuples(values), path)
+        raise InputError(f"{path}: not a config: the file holds no JSON object")
+    with reading(path, "a config.json"):
+        return _filled(_tuples(values), path)
 
 
 def _filled(values: dict[str, Any], path: str | os.PathLike) -> Config:
     """Returns the base config with all of `values` set."""
     config, given = base_config(), flatten(values)
-    known = flatten(config)
-    if unknown := [key for key in given if key not in known]:
-        raise ValueError(
+    known, names = flatten(config), _base().RENAMED
+    for old in [key for key in names if key in given]:
+        log.info("%s: %s is now called %s; it is read as that", path, old, names[old])
+        given.setdefault(names[old], given.pop(old))
+    unknown = [key for key in given if key not in known and not _is_new(key, known)]
+    if unknown:
+        raise InputError(
             f"{path}: unknown keys: {', '.join(unknown)}"
             f"{suggest(unknown[0], known)}. Was it written by a newer version, or by "
             "hand? Delete what configs/base.py does not have"
         )
-    config.unlock()
     for key, value in given.items():
-        *groups, name = key.split(".")
-        node = config
-        for group in groups:
-            node = node[group]
-        try:
-            node[name] = value
-        except TypeError as error:
-            raise ValueError(f"{path}: {key} = {value!r}: {error}") from error
+        if key in known:
+            try:
+                _group(config, key)[key.split(".")[-1]] = value
+            except TypeError as error:
+                raise InputError(f"{path}: {key} = {value!r}: {reason(error)}") from error
+    config.user.update(ConfigDict(values.get("user") or {}))
     if missing := [f"{k} = {v!r}" for k, v in known.items() if k not in given]:
         log.info(
             "%s is older than these keys, which get configs/base.py's values: %s",
-            *(path, ", ".join(missing)),
+            path,
+            ", ".join(missing),
         )
-    return config.lock()
+    return config
 
 
 def changed_keys(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:

@@ -1,102 +1,334 @@
-"""Which values the keys of a configuration may have."""
+"""What a configuration's key may be: its type, range, length, and when it is used.
 
-from collections.abc import Mapping
+`configs/base.py` writes a rule beside each default, `fpn.channels = whole(256, low=8)`.
+The check, its message and the documentation's table of keys all come from that rule.
+NaN and infinity pass none. Nothing here knows a key by name.
+"""
+
+import contextvars
+import dataclasses
+import math
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-AT_LEAST = {
-    "model.num_classes": 0,
-    "model.backbone.freeze_at": 0,
-    "model.ins_head.num_convs": 1,
-    "targets.max_pairs": 1,
-    "data.max_instances": 0,
-    "data.num_workers": 0,
-    "data.num_threads": 0,
-    "data.prefetch": 1,
-    "optim.momentum": 0.0,
-    "optim.weight_decay": 0.0,
-    "optim.weight_decay_norm": 0.0,
-    "optim.warmup_factor": 0.0,
-    "optim.warmup_steps": 0,
-    "optim.clip_norm": 0.0,
-    "optim.ema_decay": 0.0,
-    "optim.reference_batch_size": 0,
-    "optim.num_decays": 0,
-    "optim.final_rate": 0.0,
-    "optim.decay_steps": 0,
-    "train.steps": 0,
-    "train.batch_size": 1,
-    "train.accumulate": 1,
-    "train.log_every": 0,
-    "train.checkpoint_every": 0,
-    "train.eval_every": 0,
-    "train.keep_checkpoints": 1,
-    "train.max_skipped": 1,
-    "train.patience": 0,
-    "train.precise_bn": 0,
-    "train.histogram_every": 0,
-    "train.watch_steps": 0,
-    "data.train.max_images": 0,
-    "eval.loss_images": 0,
-    "eval.batch_size": 1,
-    "eval.max_images": 0,
-}
-ABOVE_ZERO = ("optim.learning_rate", "optim.gamma", "loss.dice_weight")
-_ONE_OF = {
-    "optim.name": ("sgd", "adamw"),
-    "optim.schedule": ("multistep", "cosine", "fixed_gamma"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.backbone.depth": (18, 34, 50, 101, 152),
-    "model.backbone.norm": ("frozen_bn", "gn", "sync_bn"),
-    "model.backbone.freeze_at": (0, 1, 2, 3, 4, 5),
-    "test.nms_type": ("matrix", "mask"),
-    "test.nms_kernel": ("gaussian", "linear"),
-    "input.channel_order": ("BGR", "RGB"),
-    "data.name": ("", "shapes", "tfds:FOLDER"),
-    "eval.backend": ("fast", "pycocotools"),
-}
+from ml_collections import ConfigDict
+
+Number = int | float
+INT_MAX = 2**31 - 1  # of the devices' counters
+# Forms of a text: (regular expression, its description). No file's name has a \0.
+ANY_TEXT = (r"[^\0]*", "a text without control codes")
+NAME = (r"[^\0]+", "a text that is not empty")
+
+# Old names of keys, while a config file runs that may still set them.
+old_names: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("old", default=())
 
 
-def wrong_values(flat: Mapping[str, Any]) -> list[str]:
-    """Returns what is wrong with the values, a phrase for each impossible one.
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """A key is used where another one has (`positive`) or has not one of some values."""
+
+    key: str
+    values: tuple[Any, ...]
+    positive: bool = True
+
+    def reason(self, flat: Mapping[str, Any]) -> str:
+        """Returns why the key has no effect, "" where it has one."""
+        value = flat[self.key]
+        if (value in self.values) == self.positive:
+            return ""
+        if not self.positive:
+            return f"{self.key} is {value!r}"
+        options = " or ".join(repr(v) for v in self.values)
+        return f"it is for {self.key} = {options}, and that is {value!r}"
+
+
+def only(key: str, *values: Any) -> Condition:
+    """Returns the condition that `key` has one of the values."""
+    return Condition(key, values)
+
+
+def unless(key: str, *values: Any) -> Condition:
+    """Returns the condition that `key` has none of the values."""
+    return Condition(key, values, positive=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The values that a key may have.
+
+    Attributes:
+      kind: int, float, str, bool or tuple; a float may be written as a whole number.
+      low, high: both included.
+      above, below: excluded.
+      form: regular expression of a whole text, with the words that describe it.
+      item: of each entry of a tuple.
+      length: (fewest, most) entries of a tuple.
+      rising: "" | "<" | "<=": how each entry of a tuple relates to the next.
+      unique: no entry of a tuple stands twice.
+      used: conditions under which the key has an effect; all must hold.
+    """
+
+    default: Any
+    kind: type
+    low: Number | None = None
+    high: Number | None = None
+    above: Number | None = None
+    below: Number | None = None
+    multiple: int = 1
+    choices: tuple[Any, ...] = ()
+    form: tuple[str, str] = ANY_TEXT
+    item: "Rule | None" = None
+    length: tuple[int, int] = (0, INT_MAX)
+    rising: str = ""
+    unique: bool = False
+    used: tuple[Condition, ...] = ()
+
+    def error(self, value: Any) -> str:
+        """Returns what a value must do and does not, such as "be at least 1", else ""."""
+        if self.kind is tuple:
+            return self._list_error(value)
+        if not _is_a(self.kind, value) or self.choices and value not in self.choices:
+            return f"be {self.describe()}"
+        if self.kind is bool or self.choices:
+            return ""
+        if self.kind is str:
+            return "" if re.fullmatch(self.form[0], value, re.S) else f"be {self.form[1]}"
+        if not math.isfinite(value):
+            return f"be finite: {self.describe()}"
+        for bound, holds, words in (
+            (self.low, operator.ge, "at least"),
+            (self.above, operator.gt, "above"),
+            (self.high, operator.le, "at most"),
+            (self.below, operator.lt, "below"),
+        ):
+            if bound is not None and not holds(value, bound):
+                return f"be {words} {_number(bound)}"
+        odd = self.multiple > 1 and value % self.multiple
+        return f"be a multiple of {self.multiple}" if odd else ""
+
+    def _list_error(self, value: Any) -> str:
+        assert self.item is not None
+        few, most = self.length
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            return f"be {self.describe()}"
+        if not few <= len(value) <= most and not (self.empty and not len(value)):
+            return f"have {self._how_many()}, and has {len(value)}"
+        for entry in value:
+            if error := self.item.error(entry):
+                wrong = "is none of them" if self.item.choices else f"must {error}"
+                return f"be {self.item.plural()}: {entry!r} {wrong}"
+        pairs = list(zip(value, value[1:], strict=False))
+        if self.rising == "<" and not all(a < b for a, b in pairs):
+            return "increase"
+        if self.rising == "<=" and not all(a <= b for a, b in pairs):
+            return "have its lowest entry first"
+        if self.unique and len(set(value)) < len(value):
+            return "name each only once"
+        return ""
+
+    @property
+    def empty(self) -> bool:
+        """Whether () is allowed, which then means that there is none."""
+        return self.kind is tuple and self.default == ()
+
+    def describe(self) -> str:
+        """Returns the allowed values in words, for messages and the documentation."""
+        if self.kind is tuple:
+            assert self.item is not None
+            order = {"": "", "<": ", increasing", "<=": ", the lowest first"}[self.rising]
+            empty = "(), or " if self.empty and self.length[0] else ""
+            return f"{empty}a tuple of {self._how_many()}: {self.item.plural()}{order}"
+        if self.choices:
+            return f"one of {self.choices}"
+        if self.kind is str:
+            return "a text" if self.form == ANY_TEXT else self.form[1]
+        if self.kind is bool:
+            return "True or False"
+        return ("a whole number" if self.kind is int else "a number") + self._range()
+
+    def plural(self) -> str:
+        """Returns `describe` of several."""
+        if self.kind is tuple:
+            return f"each {self.describe()}"
+        if self.choices:
+            return f"each one of {self.choices}"
+        if self.kind is str:
+            return "texts" if self.form == ANY_TEXT else self.form[1]
+        return ("whole numbers" if self.kind is int else "numbers") + self._range()
+
+    def _how_many(self) -> str:
+        few, most = self.length
+        if few == most:
+            text = f"{few} entries"
+        elif most == INT_MAX:
+            text = f"{few} or more entries" if few else "entries"
+        else:
+            text = f"{few} to {most} entries"
+        return text
+
+    def _range(self) -> str:
+        parts = []
+        if self.multiple > 1:
+            parts.append(f"a multiple of {self.multiple}")
+        if self.low is not None:
+            parts.append(f"at least {_number(self.low)}")
+        if self.above is not None:
+            parts.append(f"above {_number(self.above)}")
+        if self.high is not None and self.high != INT_MAX:
+            parts.append(f"at most {_number(self.high)}")
+        if self.below is not None:
+            parts.append(f"below {_number(self.below)}")
+        return "".join(f", {part}" for part in parts)
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _number(value: Number) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
+def whole(default: int = 0, low: int = 0, high: int = INT_MAX, **options: Any) -> Rule:
+    """Returns the rule of a whole number."""
+    return Rule(default, int, low=low, high=high, **_conditions(options))
+
+
+def number(default: float = 0.0, low: Number | None = None, **options: Any) -> Rule:
+    """Returns the rule of a finite number."""
+    return Rule(default, float, low=low, **_conditions(options))
+
+
+def share(default: Number = 0.0, **options: Any) -> Rule:
+    """Returns the rule of a number from 0 to 1."""
+    return Rule(default, float, low=0, high=1, **_conditions(options))
+
+
+def switch(default: bool, **options: Any) -> Rule:
+    """Returns the rule of True or False."""
+    return Rule(default, bool, **_conditions(options))
+
+
+def text(default: str = "", form: tuple[str, str] = ANY_TEXT, **options: Any) -> Rule:
+    """Returns the rule of a text; `form` is (regular expression, its description)."""
+    return Rule(default, str, form=form, **_conditions(options))
+
+
+def choice(default: Any, choices: Sequence[Any], **options: Any) -> Rule:
+    """Returns the rule of one of some values."""
+    return Rule(default, type(default), choices=tuple(choices), **_conditions(options))
+
+
+def several(default: tuple, item: Rule, length: Any = (0, INT_MAX), **options: Any) -> Rule:
+    """Returns the rule of a tuple.
+
+    Args:
+      length: of the tuple, or (fewest, most). Where the default is (), that is allowed
+        besides.
+    """
+    length = (length, length) if isinstance(length, int) else length
+    return Rule(default, tuple, item=item, length=length, **_conditions(options))
+
+
+def _conditions(options: dict[str, Any]) -> dict[str, Any]:
+    used = options.get("used", ())
+    return {**options, "used": (used,) if isinstance(used, Condition) else tuple(used)}
+
+
+class Section:
+    """A group of keys that is written down: `section.key = rule`, in reading order.
+
+    Args:
+      free: a user's own keys, without rules; the group is not locked.
+    """
+
+    def __init__(self, free: bool = False):
+        self.__dict__["_entries"], self.__dict__["_free"] = {}, free
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._entries[name] = value
+
+    def __getattr__(self, name: str) -> Any:
+        return self._entries[name]
+
+    def rules(self, prefix: str = "") -> dict[str, Rule]:
+        """Returns {"train.steps": rule, ...}.
+
+        Raises:
+          TypeError: for a key whose default stands there without a rule.
+        """
+        rules = {}
+        for name, value in self._entries.items():
+            if isinstance(value, Section):
+                rules.update(value.rules(f"{prefix}{name}."))
+            elif isinstance(value, Rule):
+                rules[prefix + name] = value
+            else:
+                raise TypeError(f"{prefix}{name} = {value!r} has no rule: see config_schema.py")
+        return rules
+
+    def to_config(self) -> ConfigDict:
+        """Returns the defaults, locked but for free groups."""
+        config = self._to_config("")
+        for old in old_names.get():
+            _add_placeholder(config, old)
+        config.lock()
+        _unlock_free(self, config)
+        return config
+
+    def _to_config(self, prefix: str) -> ConfigDict:
+        config = ConfigDict()
+        for name, value in self._entries.items():
+            if isinstance(value, Section):
+                config[name] = value._to_config(f"{prefix}{name}.")
+            else:
+                config[name] = value.default if isinstance(value, Rule) else value
+        return config
+
+
+def _add_placeholder(config: ConfigDict, key: str) -> None:
+    """Makes an old key settable; it is None, whose type ConfigDict does not check."""
+    *groups, name = key.split(".")
+    for group in groups:
+        if group not in config:
+            config[group] = ConfigDict()
+        config = config[group]
+    config[name] = None
+
+
+def _unlock_free(section: Section, config: ConfigDict) -> None:
+    for name, value in section._entries.items():
+        if isinstance(value, Section):
+            _unlock_free(value, config[name])
+    if section._free:
+        config.unlock()
+
+
+def wrong_values(
+    flat: Mapping[str, Any],
+    rules: Mapping[str, Rule],
+    relations: Sequence[tuple[str, Callable[[Mapping[str, Any]], bool]]] = (),
+) -> Iterator[str]:
+    """Yields what is wrong, a phrase for each impossible value, then the relations.
 
     Args:
       flat: {"train.steps": 270000, ...}, every key.
+      relations: (sentence, whether it holds); "%(train.steps)s" in the sentence is the
+        key's value. They are looked at where each value by itself is possible.
     """
-    wrong = []
-    if missing := [k for k in (*AT_LEAST, *ABOVE_ZERO, *_ONE_OF) if k not in flat]:
-        return [f"{', '.join(missing)} missing; add what configs/base.py has"]
-    for key, least in AT_LEAST.items():
-        if flat[key] < least:
-            wrong.append(f"{key} = {flat[key]} must be at least {least}")
-    for key in ABOVE_ZERO:
-        if not flat[key] > 0:
-            wrong.append(f"{key} = {flat[key]} must be above 0")
-    for key, values in _ONE_OF.items():
-        folder = key == "data.name" and str(flat[key]).startswith("tfds:")
-        if flat[key] not in values and not folder:
-            wrong.append(f"{key} = {flat[key]!r} must be one of {values}")
-    for key in ("optim.momentum", "optim.ema_decay"):
-        if flat[key] >= 1:
-            wrong.append(f"{key} = {flat[key]} must be below 1")
-    if flat["train.patience"] and not flat["train.eval_every"]:
-        wrong.append("train.patience needs train.eval_every, and that is 0")
-    if flat["train.precise_bn"] and flat["model.backbone.norm"] != "sync_bn":
-        wrong.append("train.precise_bn is for model.backbone.norm = 'sync_bn' only")
-    known = ("tensorboard", "csv", "wandb", "mlflow")
-    if unknown := [name for name in flat["train.writers"] if name not in known]:
-        wrong.append(f"train.writers has {unknown[0]!r}, which is not one of {known}")
-    traced = flat["train.profile_steps"]
-    if traced and not (len(traced) == 2 and 1 <= traced[0] <= traced[1]):
-        wrong.append(f"train.profile_steps = {traced} must be () or (first, last)")
-    milestones = flat["optim.milestones"]
-    if not all(isinstance(m, int) for m in milestones):
-        wrong.append(f"optim.milestones = {milestones} must be whole numbers (steps)")
-    elif list(milestones) != sorted(set(milestones)):
-        wrong.append(f"optim.milestones = {milestones} must increase")
-    grids, ranges = flat["model.ins_head.num_grids"], flat["targets.scale_ranges"]
-    if not len(grids) == len(ranges) == 5:
-        wrong.append(
-            f"model.ins_head.num_grids ({len(grids)}) and targets.scale_ranges "
-            f"({len(ranges)}) must have one entry for each of the 5 levels"
-        )
-    return wrong
+    if missing := [key for key in rules if key not in flat]:
+        yield f"{', '.join(missing)} missing; add what configs/base.py has"
+        return
+    wrong = {key: text for key, rule in rules.items() if (text := rule.error(flat[key]))}
+    yield from (f"{key} = {_shown(flat[key])} must {text}" for key, text in wrong.items())
+    if not wrong:
+        yield from (sentence % flat for sentence, holds in relations if not holds(flat))
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

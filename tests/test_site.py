@@ -56,7 +56,13 @@ def get_config():
     assert (two.text, two.reference) == ("Beside it, with a * and `code_*`.", "A.D")
     assert (inner.text, three.text) == ("All of the part below.", "")
     assert config_keys.escape(two.text) == r"Beside it, with a \* and `code_*`."
-    assert config_keys.kind(three) == "tuple of float"
+
+
+def test_the_table_shows_each_keys_range_and_when_it_is_used():
+    text = config_keys.tables()
+    assert "| a number, above 0, at most 10 | Factor at each milestone" in text
+    assert "Used where `optim.schedule` is `'multistep'` or `'fixed_gamma'`." in text
+    assert "Used where `augment.jitter_scale` is not `()`." in text
 
 
 def test_the_shipped_variants_are_listed():
@@ -126,9 +132,9 @@ def test_what_loads_from_elsewhere_is_found():
 
 
 def sources() -> list[str]:
-    """Returns every text in the package, with a gap where values are put in."""
+    """Returns every text of the programs, with a gap where values are put in."""
     texts = []
-    for path in (ROOT / "solov2_jax").rglob("*.py"):
+    for path in [*(ROOT / "solov2_jax").rglob("*.py"), *(ROOT / "configs").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.JoinedStr | ast.BinOp | ast.Constant):
                 texts.append(text_of(node))

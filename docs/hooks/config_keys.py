@@ -12,8 +12,8 @@ from typing import Any
 
 from configs import base
 from solov2_jax.config import flatten
-from solov2_jax.config_schema import ABOVE_ZERO, AT_LEAST
 
+RULES = base.rules()
 _REFERENCE = re.compile(r"\s*\[([A-Z._][A-Z0-9_.{},: ]*)\]\.?$")
 
 
@@ -40,7 +40,7 @@ def sections(source: str, values: dict[str, Any]) -> list[Section]:
     """Returns the sections of a config file, in its order.
 
     Args:
-      source: of a module with `get_config`, in which every key is set by one statement
+      source: of a module with `keys` or `get_config`, in which every key is set by one statement
         and described by a comment above or beside it.
       values: of every key, {"train.steps": 270000, ...}.
     """
@@ -61,6 +61,15 @@ def sections(source: str, values: dict[str, Any]) -> list[Section]:
     return [section for section in found.values() if section.keys]
 
 
+def _uses(key: Key) -> str:
+    """Returns when a key is used, as a sentence."""
+    words = []
+    for condition in RULES[key.name].used:
+        values = " or ".join(f"`{value!r}`" for value in condition.values)
+        words.append(f"`{condition.key}` is {'' if condition.positive else 'not '}{values}")
+    return f" Used where {' and '.join(words)}." if words else ""
+
+
 def base_sections() -> list[Section]:
     """Returns the sections of `configs/base.py`."""
     source = pathlib.Path(base.__file__).read_text("utf-8")
@@ -73,8 +82,9 @@ def tables() -> str:
     for section in base_sections():
         title = f"`{section.name}`" if section.name else "The top level"
         rows = [
-            f"| `{key.name}`{{ #{key.name} }} | {_code(key.value)} | {kind(key)} "
-            f"| {escape(key.text)}{_in_reference(key)} |"
+            f"| `{key.name}`{{ #{key.name} }} | {_code(key.value)} "
+            f"| {escape(RULES[key.name].describe())} "
+            f"| {escape(key.text)}{_uses(key)}{_in_reference(key)} |"
             for key in section.keys
         ]
         head = ["| key | default | type | |", "|---|---|---|---|"]
@@ -103,27 +113,6 @@ def variants() -> str:
         docstring = (module.__doc__ or "").strip().splitlines()[0]
         parts += [f"### `{path.stem}`", escape(docstring), "\n".join([*head, *rows])]
     return "\n\n".join(parts)
-
-
-def kind(key: Key) -> str:
-    """Returns the type of a key's value, with its bound if it has one."""
-    text = _kind(key.value)
-    if key.name in ABOVE_ZERO:
-        text += ", above 0"
-    elif key.name in AT_LEAST:
-        text += f", at least {AT_LEAST[key.name]}"
-    return text
-
-
-def _kind(value: Any) -> str:
-    if not isinstance(value, tuple):
-        return type(value).__name__
-    inner = {_kind(item) for item in value}
-    if not inner:
-        return "tuple"
-    if all(isinstance(item, tuple) for item in value):
-        return f"tuple of ({', '.join(_kind(item) for item in value[0])})"
-    return f"tuple of {' or '.join(sorted(inner))}"
 
 
 def escape(text: str) -> str:
@@ -177,11 +166,13 @@ def _split_reference(text: str) -> tuple[str, str]:
 
 
 def _settings(tree: ast.Module) -> Iterator[tuple[ast.Assign, str]]:
-    """Yields each `config.a.b = value` of `get_config`, with its "a.b"."""
+    """Yields each `config.a.b = value` of `keys` or `get_config`, with its "a.b"."""
     body = next(
         node.body
         for node in tree.body
-        if isinstance(node, ast.FunctionDef) and node.name == "get_config"
+        if isinstance(node, ast.FunctionDef)
+        and node.name in ("keys", "get_config")
+        and node.body[1:-1]
     )
     places = {"config": ""}
     for node in body:
