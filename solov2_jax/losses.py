@@ -23,16 +23,16 @@ TILE_LOGITS = 2**22
 SLOT_PARTS = (0.25, 0.5, 1.0)
 
 
-class Totals(NamedTuple):
-    """What the losses' sums are divided by, of the whole batch."""
+class Normalizers(NamedTuple):
+    """What the losses' sums are divided by: counts of the whole batch."""
 
     pairs: Float[Array, ""]
     cells: Int[Array, ""]  # positive ones
 
 
-def totals_of(targets: Targets) -> Totals:
-    """Returns the totals of a batch, of which `solov2_loss` may see a part."""
-    return Totals(jnp.sum(targets.pair_weight), jnp.sum(targets.num_cells))
+def normalizers_of(targets: Targets) -> Normalizers:
+    """Returns the counts of a batch, of which `solov2_loss` may see a microbatch."""
+    return Normalizers(jnp.sum(targets.pair_weight), jnp.sum(targets.num_cells))
 
 
 def solov2_loss(
@@ -44,11 +44,12 @@ def solov2_loss(
     focal_gamma: float,
     focal_weight: float,
     dice_weight: float,
-    totals: Totals | None = None,
+    normalizers: Normalizers | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns the total loss and the metrics, all float32 scalars.
 
-    With the `totals` of a larger batch, the results for its parts add up to its own.
+    With the `normalizers` of a larger batch, the results of its microbatches add up to its
+    own.
 
     Metrics: `loss_ins`, `loss_cate` (weighted, they add up to the total); `num_pairs`,
     of which `pairs_dropped` for want of slots; `num_cells`, positive ones; `mean_iou`
@@ -58,17 +59,17 @@ def solov2_loss(
     Source: AdelaiDet adet/modeling/solov2/solov2.py, SOLOv2.loss: dice averages over
     pairs, focal is a sum over (positive cells + 1). A batch without pairs is no error.
     """
-    totals = totals or totals_of(targets)
+    normalizers = normalizers or normalizers_of(targets)
     weight = targets.pair_weight
     kernels = jnp.take_along_axis(outputs.kernel, targets.pair_cell[..., None], axis=1)
     slots = jnp.arange(1, weight.shape[1] + 1)[None]
     num_slots = jnp.max(jnp.where(weight > 0, slots, 0))
     dice, iou = pair_dice(kernels, outputs.mask_feat, masks, targets.pair_instance, num_slots)
-    num_pairs = jnp.maximum(totals.pairs, 1.0)
+    num_pairs = jnp.maximum(normalizers.pairs, 1.0)
     loss_ins = dice_weight * jnp.sum(weight * (1.0 - dice)) / num_pairs
 
     focal = focal_loss(outputs.cate, targets.cate, focal_alpha, focal_gamma)
-    loss_cate = focal_weight * focal / (totals.cells + 1)
+    loss_cate = focal_weight * focal / (normalizers.cells + 1)
 
     kept = jnp.sum(weight > 0, axis=1, dtype=jnp.int32)
     metrics = {
@@ -84,6 +85,7 @@ def solov2_loss(
     return loss_ins + loss_cate, metrics
 
 
+@jax.named_scope("focal")
 def focal_loss(
     logits: Float[Array, "*n K"], labels: Int[Array, "*n"], alpha: float, gamma: float
 ) -> Float[Array, ""]:
@@ -124,7 +126,26 @@ def pair_dice(
     return _pair_dice_fwd(kernels, mask_feat, masks, pair_instance, num_slots)[0]
 
 
-def _pair_dice_fwd(kernels, mask_feat, masks, pair_instance, num_slots):
+class _DiceResiduals(NamedTuple):
+    """What the backward pass of `pair_dice` needs."""
+
+    kernels: Float[Array, "B P E"]
+    mask_feat: Float[Array, "B h4 w4 E"]
+    masks: UInt8[Array, "B G h4 w4"]
+    pair_instance: Int[Array, "B P"]
+    num_slots: Int[Array, ""]
+    dice: Float[Array, "B P"]
+    denominator: Float[Array, "B P"]
+
+
+@jax.named_scope("dice")
+def _pair_dice_fwd(
+    kernels: Float[Array, "B P E"],
+    mask_feat: Float[Array, "B h4 w4 E"],
+    masks: UInt8[Array, "B G h4 w4"],
+    pair_instance: Int[Array, "B P"],
+    num_slots: Int[Array, ""],
+) -> tuple[tuple[Float[Array, "B P"], Float[Array, "B P"]], _DiceResiduals]:
     size = jnp.sum(masks, axis=(2, 3), dtype=jnp.int32).astype(jnp.float32)
     size = jnp.take_along_axis(size, pair_instance, axis=1)
 
@@ -132,7 +153,9 @@ def _pair_dice_fwd(kernels, mask_feat, masks, pair_instance, num_slots):
         used, instance = kernels[:, :slots], pair_instance[:, :slots]
 
         def tile(rows, start, total):
-            logits, target = _tile(used, rows(mask_feat, 1), rows(masks, 2), instance)
+            logits, target = _logits_and_targets(
+                used, rows(mask_feat, axis=1), rows(masks, axis=2), instance
+            )
             soft, hard = jax.nn.sigmoid(logits), (logits > 0).astype(jnp.float32)
             parts = (soft * target, jnp.square(soft), hard * target, hard)
             return total + jnp.stack([jnp.sum(x, axis=(2, 3)) for x in parts], -1)
@@ -146,11 +169,22 @@ def _pair_dice_fwd(kernels, mask_feat, masks, pair_instance, num_slots):
     denominator = squares + size + EPSILON
     dice = 2.0 * overlap / denominator
     iou = hits / jnp.maximum(area + size - hits, 1.0)
-    arrays = kernels, mask_feat, masks, pair_instance, num_slots
-    return (dice, iou), (*arrays, dice, denominator)
+    residuals = _DiceResiduals(
+        kernels=kernels,
+        mask_feat=mask_feat,
+        masks=masks,
+        pair_instance=pair_instance,
+        num_slots=num_slots,
+        dice=dice,
+        denominator=denominator,
+    )
+    return (dice, iou), residuals
 
 
-def _pair_dice_bwd(residuals, cotangents):
+@jax.named_scope("dice")
+def _pair_dice_bwd(
+    residuals: _DiceResiduals, cotangents: tuple[Float[Array, "B P"], Float[Array, "B P"]]
+) -> tuple[Float[Array, "B P E"], Float[Array, "B h4 w4 E"], None, None, None]:
     kernels, mask_feat, masks, pair_instance, num_slots, dice, denominator = residuals
     slope = 2.0 * cotangents[0] / denominator
 
@@ -161,8 +195,8 @@ def _pair_dice_bwd(residuals, cotangents):
         put_rows = jax.lax.dynamic_update_slice_in_dim
 
         def tile(rows, start, total):
-            feat = rows(mask_feat, 1)
-            logits, target = _tile(used, feat, rows(masks, 2), instance)
+            feat = rows(mask_feat, axis=1)
+            logits, target = _logits_and_targets(used, feat, rows(masks, axis=2), instance)
             soft = jax.nn.sigmoid(logits)
             grad = s * (target - d * soft) * soft * (1.0 - soft)
             grad = grad.astype(feat.dtype)
@@ -182,8 +216,13 @@ def _pair_dice_bwd(residuals, cotangents):
 pair_dice.defvjp(_pair_dice_fwd, _pair_dice_bwd)
 
 
-def _tile(kernels, mask_feat, masks, instance) -> tuple[Array, Array]:
-    """Returns the pairs' logits and target masks, both float32 [B, P, rows, w4]."""
+def _logits_and_targets(
+    kernels: Float[Array, "B P E"],
+    mask_feat: Float[Array, "B rows w4 E"],
+    masks: UInt8[Array, "B G rows w4"],
+    instance: Int[Array, "B P"],
+) -> tuple[Float[Array, "B P rows w4"], Float[Array, "B P rows w4"]]:
+    """Returns the pairs' logits, by the dynamic convolution, and their target masks."""
     logits = jnp.einsum("bpe,bhwe->bphw", kernels, mask_feat, preferred_element_type=jnp.float32)
     target = jnp.take_along_axis(masks, instance[:, :, None, None], axis=1)
     return logits, target.astype(jnp.float32)
@@ -195,9 +234,8 @@ def _over_tiles(tile: Callable, total, instance: Array, masks: Array):
     `rows(x, axis)` cuts the tile's rows out of x; `start` is the first of them.
     """
     h4, w4 = masks.shape[2:]
-    fits = [r for r in range(1, h4 + 1) if h4 % r == 0]
-    fits = [r for r in fits if instance.size * r * w4 <= TILE_LOGITS]
-    size = max(fits, default=1)
+    divisors = [r for r in range(1, h4 + 1) if h4 % r == 0]
+    size = max((r for r in divisors if instance.size * r * w4 <= TILE_LOGITS), default=1)
 
     def body(i, total):
         def rows(x, axis):
@@ -208,11 +246,11 @@ def _over_tiles(tile: Callable, total, instance: Array, masks: Array):
     return jax.lax.fori_loop(0, h4 // size, body, total) if size < h4 else body(0, total)
 
 
-def _switch_slots(form: Callable, num_slots: Array, max_slots: int):
-    """Returns `form(slots)` for the smallest sufficient part of `max_slots`."""
+def _switch_slots(of_slots: Callable, num_slots: Array, max_slots: int):
+    """Returns `of_slots(n)` for the smallest n, a part of `max_slots`, that suffices."""
     steps = [math.ceil(part * max_slots) for part in SLOT_PARTS]
     index = jnp.sum(num_slots > np.array(steps[:-1], np.int32), dtype=jnp.int32)
-    return jax.lax.switch(index, [functools.partial(form, n) for n in steps])
+    return jax.lax.switch(index, [functools.partial(of_slots, n) for n in steps])
 
 
 def _pad_slots(x: Array, max_slots: int) -> Array:

@@ -6,12 +6,14 @@ Source: AdelaiDet adet/modeling/solov2/utils.py.
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 
+@jax.named_scope("point_nms")
 def point_nms(scores: Float[Array, "S K"], num_grids: Sequence[int]) -> Float[Array, "S K"]:
     """Returns the scores with 0 where a cell above, left or above-left has more.
 
@@ -29,6 +31,7 @@ def point_nms(scores: Float[Array, "S K"], num_grids: Sequence[int]) -> Float[Ar
     return jnp.concatenate(levels)
 
 
+@jax.named_scope("matrix_nms")
 def matrix_nms(
     score: Float[Array, "N"],
     label: Int[Array, "N"],
@@ -45,7 +48,7 @@ def matrix_nms(
     at three equal masks. Here a mask whose better twin exists decays nothing, the limit
     for any other mask; the third twin still falls to 0 through the first.
     """
-    iou = jnp.where(_rivals(label), iou, 0.0)
+    iou = jnp.where(_better_same_class(label), iou, 0.0)
     covered = jnp.max(iou, axis=0)[:, None]  # of the row's mask, by a better one
     if kernel == "gaussian":
         decay = jnp.exp(-sigma * (jnp.square(iou) - jnp.square(covered)))
@@ -57,6 +60,7 @@ def matrix_nms(
     return score * jnp.min(decay, axis=0)
 
 
+@jax.named_scope("mask_nms")
 def mask_nms(
     label: Int[Array, "N"], iou: Float[Array, "N N"], threshold: float
 ) -> Bool[Array, "N"]:
@@ -66,17 +70,18 @@ def mask_nms(
     turn. Here all are decided at once until nothing changes: the first k masks are
     right after k rounds, and few rounds are needed.
     """
-    covers = _rivals(label) & (iou > threshold)
+    covers = _better_same_class(label) & (iou > threshold)
 
-    def again(state):
+    def decide_again(state):
         kept, _ = state
         new = ~jnp.any(covers & kept[:, None], axis=0)
         return new, jnp.any(new != kept)
 
     start = jnp.ones(label.shape, bool), jnp.array(True)
-    return lax.while_loop(lambda state: state[1], again, start)[0]
+    kept, _ = lax.while_loop(lambda state: state[1], decide_again, start)
+    return kept
 
 
-def _rivals(label: Int[Array, "N"]) -> Bool[Array, "N N"]:
+def _better_same_class(label: Int[Array, "N"]) -> Bool[Array, "N N"]:
     """Returns whether row comes before column in the same class."""
     return jnp.triu(label[:, None] == label[None], 1)

@@ -80,6 +80,23 @@ def resize_bilinear(x: Float[Array, "B h w C"], size: tuple[int, int]) -> Float[
     return x
 
 
+def conv2d(
+    x: Float[Array, "B h w C"], kernel: Float[Array, "k k C D"], stride: int = 1
+) -> Float[Array, "B _ _ D"]:
+    """Returns the convolution of `x`, padded by k // 2 on every side.
+
+    Source: torch.nn.Conv2d. "SAME" padding would shift stride-2 convolutions by a pixel.
+    """
+    pad = kernel.shape[0] // 2
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        [(pad, pad), (pad, pad)],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
 def _neighbours(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     """Returns, for every element, the ones before and after it; ends are repeated."""
     size = x.shape[axis]

@@ -14,11 +14,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 # On the CPU a mask is enlarged within the smallest of these parts of the canvas, by
-# side, that holds it; elsewhere so many whole ones together.
+# side, that holds it; elsewhere so many whole ones are enlarged together.
 WINDOWS = (1 / 8, 1 / 4, 1 / 2, 1.0)
-PASTE_TOGETHER = 20
+PASTE_BATCH = 20
 
 
+@jax.named_scope("paste")
 def paste_masks(
     soft_masks: Float[Array, "N h4 w4"],
     image_size: Int[Array, "2"],
@@ -57,7 +58,7 @@ def paste_masks(
     return lax.map(
         lambda soft: _enlarge(soft, rows, across, window, canvas, threshold),
         soft_masks,
-        batch_size=PASTE_TOGETHER,
+        batch_size=PASTE_BATCH,
     )
 
 

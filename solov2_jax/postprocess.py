@@ -26,6 +26,7 @@ TILE_PIXELS = 3584
 NMS_PARTS = (0.1, 0.25, 0.5, 0.75, 1.0)
 
 
+@jax.named_scope("postprocess")
 def detect(
     outputs: Outputs,
     *,
@@ -64,7 +65,7 @@ def detect(
     if not len(num_grids) == len(strides):
         raise ValueError(f"{len(num_grids)} num_grids but {len(strides)} strides")
     level = np.repeat(np.arange(len(num_grids)), [g * g for g in num_grids])
-    least_area = np.array(strides, np.float32)[level]
+    min_area = np.array(strides, np.float32)[level]
     limit = min(max_candidates, outputs.cate.shape[1] * outputs.cate.shape[2])
     nms_pre = min(nms_pre, limit)
 
@@ -73,27 +74,33 @@ def detect(
         pixels = feat.reshape(-1, feat.shape[-1])  # [h4 * w4, E]
         scores = jax.nn.sigmoid(cate.astype(jnp.float32))
         scores = point_nms(scores, num_grids)
-        found, num_found = _find(scores, score_threshold, limit)
+        candidates, num_candidates = _select_candidates(scores, score_threshold, limit)
         sums = functools.partial(_mask_sums, pixels=pixels, threshold=mask_threshold)
-        rescore = functools.partial(_rescore, kernel, jnp.asarray(least_area), sums)
-        found, num_kept = _best(found, rescore, nms_pre)
-        score, overlap, area = _in_parts(rescore, found, num_kept)
+        rescore = functools.partial(_rescore, kernel, jnp.asarray(min_area), sums)
+        candidates, num_kept = _keep_best(candidates, rescore, nms_pre)
+        score, overlap, area = _rescore_nonempty(rescore, candidates, num_kept)
         order = jnp.argsort(-score)  # stable: ties stay in the reference's order
-        found, score = jax.tree.map(lambda x: x[order], (found, score))
+        candidates, score = jax.tree.map(lambda x: x[order], (candidates, score))
         iou = _iou(overlap[order][:, order], area[order])
         if nms_type == "matrix":
-            score = matrix_nms(score, found.label, iou, nms_kernel, nms_sigma)
+            score = matrix_nms(score, candidates.label, iou, nms_kernel, nms_sigma)
         else:
-            score = jnp.where(mask_nms(found.label, iou, nms_iou), score, 0.0)
+            score = jnp.where(mask_nms(candidates.label, iou, nms_iou), score, 0.0)
         kept = (score >= update_threshold) & (score > 0)
         score, best = lax.top_k(jnp.where(kept, score, 0.0), min(max_per_image, nms_pre))
-        soft = jax.nn.sigmoid(_logits(kernel[found.cell[best]], pixels))
+        soft = jax.nn.sigmoid(_mask_logits(kernel[candidates.cell[best]], pixels))
         soft = jnp.where(score[:, None] > 0, soft, 0.0).reshape(-1, *feat.shape[:2])
-        return score, found.label[best], soft, score > 0, num_found
+        return {
+            "scores": score,
+            "labels": candidates.label[best],
+            "soft_masks": soft,
+            "valid": score > 0,
+            "num_candidates": num_candidates,
+        }
 
     detections = lax.map(detect_image, (outputs.cate, outputs.kernel, outputs.mask_feat))
     missing = max(max_per_image - nms_pre, 0)
-    return Detections(*(_pad_axis_1(x, missing) for x in detections))
+    return Detections(**{name: _pad_axis_1(x, missing) for name, x in detections.items()})
 
 
 class _Candidates(NamedTuple):
@@ -104,7 +111,7 @@ class _Candidates(NamedTuple):
     label: Int[Array, "M"]
 
 
-def _find(
+def _select_candidates(
     scores: Float[Array, "S K"], threshold: float, limit: int
 ) -> tuple[_Candidates, Int[Array, ""]]:
     """Returns at most `limit` candidates, row-major (cell, class), and how many are.
@@ -117,43 +124,43 @@ def _find(
     index = jnp.sort(jnp.where(score > 0, index, flat.size))
     score = jnp.where(index < flat.size, flat[jnp.minimum(index, flat.size - 1)], 0.0)
     index = jnp.where(score > 0, index, 0)
-    found = _Candidates(score, index // num_classes, index % num_classes)
-    return found, jnp.sum(flat > 0, dtype=jnp.int32)
+    candidates = _Candidates(score, index // num_classes, index % num_classes)
+    return candidates, jnp.sum(flat > 0, dtype=jnp.int32)
 
 
-def _best(
-    found: _Candidates, rescore: Callable, nms_pre: int
+def _keep_best(
+    candidates: _Candidates, rescore: Callable, nms_pre: int
 ) -> tuple[_Candidates, Int[Array, ""]]:
     """Returns the `nms_pre` candidates best after rescoring, and how many they are.
 
     Looks at masks only if there are more: as many chunks of them as hold candidates.
     """
-    count = jnp.sum(found.score > 0, dtype=jnp.int32)
-    if (limit := found.score.size) == nms_pre:
-        return found, count
+    count = jnp.sum(candidates.score > 0, dtype=jnp.int32)
+    if (limit := candidates.score.size) == nms_pre:
+        return candidates, count
     chunk = min(CHUNK, limit)
-    padded = jax.tree.map(lambda x: jnp.pad(x, (0, -limit % chunk)), found)
+    padded = jax.tree.map(lambda x: jnp.pad(x, (0, -limit % chunk)), candidates)
 
-    def look(i, score):
+    def rescore_chunk(i, score):
         part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * chunk, chunk), padded)
         new, _, _ = rescore(part, overlaps=False)
         return lax.dynamic_update_slice_in_dim(score, new, i * chunk, 0)
 
     chunks = jnp.where(count > nms_pre, -(-count // chunk), 0)
-    score = lax.fori_loop(0, chunks, look, jnp.zeros_like(padded.score))
+    score = lax.fori_loop(0, chunks, rescore_chunk, jnp.zeros_like(padded.score))
     _, best = lax.top_k(score, nms_pre)
     first = jnp.arange(nms_pre, dtype=best.dtype)
     index = jnp.where(count > nms_pre, jnp.sort(best), first)
     return jax.tree.map(lambda x: x[index], padded), jnp.minimum(count, nms_pre)
 
 
-def _in_parts(rescore: Callable, found: _Candidates, count: Int[Array, ""]):
-    """Returns `rescore(found)`, computed for the smallest part that holds `count`."""
-    size = found.score.size
+def _rescore_nonempty(rescore: Callable, candidates: _Candidates, count: Int[Array, ""]):
+    """Returns `rescore(candidates)`, computed for the smallest part that holds `count`."""
+    size = candidates.score.size
     steps = sorted({math.ceil(size * part) for part in NMS_PARTS})
 
     def part(n):
-        score, overlap, area = rescore(jax.tree.map(lambda x: x[:n], found))
+        score, overlap, area = rescore(jax.tree.map(lambda x: x[:n], candidates))
         pad = (0, size - n)
         return jnp.pad(score, pad), jnp.pad(overlap, (pad, pad)), jnp.pad(area, pad)
 
@@ -163,18 +170,18 @@ def _in_parts(rescore: Callable, found: _Candidates, count: Int[Array, ""]):
 
 def _rescore(
     kernel: Float[Array, "S E"],
-    least_area: Float[Array, "S"],
+    min_area: Float[Array, "S"],
     sums: Callable,
-    found: _Candidates,
+    candidates: _Candidates,
     overlaps: bool = True,
 ) -> tuple[Float[Array, "N"], Float[Array, "N N"] | None, Float[Array, "N"]]:
     """Returns score times the mask's mean probability, its overlaps and its area.
 
     The score of a mask with no more pixels than its level's stride is 0.
     """
-    area, total, overlap = sums(kernel[found.cell], overlaps=overlaps)
-    score = found.score * total / jnp.maximum(area, 1.0)
-    return jnp.where(area > least_area[found.cell], score, 0.0), overlap, area
+    area, total, overlap = sums(kernel[candidates.cell], overlaps=overlaps)
+    score = candidates.score * total / jnp.maximum(area, 1.0)
+    return jnp.where(area > min_area[candidates.cell], score, 0.0), overlap, area
 
 
 def _mask_sums(
@@ -188,8 +195,8 @@ def _mask_sums(
     num_pixels, size = pixels.shape[0], kernels.shape[0]
     tile = max(n for n in range(1, TILE_PIXELS + 1) if num_pixels % n == 0)
 
-    def step(total, some):
-        soft = jax.nn.sigmoid(_logits(kernels, some))
+    def step(total, tile_pixels):
+        soft = jax.nn.sigmoid(_mask_logits(kernels, tile_pixels))
         hard = (soft > threshold).astype(jnp.float32)
         new = [jnp.sum(hard, axis=1), jnp.sum(soft * hard, axis=1)]
         if overlaps:
@@ -204,7 +211,7 @@ def _mask_sums(
     return area, total, overlap[0] if overlaps else None
 
 
-def _logits(kernels: Float[Array, "N E"], pixels: Float[Array, "n E"]) -> Float[Array, "N n"]:
+def _mask_logits(kernels: Float[Array, "N E"], pixels: Float[Array, "n E"]) -> Float[Array, "N n"]:
     """Returns the mask logits: the dynamic 1x1 convolution."""
     return jnp.einsum("ne,xe->nx", kernels, pixels, preferred_element_type=jnp.float32)
 

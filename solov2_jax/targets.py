@@ -17,9 +17,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from solov2_jax.structs import Batch, Targets
 
-REACH = 3  # an object covers at most 3 x 3 cells of a level
+MAX_CELLS_PER_SIDE = 3  # an object covers at most 3 x 3 cells of a level
 
 
+@jax.named_scope("targets")
 def assign_targets(
     batch: Batch,
     *,
@@ -54,33 +55,38 @@ def assign_targets(
     y_edges, x_edges = (_level_edges(4 * size, num_grids) for size in (h4, w4))
     bounds = _area_bounds(np.array(scale_ranges, np.float32))
 
-    def assign_image(boxes, labels, centers, valid, key) -> tuple[Array, ...]:
+    def assign_image(boxes, labels, centers, valid, key) -> dict[str, Array]:
         extent = boxes[:, 2:] - boxes[:, :2]
         area = extent[None, :, 0] * extent[None, :, 1]
-        hit = (area >= bounds[:, :1]) & (area < bounds[:, 1:]) & valid[None]
+        on_level = (area >= bounds[:, :1]) & (area < bounds[:, 1:]) & valid[None]
         half = _rounded(0.5 * sigma * extent)
         left, right = _cell_range(centers[:, 0], half[:, 0], x_edges)
         top, down = _cell_range(centers[:, 1], half[:, 1], y_edges)
-        region = _Region(hit, top, down, left, right)
+        region = _Region(on_level=on_level, top=top, down=down, left=left, right=right)
         owner = _last_owner(region, num_grids)
-        found = owner >= 0
-        cate = jnp.where(found, labels[jnp.maximum(owner, 0)], num_classes)
+        positive = owner >= 0
+        cate = jnp.where(positive, labels[jnp.maximum(owner, 0)], num_classes)
         cell, instance, weight, num_pairs = _pairs(region, num_grids, max_pairs, key)
-        num_cells = jnp.sum(found, dtype=jnp.int32)
-        cate = cate.astype(jnp.int32)
-        return cate, cell, instance, weight, num_pairs, num_cells
+        return {
+            "cate": cate.astype(jnp.int32),
+            "pair_cell": cell,
+            "pair_instance": instance,
+            "pair_weight": weight,
+            "num_pairs": num_pairs,
+            "num_cells": jnp.sum(positive, dtype=jnp.int32),
+        }
 
     keys = jax.random.split(key, b)
     boxes, centers = (x.astype(jnp.float32) for x in (batch.boxes, batch.centers))
     assign = jax.vmap(assign_image)
-    return Targets(*assign(boxes, batch.labels, centers, batch.valid, keys))
+    return Targets(**assign(boxes, batch.labels, centers, batch.valid, keys))
 
 
 @struct.dataclass
 class _Region:
     """The cells that each object covers on each level, both ends included."""
 
-    hit: Bool[Array, "L G"]  # the object belongs to the level
+    on_level: Bool[Array, "L G"]  # whether the object belongs to the level
     top: Int[Array, "L G"]
     down: Int[Array, "L G"]
     left: Int[Array, "L G"]
@@ -108,9 +114,9 @@ def _last_owner(region: _Region, num_grids: Sequence[int]) -> Int[Array, "S"]:
     level = np.repeat(np.arange(len(num_grids)), [g * g for g in num_grids])
     row = np.concatenate([np.repeat(np.arange(g), g) for g in num_grids])[:, None]
     column = np.concatenate([np.tile(np.arange(g), g) for g in num_grids])[:, None]
-    at = jax.tree.map(lambda x: x[level], region)  # [S, G]
-    covered = at.hit & (at.top <= row) & (row <= at.down)
-    covered &= (at.left <= column) & (column <= at.right)
+    of_cell = jax.tree.map(lambda x: x[level], region)  # [S, G]
+    covered = of_cell.on_level & (of_cell.top <= row) & (row <= of_cell.down)
+    covered &= (of_cell.left <= column) & (column <= of_cell.right)
     instance = jnp.arange(covered.shape[1], dtype=jnp.int32)[None]
     return jnp.max(jnp.where(covered, instance, -1), axis=1)
 
@@ -119,31 +125,31 @@ def _pairs(
     region: _Region, num_grids: Sequence[int], max_pairs: int, key: Key[Array, ""]
 ) -> tuple[Int[Array, "P"], Int[Array, "P"], Float[Array, "P"], Int[Array, ""]]:
     """Returns cell, object and weight of each slot, and the number of pairs."""
-    step = np.arange(REACH, dtype=np.int32)[None, None]
+    step = np.arange(MAX_CELLS_PER_SIDE, dtype=np.int32)[None, None]
     row, column = region.top[..., None] + step, region.left[..., None] + step
-    row_ok, column_ok = row <= region.down[..., None], column <= region.right[..., None]
-    valid = region.hit[..., None, None] & row_ok[..., None] & column_ok[..., None, :]
+    has_row, has_column = row <= region.down[..., None], column <= region.right[..., None]
+    valid = region.on_level[..., None, None] & has_row[..., None] & has_column[..., None, :]
     side = np.array(num_grids, np.int32)
     start = np.cumsum(side**2, dtype=np.int32) - side**2
     side, start = side[:, None, None, None], start[:, None, None, None]
     cell = start + row[..., None] * side + column[..., None, :]  # [L, G, 3, 3]
-    num_objects, valid, cell = region.hit.shape[1], valid.ravel(), cell.ravel()
+    num_objects, valid, cell = region.on_level.shape[1], valid.ravel(), cell.ravel()
 
     # Valid pairs rank above the rest, in random order; when they fit, all are taken.
     rank = jax.random.bits(key, valid.shape, jnp.uint32) >> 1
     rank = jnp.where(valid, rank.astype(jnp.int32), -1)
-    _, taken = jax.lax.top_k(rank, min(max_pairs, valid.size))
-    taken = jnp.sort(jnp.where(valid[taken], taken, valid.size))  # back in order
+    _, pair = jax.lax.top_k(rank, min(max_pairs, valid.size))
+    pair = jnp.sort(jnp.where(valid[pair], pair, valid.size))  # back in order
     missing = max(max_pairs - valid.size, 0)
-    taken = jnp.pad(taken, (0, missing), constant_values=valid.size)
-    kept = taken < valid.size
-    taken = jnp.where(kept, taken, 0)
+    pair = jnp.pad(pair, (0, missing), constant_values=valid.size)
+    kept = pair < valid.size
+    pair = jnp.where(kept, pair, 0)
 
     num_pairs = jnp.sum(valid, dtype=jnp.int32)
     scale = num_pairs / jnp.clip(num_pairs, 1, max_pairs)
     weight = jnp.where(kept, scale, 0.0).astype(jnp.float32)
-    instance = jnp.where(kept, taken // REACH**2 % num_objects, 0)
-    return jnp.where(kept, cell[taken], 0), instance, weight, num_pairs
+    instance = jnp.where(kept, pair // MAX_CELLS_PER_SIDE**2 % num_objects, 0)
+    return jnp.where(kept, cell[pair], 0), instance, weight, num_pairs
 
 
 def _level_edges(size: int, num_grids: Sequence[int]) -> Float[np.ndarray, "L k"]:
@@ -165,8 +171,7 @@ def cell_edges(size: int, num_grid: int) -> Float[np.ndarray, "k"]:
     """
     # Floor-division is the floor of the exact quotient: compare with exact multiples.
     starts = np.arange(1, num_grid) * np.float64(np.float32(1 / num_grid))
-    inside = lambda x: x / np.float32(size) >= starts  # noqa: E731
-    return _first_float(inside, starts * size)
+    return _first_float(lambda x: x / np.float32(size) >= starts, starts * size)
 
 
 def _area_bounds(ranges: Float[np.ndarray, "L 2"]) -> Float[np.ndarray, "L 2"]:

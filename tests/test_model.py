@@ -1,15 +1,23 @@
 """The network's variants; its numbers are tested in test_parity_forward.py."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_network import tiny_config, tiny_variables
 
+from solov2_jax.losses import solov2_loss
 from solov2_jax.models import SOLOv2, build_model
+from solov2_jax.paste import paste_masks
+from solov2_jax.postprocess import detect
+from solov2_jax.structs import Batch
+from solov2_jax.targets import assign_targets
 from solov2_jax.training.optim import trainable_mask
 
 CLASSES = 2
+DETECT_KEYS = inspect.signature(detect).parameters
 
 
 def image(h=64, w=96):
@@ -105,3 +113,53 @@ def test_sides_must_be_multiples_of_32():
     model = build_model(tiny_config(), CLASSES)
     with pytest.raises(ValueError, match="the image is 64x90; pad both sides"):
         jax.eval_shape(model.init, jax.random.key(0), image(w=90))
+
+
+def test_a_trace_names_every_part():
+    """The programs' operations carry the names that a profiler shows them under."""
+    config = tiny_config()
+    model, grids = build_model(config, CLASSES), config.model.ins_head.num_grids
+    variables = jax.eval_shape(model.init, jax.random.key(0), image())
+    rows = {
+        "image": jnp.zeros((1, 64, 96, 3), jnp.uint8),
+        "image_size": jnp.full((1, 2), 64),
+        "boxes": jnp.zeros((1, 4, 4)),
+        "labels": jnp.zeros((1, 4), jnp.int32),
+        "centers": jnp.zeros((1, 4, 2)),
+        "masks": jnp.zeros((1, 4, 16, 24), jnp.uint8),
+        "valid": jnp.ones((1, 4), bool),
+        "image_id": jnp.zeros(1, jnp.int32),
+    }
+
+    def loss(params, stats, rows):
+        targets = assign_targets(
+            Batch(**rows),
+            num_grids=grids,
+            scale_ranges=config.targets.scale_ranges,
+            sigma=0.2,
+            num_classes=CLASSES,
+            max_pairs=8,
+            key=jax.random.key(0),
+        )
+        outputs = model.apply({"params": params, "batch_stats": stats}, image())
+        weights = {"focal_alpha": 0.25, "focal_gamma": 2.0, "focal_weight": 1.0}
+        return solov2_loss(outputs, targets, rows["masks"], dice_weight=3.0, **weights)[0]
+
+    def predict(variables):
+        options = {key: value for key, value in config.test.items() if key in DETECT_KEYS}
+        detections = detect(model.apply(variables, image()), num_grids=grids, **options)
+        size = jnp.array([64, 96])
+        return paste_masks(detections.soft_masks[0], size, size, (64, 96), 0.5)
+
+    def names(function, *args):
+        return jax.jit(function).lower(*args).as_text(debug_info=True)
+
+    step = names(jax.grad(loss), variables["params"], variables["batch_stats"], rows)
+    for part in ("backbone", "fpn", "ins_head", "mask_head"):
+        assert f"/jvp(SOLOv2)/{part}/" in step and f"/transpose(jvp(SOLOv2))/{part}/" in step
+    assert "/targets/" in step
+    for part in ("focal", "dice"):
+        assert f"/jvp({part})/" in step and f"/transpose(jvp({part}))/" in step
+    prediction = names(predict, variables)
+    for part in ("point_nms", "postprocess", "matrix_nms", "paste"):
+        assert f"{part}/" in prediction

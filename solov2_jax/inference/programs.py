@@ -77,13 +77,13 @@ def compile_kernel_transform(model: Any, size: tuple[int, int]) -> Any:
 
     def run(variables):
         image = jnp.zeros((1, *size, 3), jnp.float32)
-        return model.apply(variables, image, mutable=["prepared"])[1]
+        return model.apply(variables, image, mutable=["transformed"])[1]
 
     compiled = jax.jit(run)
 
     def transform_kernels(variables):
         transformed = compiled(variables)
-        replaced = flatten_dict(transformed["prepared"])
+        replaced = flatten_dict(transformed["transformed"])
         params = flatten_dict(variables["params"])
         kept = {path: leaf for path, leaf in params.items() if path not in replaced}
         return {**variables, **transformed, "params": unflatten_dict(kept)}

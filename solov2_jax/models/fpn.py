@@ -3,6 +3,8 @@
 Source: detectron2/modeling/backbone/fpn.py, FPN and LastLevelMaxPool.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -23,14 +25,12 @@ class FPN(nn.Module):
 
     @nn.compact
     def __call__(self, features: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        def conv(size, name, x):
-            init, dtype = xavier_init, self.dtype
-            return Conv(self.channels, size, kernel_init=init, dtype=dtype, name=name)([x])[0]
+        conv = functools.partial(Conv, self.channels, kernel_init=xavier_init, dtype=self.dtype)
 
         out, top = {}, None
         for level in (5, 4, 3, 2):
-            x = conv(1, f"lateral{level}", features[f"res{level}"])
+            x = conv(1, name=f"lateral{level}")(features[f"res{level}"])
             top = x if top is None else x + ops.upsample2x_nearest(top)
-            out[f"p{level}"] = conv(3, f"output{level}", top)
+            out[f"p{level}"] = conv(3, name=f"output{level}")(top)
         out["p6"] = out["p5"][:, ::2, ::2]
         return {name: out[name] for name in sorted(out)}

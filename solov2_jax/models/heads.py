@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 
 from solov2_jax import ops
-from solov2_jax.models.layers import Conv, ConvTower, GroupNorm
+from solov2_jax.models.layers import Conv, ConvTower, GroupNorm, SharedConv
 
 
 def append_coords(x: jax.Array) -> jax.Array:
@@ -55,13 +55,13 @@ class InstanceHead(nn.Module):
             ops.resize_bilinear(append_coords(x), (g, g))
             for x, g in zip(levels, self.num_grids, strict=True)
         ]
-        args, dtype = (self.channels, self.num_convs), self.dtype
         prior = nn.initializers.constant(-math.log(1 / self.prior_prob - 1))
-        cate = ConvTower(*args, dtype, name="cate_tower")([x[..., :-2] for x in grids])
-        kernel = ConvTower(*args, dtype, name="kernel_tower")(grids)
-        cate = Conv(self.num_classes, 3, bias_init=prior, dtype=dtype, name="cate_pred")(cate)
-        kernel = Conv(self.num_kernels, 3, dtype=dtype, name="kernel_pred")(kernel)
-        return cate, kernel
+        tower = functools.partial(ConvTower, self.channels, self.num_convs, self.dtype)
+        conv = functools.partial(SharedConv, kernel_size=3, dtype=self.dtype)
+        cate = tower(name="cate_tower")([x[..., :-2] for x in grids])
+        kernel = tower(name="kernel_tower")(grids)
+        cate = conv(self.num_classes, bias_init=prior, name="cate_pred")(cate)
+        return cate, conv(self.num_kernels, name="kernel_pred")(kernel)
 
 
 class MaskLevel(nn.Module):
@@ -74,8 +74,8 @@ class MaskLevel(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for j in range(max(self.num_ups, 1)):
-            conv = Conv(self.channels, 3, False, dtype=self.dtype, name=f"conv{j}")
-            x = nn.relu(GroupNorm(name=f"gn{j}")(conv([x])[0]))
+            conv = Conv(self.channels, 3, use_bias=False, dtype=self.dtype, name=f"conv{j}")
+            x = nn.relu(GroupNorm(name=f"gn{j}")(conv(x)))
             if self.num_ups:
                 x = ops.upsample2x_bilinear(x)
         return x
@@ -98,5 +98,5 @@ class MaskHead(nn.Module):
             level = MaskLevel(self.channels, i, self.dtype, name=f"level{i}")
             levels.append(level(x))
         total = functools.reduce(jnp.add, levels)
-        conv = Conv(self.num_kernels, 1, False, dtype=self.dtype, name="conv_pred")
-        return nn.relu(GroupNorm(name="gn_pred")(conv([total])[0]))
+        conv = Conv(self.num_kernels, 1, use_bias=False, dtype=self.dtype, name="conv_pred")
+        return nn.relu(GroupNorm(name="gn_pred")(conv(total)))

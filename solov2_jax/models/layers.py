@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from solov2_jax import ops
-from solov2_jax.models.conv import conv2d, conv2d_levels, transform_kernel
+from solov2_jax.models.conv import Kernel, conv2d, conv2d_levels, transform_kernel
 
 NORMS = ("frozen_bn", "gn", "sync_bn")  # of the backbone
 
@@ -24,25 +24,25 @@ head_init = nn.initializers.normal(0.01)
 residual_scale_init = nn.initializers.constant(0.3)
 
 
-def _prepared(
+def _transformed(
     module: nn.Module,
-    kernel: Callable[[], jax.Array],
+    make_kernel: Callable[[], Kernel],
     xs: Sequence[jax.Array],
     stride: int = 1,
-) -> jax.Array:
-    """Returns `kernel()`, or the form of it that the collection "prepared" holds.
+) -> Kernel:
+    """Returns `make_kernel()`, or the form of it in the collection "transformed".
 
     Applying a model with that collection mutable returns it: whatever depends on the
     parameters only, computed once for many calls without gradients. The parameters
     "kernel" for which it has an entry are not needed then.
     """
-    if module.has_variable("prepared", "kernel"):
-        return module.get_variable("prepared", "kernel")
-    value = kernel()
-    if module.is_mutable_collection("prepared") and not module.is_initializing():
-        value = transform_kernel(value, xs, stride)
-        module.put_variable("prepared", "kernel", value)
-    return value
+    if module.has_variable("transformed", "kernel"):
+        return module.get_variable("transformed", "kernel")
+    kernel = make_kernel()
+    if module.is_mutable_collection("transformed") and not module.is_initializing():
+        kernel = transform_kernel(kernel, xs, stride)
+        module.put_variable("transformed", "kernel", kernel)
+    return kernel
 
 
 class FrozenBatchNorm(nn.Module):
@@ -85,8 +85,8 @@ class BatchNorm(FrozenBatchNorm):
         y = x.astype(jnp.float32)
         mean, var = jnp.mean(y, (0, 1, 2)), jnp.var(y, (0, 1, 2))
         count = x.size // channels
-        seen = {"mean": mean, "var": var * (count / max(count - 1, 1))}
-        for name, value in seen.items():
+        of_batch = {"mean": mean, "var": var * (count / max(count - 1, 1))}
+        for name, value in of_batch.items():
             old = self.get_variable("batch_stats", name)
             new = old + self.momentum * (lax.stop_gradient(value) - old)
             self.put_variable("batch_stats", name, new)
@@ -125,12 +125,12 @@ class ConvNorm(nn.Module):
             norm = FrozenBatchNorm(scale_init=self.scale_init, name="norm")
             factor, shift = norm(self.features)
 
-        def folded() -> jax.Array:
+        def folded_kernel() -> jax.Array:
             kernel = self.param("kernel", msra_init, shape)
             kernel = kernel if factor is None else kernel * factor[None, None, None]
             return kernel.astype(self.dtype)
 
-        y = conv2d(x, _prepared(self, folded, [x], self.stride), self.stride)
+        y = conv2d(x, _transformed(self, folded_kernel, [x], self.stride), self.stride)
         if trained:
             return BatchNorm(scale_init=self.scale_init, name="norm")(y)
         if shift is None:
@@ -138,8 +138,8 @@ class ConvNorm(nn.Module):
         return y + shift.astype(self.dtype)[None, None, None]
 
 
-class Conv(nn.Module):
-    """Convolution with an optional bias, over a list of arrays with shared weights."""
+class SharedConv(nn.Module):
+    """Convolution with an optional bias, the same one for each of a list of levels."""
 
     features: int
     kernel_size: int
@@ -149,8 +149,10 @@ class Conv(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
-        """Maps arrays [B, _, _, C], one per level, to [B, _, _, D]."""
+    def __call__(self, xs: Sequence[Float[Array, "B _ _ C"]]) -> list[Float[Array, "B _ _ D"]]:
+        return self._convolve(xs)
+
+    def _convolve(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
         k = self.kernel_size
         shape = (k, k, xs[0].shape[-1], self.features)
         xs = [x.astype(self.dtype) for x in xs]
@@ -158,11 +160,19 @@ class Conv(nn.Module):
         def kernel() -> jax.Array:
             return self.param("kernel", self.kernel_init, shape).astype(self.dtype)
 
-        ys = conv2d_levels(xs, _prepared(self, kernel, xs))
+        ys = conv2d_levels(xs, _transformed(self, kernel, xs))
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,))
             ys = [y + bias.astype(self.dtype)[None, None, None] for y in ys]
         return ys
+
+
+class Conv(SharedConv):
+    """Convolution with an optional bias."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w D"]:
+        return self._convolve([x])[0]
 
 
 class GroupNorm(nn.Module):
@@ -186,7 +196,7 @@ class GroupNorm(nn.Module):
 
 
 class ConvTower(nn.Module):
-    """`depth` times (3x3 convolution, GroupNorm, ReLU), shared by all levels."""
+    """`depth` times (3x3 convolution, GroupNorm, ReLU), the same for a list of levels."""
 
     features: int
     depth: int
@@ -195,7 +205,7 @@ class ConvTower(nn.Module):
     @nn.compact
     def __call__(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
         for i in range(self.depth):
-            conv = Conv(self.features, 3, False, dtype=self.dtype, name=f"conv{i}")
+            conv = SharedConv(self.features, 3, use_bias=False, dtype=self.dtype, name=f"conv{i}")
             norm = GroupNorm(name=f"gn{i}")
             xs = [nn.relu(norm(x)) for x in conv(xs)]
         return list(xs)

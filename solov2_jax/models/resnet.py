@@ -3,6 +3,8 @@
 Source: detectron2/modeling/backbone/resnet.py, build_resnet_backbone.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -33,11 +35,11 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B _ _ D"]:
-        d, s, t = self.features, self.stride, (self.norm, self.dtype)
-        y = nn.relu(ConvNorm(d, 3, s, *t, name="conv1")(x))
-        y = ConvNorm(d, 3, 1, *t, residual_scale_init, name="conv2")(y)
-        if x.shape[-1] != d:
-            x = ConvNorm(d, 1, s, *t, name="shortcut")(x)
+        conv = functools.partial(ConvNorm, norm=self.norm, dtype=self.dtype)
+        y = nn.relu(conv(self.features, 3, self.stride, name="conv1")(x))
+        y = conv(self.features, 3, scale_init=residual_scale_init, name="conv2")(y)
+        if x.shape[-1] != self.features:
+            x = conv(self.features, 1, self.stride, name="shortcut")(x)
         return nn.relu(x + y)
 
 
@@ -56,13 +58,14 @@ class BottleneckBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B _ _ D"]:
-        d, width, t = self.features, self.features // 4, (self.norm, self.dtype)
-        s1, s3 = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
-        y = nn.relu(ConvNorm(width, 1, s1, *t, name="conv1")(x))
-        y = nn.relu(ConvNorm(width, 3, s3, *t, name="conv2")(y))
-        y = ConvNorm(d, 1, 1, *t, residual_scale_init, name="conv3")(y)
-        if x.shape[-1] != d:
-            x = ConvNorm(d, 1, self.stride, *t, name="shortcut")(x)
+        conv = functools.partial(ConvNorm, norm=self.norm, dtype=self.dtype)
+        width = self.features // 4
+        stride1, stride2 = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
+        y = nn.relu(conv(width, 1, stride1, name="conv1")(x))
+        y = nn.relu(conv(width, 3, stride2, name="conv2")(y))
+        y = conv(self.features, 1, scale_init=residual_scale_init, name="conv3")(y)
+        if x.shape[-1] != self.features:
+            x = conv(self.features, 1, self.stride, name="shortcut")(x)
         return nn.relu(x + y)
 
 
@@ -74,7 +77,7 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w 3"]) -> Float[Array, "B _ _ 64"]:
-        x = nn.relu(ConvNorm(64, 7, 2, self.norm, self.dtype, name="conv1")(x))
+        x = nn.relu(ConvNorm(64, 7, 2, norm=self.norm, dtype=self.dtype, name="conv1")(x))
         return ops.max_pool_3x3_stride2(x)
 
 
@@ -100,19 +103,17 @@ class ResNet(nn.Module):
             x = lax.stop_gradient(x)
         features = {}
         for stage, blocks in enumerate(num_blocks, start=2):
-            width = (256 if bottleneck else 64) * 2 ** (stage - 2)
-            norm = self._norm_of(stage)
+            block = BasicBlock
+            if bottleneck:
+                block = functools.partial(BottleneckBlock, stride_in_1x1=self.stride_in_1x1)
             for i in range(blocks):
-                stride = 2 if stage > 2 and i == 0 else 1
-                name = f"res{stage}_{i}"
-                if bottleneck:
-                    block = BottleneckBlock(
-                        *(width, stride, self.stride_in_1x1, norm, self.dtype),
-                        name=name,
-                    )
-                else:
-                    block = BasicBlock(width, stride, norm, self.dtype, name=name)
-                x = block(x)
+                x = block(
+                    features=(256 if bottleneck else 64) * 2 ** (stage - 2),
+                    stride=2 if stage > 2 and i == 0 else 1,
+                    norm=self._norm_of(stage),
+                    dtype=self.dtype,
+                    name=f"res{stage}_{i}",
+                )(x)
             if self.freeze_at >= stage:
                 x = lax.stop_gradient(x)
             features[f"res{stage}"] = x

@@ -46,31 +46,29 @@ class SOLOv2(nn.Module):
                 "(see input.buckets_train and input.buckets_test)"
             )
         features = ResNet(
-            self.depth,
-            self.freeze_at,
-            self.stride_in_1x1,
-            self.backbone_norm,
-            self.dtype,
+            depth=self.depth,
+            freeze_at=self.freeze_at,
+            stride_in_1x1=self.stride_in_1x1,
+            norm=self.backbone_norm,
+            dtype=self.dtype,
             name="backbone",
         )(image.astype(self.dtype))
         features = FPN(self.fpn_channels, self.dtype, name="fpn")(features)
         cate, kernel = InstanceHead(
-            self.num_classes,
-            self.num_kernels,
-            self.num_grids,
-            self.head_channels,
-            self.head_convs,
-            self.prior_prob,
-            self.dtype,
+            num_classes=self.num_classes,
+            num_kernels=self.num_kernels,
+            num_grids=self.num_grids,
+            channels=self.head_channels,
+            num_convs=self.head_convs,
+            prior_prob=self.prior_prob,
+            dtype=self.dtype,
             name="ins_head",
         )(split_features(features))
-        mask_feat = MaskHead(self.mask_channels, self.num_kernels, self.dtype, name="mask_head")(
-            features
-        )
-        return Outputs(_pack(cate), _pack(kernel), mask_feat)
+        mask_head = MaskHead(self.mask_channels, self.num_kernels, self.dtype, name="mask_head")
+        return Outputs(_join_levels(cate), _join_levels(kernel), mask_head(features))
 
 
-def _pack(levels: Sequence[jax.Array]) -> jax.Array:
+def _join_levels(levels: Sequence[jax.Array]) -> jax.Array:
     """Returns the cells of all levels one after the other: [B, S, C]."""
     return jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in levels], axis=1)
 
@@ -85,12 +83,12 @@ def intermediates(
     """
     _, state = model.apply(variables, image, capture_intermediates=True)
     calls: Any = flatten_dict(state["intermediates"])
-    found = {}
+    by_path = {}
     for path, values in calls.items():
         leaves = jax.tree_util.tree_leaves_with_path(values)
         for keys, leaf in leaves:
             # The first key counts the calls: leave it out when there was one call.
             keys = keys if len(values) > 1 else keys[1:]
             names = [jax.tree_util.keystr((k,), simple=True) for k in keys]
-            found["/".join([*path[:-1], *names])] = leaf
-    return found
+            by_path["/".join([*path[:-1], *names])] = leaf
+    return by_path

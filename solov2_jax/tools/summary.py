@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 
 from solov2_jax.config import load_config, split_overrides
 from solov2_jax.models import build_model
-from solov2_jax.models.layers import Conv, ConvNorm, FrozenBatchNorm, GroupNorm
+from solov2_jax.models.layers import ConvNorm, FrozenBatchNorm, GroupNorm, SharedConv
 from solov2_jax.training.optim import trainable_mask
 
 # Classes shown where the config leaves the count to the annotations: COCO's.
@@ -74,10 +74,10 @@ def summarize(model: nn.Module, height: int, width: int, freeze_at: int) -> list
 
 def _describe(module: nn.Module, channels: int) -> str:
     """Returns e.g. "3x3 256->512, bias" for a module with that many input channels."""
-    if isinstance(module, ConvNorm | Conv):
+    if isinstance(module, ConvNorm | SharedConv):
         k = module.kernel_size
         conv = f"{k}x{k} {channels}->{module.features}"
-        if isinstance(module, Conv):
+        if isinstance(module, SharedConv):
             return conv + ", bias" * module.use_bias
         return conv + f" / {module.stride}" * (module.stride > 1) + _NORMS[module.norm]
     if isinstance(module, GroupNorm):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from solov2_jax import ops
-from solov2_jax.losses import Totals, solov2_loss, totals_of
+from solov2_jax.losses import Normalizers, normalizers_of, solov2_loss
 from solov2_jax.structs import Batch, Targets
 from solov2_jax.training import sharding
 from solov2_jax.training.step import LossFn, Metrics
@@ -42,17 +42,17 @@ class Solov2Objective:
         self._apply, self._assign = apply, assign
         self._mean, self._std, self._weights = mean, std, weights
 
-    def prepare(self, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Rows, Totals]:
+    def prepare(self, batch: dict[str, jax.Array], key: jax.Array) -> tuple[Rows, Normalizers]:
         targets = self._assign(Batch(**batch), key)
         # Dicts: whoever splits the rows gives them one axis more for a while.
-        return (batch, dict(vars(targets))), totals_of(targets)
+        return (batch, dict(vars(targets))), normalizers_of(targets)
 
     def part(
         self,
         params: PyTree,
         model_state: PyTree,
         rows: Rows,
-        totals: Totals,
+        normalizers: Normalizers,
     ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
         batch, targets = Batch(**rows[0]), Targets(**rows[1])
         variables = {"params": params, **model_state}
@@ -61,7 +61,9 @@ class Solov2Objective:
             model_state = {**model_state, **changed}
         else:
             outputs = self._apply(variables, self._image(rows[0]))
-        loss, metrics = solov2_loss(outputs, targets, batch.masks, totals=totals, **self._weights)
+        loss, metrics = solov2_loss(
+            outputs, targets, batch.masks, normalizers=normalizers, **self._weights
+        )
         return loss, (metrics, model_state)
 
     def moments(self, variables: PyTree, batch: dict[str, jax.Array]) -> PyTree:
@@ -77,8 +79,8 @@ class Solov2Objective:
     def __call__(
         self, params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        rows, totals = self.prepare(batch, key)
-        loss, (metrics, _) = self.part(params, model_state, rows, totals)
+        rows, normalizers = self.prepare(batch, key)
+        loss, (metrics, _) = self.part(params, model_state, rows, normalizers)
         return loss, metrics
 
 

@@ -63,7 +63,7 @@ def state_of(
     average: bool = False,
 ) -> TrainState:
     """Returns the state at step 0 of given variables."""
-    assert "prepared" not in variables, "kernels prepared for prediction do not train"
+    assert "transformed" not in variables, "kernels transformed for prediction do not train"
     model_state = {name: tree for name, tree in variables.items() if name != "params"}
     params = variables["params"]
     # A copy: the state is donated, and no array can be donated twice.
