@@ -30,7 +30,7 @@ from solov2_jax.rle import rle_encode
 from solov2_jax.structs import Batch
 from solov2_jax.targets import assign_targets
 from solov2_jax.weights import names
-from solov2_jax.weights.rules import fill, match, skeleton
+from solov2_jax.weights.names import fill, match, skeleton
 from tests.golden_weights import golden_weight  # noqa: E402
 
 CACHE = ROOT / ".cache" / "benchmarks"

@@ -47,7 +47,7 @@ def p_str(text):
 def p_int(value):
     if -(2**31) <= value < 2**31:
         return b"J" + struct.pack("<i", value)
-    data = value.to_bytes(9, "little", signed=True)
+    data = value.to_bytes(10, "little", signed=True)
     return b"\x8a" + bytes([len(data)]) + data
 
 

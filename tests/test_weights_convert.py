@@ -30,6 +30,7 @@ from solov2_jax.config import load_config
 from solov2_jax.training.state import TrainState
 from solov2_jax.training.workdir import describe_run
 from solov2_jax.weights import names
+from solov2_jax.weights.array_files import write_safetensors
 from solov2_jax.weights.convert import (
     fit,
     flatten_tree,
@@ -39,7 +40,6 @@ from solov2_jax.weights.convert import (
     save_weights,
     unflatten,
 )
-from solov2_jax.weights.formats.safetensors import write_safetensors
 from solov2_jax.weights.settings import check_settings, parse_setting
 from solov2_jax.weights.sources import read_weights, sha256_of
 

@@ -2,8 +2,10 @@
 
 import io
 import os
+import pathlib
 import pickle
 import struct
+import time
 import tracemalloc
 import zipfile
 
@@ -28,9 +30,10 @@ from checkpoint_files import (
 )
 from test_weights_names import caffe2_state
 
-from solov2_jax.weights.formats.safetensors import read_safetensors, write_safetensors
-from solov2_jax.weights.formats.torch_writer import write_torch
+from solov2_jax.io import InputError
+from solov2_jax.weights.array_files import read_safetensors, write_safetensors
 from solov2_jax.weights.sources import detect_source, read_contents, read_weights
+from solov2_jax.weights.torch_files import write_torch
 
 A = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 
@@ -349,6 +352,100 @@ def test_copies_without_end_are_refused(tmp_path):
         read_weights(path)
 
 
+def doubled(levels):
+    """A tuple of two references to a tuple of two references ...: 2^levels leaves."""
+    return b"K\x01\x85q\x00" + b"0h\x00h\x00\x86q\x00" * levels
+
+
+_SAVED = p_list(*[p_int(1)] * 1000) + b"q\x01"
+COLLIDING = [i * (2**61 - 1) for i in range(30_000)]
+BOMBS = {
+    # message -> a pickled value that took seconds or gigabytes.
+    "copies its contents": p_list(_SAVED, *[p_call("torch", "Size", b"h\x01")] * 3000),
+    "more often than weights do": p_list(
+        b"\x96" + struct.pack("<Q", 100_000) + bytes(100_000) + b"q\x01",
+        *[p_call("builtins", "bytearray", b"h\x01")] * 3000,
+    ),
+    "a tensor of 1000 axes": _SAVED
+    + b"0"
+    + p_call(
+        "torch._utils",
+        "_rebuild_tensor_v2",
+        p_tuple(
+            p_str("storage"),
+            p_global("torch", "FloatStorage"),
+            p_str("0"),
+            p_str("cpu"),
+            p_int(24),
+        )
+        + b"Q",
+        p_int(0),
+        b"h\x01",
+        b"h\x01",
+    ),
+    "memo that nobody writes": b"Nr" + struct.pack("<I", 2**28),
+    "key of type tuple": b"}" + doubled(40) + b"Ns",
+    "no short text": p_call("_codecs", "encode", p_str("x"), doubled(40)),
+    "no short text .tuple": doubled(40) + b"\x8c\x01x\x93",
+    "small objects": b"(" + b"\x8f" * 1_000_000 + b"t",
+    "no known source": b"}(" + b"".join(p_int(i) + b"N" for i in COLLIDING) + b"u",
+    "no known source has": b"(" + b"".join(map(p_int, COLLIDING)) + b"d",
+    "size that is no count": p_tensor("0", "f4", 24, (2**62 + 1,)),
+}
+
+
+@pytest.mark.parametrize("message", list(BOMBS))
+def test_small_files_stay_small_and_fast(tmp_path, message):
+    path = write_zip(tmp_path / "x.pth", p_dict({"w": BOMBS[message]}), {"0": A.tobytes()})
+    start = time.process_time()
+    tracemalloc.start()
+    with pytest.raises(InputError, match=rf"x\.pth: .*{message}"):
+        read_weights(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # 2 MiB and what a megabyte of opcodes makes; traced, and slowed down by that.
+    assert peak < 100 * 2**20
+    assert time.process_time() - start < 20
+
+
+def test_bytes_that_many_arrays_share_are_refused(tmp_path):
+    """Arrays of another byte order are copied later, each of them."""
+    dtype = p_call("numpy", "dtype", p_str(">f4"), p_int(0), p_int(1)) + b"q\x02"
+    data = b"B" + struct.pack("<I", 40_000) + bytes(40_000) + b"q\x01"
+    arrays = [
+        p_call(
+            "numpy.core.numeric",
+            "_frombuffer",
+            b"h\x01",
+            b"h\x02",
+            p_tuple(p_int(10_000)),
+            p_str("C"),
+        )
+    ] * 300
+    path = tmp_path / "x.pkl"
+    value = data + b"0" + dtype + b"0" + p_dict({f"w{i}": a for i, a in enumerate(arrays)})
+    path.write_bytes(pickle_of(value))
+    with pytest.raises(InputError, match="more often than weights do"):
+        read_weights(str(path))
+
+
+def test_safetensors_with_a_name_twice_many_times(tmp_path):
+    """Looking for duplicates took 82 s in a file of 2 MB."""
+    entry = b'"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+    unique = b",".join(
+        b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[8,8]}' % i for i in range(40_000)
+    )
+    header = b"{" + unique + b"," + entry + b"," + entry + b"}"
+    path = write_safetensors_raw(tmp_path / "x.safetensors", header, bytes(8))
+    start = time.process_time()
+    with pytest.raises(InputError, match="duplicate key 'a' in the header"):
+        read_weights(path)
+    assert time.process_time() - start < 5
+    path = write_safetensors_raw(tmp_path / "y.safetensors", b"{" + b" " * 2**23 + b"}")
+    with pytest.raises(InputError, match="header of .* bytes: at most"):
+        read_weights(path)
+
+
 def test_views_without_end_are_refused(tmp_path):
     """A thousand tensors on one storage are a thousand times its memory."""
     pairs = {f"w{i}": p_tensor("0", "f4", 10_000, (10_000,)) for i in range(1000)}
@@ -432,11 +529,17 @@ def test_truncated_and_wrong_files(tmp_path):
         b"": "not a weights file",
         b"<!DOCTYPE html><html>": "not a weights file",
         b"\x89HDF\r\n\x1a\n": "HDF5",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n": "git lfs pull",
+        b"404: Not Found": "text: '404: Not Found'",
+        b"\x93NUMPY\x01\x00": "np.savez",
+        b"\x1f\x8b\x08\x00": "gzip",
         pickle_of(p_int(1)): "holds a int",
     }.items():
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(InputError, match=rf"x\.pth: cannot be read as .*{message}"):
             read_weights(str(path))
+    with pytest.raises(InputError, match="a folder, not a weights file"):
+        read_weights(str(tmp_path))
     with pytest.raises(ValueError, match="no such weights file"):
         read_weights(str(tmp_path / "missing.pth"))
 
@@ -457,12 +560,12 @@ def test_damaged_numbers_are_noticed(tmp_path):
         (b"{x", "not JSON"),
         (b'{"a":1,"a":2}', "duplicate key 'a'"),
         (b"[]", "not a weights file"),
-        ({"w": {"dtype": "F32", "shape": [1]}}, "malformed"),
+        ({"w": {"dtype": "F32", "shape": [1]}}, "missing field `data_offsets`"),
         ({"w": {"dtype": "F8", "shape": [1], "data_offsets": [0, 4]}}, "'F8'"),
-        ({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "needs 8"),
-        ({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}, "malformed"),
-        ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "gap"),
-        ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, "has 8"),
+        ({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "invalid shape"),
+        ({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}, "expected usize"),
+        ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "invalid offset"),
+        ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, "not fully covered"),
     ],
 )
 def test_safetensors_that_lie(tmp_path, header, message):
@@ -489,9 +592,44 @@ def test_npz_that_lie(tmp_path):
         ("other", {"readme.txt": b"x"}, "not an array"),
         ("short", {"w.npy": npy(b"\x00" * 8, (3,))}, "does not fit its 8 bytes"),
         ("magic", {"w.npy": b"nonsense"}, "magic"),
+        # What numpy's header parser raises: a tokenizer's error, a recursion error.
+        ("token", {"w.npy": npy(b"", "(1,", "'\\x00")}, "cannot be read as an .npz"),
+        ("deep", {"w.npy": npy(b"", "(" * 900 + "1" + ")" * 900)}, "cannot be read as an .npz"),
     ]:
         path = write_npz(tmp_path / f"{name}.npz", members, zipfile.ZIP_DEFLATED)
         with pytest.raises(ValueError, match=rf"{name}\.npz: .*{message}"):
+            read_weights(path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_npz_in_ways_that_cannot_be_bounded_are_refused(tmp_path, method):
+    path = write_npz(tmp_path / "x.npz", {"w.npy": npy(bytes(8), (2,))}, method)
+    with pytest.raises(InputError, match=r"x\.npz: .*neither stored nor deflated"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("declared", [100, 2**24])
+def test_npz_whose_sizes_are_false(tmp_path, declared):
+    """8 MiB of zeros in 8 kB, declared shorter or longer than they are."""
+    path = write_npz(tmp_path / "x.npz", {"w.npy": npy(bytes(2**23), (2**21,))}, 8)
+    data = bytearray(pathlib.Path(path).read_bytes())
+    for magic, offset in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
+        start = data.index(magic) + offset
+        data[start : start + 4] = struct.pack("<I", declared)
+    pathlib.Path(path).write_bytes(data)
+    with pytest.raises(InputError, match=r"x\.npz: cannot be read as an \.npz archive"):
+        read_weights(path)
+
+
+def test_damaged_npz_is_one_sentence(tmp_path):
+    """zlib's error is no ValueError, and neither is the checksum's."""
+    path = write_npz(tmp_path / "x.npz", {"w.npy": npy(A.tobytes(), (2, 3, 4))}, 8)
+    whole = pathlib.Path(path).read_bytes()
+    for place in range(40, 120, 7):
+        data = bytearray(whole)
+        data[place] ^= 0xFF
+        pathlib.Path(path).write_bytes(data)
+        with pytest.raises(InputError, match=r"x\.npz: cannot be read as"):
             read_weights(path)
 
 

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from solov2_jax.models import build_model
-from solov2_jax.weights.formats.safetensors import write_safetensors
-from solov2_jax.weights.formats.torch_writer import write_torch
+from solov2_jax.weights.array_files import write_safetensors
 from solov2_jax.weights.names import Flat, shorten, to_adelaidet
 from solov2_jax.weights.settings import check_settings, depth_of
-from solov2_jax.weights.sources import NO_RULE, OURS, Weights, read_weights
+from solov2_jax.weights.sources import Weights, read_weights
+from solov2_jax.weights.state_dicts import NO_RULE, OURS
+from solov2_jax.weights.torch_files import write_torch
 
 _log = logging.getLogger(__name__)
 _CLASS_LAYER = "params/ins_head/cate_pred/"
@@ -239,7 +240,7 @@ def save_weights(path: str, flat: Flat, settings: Mapping[str, Any]) -> None:
     text = {OURS: json.dumps(dict(settings))}
     if path.endswith(".safetensors"):
         leaves = {name: np.asarray(leaf, np.float32) for name, leaf in flat.items()}
-        write_safetensors(path, leaves, {"format": "1", **text})
+        write_safetensors(path, leaves, text)
     elif path.endswith(".pth"):
         write_torch(path, to_adelaidet(flat), text)
     else:

@@ -1,32 +1,144 @@
 """Names of other programs' tensors -> leaves of our variables, one table per source.
 
-A table is a tuple of rules (source name, target leaf, transform), names written as
-templates (see `rules.py`): "cate_tower.{3i+1}" <-> "cate_tower/gn{i}". Targets are
-flat paths ("params/backbone/stem/conv1/kernel"); kernels are HWIO here, OIHW there.
+A table is a tuple of rules (source name, target leaf, transform). Names are templates
+whose fields are integers: "res{s}.{i}" matches "res4.11" with s = 4 and i = 11, and the
+same fields fill another template. A field may be scaled and shifted: "layer{s-1}" matches
+"layer3" with s = 4; "tower.{3i+1}" matches "tower.7" with i = 2 and does not match
+"tower.8". Targets are flat paths ("params/backbone/stem/conv1/kernel"); kernels are HWIO
+here, OIHW there.
 
-This module knows names and array layouts; it reads no files.
+This module knows names and array layouts; it reads no files. `no_type_check`: called once
+per name, too often for the type checks that the tests add to every call.
 """
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import no_type_check
 
 import numpy as np
 
-from solov2_jax.weights.rules import (
-    NORM_EPS,
-    Drop,
-    NameTable,
-    Rule,
-    batch_norm,
-    conv,
-    fill,
-    group_norm,
-    match,
-    skeleton,
-)
-
 Flat = dict[str, np.ndarray]
+
+_FIELD = re.compile(r"\{(\d*)([a-z])([+-]\d+)?\}")
+NORM_EPS = 1e-5  # of the network's frozen batch norms and group norms
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Source tensors named `source` fill the leaves named `target`.
+
+    `transform`: "same", "kernel" (OIHW -> HWIO), "zeros" or "identity_var" (the
+    source has an affine norm only: its mean is 0 and its variance + epsilon is 1).
+    """
+
+    source: str
+    target: str
+    transform: str = "same"
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Source tensors that fully match the regular expression are not needed."""
+
+    pattern: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class NameTable:
+    """What one source's names mean."""
+
+    rules: tuple[Rule, ...]
+    drops: tuple[Drop, ...] = ()
+
+    @cached_property
+    def by_source(self) -> dict[str, list[Rule]]:
+        """Rules by the skeleton of their source name."""
+        return _by_skeleton((rule.source, rule) for rule in self.rules)
+
+    @cached_property
+    def by_target(self) -> dict[str, list[Rule]]:
+        """Rules by the skeleton of their target."""
+        return _by_skeleton((rule.target, rule) for rule in self.rules)
+
+
+def _by_skeleton(rules: Iterable[tuple[str, Rule]]) -> dict[str, list[Rule]]:
+    index: dict[str, list[Rule]] = {}
+    for template, rule in rules:
+        index.setdefault(skeleton(_FIELD.sub("0", template)), []).append(rule)
+    return index
+
+
+@no_type_check
+def skeleton(name: str) -> str:
+    """Returns the name with every number as "#": all that a template can match has
+    the template's skeleton."""
+    return re.sub(r"\d+", "#", name)
+
+
+def conv(source: str, target: str, bias: bool = False) -> tuple[Rule, ...]:
+    """Returns the rules of a convolution, with a bias or without."""
+    kernel = Rule(f"{source}.weight", f"params/{target}/kernel", "kernel")
+    if not bias:
+        return (kernel,)
+    return kernel, Rule(f"{source}.bias", f"params/{target}/bias")
+
+
+def group_norm(source: str, target: str) -> tuple[Rule, ...]:
+    """Returns the rules of a norm's scale and bias."""
+    return (
+        Rule(f"{source}.weight", f"params/{target}/scale"),
+        Rule(f"{source}.bias", f"params/{target}/bias"),
+    )
+
+
+def batch_norm(source: str, target: str) -> tuple[Rule, ...]:
+    """Returns the rules of a batch norm: scale, bias, running mean and variance."""
+    return (
+        *group_norm(source, target),
+        Rule(f"{source}.running_mean", f"batch_stats/{target}/mean"),
+        Rule(f"{source}.running_var", f"batch_stats/{target}/var"),
+    )
+
+
+@cache
+def _compile(template: str) -> tuple[re.Pattern[str], tuple[tuple[int, str, int], ...]]:
+    """Returns the template's pattern and its fields (scale, letter, shift)."""
+    pattern, fields, end = "", [], 0
+    for field in _FIELD.finditer(template):
+        pattern += re.escape(template[end : field.start()]) + r"(0|[1-9]\d{0,5})"
+        scale, letter, shift = field.groups()
+        fields.append((int(scale or 1), letter, int(shift or 0)))
+        end = field.end()
+    return re.compile(pattern + re.escape(template[end:])), tuple(fields)
+
+
+@no_type_check
+def match(template: str, name: str) -> dict[str, int] | None:
+    """Returns the fields' values when the name has the template's form."""
+    pattern, fields = _compile(template)
+    matched = pattern.fullmatch(name)
+    if matched is None:
+        return None
+    values: dict[str, int] = {}
+    for (scale, letter, shift), text in zip(fields, matched.groups(), strict=True):
+        value, rest = divmod(int(text) - shift, scale)
+        if rest or value < 0 or values.setdefault(letter, value) != value:
+            return None
+    return values
+
+
+@no_type_check
+def fill(template: str, values: Mapping[str, int]) -> str:
+    """Returns the name that the template gives for the fields' values."""
+
+    def number(field: re.Match[str]) -> str:
+        scale, letter, shift = field.groups()
+        return str(int(scale or 1) * values[letter] + int(shift or 0))
+
+    return _FIELD.sub(number, template)
 
 
 def _detectron2_backbone(prefix: str) -> tuple[Rule, ...]:
@@ -115,11 +227,11 @@ def _mmdet_heads(
       pred: name of the mask head's last layer.
     """
     rules: list[Rule] = []
-    for theirs, ours in ((cate, "cate"), ("kernel", "kernel")):
-        tower = f"{ins}.{theirs}_convs.{{i}}"
-        rules += conv(f"{tower}.conv", f"ins_head/{ours}_tower/conv{{i}}")
-        rules += group_norm(f"{tower}.gn", f"ins_head/{ours}_tower/gn{{i}}")
-        rules += conv(f"{ins}.{preds[ours]}", f"ins_head/{ours}_pred", bias=True)
+    for branch, source in (("cate", cate), ("kernel", "kernel")):
+        tower = f"{ins}.{source}_convs.{{i}}"
+        rules += conv(f"{tower}.conv", f"ins_head/{branch}_tower/conv{{i}}")
+        rules += group_norm(f"{tower}.gn", f"ins_head/{branch}_tower/gn{{i}}")
+        rules += conv(f"{ins}.{preds[branch]}", f"ins_head/{branch}_pred", bias=True)
     block = f"{mask}.convs_all_levels.{{l}}.conv{{j}}"
     rules += conv(f"{block}.conv", "mask_head/level{l}/conv{j}")
     rules += group_norm(f"{block}.gn", "mask_head/level{l}/gn{j}")
@@ -151,7 +263,10 @@ _SOLO_HEADS = _mmdet_heads(
 )
 
 
-_COUNTER = Drop(r".*\.num_batches_tracked", "counts batches; frozen batch norms need no counter")
+_COUNTER = Drop(
+    r"(.*\.)?num_batches_tracked|n_averaged|steps?|initted",
+    "a counter, of batches or averaged steps",
+)
 _CLASSIFIER = Drop(
     r"((stem\.)?fc|fc1000|pred|classifier|linear)[._].*",
     "ImageNet classifier, not used",
@@ -204,12 +319,18 @@ TABLES: dict[str, NameTable] = {
 @no_type_check
 def targets_of(table: NameTable, name: str) -> list[tuple[str, str]]:
     """Returns the (leaf, transform) pairs that the source tensor `name` fills."""
-    found = []
+    targets = []
     for rule in table.by_source.get(skeleton(name), ()):
         values = match(rule.source, name)
         if values is not None:
-            found.append((fill(rule.target, values), rule.transform))
-    return found
+            targets.append((fill(rule.target, values), rule.transform))
+    return targets
+
+
+def is_known(name: str) -> bool:
+    """Returns whether any table, or our own naming, has a rule for a tensor's name."""
+    known = any(targets_of(t, name) for t in (ADELAIDET, DETECTRON2, MMDET, TORCHVISION))
+    return known or name.startswith(("params/", "batch_stats/"))
 
 
 def drop_reason(table: NameTable, name: str) -> str | None:
@@ -243,10 +364,10 @@ def from_names(table: NameTable, state: Mapping[str, np.ndarray]) -> tuple[Flat,
     rest: Flat = {}
     filled_by: dict[str, str] = {}
     for name, value in state.items():
-        found = targets_of(table, name)
-        if not found:
+        targets = targets_of(table, name)
+        if not targets:
             rest[name] = value
-        for leaf, transform in found:
+        for leaf, transform in targets:
             if leaf in flat:
                 raise ValueError(
                     f"tensors {filled_by[leaf]!r} and {name!r} both fill {leaf}: "
@@ -288,4 +409,4 @@ def shorten(names: Iterable[str], limit: int = 6) -> str:
     """Returns the names in a list for a message, the first few and a count."""
     names = list(names)
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(name[:120] for name in names[:limit]) + more

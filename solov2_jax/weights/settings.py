@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from solov2_jax.weights.rules import NORM_EPS
+from solov2_jax.weights.names import NORM_EPS
 
 Settings = dict[str, Any]
 
@@ -74,10 +74,11 @@ def depth_of(leaves: Mapping[str, Any]) -> int | None:
     blocks: dict[str, int] = {}  # stage -> number of blocks
     bottleneck = False
     for leaf in leaves:
-        found = re.match(r"params/backbone/res(\d)_(\d+)/(\w+)/kernel", leaf)
-        if found:
-            blocks[found[1]] = max(blocks.get(found[1], 0), int(found[2]) + 1)
-            bottleneck |= found[3] == "conv3"
+        matched = re.match(r"params/backbone/res(\d)_(\d{1,4})/(\w+)/kernel", leaf)
+        if matched:
+            stage, block, layer = matched.groups()
+            blocks[stage] = max(blocks.get(stage, 0), int(block) + 1)
+            bottleneck |= layer == "conv3"
     counts = tuple(blocks.get(stage, 0) for stage in "2345")
     return _BLOCKS.get((bottleneck, counts))
 
@@ -243,14 +244,14 @@ def _lookup(config: Any, key: str) -> Any:
     return config
 
 
-def _agree(key: str, ours: Any, theirs: Any) -> bool:
-    if isinstance(theirs, list | tuple) and isinstance(ours, list | tuple):
+def _agree(key: str, configured: Any, implied: Any) -> bool:
+    if isinstance(implied, list | tuple) and isinstance(configured, list | tuple):
         tolerance = _TOLERANCE.get(key, 0.0)
-        same_length = len(ours) == len(theirs)
-        return same_length and bool(np.allclose(ours, theirs, rtol=0.0, atol=tolerance))
+        same_length = len(configured) == len(implied)
+        return same_length and bool(np.allclose(configured, implied, rtol=0.0, atol=tolerance))
     # Frozen or trained, a batch norm has the same weights.
     norms = ("frozen_bn", "sync_bn")
-    return ours == theirs or (ours in norms and theirs in norms)
+    return configured == implied or (configured in norms and implied in norms)
 
 
 def check_settings(settings: Settings, config: Any, path: str) -> None:
@@ -261,10 +262,10 @@ def check_settings(settings: Settings, config: Any, path: str) -> None:
             wrong.append(f"{key} is {NETWORK[key]} in the network, {value} in the file")
         if "." not in key or key in _FREE:
             continue
-        ours = _lookup(config, key)
-        if not _agree(key, ours, value):
+        configured = _lookup(config, key)
+        if not _agree(key, configured, value):
             value = tuple(value) if isinstance(value, list) else value
-            wrong.append(f"{key} is {ours} in the config, {value} in the file")
+            wrong.append(f"{key} is {configured} in the config, {value} in the file")
     if wrong:
         raise ValueError(
             f"{path}: the weights contradict the config: " + "; ".join(wrong) + ". "

@@ -1,8 +1,9 @@
 """Reading a weights file of any source: container, names, implied settings.
 
-Nothing in a file is ever executed, see `formats/pickles.py`.
+Nothing in a file is ever executed, see `pickles.py`.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -14,25 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from solov2_jax.weights import names
-from solov2_jax.weights.formats import arrays, pickles, torch
-from solov2_jax.weights.formats.npz import read_npz
-from solov2_jax.weights.formats.safetensors import read_safetensors
+from solov2_jax.io import InputError, reading
+from solov2_jax.weights import names, pickled_arrays, torch_files
+from solov2_jax.weights.array_files import WeightsError, read_npz, read_safetensors
+from solov2_jax.weights.pickled_arrays import PickledArray
+from solov2_jax.weights.pickles import RestrictedUnpickler
 from solov2_jax.weights.settings import Settings, check_form, implied_settings
+from solov2_jax.weights.state_dicts import NO_RULE, OURS, StateDict, find_network
 
-OURS = "solov2_jax"
 SOURCES = ("auto", *names.TABLES, OURS)
-NO_RULE = "no rule for this name"
 _log = logging.getLogger(__name__)
 
-_STATES = ("model", "state_dict", "model_state_dict", "blobs")
-_EXTRAS = (
-    (OURS, "read as settings"),
-    (r".*optim.*|adamw?|sgd", "optimiser state"),
-    (r".*ema.*|.*average.*", "moving average (EMA) of the weights"),
-    (r".*sched.*", "learning-rate schedule"),
-    (r"iteration|epoch|step|message_hub|meta|args|scaler|amp.*|loops?", "run state"),
-)
 _DEFORMABLE = re.compile(r".*(conv\d?_offset|\.offset)(\.|_|$).*")
 
 
@@ -69,8 +62,8 @@ class Weights:
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """Names of the classes when the file has them."""
-        found = self.settings.get("class_names")
-        return None if found is None else tuple(found)
+        class_names = self.settings.get("class_names")
+        return None if class_names is None else tuple(class_names)
 
 
 def sha256_of(path: str) -> str:
@@ -99,85 +92,119 @@ def detect_source(tensors: Mapping[str, np.ndarray], container: str) -> str:
     raise ValueError(f"no known source has such tensor names: {names.shorten(tensors)}")
 
 
+# Kinds of files, as messages name them.
+_KINDS = {
+    "npz": "an .npz archive",
+    "safetensors": "a .safetensors file",
+    "pickle": "a detectron2 pickle",
+    "torch zip": "a PyTorch checkpoint",
+    "old torch": "a PyTorch checkpoint",
+}
+# First bytes of files that are taken for weights by mistake, and what to do.
+_MISTAKEN = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
+    (b"\x89HDF", "an HDF5 file; save the weights as .npz or .safetensors"),
+    (b"\x93NUMPY", "a single array; save all of them by name with np.savez"),
+    (b"\x1f\x8b", "compressed by gzip; unpack it first"),
+)
+
+
 def _container(path: str) -> str:
-    """Returns the kind of file by its first bytes and, of a zip, its members."""
+    """Returns the kind of file by its first bytes and, of a zip, its members.
+
+    Raises InputError when it is none of `_KINDS`.
+    """
     with open(path, "rb") as file:
-        start = file.read(16)
+        start = file.read(512)
     # Its first bytes are a length, which may look like any other format's first byte.
     length = int.from_bytes(start[:8], "little")
     if start[8:9] == b"{" and length <= os.path.getsize(path):
         return "safetensors"
     if start.startswith(b"PK"):
-        with zipfile.ZipFile(path) as archive:
-            members = archive.namelist()
+        with reading(path, "a zip archive (.pth, .npz)", "Truncated? Fetch it again"):
+            with zipfile.ZipFile(path) as archive:
+                members = archive.namelist()
         is_torch = any(name.endswith("data.pkl") for name in members)
         return "torch zip" if is_torch else "npz"
     if start.startswith(b"\x80"):
-        magic = torch.MAGIC.to_bytes(10, "little")
-        return "old torch" if magic in start else "pickle"
-    if start[8:9] == b"{":
-        raise ValueError(f"a header of {length} bytes: more than the file has")
-    if start.startswith(b"\x89HDF"):
-        raise ValueError("an HDF5 file; save the weights as .npz or .safetensors")
-    raise ValueError(
-        "not a weights file known here: neither a PyTorch checkpoint, a detectron2 "
-        "pickle, .npz nor .safetensors (truncated, or a web page saved as weights?)"
+        magic = torch_files.MAGIC.to_bytes(10, "little")
+        return "old torch" if magic in start[:16] else "pickle"
+    if start[8:9] == b"{" and start[:1] not in b"<{":
+        why = f"a header of {length} bytes: more than the file has; truncated?"
+    else:
+        why = _what_it_is(start)
+    raise InputError(
+        f"{path}: cannot be read as weights ({why}). Known are PyTorch checkpoints, "
+        "detectron2's pickles, .npz and .safetensors"
     )
 
 
-def _unwrap(content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns (state dict, the checkpoint's other entries)."""
-    if not isinstance(content, dict):
-        raise ValueError(f"holds a {type(content).__name__}, not a dict of tensors")
-    for key in _STATES:
-        if isinstance(content.get(key), dict):
-            return content[key], {k: v for k, v in content.items() if k != key}
-    return content, {}
+def _what_it_is(start: bytes) -> str:
+    """Returns what a file that holds no weights looks like."""
+    if not start:
+        return "not a weights file: it is empty"
+    for magic, what in _MISTAKEN:
+        if start.startswith(magic):
+            return what
+    if re.match(rb"\s*<(!doctype|html|\?xml|head)", start, re.IGNORECASE):
+        return "not a weights file but a web page; fetch the file that it links to"
+    if not any(byte < 9 for byte in start):
+        return f"not a weights file but text: {start[:40].decode('utf-8', 'replace')!r}"
+    return "not a weights file known here: truncated, or another format"
 
 
-def _why_extra(key: str) -> str:
-    for pattern, reason in _EXTRAS:
-        if re.fullmatch(pattern, key, re.IGNORECASE):
-            return reason
-    return "not part of the weights"
+def _is_tensor(value: Any) -> bool:
+    pickled = isinstance(value, PickledArray) and value.value is not None
+    return pickled or isinstance(value, torch_files.StoredTensor | np.ndarray)
 
 
-def _from_pickle(container: str, content: Any, file: torch.TorchFile | None) -> Contents:
-    """Returns the tensors of a checkpoint's object."""
-    state, others = _unwrap(content)
+def _with_numbers(network: StateDict, file: torch_files.TorchFile | None) -> dict[str, np.ndarray]:
+    """Returns the tensors of a state dict as arrays."""
     tensors: dict[str, np.ndarray] = {}
-    dropped = [(str(key), _why_extra(str(key))) for key in others]
-    for name, value in state.items():
-        if not isinstance(name, str):
-            raise ValueError(f"a tensor name of type {type(name).__name__}")
-        if isinstance(value, torch.Tensor) and file is not None:
+    for name, value in network.tensors.items():
+        if file is not None and isinstance(value, torch_files.StoredTensor):
             tensors[name] = file.array(value)
-        elif isinstance(value, arrays.Array) and value.value is not None:
-            tensors[name] = value.value
         else:
-            dropped.append((name, "not a tensor"))
-    for prefix in ("module.", "_orig_mod."):
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {n.removeprefix(prefix): a for n, a in tensors.items()}
-    return Contents(container, tensors, tuple(dropped), others)
+            tensors[name] = value.value if isinstance(value, PickledArray) else value
+    return tensors
 
 
-def read_contents(path: str) -> Contents:
-    """Returns what the file holds; ValueError when it is no readable weights file."""
+def _read_container(path: str, container: str, prefix: str) -> Contents:
+    file, metadata = None, None
+    with contextlib.ExitStack() as stack:
+        if container == "npz":
+            content = read_npz(path)
+        elif container == "safetensors":
+            content, metadata = read_safetensors(path)
+        elif container == "pickle":
+            with open(path, "rb") as stream:
+                unpickler = RestrictedUnpickler(pickled_arrays.SYMBOLS)
+                content = unpickler.load(stream, os.path.getsize(path))
+        else:
+            is_zip = container == "torch zip"
+            opener = torch_files.open_zip if is_zip else torch_files.open_legacy
+            file = stack.enter_context(opener(path))
+            content = file.content
+        network = find_network(content, _is_tensor, prefix)
+        tensors = _with_numbers(network, file)
+    return Contents(container, tensors, network.dropped, metadata or network.metadata)
+
+
+def read_contents(path: str, prefix: str = "") -> Contents:
+    """Returns the network's tensors that the file holds, under its own names.
+
+    Args:
+      prefix: chooses one of several networks, see `state_dicts`.
+
+    Raises InputError when it is no readable weights file.
+    """
     container = _container(path)
-    if container == "npz":
-        return Contents(container, read_npz(path))
-    if container == "safetensors":
-        tensors, metadata = read_safetensors(path)
-        return Contents(container, tensors, (), metadata)
-    if container == "pickle":
-        size = os.path.getsize(path)
-        with open(path, "rb") as stream:
-            content = pickles.Machine(arrays.SYMBOLS, budget=2 * size).load(stream, size)
-        return _from_pickle(container, content, None)
-    opener = torch.open_zip if container == "torch zip" else torch.open_legacy
-    with opener(path) as file:
-        return _from_pickle(container, file.content, file)
+    kind = _KINDS[container]
+    with reading(path, kind, "Truncated? Fetch it again"):
+        try:
+            return _read_container(path, container, prefix)
+        except WeightsError as error:
+            raise InputError(f"{path}: cannot be read as {kind} ({error})") from error
 
 
 def _as_float32(flat: names.Flat) -> names.Flat:
@@ -206,24 +233,30 @@ def _named(contents: Contents, source: str) -> tuple[names.Flat, list[tuple[str,
     return flat, [(n, names.drop_reason(table, n) or NO_RULE) for n in rest]
 
 
-def _read(path: str, source: str, digest: str, override: Settings) -> Weights:
-    contents = read_contents(path)
-    found = source
+def _read(path: str, source: str, digest: str, override: Settings, prefix: str) -> Weights:
+    contents = read_contents(path, prefix)
     if source == "auto":
-        found = detect_source(contents.tensors, contents.container)
-        _log.info("%s: %s file with %s names", path, contents.container, found)
-    if found == OURS:
+        source = detect_source(contents.tensors, contents.container)
+        _log.info("%s: %s file with %s names", path, contents.container, source)
+    if source == OURS:
         flat, dropped = contents.tensors, []
     else:
-        flat, dropped = _named(contents, found)
+        flat, dropped = _named(contents, source)
     if not flat:
         raise ValueError(
-            f"none of its tensors has a name of source {found}: {names.shorten(contents.tensors)}"
+            f"none of its tensors has a name of source {source}: {names.shorten(contents.tensors)}"
         )
     flat = _as_float32(flat)
-    settings = implied_settings(found, flat, contents.tensors, contents.metadata)
+    settings = implied_settings(source, flat, contents.tensors, contents.metadata)
     settings.update(check_form(override))
-    return Weights(path, digest, found, flat, settings, (*dropped, *contents.dropped))
+    return Weights(
+        path=path,
+        sha256=digest,
+        source=source,
+        flat=flat,
+        settings=settings,
+        dropped=(*dropped, *contents.dropped),
+    )
 
 
 def read_weights(
@@ -232,6 +265,7 @@ def read_weights(
     *,
     sha256: str = "",
     settings: Settings | None = None,
+    prefix: str = "",
 ) -> Weights:
     """Returns the file's weights under our names, nothing in it executed.
 
@@ -241,17 +275,23 @@ def read_weights(
       sha256: the file must have this checksum, when given; its first 8 digits, which
         many file names end with, suffice.
       settings: replaces what the source's conventions imply.
+      prefix: the network to take from a file with several, such as "student".
 
-    Raises ValueError naming the file and what is wrong with it.
+    Raises InputError naming the file and what is wrong with it.
     """
     if source not in SOURCES:
-        raise ValueError(f"source {source!r} is none of {', '.join(SOURCES)}")
+        raise InputError(f"source {source!r} is none of {', '.join(SOURCES)}")
+    if os.path.isdir(path):
+        raise InputError(f"{path}: a folder, not a weights file; give the file in it")
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such weights file")
-    try:
+        raise InputError(f"{path}: no such weights file")
+    with reading(path, "weights"):
         digest = sha256_of(path)
         if sha256 and (len(sha256) < 8 or not digest.startswith(sha256.lower())):
-            raise ValueError(f"its sha256 is {digest}, expected {sha256}")
-        return _read(path, source, digest, settings or {})
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: {error}") from error
+            raise InputError(f"{path}: its sha256 is {digest}, expected {sha256}")
+        try:
+            return _read(path, source, digest, settings or {}, prefix)
+        except InputError:
+            raise
+        except ValueError as error:  # what its names, numbers or settings lack
+            raise InputError(f"{path}: {error}") from error

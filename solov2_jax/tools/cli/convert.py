@@ -34,6 +34,9 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "Of a workdir: last, bes
 _STRICT = flags.DEFINE_bool(
     "strict", False, "With --config: every leaf must be filled, every tensor known."
 )
+_PREFIX = flags.DEFINE_string(
+    "prefix", "", "The network to take where the file has several, such as student."
+)
 _SHA256 = flags.DEFINE_string("sha256", "", "Checksum that the input must have.")
 _SETTING = flags.DEFINE_multi_string(
     "setting",
@@ -45,13 +48,19 @@ _SETTING = flags.DEFINE_multi_string(
 
 def _read() -> Weights:
     if os.path.isdir(_INPUT.value):
-        if _SHA256.value or _SETTING.value:
-            raise ValueError("--sha256 and --setting are for files, not for workdirs")
+        if _SHA256.value or _SETTING.value or _PREFIX.value:
+            raise ValueError("--sha256, --setting and --prefix are for files, not for workdirs")
         from solov2_jax.checkpoint import read_run
 
         return read_run(_INPUT.value, _CHECKPOINT.value)
     settings = dict(parse_setting(text) for text in _SETTING.value)
-    return read_weights(_INPUT.value, _SOURCE.value, sha256=_SHA256.value, settings=settings)
+    return read_weights(
+        _INPUT.value,
+        _SOURCE.value,
+        sha256=_SHA256.value,
+        settings=settings,
+        prefix=_PREFIX.value,
+    )
 
 
 def _output() -> str:
