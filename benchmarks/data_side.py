@@ -19,7 +19,7 @@ from pycocotools import mask as coco_mask
 from solov2_jax.data import rasterize, sampler, transforms
 from solov2_jax.data.annotations import MIN_BOX_SIDE
 from solov2_jax.data.batch import ArrayDict, TrainBatchMaker, expand_masks
-from solov2_jax.data.images import open_sized, read_sized, reuse_memory
+from solov2_jax.data.images import open_sized, reuse_memory
 from solov2_jax.data.pipeline import Batches
 from solov2_jax.data.shared_memory import New, in_memory
 
@@ -86,7 +86,7 @@ class PlainLoader(TrainBatchMaker):
         data = self.dataset
         old = int(data.heights[index]), int(data.widths[index])
         with self.stages("decode"):
-            image = read_sized(data.path(index), *old, data.annotation_file)
+            image = np.array(open_sized(data.path(index), *old, data.annotation_file))
         with self.stages("resize"):
             image = transforms.resize_image(image, *size)
             image = image[:, ::-1] if flip else image

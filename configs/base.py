@@ -7,6 +7,7 @@ The rules beside the defaults (`whole`, `number`, ...) are `solov2_jax.config_sc
 """
 
 import fnmatch
+import re
 
 from ml_collections import ConfigDict
 
@@ -49,6 +50,13 @@ def _leaves_something(patterns: tuple[str, ...]) -> bool:
 
 # What must hold between keys: (sentence, whether it does).
 RELATIONS = (
+    (
+        "data.name = %(data.name)r must be one of '', a name in data.providers, 'tfds:FOLDER'",
+        lambda c: (
+            re.fullmatch(r"|tfds:.+", c["data.name"], re.S)
+            or f"data.providers.{c['data.name']}" in c
+        ),
+    ),
     (
         "train.patience needs train.eval_every, and that is 0",
         lambda c: not c["train.patience"] or c["train.eval_every"] > 0,
@@ -242,7 +250,12 @@ def keys() -> Section:
     # "": those of data.train and data.val. "shapes": the embedded generated data set,
     # written below `data.generated.root` on first use, replaces them. "tfds:FOLDER":
     # the records that `python -m solov2_jax.tools.tfds` wrote do.
-    data.name = text("", form=(r"|shapes|tfds:[^\0]+", "one of '', 'shapes' and 'tfds:FOLDER'"))
+    data.name = text("")
+    # Further values of `data.name`: name -> import path of a function that takes the config
+    # and returns ((images, json), (images, json)) of training and validation. Your own:
+    # `config.data.providers.mine = "mypackage.data:files"`, `config.data.name = "mine"`.
+    data.providers = Section(free=True)
+    data.providers.shapes = text("solov2_jax.tools.synthetic.shapes:data_files", form=NAME)
     data.generated = generated = Section()
     generated.root = text(
         "datasets/shapes", form=NAME, used=_SHAPES

@@ -5,6 +5,7 @@ form, and that no value is silently ignored.
 """
 
 import ast
+import contextlib
 import difflib
 import importlib.util
 import logging
@@ -25,6 +26,9 @@ from solov2_jax.io import InputError, read_json, reading, reason, write_json
 Config = Any
 
 log = logging.getLogger("solov2_jax")
+
+# Groups that may hold keys of the user's own.
+_FREE = ("user.", "data.providers.")
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -47,8 +51,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 
 def _lock(config: ConfigDict) -> None:
     config.lock()
-    if "user" in config:  # whose keys are the user's own
-        config.user.unlock()
+    for name in _FREE:
+        with contextlib.suppress(KeyError):  # of an older file
+            _group(config, name).unlock()
 
 
 def shipped_configs() -> pathlib.Path:
@@ -201,11 +206,11 @@ def _key_of(override: str) -> str:
 def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
     """Sets the keys named by "--config.key=value" strings in a config, in place.
 
-    Keys below `config.user` need not exist.
+    Keys below `config.user` and `config.data.providers` need not exist.
     """
     known = flatten(config)
     for override in [o for o in overrides if _is_new(_key_of(o), known)]:
-        _set_user(config, _key_of(override), override.split("=", 1)[1])
+        _set_new(config, _key_of(override), _literal(override.split("=", 1)[1]))
     overrides = [o for o in overrides if not _is_new(_key_of(o), known)]
     for override in overrides:
         key = _key_of(override)
@@ -224,15 +229,19 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
 
 
 def _is_new(key: str, known: Mapping[str, Any]) -> bool:
-    return key.startswith("user.") and key not in known
+    return key.startswith(_FREE) and key not in known
 
 
-def _set_user(config: ConfigDict, key: str, text: str) -> None:
-    """Sets a new key of the user's: a Python literal, else the text as it is."""
+def _literal(text: str) -> Any:
+    """Returns the Python literal that a text is, else the text."""
     try:
-        value = ast.literal_eval(text)
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        value = text
+        return text
+
+
+def _set_new(config: ConfigDict, key: str, value: Any) -> None:
+    """Sets a key of the user's, below groups that may be missing."""
     *groups, name = key.split(".")
     for group in groups:
         if group not in config:
@@ -334,7 +343,8 @@ def _filled(values: dict[str, Any], path: str | os.PathLike) -> Config:
                 _group(config, key)[key.split(".")[-1]] = value
             except TypeError as error:
                 raise InputError(f"{path}: {key} = {value!r}: {reason(error)}") from error
-    config.user.update(ConfigDict(values.get("user") or {}))
+        else:
+            _set_new(config, key, value)
     if missing := [f"{k} = {v!r}" for k, v in known.items() if k not in given]:
         log.info(
             "%s is older than these keys, which get configs/base.py's values: %s",

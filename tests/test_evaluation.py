@@ -273,5 +273,5 @@ def test_wrong_sizes_ids_and_repeats_are_named(truth):
     with pytest.raises(ValueError, match="no image was processed"):
         run(truth, [])
     truth["annotations"][0]["image_id"] = 12345
-    with pytest.raises(ValueError, match="annotation 0 has image_id 12345"):
+    with pytest.raises(ValueError, match="unknown image: image_id 12345 .annotation 0"):
         CocoEvaluator(truth, IDS, NAMES)

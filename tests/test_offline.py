@@ -91,15 +91,16 @@ def runs(size, counts):
         (spoil(score=None), "1 of 3 entries have no `score`, the first is number 1"),
         (spoil(segmentation=None), "no `segmentation`"),
         (spoil(image_id=12345), "`image_id` that .* has not: 12345 .there are 3, 7, 9"),
-        (spoil(image_id="7"), "`image_id` that"),
+        (spoil(image_id="seven"), '`image_id` that .* has not: "seven"'),
+        (spoil(image_id=True), "`image_id` that .* has not: true"),
         (spoil(category_id=1), "`category_id` that .* has not: 1 .*not places in a"),
         (spoil(score="high"), r"entry 1 \(image 7\): `score` must be a finite number"),
-        (spoil(score=float("nan")), "`score` must be a finite number, not nan"),
-        (spoil(bbox=[1, 2, 3]), "`bbox` must be .x, y, width, height., not .1, 2, 3"),
-        (spoil(segmentation=runs([64, 48], "abc")), "size .64, 48., the image has .48"),
-        (spoil(segmentation=runs([48, 64], "~~")), "cannot be read: run lengths"),
-        (spoil(segmentation=runs([48, 64], "11")), "do not cover the image's 48 x 64"),
-        (spoil(segmentation={"size": [48, 64]}), "cannot be read: 'counts'"),
+        (spoil(score=float("nan")), "`score` must be a finite number, not NaN"),
+        (spoil(bbox=[1, 2, 3]), "`bbox` is .1, 2, 3., not four numbers .x, y, width, height."),
+        (spoil(segmentation=runs([64, 48], "abc")), "size .64, 48., but its image is .48"),
+        (spoil(segmentation=runs([48, 64], "~~")), "entry 1 .* has damaged run lengths"),
+        (spoil(segmentation=runs([48, 64], "11")), "do not cover the image's 3072"),
+        (spoil(segmentation={"size": [48, 64]}), "needs `counts`"),
         (spoil(segmentation=[[1, 2, 3, 4]]), "no polygon of 3 points or more"),
     ],
 )
@@ -116,7 +117,7 @@ def test_bad_paths_and_options(files, tmp_path):
         evaluate_files(annotations, str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match="no such annotation file"):
         evaluate_files(str(tmp_path / "none.json"), path)
-    with pytest.raises(ValueError, match="a.json: has no list `images`"):
+    with pytest.raises(ValueError, match="a.json: holds a json list, not an object"):
         evaluate_files(path, path)
     with pytest.raises(ValueError, match="--report with --predictions needs --output"):
         evaluate_files(annotations, path, report=True)

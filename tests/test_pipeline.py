@@ -245,7 +245,7 @@ def test_the_largest_objects_are_kept(tmp_path, caplog):
 
 def test_flipping_mirrors_everything(tmp_path):
     data = load(tmp_path)
-    resize = sizes.Resize((48,), 64)
+    resize = buckets.Resize((48,), 64)
     plain, mirrored = (list(train(data, resize=resize, flip_prob=p)) for p in (0.0, 1.0))
     for a, b in zip(plain, mirrored, strict=True):
         w = a["image_size"][0, 1]
@@ -272,7 +272,7 @@ def test_channel_order(tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_evaluation_sees_each_image_once(tmp_path, batch_size):
     data = load(tmp_path)
-    resize = sizes.Resize((48,), 64)
+    resize = buckets.Resize((48,), 64)
     for workers in (0, 2) if batch_size == 2 else (0,):
         batches = pipeline.eval_batches(
             data,
@@ -307,7 +307,7 @@ def test_a_bad_image_is_the_same_clear_error(tmp_path, workers):
     broken = Path(images) / "a.png"
     broken.write_bytes(broken.read_bytes()[:300])
     batches = train(data, reading=pipeline.Reading(num_workers=workers))
-    with pytest.raises(ValueError, match=r"a.png: the image is truncated .* Fetch"):
+    with pytest.raises(ValueError, match=r"a.png: .* truncated .* Fetch"):
         list(batches)
     if workers:
         return  # processes take seconds to start
@@ -319,9 +319,8 @@ def test_a_bad_image_is_the_same_clear_error(tmp_path, workers):
 def test_damaged_run_lengths_name_the_annotation(tmp_path):
     values = content()
     values["annotations"] = [annotation(8, 7, 5, segmentation={"size": [48, 64], "counts": "5:"})]
-    data = load(tmp_path, values)
     with pytest.raises(ValueError, match="annotation 8: `segmentation`.*damaged"):
-        list(train(data))
+        load(tmp_path, values)
 
 
 def test_own_modules_run_without_jax(tmp_path):
@@ -330,9 +329,9 @@ def test_own_modules_run_without_jax(tmp_path):
     script = f"""
         import sys
         sys.modules["jax"] = sys.modules["flax"] = None
-        from solov2_jax.data import build, coco, pipeline, sizes
+        from solov2_jax.data import buckets, build, coco, pipeline
         data = coco.load_coco({images!r}, {path!r})
-        resize = sizes.Resize((48,), 64)
+        resize = buckets.Resize((48,), 64)
         batches = pipeline.eval_batches(data, batch_size=1, resize=resize)
         assert len(list(batches)) == 3
         assert not [m for m in sys.modules if m.startswith(("jaxlib", "flax."))]
@@ -388,7 +387,8 @@ class _Spy(TrainBatchMaker):
         jax = sys.modules.get("jax._src.xla_bridge")
         started = 0 if jax is None else len(jax._backends)
         ours = [m for m in sys.modules if m.startswith("solov2_jax.")]
-        heavy = sum(not m.startswith("solov2_jax.data") for m in ours)
+        light = ("solov2_jax.data", "solov2_jax.io", "solov2_jax.rle")
+        heavy = sum(not m.startswith(light) for m in ours)
         return {"seen": np.array([started, heavy, "flax" in sys.modules])}
 
 

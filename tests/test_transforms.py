@@ -166,13 +166,13 @@ def test_exif_orientation_is_applied(tmp_path):
     image = images.read_image(str(tmp_path / "x.png"))
     np.testing.assert_array_equal(image, np.rot90(expected, -1))
     with pytest.raises(ValueError, match="is 9 x 6 .*says 6 x 9.* EXIF"):
-        images.read_sized(str(tmp_path / "x.png"), 6, 9, "instances.json")
+        images.open_sized(str(tmp_path / "x.png"), 6, 9, "instances.json")
 
 
 def test_size_of_the_json_is_checked(tmp_path):
     save(tmp_path / "x.png", "RGB")
     with pytest.raises(ValueError, match=r"x.png: is 6 x 9 .* says 7 x 9\. Correct"):
-        images.read_sized(str(tmp_path / "x.png"), 7, 9, "instances.json")
+        images.open_sized(str(tmp_path / "x.png"), 7, 9, "instances.json")
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.9, 0.05])

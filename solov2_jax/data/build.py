@@ -1,7 +1,6 @@
 """Data sets and batches from a config: the one place here that reads its keys."""
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from solov2_jax.data.augment import Augment
 from solov2_jax.data.buckets import resize_of
 from solov2_jax.data.coco import CocoDataset, load_coco
 from solov2_jax.data.pipeline import Batches, Reading, eval_batches, train_batches
-from solov2_jax.tools.synthetic.shapes import ShapesSettings, write_shapes
+from solov2_jax.io import InputError, import_object
 
 
 def load_datasets(config: Any) -> tuple[CocoDataset, CocoDataset]:
@@ -36,44 +35,26 @@ def load_val_dataset(config: Any, categories: Mapping[int, str]) -> CocoDataset:
 
 
 def data_files(config: Any) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Returns (image folder, json) of the training and of the validation data."""
+    """Returns (image folder, json) of the training and of the validation data.
+
+    `data.name` says whose: "" data.train and data.val, "tfds:FOLDER" records, any other
+    name the function that `data.providers` gives it; that one gets the config.
+    """
     data = config.data
-    if data.name == "shapes":
-        folder = _write_generated(config)
-        return _generated_split(folder, "train"), _generated_split(folder, "val")
     if data.name == "":
         train = data.train.images, data.train.annotations
         return train, (data.val.images, data.val.annotations)
     if records.is_records(data.name):
         train, val = (records.split_root(data.name, s) for s in records.SPLITS)
         return train, val
-    raise ValueError(
-        f'data.name is {data.name!r}; use "" for data.train and data.val, "shapes" for '
-        'the generated data set, or "tfds:FOLDER" for records.'
+    if data.name in data.providers:
+        key = f"data.providers.{data.name}"
+        return import_object(data.providers[data.name], key)(config)
+    names = ", ".join(f'"{name}"' for name in data.providers)
+    raise InputError(
+        f'data.name is {data.name!r}; use "" for data.train and data.val, {names} for the '
+        'data of data.providers, or "tfds:FOLDER" for records.'
     )
-
-
-def _write_generated(config: Any) -> str:
-    generated = config.data.generated
-    return write_shapes(
-        generated.root,
-        ShapesSettings(
-            num_train=generated.num_train,
-            num_val=generated.num_val,
-            height=generated.image_size[0],
-            width=generated.image_size[1],
-            seed=generated.seed,
-            classes=tuple(generated.classes),
-            color_cue=generated.color_cue,
-            max_objects=generated.max_objects,
-            min_radius=generated.min_radius,
-            max_radius=generated.max_radius,
-        ),
-    )
-
-
-def _generated_split(folder: str, split: str) -> tuple[str, str]:
-    return os.path.join(folder, split), os.path.join(folder, f"instances_{split}.json")
 
 
 def build_train_batches(

@@ -6,21 +6,28 @@ Source: detectron2 data/datasets/coco.py, load_coco_json (without its registry).
 """
 
 import dataclasses
-import json
 import logging
 import os
+import unicodedata
+import urllib.parse
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from solov2_jax.data import records
-from solov2_jax.data.annotations import Segmentations, collect, describe
+from solov2_jax.data.annotations import (
+    AnnotationTable,
+    Segmentations,
+    covers,
+    describe,
+    offsets,
+    read_instances,
+)
+from solov2_jax.io import InputError
 
 log = logging.getLogger(__name__)
-
-_LARGEST_ID = 2**31 - 1  # ids travel as int32; -1 marks padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,23 +35,24 @@ class CocoDataset:
     """N images in the json's order and their A usable objects, sorted by image.
 
     The objects of image i are `start[i]:start[i + 1]`, in the json's order. Crowds are
-    not among them: evaluation reads those from `annotation_file` itself.
+    not among them; `evaluation.ground_truth` has those.
     """
 
     image_root: str
     annotation_file: str
     class_names: tuple[str, ...]  # in the order of category_ids
     category_ids: tuple[int, ...]  # sorted; label k is category_ids[k]
-    image_ids: np.ndarray  # int64 [N]
-    file_names: np.ndarray  # str [N], relative to image_root
+    image_ids: np.ndarray  # int64 [N], what batches carry: `AnnotationTable.batch_ids`
+    file_names: np.ndarray  # str [N], relative to image_root, as on disk
+    missing: np.ndarray  # int64 [m], the images that are not in the folder
     heights: np.ndarray  # int32 [N]
     widths: np.ndarray  # int32 [N]
     start: np.ndarray  # int64 [N + 1]
     boxes: np.ndarray  # float64 [A, 4], (x0, y0, x1, y1) as annotated, not clipped
     labels: np.ndarray  # int32 [A]
-    annotation_ids: np.ndarray  # int64 [A]
+    annotation_ids: np.ndarray  # int64 [A], or text
     segmentations: Segmentations
-    counts: Mapping[str, int]  # what was found and dropped, for `summary`
+    counts: Mapping[str, int]  # what was read and dropped, for `summary`
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -66,12 +74,21 @@ class CocoDataset:
         lines = [
             f"{self.annotation_file}: {c['images']} images "
             f"({c['images_without_objects']} without objects), {c['objects']} objects "
-            f"of {len(self.class_names)} classes, at most {c['max_objects']} an image"
+            f"of {len(self.class_names)} classes, at most {c['max_objects']} per image"
         ]
-        for key, text in DROPPED.items():
-            if c.get(key, 0):
-                lines.append(f"  {c[key]} {text}")
+        lines += [f"  {c[key]} {text}" for key, text in DROPPED.items() if c.get(key, 0)]
         return "\n".join(lines)
+
+    def crowd_warning(self) -> str:
+        """Returns why little or nothing is learned if most annotations are crowds, or ""."""
+        crowds, total = self.counts["crowds"], self.counts["annotations"]
+        if 2 * crowds <= total:
+            return ""
+        return (
+            f"{crowds} of {total} annotations have iscrowd 1 and are not trained on; some "
+            "annotation tools write that for every brush or SAM mask: set iscrowd to 0 where "
+            "an annotation is one object"
+        )
 
 
 DROPPED = {
@@ -81,6 +98,9 @@ DROPPED = {
     "no_valid_polygon": "annotations dropped: none of their polygons was usable",
     "empty": "annotations dropped: zero area or outside of their image",
     "derived_boxes": "boxes derived from the segmentation: no bbox was given",
+    "shared_files": "images have the same file as another image: annotations are split",
+    "renamed_files": "file names found with other separators, without %20 escapes, or in "
+    "another Unicode form",
 }
 
 
@@ -90,23 +110,19 @@ def load_coco(
     *,
     categories: Mapping[int, str] | None = None,
 ) -> CocoDataset:
-    """Returns the data set, or raises one ValueError that names file, field and mend.
+    """Returns what `read_coco` returns; every image file must be there, too.
 
-    Args:
-      images: folder that the json's file names are relative to, or records, see
-        `records.split_root`.
-      annotations: COCO instances json.
-      categories: id -> name that the json must have, e.g. the training data's.
-
-    It is what `read_coco` returns, and every image file must be there.
+    Raises:
+      InputError: one sentence that names file, field and fix.
     """
     dataset = read_coco(images, annotations, categories=categories)
     if missing := missing_files(dataset):
         names = dataset.file_names[missing].tolist()
-        raise ValueError(
+        raise InputError(
             f"{annotations}: {len(missing)} of {len(dataset)} images are not in "
-            f"{images}: {describe(names)}. `file_name` is relative to that folder: "
-            "correct the folder, add the files, or remove the images from the json."
+            f"{images}: {describe(names)}{_hint(images, names[0])}. `file_name` is relative "
+            "to that folder: correct the folder, add the files, or remove the images from "
+            "the json."
         )
     log.info("%s", dataset.summary())
     return dataset
@@ -122,110 +138,78 @@ def read_coco(
 
     What is dropped and counted instead of an error: crowds, objects without
     segmentation, unusable polygons, objects of zero area or outside of their image.
+
+    Args:
+      images: folder that the json's file names are relative to, or records, see
+        `records.split_root`.
+      annotations: COCO instances json.
+      categories: id -> name that the json must have, e.g. the training data's.
     """
-    return dataset_of(read_json(annotations), images, annotations, categories)
+    return dataset_of(read_instances(annotations), images, categories)
 
 
 def dataset_of(
-    content: Mapping[str, Any],
-    images: str,
-    annotations: str,
-    categories: Mapping[int, str] | None = None,
+    table: AnnotationTable, images: str, categories: Mapping[int, str] | None = None
 ) -> CocoDataset:
-    """Returns the data set of a json's content; `annotations` names it in messages."""
-    ids, names = _read_categories(content["categories"], annotations)
+    """Returns the data set of a json's content."""
     if categories is not None:
-        _compare_categories(dict(zip(ids, names, strict=True)), categories, annotations)
-    table = _read_images(content["images"], annotations)
-    objects, counts = collect(content["annotations"], annotations, table, ids)
-    number = np.diff(objects["start"])
-    counts["images"] = len(number)
+        _compare_categories(table.categories, categories, table.source)
+    if nameless := [i for i, n in zip(table.image_ids, table.file_names, strict=True) if not n]:
+        raise InputError(
+            f"{table.source}: {len(nameless)} of the images have no `file_name`, the first "
+            f"has id {nameless[0]}; add it."
+        )
+    names, missing = find_files(images, table)
+    counts = Counter(table.counts)
+    counts["shared_files"] = len(names) - len(set(names))
+    counts["renamed_files"] = sum(a != b for a, b in zip(names, table.file_names, strict=True))
+    objects = np.flatnonzero(table.has_mask & ~table.crowd)
+    boxes = _boxes(table, objects, counts)
+    sizes = np.stack([table.heights, table.widths], axis=1)[table.image[objects]]
+    keep = covers(boxes, sizes) & table.inside[objects]
+    counts["empty"] = int((~keep).sum())
+    order = np.flatnonzero(keep)
+    order = order[np.argsort(table.image[objects[order]], kind="stable")]
+    rows = objects[order]
+    number = np.bincount(table.image[rows], minlength=len(names))
+    counts["images"] = len(names)
     counts["images_without_objects"] = int((number == 0).sum())
     counts["objects"] = int(number.sum())
     counts["max_objects"] = int(number.max())
     return CocoDataset(
         image_root=images,
-        annotation_file=annotations,
-        class_names=names,
-        category_ids=ids,
-        **table,
-        **objects,
+        annotation_file=table.source,
+        class_names=tuple(table.categories.values()),
+        category_ids=tuple(table.categories),
+        image_ids=table.batch_ids(),
+        file_names=np.array(names),
+        missing=np.array(missing, np.int64),
+        heights=table.heights,
+        widths=table.widths,
+        start=offsets(number),
+        boxes=boxes[order],
+        labels=table.label[rows],
+        annotation_ids=table.ids[rows],
+        segmentations=table.segmentations.take(rows),
         counts=dict(counts),
     )
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """Returns the parsed file with its three lists present."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path}: no such annotation file. Set data.train.annotations and "
-            "data.val.annotations to COCO instances json files."
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path}: cannot be read as json ({error}). A COCO instances file is a "
-            "json object with images, annotations and categories."
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path}: holds a json {type(content).__name__}, not an object with "
-            "images, annotations and categories. Is it a results file?"
-        )
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content.get(key), list):
-            raise ValueError(
-                f"{path}: has no list `{key}`. A COCO instances file needs images, "
-                "annotations and categories; add it, even if it is empty for "
-                "annotations."
-            )
-        if key != "annotations" and not content[key]:
-            raise ValueError(f"{path}: `{key}` is empty; list at least one.")
-    return content
-
-
-def _column(records: Sequence[Any], key: str, kind: str, path: str) -> list[Any]:
-    """Returns one field of every record."""
-    try:
-        return [record[key] for record in records]
-    except (KeyError, TypeError):
-        bad = [r for r in records if not isinstance(r, dict) or key not in r]
-        raise ValueError(
-            f"{path}: {len(bad)} of the {kind} have no `{key}`, the first is "
-            f"{str(bad[0])[:120]}; add it."
-        ) from None
-
-
-def _integers(values: list[Any], key: str, kind: str, path: str) -> np.ndarray:
-    """Returns an int64 array of numbers that are whole."""
-    bad = [v for v in values if isinstance(v, bool) or not isinstance(v, int | float)]
-    bad = bad or [v for v in values if v != int(v)]
-    if bad:
-        raise ValueError(
-            f"{path}: `{key}` of the {kind} must be whole numbers; found "
-            f"{describe(bad)}. Renumber them."
-        )
-    return np.array(values, np.int64)
-
-
-def _check_unique(ids: Iterable[int], kind: str, path: str) -> None:
-    repeated = [i for i, n in Counter(ids).items() if n > 1]
-    if repeated:
-        raise ValueError(
-            f"{path}: {kind} ids must be unique; repeated: {describe(repeated)}. "
-            "Renumber them or remove the duplicates."
-        )
-
-
-def _read_categories(records: list[Any], path: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Returns ids, sorted, and their names."""
-    ids = _integers(_column(records, "id", "categories", path), "id", "categories", path)
-    names = _column(records, "name", "categories", path)
-    _check_unique(ids.tolist(), "category", path)
-    order = np.argsort(ids)
-    return tuple(ids[order].tolist()), tuple(str(names[i]) for i in order)
+def _boxes(table: AnnotationTable, rows: np.ndarray, counts: Counter[str]) -> np.ndarray:
+    """Returns (x0, y0, x1, y1), those of the segmentation where none is annotated."""
+    boxes = table.boxes[rows]
+    for i in np.flatnonzero(np.isnan(boxes[:, 0])):
+        counts["derived_boxes"] += 1
+        row = int(rows[i])
+        if polygons := table.segmentations.polygons(row):
+            xy = np.concatenate(polygons).reshape(-1, 2)
+            low, high = xy.min(axis=0), xy.max(axis=0)
+            boxes[i] = [*low, *(high - low)]
+        else:
+            mask = table.segmentations.rle(row, table.size(int(table.image[row])))
+            boxes[i] = coco_mask.toBbox(mask)  # pyright: ignore
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes
 
 
 def _compare_categories(found: Mapping[int, str], expected: Mapping[int, str], path: str) -> None:
@@ -247,54 +231,83 @@ def _compare_categories(found: Mapping[int, str], expected: Mapping[int, str], p
         )
         if values
     ]
-    raise ValueError(
+    raise InputError(
         f"{path}: `categories` differ from the training data's ({'; '.join(parts)}). "
         "List the same ids and names in both files, also classes without objects."
     )
 
 
-def _read_images(records: list[Any], path: str) -> dict[str, np.ndarray]:
-    """Returns the columns of the image table."""
-    table: dict[str, np.ndarray] = {}
-    for name, key, dtype in (
-        ("image_ids", "id", np.int64),
-        ("heights", "height", np.int32),
-        ("widths", "width", np.int32),
-    ):
-        values = _column(records, key, "images", path)
-        table[name] = _integers(values, key, "images", path).astype(dtype)
-    _check_unique(table["image_ids"].tolist(), "image", path)
-    if np.abs(table["image_ids"]).max() > _LARGEST_ID or table["image_ids"].min() < 0:
-        raise ValueError(f"{path}: image ids must be in 0..{_LARGEST_ID}; renumber the images.")
-    bad = (table["heights"] < 1) | (table["widths"] < 1)
-    if bad.any():
-        raise ValueError(
-            f"{path}: `height` and `width` must be at least 1; image ids "
-            f"{describe(table['image_ids'][bad].tolist())} are not. Correct them."
-        )
-    names = [str(n) for n in _column(records, "file_name", "images", path)]
-    table["file_names"] = np.array(names)
-    return table
-
-
 def missing_files(dataset: CocoDataset) -> list[int]:
-    """Returns the images whose file is missing; lists every folder once."""
+    """Returns the images whose file is missing; raises if there is no folder at all."""
     if records.is_records(dataset.image_root):
         records.check(dataset.image_root, len(dataset))
-        return []
-    if not os.path.isdir(dataset.image_root):
-        raise ValueError(
+    elif not os.path.isdir(dataset.image_root):
+        raise InputError(
             f"{dataset.image_root}: no such image folder (for "
             f"{dataset.annotation_file}). Set data.train.images and data.val.images to "
             "the folders that hold the images."
         )
+    return dataset.missing.tolist()
+
+
+def find_files(images: str, table: AnnotationTable) -> tuple[list[str], list[int]]:
+    """Returns the file names as they are on disk, and which images are not there.
+
+    A name that is not there is tried with "/" for backslashes, without %20 escapes, and
+    in Unicode's composed and decomposed form. Lists every folder once.
+
+    Raises:
+      InputError: if a name leads out of the image folder.
+    """
+    names = list(table.file_names)
+    if records.is_records(images):
+        return names, []
     folders: dict[str, set[str]] = {}
     missing = []
-    for index in range(len(dataset)):
-        folder, base = os.path.split(dataset.path(index))
-        if folder not in folders:
-            exists = os.path.isdir(folder)
-            folders[folder] = set(os.listdir(folder)) if exists else set()
-        if base not in folders[folder]:
-            missing.append(index)
-    return missing
+    for i, name in enumerate(names):
+        if not is_inside(images, name):
+            raise InputError(
+                f"{table.source}: `file_name` {name!r} of image {table.image_ids[i]} leads "
+                f"out of the image folder {images}; write it relative to the folder that "
+                "holds all images, and set that folder."
+            )
+        if not _exists(images, name, folders):
+            variants = [v for v in _variants(name) if is_inside(images, v)]
+            names[i] = next((v for v in variants if _exists(images, v, folders)), name)
+            if names[i] == name:
+                missing.append(i)
+    return names, missing
+
+
+def is_inside(folder: str, name: str) -> bool:
+    """Returns whether a file name stays in its folder, by its text alone."""
+    root = os.path.abspath(folder)
+    path = os.path.normpath(os.path.join(root, name))
+    return os.path.commonpath([root, path]) == root
+
+
+def _exists(images: str, name: str, folders: dict[str, set[str]]) -> bool:
+    folder, base = os.path.split(os.path.join(images, name))
+    if folder not in folders:
+        folders[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    return base in folders[folder]
+
+
+def _variants(name: str) -> Sequence[str]:
+    """Returns other spellings of a file name, likely ones first."""
+    slashes, spaces = name.replace("\\", "/"), urllib.parse.unquote(name)
+    spelled = [slashes, spaces, urllib.parse.unquote(slashes)]
+    composed = [unicodedata.normalize(f, n) for n in (name, *spelled) for f in ("NFC", "NFD")]
+    return list(dict.fromkeys([*spelled, *composed]))
+
+
+def _hint(images: str, name: str) -> str:
+    """Returns what a missing file may be called instead, "" if nothing is like it."""
+    base = os.path.basename(name)
+    for folder in dict.fromkeys([os.path.dirname(name), ""]):
+        path = os.path.join(images, folder)
+        present = sorted(os.listdir(path)) if os.path.isdir(path) else []
+        for other in present:
+            if other.casefold() == base.casefold():
+                return f" (the folder has {os.path.join(folder, other)})"
+    return ""

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from solov2_jax.data.coco import CocoDataset, dataset_of, read_json
+from solov2_jax.data.annotations import annotation_ids, read_content, read_instances
+from solov2_jax.data.coco import CocoDataset, dataset_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +37,13 @@ def load_keypoints(images: str, annotations: str) -> tuple[CocoDataset, Keypoint
       images: folder of the images.
       annotations: a person_keypoints json.
     """
-    content = read_json(annotations)
+    content = read_content(annotations)
     names = _names(content, annotations)
-    known: dict[int, np.ndarray] = {}
+    ids = annotation_ids(content["annotations"], annotations).tolist()
+    known: dict[int | str, np.ndarray] = {}
     with_point: set[int] = set()
-    for number, record in enumerate(content["annotations"]):
-        name = int(record.get("id", number))
+    for name, record in zip(ids, content["annotations"], strict=True):
+        record["id"] = name
         known[name] = _points(record, len(names), f"{annotations}: annotation {name}")
         if known[name][:, 2].any() and not record.get("iscrowd", 0):
             with_point.add(record.get("image_id"))
@@ -53,7 +55,7 @@ def load_keypoints(images: str, annotations: str) -> tuple[CocoDataset, Keypoint
         )
     content["images"] = kept
     content["annotations"] = [r for r in content["annotations"] if r.get("image_id") in with_point]
-    dataset = dataset_of(content, images, annotations)
+    dataset = dataset_of(read_instances(content, annotations), images)
     points = np.stack([known[i] for i in dataset.annotation_ids.tolist()])
     return dataset, Keypoints(names, mirror_order(names), points)
 

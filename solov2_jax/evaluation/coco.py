@@ -170,7 +170,8 @@ class CocoEvaluator:
 
     def process(self, prediction: Prediction) -> None:
         """Adds one image's predictions; an image without any counts too."""
-        image_id = int(prediction.image_id)
+        # Batches may carry other numbers than the file's ids, which need not fit.
+        image_id = self.truth.image_ids.get(int(prediction.image_id), prediction.image_id)
         image = self.truth.images.get(image_id)
         if image is None:
             raise ValueError(f"{self.source}: no image has id {image_id}")
@@ -188,7 +189,8 @@ class CocoEvaluator:
                 f"image {image_id}: label {labels.max()} of {self.num_classes} classes"
             )
         self._seen.add(image_id)
-        self._results.extend(to_coco_results(prediction, self.category_ids))
+        results = to_coco_results(prediction, self.category_ids)
+        self._results.extend({**result, "image_id": image_id} for result in results)
 
     def state(self) -> dict[str, Any]:
         """Returns what was processed so far, as JSON values, for `merge`."""

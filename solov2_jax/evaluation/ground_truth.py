@@ -1,104 +1,97 @@
-"""What is annotated: an instances json, ready to be compared with predictions.
+"""What is annotated, ready to be compared with predictions, and predictions from files.
 
-Predictions of any tool in COCO's results format, read and checked."""
+The annotations are what `data.annotations.read_instances` reads; results of any tool in
+COCO's format are read by the same rules.
+"""
 
-import json
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from solov2_jax.data.annotations import describe
-from solov2_jax.evaluation.coco_tables import rle
-from solov2_jax.rle import rle_from_string
+from solov2_jax.data.annotations import (
+    AnnotationTable,
+    are_numbers,
+    as_json,
+    describe,
+    polygons_to_rle,
+    read_box,
+    read_instances,
+    read_outline,
+    rle_areas,
+    whole_number,
+)
+from solov2_jax.data.coco import find_files
+from solov2_jax.io import InputError, read_json
+
+rle: Any = coco_mask  # its type stubs are narrower than what it takes
 
 
 @dataclass(frozen=True)
 class GroundTruth:
     """The images, categories and usable annotations of an instances json.
 
-    Annotations have every key that COCO's evaluation reads, their masks are RLE, and
-    their ids count from 1: pycocotools takes a match with an object of id 0 for no
-    match.
+    Annotations have every key that COCO's evaluation reads, crowds are among them,
+    their masks are RLE, and their ids count from 1: pycocotools takes a match with an
+    object of id 0 for no match.
     """
 
     source: str  # what to call it in a message
-    images: dict[int, dict[str, Any]]  # by id
+    images: dict[int, dict[str, Any]]  # by id: id, file_name, height, width
     categories: dict[int, str]  # id -> name
     annotations: list[dict[str, Any]]
     num_without_mask: int  # annotations that are left out
+    image_ids: dict[int, int]  # of a prediction, as batches carry it -> of the json
 
 
-def read_ground_truth(annotations: str | os.PathLike[str] | dict[str, Any]) -> GroundTruth:
-    """Returns the content of an instances json: a file, or its parsed content.
+def read_ground_truth(
+    annotations: str | os.PathLike[str] | Mapping[str, Any] | AnnotationTable, images: str = ""
+) -> GroundTruth:
+    """Returns the ground truth of an instances json: its file, its content, or as read.
 
     Objects without a usable mask are left out; missing `area`, `bbox` and `iscrowd` are
     filled in.
+
+    Args:
+      images: folder of the images, to find their files there; "": names stay as they are.
     """
-    if isinstance(annotations, dict):
-        source, content = "the annotations", annotations
-    else:
-        source = os.fspath(annotations)
-        content = _read_json(Path(annotations))
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise ValueError(
-                f"{source}: has no list `{key}`; a COCO instances json has the lists "
-                "images, annotations and categories"
-            )
-    sizes = {i["id"]: (int(i["height"]), int(i["width"])) for i in content["images"]}
-    categories = {int(c["id"]): str(c["name"]) for c in content["categories"]}
+    known = isinstance(annotations, AnnotationTable)
+    table = annotations if known else read_instances(annotations)
+    names = find_files(images, table)[0] if images else table.file_names
+    records = {
+        image_id: {"id": image_id, "file_name": name, "height": size[0], "width": size[1]}
+        for i, (image_id, name) in enumerate(zip(table.image_ids, names, strict=True))
+        for size in [table.size(i)]
+    }
+    category_ids = list(table.categories)
     usable = []
-    for a in content["annotations"]:
-        for key, known in (("image_id", sizes), ("category_id", categories)):
-            if a[key] not in known:
-                raise ValueError(
-                    f"{source}: annotation {a.get('id')} has {key} {a[key]}, which is "
-                    "not in the file; remove the annotation or add the entry"
-                )
-        mask = to_rle(a.get("segmentation"), sizes[a["image_id"]])
-        if mask is None:
-            continue
+    for row in np.flatnonzero(table.has_mask).tolist():
+        image = int(table.image[row])
+        mask = table.segmentations.rle(row, table.size(image))
+        box, area = table.boxes[row], float(table.areas[row])
         usable.append(
             {
                 "id": len(usable) + 1,
-                "image_id": a["image_id"],
-                "category_id": a["category_id"],
+                "image_id": table.image_ids[image],
+                "category_id": category_ids[table.label[row]],
                 "segmentation": mask,
-                "area": float(a["area"]) if "area" in a else float(rle.area(mask)),
-                "bbox": a["bbox"] if a.get("bbox") else rle.toBbox(mask).tolist(),
-                "iscrowd": int(a.get("iscrowd", 0)),
+                "area": float(rle.area(mask)) if np.isnan(area) else area,
+                "bbox": (rle.toBbox(mask) if np.isnan(box[0]) else box).tolist(),
+                "iscrowd": int(table.crowd[row]),
             }
         )
-    images = {int(i["id"]): i for i in content["images"]}
-    missing = len(content["annotations"]) - len(usable)
-    return GroundTruth(source, images, categories, usable, missing)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such annotation file") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: cannot be read as json ({error}); a COCO instances json is wanted"
-        ) from None
-
-
-def to_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any] | None:
-    """Returns polygons, RLE or uncompressed RLE as RLE; None without a usable one."""
-    if isinstance(segmentation, dict):
-        if isinstance(segmentation["counts"], list):
-            return rle.frPyObjects(segmentation, *size)
-        return segmentation
-    polygons = [p for p in segmentation or () if len(p) >= 6 and len(p) % 2 == 0]
-    return rle.merge(rle.frPyObjects(polygons, *size)) if polygons else None
+    return GroundTruth(
+        source=table.source,
+        images=records,
+        categories=table.categories,
+        annotations=usable,
+        num_without_mask=len(table.ids) - len(usable),
+        image_ids=dict(zip(table.batch_ids().tolist(), table.image_ids, strict=True)),
+    )
 
 
 def index(truth: GroundTruth, annotations: Sequence[dict[str, Any]]) -> COCO:
@@ -123,107 +116,75 @@ def read_results(path: str, truth: GroundTruth) -> list[dict[str, Any]]:
     """Returns the results of a file, masks as RLE, missing boxes taken from masks.
 
     Raises:
-      ValueError: naming the file, the entry and the field, also where ids of images or
+      InputError: naming the file, the entry and the field, also where ids of images or
         categories are not the annotations'.
     """
-    try:
-        content = json.loads(Path(path).read_text("utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file of predictions") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as json ({error}); {_FORMAT}") from None
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file of predictions")
+    content = read_json(path, "json", _FORMAT)
     if not isinstance(content, list):
-        kind = "an instances json" if "annotations" in content else "something else"
-        raise ValueError(f"{path}: is {kind}, not a list of results; {_FORMAT}")
+        instances = isinstance(content, dict) and "annotations" in content
+        kind = "an instances json" if instances else "something else"
+        raise InputError(f"{path}: is {kind}, not a list of results; {_FORMAT}")
     for key in ("image_id", "category_id", "score", "segmentation"):
-        bad = [n for n, r in enumerate(content) if not isinstance(r, dict) or key not in r]
+        bad = [n for n, r in enumerate(content) if not isinstance(r, dict) or r.get(key) is None]
         if bad:
-            raise ValueError(
+            raise InputError(
                 f"{path}: {len(bad)} of {len(content)} entries have no `{key}`, the "
                 f"first is number {bad[0]} (from 0); {_FORMAT}"
             )
-    _check_ids(path, content, truth)
-    return [_checked(path, n, r, truth) for n, r in enumerate(content)]
+    images = _ids(path, content, "image_id", truth.images, truth.source)
+    categories = _ids(path, content, "category_id", truth.categories, truth.source)
+    results = [
+        _result(f"{path}: entry {n} (image {image})", record, truth.images[image])
+        | {"image_id": image, "category_id": category}
+        for n, (record, image, category) in enumerate(zip(content, images, categories, strict=True))
+    ]
+    rle_areas(
+        [r["segmentation"]["counts"] for r in results],
+        [r["segmentation"]["size"][0] * r["segmentation"]["size"][1] for r in results],
+        lambda n: f"{path}: entry {n} (image {images[n]})",
+    )
+    for result in results:  # only now: run lengths are known to be sound
+        if result["bbox"] is None:
+            result["bbox"] = rle.toBbox(result["segmentation"]).tolist()
+    return results
 
 
-def _check_ids(path: str, content: list[dict[str, Any]], truth: GroundTruth) -> None:
-    for key, known, mend in (
-        ("image_id", truth.images, "are these predictions of other images?"),
-        (
-            "category_id",
-            truth.categories,
-            "write the ids of the annotations' `categories`, not places in a list of classes",
-        ),
-    ):
-        wrong = [r[key] for r in content if not _is_known(r[key], known)]
-        if wrong:
-            there = sorted(known)
-            raise ValueError(
-                f"{path}: {len(wrong)} of {len(content)} entries have a `{key}` that "
-                f"{truth.source} has not: {describe(wrong)} (there are "
-                f"{describe(there)}); {mend}"
-            )
+_FIXES = {
+    "image_id": "are these predictions of other images?",
+    "category_id": "write the ids of the annotations' `categories`, not places in a list of "
+    "classes",
+}
 
 
-def _is_known(value: Any, known: dict[int, Any]) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value in known
+def _ids(
+    path: str, content: Sequence[dict[str, Any]], key: str, known: Mapping[int, Any], source: str
+) -> list[int]:
+    """Returns the image or category ids of all results."""
+    ids = [whole_number(record[key]) for record in content]
+    wrong = [r[key] for r, i in zip(content, ids, strict=True) if i is None or i not in known]
+    if wrong:
+        raise InputError(
+            f"{path}: {len(wrong)} of {len(content)} entries have a `{key}` that {source} has "
+            f"not: {describe(map(as_json, wrong))} (there are {describe(sorted(known))}); "
+            f"{_FIXES[key]}"
+        )
+    return [i for i in ids if i is not None]
 
 
-def _checked(path: str, n: int, result: dict[str, Any], truth: GroundTruth) -> dict[str, Any]:
-    """Returns one result as the evaluation wants it."""
-    record = truth.images[result["image_id"]]
-    size = (int(record["height"]), int(record["width"]))
-    where = f"{path}: entry {n} (image {result['image_id']})"
-    score = result["score"]
-    if not isinstance(score, int | float) or not math.isfinite(score):
-        raise ValueError(f"{where}: `score` must be a finite number, not {score!r}")
-    mask = _mask(where, result["segmentation"], size)
-    box = result.get("bbox")
-    if box is None:
-        box = np.asarray(rle.toBbox(mask)).tolist()
-    elif not _is_box(box):
-        raise ValueError(f"{where}: `bbox` must be [x, y, width, height], not {box!r}")
+def _result(where: str, record: dict[str, Any], image: dict[str, Any]) -> dict[str, Any]:
+    """Returns score, mask and box of one result; the box is None where none is given."""
+    score, size = record["score"], (image["height"], image["width"])
+    if not are_numbers([score]):
+        raise InputError(f"{where}: `score` must be a finite number, not {as_json(score)}")
+    polygons, counts = read_outline(record["segmentation"], size, where)
+    mask = {"size": list(size), "counts": counts} if counts else polygons_to_rle(polygons, size)
+    if mask is None:
+        raise InputError(f"{where}: `segmentation` has no polygon of 3 points or more")
+    box = record.get("bbox")
     return {
-        "image_id": result["image_id"],
-        "category_id": result["category_id"],
-        "bbox": [float(v) for v in box],
+        "bbox": None if box is None else read_box(box, where),
         "score": float(score),
         "segmentation": mask,
     }
-
-
-def _mask(where: str, segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Returns RLE that covers exactly the image."""
-    if isinstance(segmentation, dict):
-        given = segmentation.get("size")
-        if given is None or tuple(given) != size:
-            raise ValueError(
-                f"{where}: `segmentation` has size {given}, the image has "
-                f"{list(size)} (height, width); masks must be of the original image"
-            )
-    try:
-        mask = to_rle(segmentation, size)
-        runs = rle_from_string(_bytes(mask["counts"])) if mask else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where}: `segmentation` cannot be read: {error}") from None
-    if runs is None:
-        raise ValueError(f"{where}: `segmentation` has no polygon of 3 points or more")
-    if (runs < 0).any() or runs.sum() != size[0] * size[1]:
-        raise ValueError(
-            f"{where}: `segmentation` has run lengths that do not cover the image's "
-            f"{size[0]} x {size[1]} pixels"
-        )
-    assert mask is not None
-    return mask
-
-
-def _bytes(counts: str | bytes) -> bytes:
-    return counts.encode("ascii") if isinstance(counts, str) else counts
-
-
-def _is_box(box: Any) -> bool:
-    return (
-        isinstance(box, list)
-        and len(box) == 4
-        and all(isinstance(v, int | float) and math.isfinite(v) for v in box)
-    )

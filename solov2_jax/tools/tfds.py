@@ -10,7 +10,6 @@ from the shards needs neither. Exit code 0: written; 2: an error.
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -19,10 +18,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
+from solov2_jax.data.annotations import AnnotationTable, read_instances
 from solov2_jax.data.coco import CocoDataset, load_coco
 from solov2_jax.data.records import PREFIX, SPLITS
-from solov2_jax.rle import segmentation_to_rle
+from solov2_jax.io import InputError
 from solov2_jax.tools.cli.plain import command
 
 NUMBER = "1.0.0"  # of the version: names the folder
@@ -39,12 +40,12 @@ def build(name: str, output: str, splits: dict[str, tuple[str, str]]) -> str:
       splits: "train" and "val" -> (image folder, instances json).
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise ValueError(
+        raise InputError(
             f"--name {name}: use lower-case letters, digits and underscores, a letter first."
         )
     folder = os.path.join(output, name, NUMBER)
     if os.path.exists(folder):
-        raise ValueError(f"{folder} exists; remove it or give another --name.")
+        raise InputError(f"{folder} exists; remove it or give another --name.")
     data = {"train": load_coco(*splits["train"])}
     categories = dict(zip(data["train"].category_ids, data["train"].class_names, strict=True))
     data["val"] = load_coco(*splits["val"], categories=categories)
@@ -62,7 +63,7 @@ def _builder(title: str, output: str, data: dict[str, CocoDataset]) -> Any:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise ValueError(
+        raise InputError(
             f"tensorflow-datasets cannot be imported ({error}); install it by "
             'pip install "solov2_jax[tfds]".'
         ) from None
@@ -90,8 +91,9 @@ def _builder(title: str, output: str, data: dict[str, CocoDataset]) -> Any:
             return core.DatasetInfo(
                 builder=self,
                 description="Images with instance masks. `bbox` is x, y, width, height "
-                "in pixels; `mask` is COCO's compressed run lengths at the image's "
-                "size, empty where none was annotated.",
+                "in pixels, 0 where none was annotated; `mask` is COCO's compressed run "
+                "lengths at the image's size, likewise empty. Ids that do not fit are "
+                "replaced by places.",
                 features=features.FeaturesDict(
                     {
                         "image": features.Image(shape=(None, None, 3)),
@@ -118,41 +120,43 @@ def _builder(title: str, output: str, data: dict[str, CocoDataset]) -> Any:
 
 def examples(dataset: CocoDataset) -> Iterator[dict[str, Any]]:
     """Yields an example per image, in the json's order, crowds included."""
-    with open(dataset.annotation_file, encoding="utf-8") as file:
-        records = json.load(file)["annotations"]
-    by_image: dict[int, list[dict[str, Any]]] = {}
-    for record in records:
-        by_image.setdefault(int(record["image_id"]), []).append(record)
-    labels = {c: k for k, c in enumerate(dataset.category_ids)}
-    for i, image_id in enumerate(dataset.image_ids.tolist()):
-        height, width = int(dataset.heights[i]), int(dataset.widths[i])
-        objects = [
-            _object(record, (height, width), labels, number)
-            for number, record in enumerate(by_image.get(image_id, []))
-        ]
+    table = read_instances(dataset.annotation_file)
+    ids = table.ids if table.ids.dtype.kind == "i" else np.arange(len(table.ids))
+    category_ids = list(table.categories)
+    if not all(abs(c) < 2**63 for c in category_ids):
+        category_ids = list(range(len(category_ids)))
+    by_image = np.split(np.argsort(table.image, kind="stable"), _ends(table))
+    for i, image_id in enumerate(table.batch_ids().tolist()):
+        size = table.size(i)
+        objects = []
+        for row in by_image[i].tolist():
+            mask = table.segmentations.rle(row, size) if table.has_mask[row] else None
+            area = coco_mask.area(mask) if mask else 0  # pyright: ignore
+            label = int(table.label[row])
+            objects.append(
+                {
+                    "id": ids[row],
+                    "label": label,
+                    "category_id": category_ids[label],
+                    "bbox": np.nan_to_num(table.boxes[row]),
+                    "area": float(area if np.isnan(table.areas[row]) else table.areas[row]),
+                    "is_crowd": bool(table.crowd[row]),
+                    "mask": mask["counts"].decode() if mask else "",
+                }
+            )
         yield {
             "image": dataset.path(i),
-            "image/file_name": str(dataset.file_names[i]),
+            "image/file_name": table.file_names[i],
             "image/id": image_id,
-            "image/height": height,
-            "image/width": width,
+            "image/height": size[0],
+            "image/width": size[1],
             "objects": objects,
         }
 
 
-def _object(
-    record: dict[str, Any], size: tuple[int, int], labels: dict[int, int], number: int
-) -> dict[str, Any]:
-    runs = segmentation_to_rle(record.get("segmentation"), size)
-    return {
-        "id": int(record.get("id", number)),
-        "label": labels[record["category_id"]],
-        "category_id": int(record["category_id"]),
-        "bbox": np.array(record.get("bbox") or [0, 0, 0, 0], np.float64),
-        "area": float(record.get("area", 0)),
-        "is_crowd": bool(record.get("iscrowd", 0)),
-        "mask": runs,
-    }
+def _ends(table: AnnotationTable) -> np.ndarray:
+    """Returns where the annotations of each image but the last end, sorted by image."""
+    return np.cumsum(np.bincount(table.image, minlength=len(table.image_ids)))[:-1]
 
 
 def parser() -> argparse.ArgumentParser:

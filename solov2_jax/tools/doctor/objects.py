@@ -107,8 +107,11 @@ def class_findings(train: CocoDataset, val: CocoDataset | None) -> list[Finding]
     number = class_counts(train)
     names = np.array(train.class_names)
     findings: list[Finding] = []
+    crowds = train.crowd_warning()
     if not number.sum():
-        return found(ERROR, "no object to train on")
+        return found(ERROR, f"no object to train on{crowds and ': '}{crowds}")
+    if crowds:
+        findings += found(WARNING, crowds)
     shared, count = np.unique(names, return_counts=True)
     if (several := shared[count > 1]).size:
         text = f"{len(several)} names stand for several categories"

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from solov2_jax.data.coco import CocoDataset
-from solov2_jax.data.images import read_sized
+from solov2_jax.data.images import open_sized
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.tools.multiview.tiling import PicturePredictor
 
@@ -39,7 +39,7 @@ class FullResolutionBatches:
         data = self._dataset
         for i in self._chosen:
             size = int(data.heights[i]), int(data.widths[i])
-            image = read_sized(data.path(i), *size, data.annotation_file)
+            image = np.asarray(open_sized(data.path(i), *size, data.annotation_file))
             ids = np.array([data.image_ids[i]], np.int64)
             yield {"image": image[None], "image_id": ids}
 

@@ -84,6 +84,33 @@ def write_shapes(root: str, settings: ShapesSettings) -> str:
     return final
 
 
+def data_files(config: Any) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Returns (image folder, json) of both splits of `config.data.generated`, written
+    first if it is not there: the provider "shapes" of `data.name`."""
+    generated = config.data.generated
+    height, width = generated.image_size
+    folder = write_shapes(
+        generated.root,
+        ShapesSettings(
+            num_train=generated.num_train,
+            num_val=generated.num_val,
+            height=height,
+            width=width,
+            seed=generated.seed,
+            classes=tuple(generated.classes),
+            color_cue=generated.color_cue,
+            max_objects=generated.max_objects,
+            min_radius=generated.min_radius,
+            max_radius=generated.max_radius,
+        ),
+    )
+    train, val = (
+        (os.path.join(folder, split), os.path.join(folder, f"instances_{split}.json"))
+        for split in ("train", "val")
+    )
+    return train, val
+
+
 def _check(settings: ShapesSettings) -> None:
     if min(settings.num_train, settings.num_val) < 1:
         raise ValueError(
