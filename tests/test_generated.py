@@ -13,6 +13,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from configs import quickstart
+from solov2_jax.config import load_config, save_config
 from solov2_jax.data import build
 from solov2_jax.data.coco import load_coco
 from solov2_jax.tools.synthetic import shapes
@@ -161,3 +162,42 @@ def test_from_a_config(tmp_path):
     batches = list(build.build_train_batches(config, train))
     assert [b["image"].shape for b in batches] == [(2, 128, 128, 3)] * 2
     assert len(val) == 2
+
+
+def own_files(config):
+    """A user's provider, as an import path names it."""
+    folder = config.user.folder
+    return (folder, "train.json"), (folder, "val.json")
+
+
+def test_data_of_a_users_own_provider(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from configs import base\n"
+        "def get_config():\n"
+        "    config = base.get_config()\n"
+        "    config.data.providers.mine = 'test_generated:own_files'\n"
+        "    config.data.name = 'mine'\n"
+        "    config.user.folder = 'photos'\n"
+        "    return config\n"
+    )
+    config = load_config(str(file))
+    assert build.data_files(config) == (("photos", "train.json"), ("photos", "val.json"))
+    save_config(config, tmp_path / "config.json")
+    again = load_config(str(tmp_path / "config.json"), ["--config.user.folder=x"])
+    assert build.data_files(again)[0] == ("x", "train.json")
+    wrong = ["--config.data.providers.mine=nowhere:files"]
+    with pytest.raises(ValueError, match="data.providers.mine: 'nowhere:files' cannot be imp"):
+        build.data_files(load_config(str(file), wrong))
+    with pytest.raises(ValueError, match="data.name = 'yours' must be one of '', a name in"):
+        load_config(str(file), ["--config.data.name=yours"])
+
+
+def test_a_config_from_before_the_providers_still_names_the_shapes(tmp_path):
+    config = quickstart.get_config()
+    values = config.to_dict()
+    del values["data"]["providers"]
+    values["data"]["generated"] |= {"num_train": 2, "num_val": 1, "root": str(tmp_path / "s")}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (images, path), _ = build.data_files(load_config(str(tmp_path / "config.json")))
+    assert len(load_coco(images, path)) == 2
