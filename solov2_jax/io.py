@@ -26,11 +26,14 @@ class InputError(ValueError):
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[pathlib.Path]:
+def atomic_path(path: Path, sync: bool = True) -> Iterator[pathlib.Path]:
     """Yields a temporary path in the same folder, which replaces `path` at the end.
 
     A kill or an error leaves the old file as it was; after an error the temporary file
     is deleted. The contents reach the disk before the name does.
+
+    Args:
+      sync: wait for the disk; without, a power cut (not a kill) may lose the contents.
 
     Raises:
       OSError: naming `path`, where the folder cannot be written to.
@@ -45,8 +48,9 @@ def atomic_path(path: Path) -> Iterator[pathlib.Path]:
     temporary = pathlib.Path(name)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        if sync:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp keeps others out
         os.replace(temporary, target)
     except BaseException:
@@ -121,6 +125,14 @@ def read_json(path: Path, kind: str, fix: str = "") -> Any:
     """
     with reading(path, kind, fix):
         return json.loads(pathlib.Path(path).read_bytes().decode("utf-8-sig"))
+
+
+def printable(text: str) -> str:
+    """Returns text on one line without what a terminal would obey: control characters.
+
+    For whatever others wrote (names of files, answers of servers) before it is printed.
+    """
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())
 
 
 def import_object(path: str, key: str) -> Any:

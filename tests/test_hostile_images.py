@@ -1,8 +1,10 @@
 """Files that others made or broke: refused with a reason, or read, in little memory."""
 
+import itertools
 import json
 import os
 import re
+import socket
 import struct
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from PIL import Image, PngImagePlugin
 
 from solov2_jax.data.images import read_header, read_image
 from solov2_jax.tools.predict.sources import Names, VideoFile, open_sources
-from solov2_jax.tools.predict.video import VideoReader, VideoWriter
+from solov2_jax.tools.predict.video import CODECS, VideoReader, VideoWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 RED = (250, 10, 10)
@@ -148,7 +150,7 @@ def test_colours_survive_odd_modes(tmp_path):
     assert abs(turned - np.rot90(upright, -1)).mean() < 3
 
 
-def test_an_animation_is_its_first_frame_in_a_folder_and_a_video_alone(tmp_path):
+def test_every_frame_of_an_animation_is_read_in_a_folder_and_alone(tmp_path):
     frames = [Image.new("RGB", (8, 6), (i * 40, 0, 0)) for i in range(4)]
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -156,9 +158,10 @@ def test_an_animation_is_its_first_frame_in_a_folder_and_a_video_alone(tmp_path)
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=200)
     frames[1].save(folder / "b.png")
     options = {"scratch": "", "threads": 1, "limit": 0, "every": 1}
-    (images,) = open_sources(str(folder), **options)
+    images, video = open_sources(str(folder), **options)
     read = [call() for call in images.calls()]
-    assert [frame.image[0, 0, 0] for frame in read if frame] == [0, 40]
+    assert [frame.image[0, 0, 0] for frame in read if frame] == [40]
+    assert read_all(video) == [0, 40, 80, 120]
     (video,) = open_sources(str(tmp_path / "a.gif"), **options)
     assert isinstance(video, VideoFile) and video.fps == 5
     assert read_all(video) == [0, 40, 80, 120]
@@ -176,8 +179,113 @@ def read_all(video):
 
 def test_a_folder_without_images(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing to see")
-    with pytest.raises(ValueError, match="no image in this folder; names must end in"):
+    with pytest.raises(ValueError, match="no image in this folder; names must end as images"):
         open_sources(str(tmp_path), "", threads=1, limit=0, every=1)
+
+
+def problem_of(path):
+    """Returns how many frames a source gives and what it says is wrong."""
+    (source,) = open_sources(str(path), "", threads=1, limit=0, every=1)
+    frames = list(itertools.takewhile(lambda f: f is not None, (c() for c in source.calls())))
+    return sum(not f.problem for f in frames), "".join(f.problem for f in frames)
+
+
+def test_times_and_pauses_are_kept(tmp_path):
+    times = [0.0, 0.1, 0.2, 2.2, 2.3, 2.4]
+    writer = VideoWriter(str(tmp_path / "pause"), 10.0)
+    for seconds in times:
+        writer.write(np.zeros((32, 48, 3), np.uint8), seconds)
+    written = [seconds for _, seconds in VideoReader(writer.close()).frames()]
+    assert written == pytest.approx(times, abs=1e-3)
+    frames = [Image.new("RGB", (8, 6), (i * 40, 0, 0)) for i in range(6)]
+    pauses = [100, 100, 2000, 100, 100, 100]
+    for suffix in (".gif", ".png", ".webp"):
+        path = tmp_path / f"a{suffix}"
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=pauses)
+        (video,) = open_sources(str(path), "", threads=1, limit=0, every=1)
+        assert [s for _, s in video.reader.frames()] == pytest.approx(times), suffix
+
+
+def test_every_page_of_a_stack_is_read_and_a_cut_one_is_told(tmp_path):
+    pages = [Image.new("RGB", (200, 160 + i), (i * 40, 0, 0)) for i in range(5)]
+    path = tmp_path / "stack.tif"
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+    (stack,) = open_sources(str(path), "", threads=1, limit=0, every=1)
+    frames = list(itertools.takewhile(lambda f: f is not None, (c() for c in stack.calls())))
+    assert [f.image.shape[0] for f in frames] == [160, 161, 162, 163, 164]
+    assert [f.image[0, 0, 0] for f in frames] == [0, 40, 80, 120, 160]
+    assert not stack.makes_video and frames[0].seconds is None
+    assert problem_of(path) == (5, "")
+    data = bytearray(path.read_bytes())
+    (tmp_path / "cut.tif").write_bytes(data[: len(data) * 7 // 10])
+    number, problem = problem_of(tmp_path / "cut.tif")
+    assert 1 <= number < 5 and "cut.tif" in problem
+
+
+@pytest.mark.parametrize("codec", ["mjpeg", "mpeg4", "libvpx-vp9"])
+def test_half_a_video_is_counted(tmp_path, codec):
+    rng = np.random.default_rng(0)
+    codecs = [c for c in CODECS if c[0] == codec]
+    writer = VideoWriter(str(tmp_path / "whole"), 10.0, codecs)
+    for i in range(60):  # with a pause, which is no damage
+        image = rng.integers(0, 255, (64, 64, 3), np.uint8)
+        writer.write(image, i / 10 if i < 30 else i / 10 + 2)
+    path = Path(writer.close())
+    assert problem_of(path) == (60, "")
+    data = path.read_bytes()
+    half = path.with_stem("half")
+    half.write_bytes(data[: len(data) // 2])
+    if codec == "mpeg4":  # its table of frames stands at the end
+        with pytest.raises(ValueError, match="half.mp4"):
+            problem_of(half)
+        return
+    number, problem = problem_of(half)
+    assert 20 < number < 40 and re.search(rf"{number} of \d\d frames were read", problem)
+
+
+def test_a_video_that_is_a_script_opens_nothing(tmp_path):
+    writer = VideoWriter(str(tmp_path / "secret"), 10.0)
+    writer.write(np.zeros((32, 32, 3), np.uint8))
+    secret = writer.close()
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{secret}\n#EXT-X-ENDLIST\n"
+    for name, script in (
+        ("concat.mp4", "ffconcat version 1.0\nfile 'secret.mp4'\n"),
+        ("list.mp4", playlist),
+        ("list.ts", playlist),
+        ("sdp.mkv", "v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\n"),
+    ):
+        (tmp_path / name).write_text(script)
+        with pytest.raises(ValueError, match=f"{name}: is not a video"):
+            VideoReader(str(tmp_path / name))
+
+
+def test_a_name_like_a_camera_or_an_address_is_a_file_where_one_is(tmp_path, monkeypatch):
+    writer = VideoWriter(str(tmp_path / "a"), 10.0)
+    writer.write(np.zeros((32, 32, 3), np.uint8))
+    os.rename(writer.close(), tmp_path / "12:30.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert problem_of("12:30.mp4") == (1, "")
+    Image.new("RGB", (8, 6)).save("camera:0", "PNG")
+    assert problem_of("camera:0") == (1, "")
+
+
+def test_what_never_ends_is_not_read(tmp_path):
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    os.mkfifo(tmp_path / "c.mp4")
+    (tmp_path / "d.jpg").symlink_to("/dev/zero")
+    (tmp_path / "e.png").symlink_to("nowhere")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(tmp_path / "f.png"))
+    for text in (str(tmp_path), str(tmp_path / "*.*")):
+        sources = open_sources(text, "", threads=1, limit=0, every=1)
+        frames = [call() for source in sources for call in source.calls()]
+        problems = [f.problem for f in frames if f and f.problem]
+        assert len(frames) == 6 and len(problems) == 5
+        for kind in ("a FIFO", "a device", "No such file", "a socket"):
+            assert any(kind in problem for problem in problems), kind
+    with pytest.raises(ValueError, match="c.mp4: is a FIFO"):
+        open_sources(str(tmp_path / "c.mp4"), "", threads=1, limit=0, every=1)
 
 
 def test_bad_videos_are_refused(tmp_path):

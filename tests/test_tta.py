@@ -37,6 +37,8 @@ class Channels(Predictor):
         self.class_names, self.category_ids = ("x", "y", "z"), (1, 2, 3)
         self.shapes = []
 
+    def report_limits(self, detections, index): ...
+
     def detect(self, batch):
         images = np.asarray(batch["image"], np.float32) / 255
         self.shapes.append(images.shape)

@@ -8,6 +8,7 @@ bounded whatever the image shows.
 
 import copy
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -77,6 +78,9 @@ class Predictor:
         self._ready = transform_kernels(placed) if transform_kernels else placed
         mean, std = input_options.mean, input_options.std
         self._detect = compile_detect(model, mean, std, detect_options)
+        # From this score on, detections that a limit cuts are told of; see `report_limits`.
+        self.limit_score = math.inf
+        self._reported_limits: set[str] = set()
 
     @classmethod
     def from_workdir(
@@ -197,6 +201,8 @@ class Predictor:
         image_size = np.asarray(batch["image_size"], np.int32)
         detections = self.detect(batch)
         original = np.asarray(batch["original_size"], np.int32)
+        for i in np.flatnonzero(np.asarray(batch["image_id"]) != -1).tolist():
+            self.report_limits(detections, i)
         return [
             self.paste(
                 detections,
@@ -215,6 +221,33 @@ class Predictor:
         """Returns the detections of a batch's images, on the device."""
         image_size = np.asarray(batch["image_size"], np.int32)
         return self._detect(self._ready, batch["image"], image_size)
+
+    def report_limits(self, detections: Detections, index: int) -> None:
+        """Logs the limits that image `index` reaches, each once, with the key to raise.
+
+        The number of detections counts only where the weakest has `limit_score` or more:
+        then others that would be shown were cut.
+        """
+        if self.limit_score == math.inf:
+            return
+        fields = (detections.scores, detections.valid, detections.num_candidates)
+        scores, valid, num_candidates = (field[index] for field in jax.device_get(fields))
+        options = self.options
+        reached = {
+            "test.max_per_image": valid.all() and scores[-1] >= self.limit_score,
+            "test.nms_pre": num_candidates > options.nms_pre,
+            "test.max_candidates": num_candidates > options.max_candidates,
+        }
+        for key, is_reached in reached.items():
+            if is_reached and key not in self._reported_limits:
+                self._reported_limits.add(key)
+                limit = getattr(options, key.removeprefix("test."))
+                log.warning(
+                    "objects may be missing: an image reaches %s (%d); raise it by --config.%s=N",
+                    key,
+                    limit,
+                    key,
+                )
 
     @staticmethod
     def paste(

@@ -18,6 +18,7 @@ from absl import logging as absl_logging
 
 from solov2_jax import logging as session
 from solov2_jax.config import split_overrides
+from solov2_jax.io import printable
 
 if TYPE_CHECKING:
     from solov2_jax.distributed import Joining
@@ -129,7 +130,7 @@ def _run_joined(
 
 def _fail(error: BaseException) -> NoReturn:
     sys.stdout.flush()
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 

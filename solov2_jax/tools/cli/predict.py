@@ -14,10 +14,16 @@ from the images, which many images want. `--tile 512` cuts large images into ove
 tiles, `--tta flip,0.8,1,1.25` averages several views. `--score 0` keeps every detection
 that the network's own thresholds (`--config.test.*`) let through.
 
-Exit code 0: done; 2: an error that the one line `error: ...` explains, also when only
-some of the images could not be read: the others are done then.
+Files of others in the output folder are never replaced or deleted without --overwrite.
+SIGINT (Ctrl-C) and SIGTERM end the reading; what was read is finished and written.
+
+Exit code 0: done; 1: some images, frames or pages could not be read or written, which the
+line `error: ...` names, and the others are done; 2: an error, nothing was predicted;
+130 and 143: ended by SIGINT or SIGTERM (a camera that is ended by Ctrl-C: 0).
 """
 
+import signal
+import sys
 import tempfile
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +83,22 @@ _FRAMES = flags.DEFINE_integer(
 _EVERY = flags.DEFINE_integer(
     "every", 1, "Of a video or camera: the first of every so many.", lower_bound=1
 )
+_OVERWRITE = flags.DEFINE_bool(
+    "overwrite", False, "Replace files in the output folder that this command did not write."
+)
+_MAX_PIXELS = flags.DEFINE_integer(
+    "max_pixels",
+    None,
+    "Most pixels of an image or a video's frame; raise it for large images that you trust, "
+    "with --tile. Default: Pillow's limit, 89 million.",
+    lower_bound=1,
+)
+_DOWNLOAD_MB = flags.DEFINE_float(
+    "download_mb", 1000.0, "Most megabytes of a file at an address.", lower_bound=0.001
+)
+_DOWNLOAD_SECONDS = flags.DEFINE_float(
+    "download_seconds", 600.0, "Most seconds to fetch a file at an address.", lower_bound=0.01
+)
 _READERS = flags.DEFINE_integer("readers", 2, "Threads that read and resize images.", lower_bound=1)
 
 
@@ -103,16 +125,24 @@ def build_views(predictor: "Predictor", sources: "list[Source]") -> Any:
     return build_views(predictor, tta, tiles)
 
 
-def predict(overrides: list[str], scratch: str) -> "Summary":
-    """Predicts as the flags say.
+def predict(overrides: list[str], scratch: str) -> "tuple[Summary, bool]":
+    """Predicts as the flags say; also returns whether the input was a camera or stream.
 
     Args:
       scratch: folder for what is downloaded.
     """
-    from solov2_jax.tools.predict.files import FileOptions, check_files, predict_files
+    from PIL import Image
+
+    from solov2_jax.data import images
+    from solov2_jax.tools.predict.download import DownloadLimits
     from solov2_jax.tools.predict.filter import DetectionFilter, parse_classes
-    from solov2_jax.tools.predict.outputs import Style, parse_formats
-    from solov2_jax.tools.predict.sources import open_sources
+    from solov2_jax.tools.predict.output_folder import OutputFolder
+    from solov2_jax.tools.predict.outputs import Style, check_outputs, parse_formats
+    from solov2_jax.tools.predict.predict_files import FileOptions, predict_files
+    from solov2_jax.tools.predict.sources import is_live, open_sources
+
+    if _MAX_PIXELS.value is not None:
+        images.max_pixels = Image.MAX_IMAGE_PIXELS = _MAX_PIXELS.value
 
     color_by = _COLOR_BY.value or ("track" if _TRACK.value else "object")
     options = FileOptions(
@@ -121,6 +151,7 @@ def predict(overrides: list[str], scratch: str) -> "Summary":
         Style(color_by, not _HIDE_LABELS.value),
         _BATCH_SIZE.value,
         _TRACK.value,
+        _OVERWRITE.value,
     )
     view_options()  # raises now instead of after a compilation, as do the next ones
     sources = open_sources(
@@ -128,13 +159,16 @@ def predict(overrides: list[str], scratch: str) -> "Summary":
         threads=_READERS.value,
         limit=_FRAMES.value,
         every=_EVERY.value,
+        download=DownloadLimits(round(_DOWNLOAD_MB.value * 1e6), _DOWNLOAD_SECONDS.value),
     )
-    check_files(sources, _OUTPUT.value)
+    check_outputs(sources, OutputFolder(_OUTPUT.value, _OVERWRITE.value), options.formats)
     predictor = load_predictor(overrides)
     classes = parse_classes(_CLASSES.value, predictor.class_names, predictor.category_ids)
     options = options.with_classes(classes)
-    looking = build_views(predictor, sources)
-    return predict_files(looking, sources, _OUTPUT.value, options)
+    predictor.limit_score = _SCORE.value
+    multiview = build_views(predictor, sources)
+    summary = predict_files(multiview, sources, _OUTPUT.value, options)
+    return summary, is_live(_INPUT.value)
 
 
 def main(overrides: list[str]) -> None:
@@ -142,8 +176,21 @@ def main(overrides: list[str]) -> None:
     given = tuple(bool(f.value) for f in (_WORKDIR, _CONFIG, _WEIGHTS))
     if given not in ((True, False, False), (False, True, True)):
         raise ValueError("give either --workdir, or --config and --weights together")
+    # Until predicting has handlers of its own: end, but delete what was downloaded.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory() as scratch:
-        predict(overrides, scratch).report(_OUTPUT.value)
+        try:
+            summary, live = predict(overrides, scratch)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
+        problems = summary.report(_OUTPUT.value)
+    if problems:
+        sys.stdout.flush()
+        print(f"error: {problems}", file=sys.stderr, flush=True)
+    if summary.stopped and not (live and summary.stopped == signal.SIGINT):
+        sys.exit(128 + summary.stopped)
+    if problems:
+        sys.exit(1)
 
 
 def run() -> None:

@@ -79,6 +79,8 @@ class AugmentedPredictor:
             examples = [make_example(picture, 0, options) for picture in pictures]
             batch = {key: np.stack([e[key] for e in examples]) for key in examples[0]}
             found.append(self.predictor.detect(batch))
+            for row in range(len(pictures)):
+                self.predictor.report_limits(found[-1], row)
             sizes.append(examples[0]["image_size"])
         largest = int(np.argmax([s.prod() for s in sizes]))
         cells = jnp.asarray(-(-sizes[largest] // 4))

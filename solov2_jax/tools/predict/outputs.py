@@ -14,7 +14,6 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,24 @@ from PIL import Image
 
 from solov2_jax.inference.draw import draw_prediction
 from solov2_jax.inference.prediction import Prediction
+from solov2_jax.io import InputError
+from solov2_jax.tools.predict.output_folder import (
+    PARTIAL,
+    RECOVERED,
+    RESULTS,
+    OutputFolder,
+    matching_files,
+)
 from solov2_jax.tools.predict.polygons import join_rings, mask_polygons
-from solov2_jax.tools.predict.sources import Frame
+from solov2_jax.tools.predict.sources import Frame, ImageFiles, Source, VideoFile
+from solov2_jax.tools.predict.video import CODECS
 
 FORMATS = ("overlay", "coco", "masks", "cutouts", "yolo", "labelme")
 JPEG_QUALITY = 92
-JPEGS = (".jpg", ".jpeg")
+JPEGS = (".jpg", ".jpeg", ".jfif")
+OBJECT_FILE = r"\d{3,}_.*\.png"  # of masks and cutouts
+# Where labels go: folders, and the end of the name.
+LABEL_FILES = {"yolo": ("yolo", "labels", ".txt"), "labelme": ("labelme", ".json")}
 
 
 @dataclass(frozen=True)
@@ -50,17 +61,65 @@ def parse_formats(words: Iterable[str]) -> tuple[str, ...]:
     return formats
 
 
-def check_output(output: str, inputs: Iterable[str], overlays: Iterable[str]) -> None:
-    """Raises if the folder is a file, or an overlay would replace an input."""
-    if os.path.exists(output) and not os.path.isdir(output):
-        raise ValueError(f"--output {output}: is a file; give a folder")
-    taken = {os.path.realpath(path) for path in inputs}
-    for overlay in overlays:
-        if os.path.realpath(overlay) in taken:
-            raise ValueError(
-                f"--output {output}: the picture {os.path.basename(overlay)} would "
-                "overwrite an input; choose another folder"
+def check_outputs(sources: Sequence[Source], folder: OutputFolder, formats: Sequence[str]) -> None:
+    """Raises if an output cannot be written, or would replace an input or a user's file."""
+    if os.path.exists(folder.path) and not os.path.isdir(folder.path):
+        raise InputError(f"--output {folder.path}: is a file; give a folder")
+    names = [RESULTS, PARTIAL, RECOVERED] if "coco" in formats else []
+    names += ["yolo/data.yaml", "yolo/classes.txt"] if "yolo" in formats else []
+    paths = [os.path.join(folder.path, *name.split("/")) for name in names]
+    for source in sources:
+        paths += planned_files(source, folder.path, formats)
+    inputs = {os.path.realpath(path) for source in sources for path in source.paths}
+    for path in paths:
+        if os.path.realpath(path) in inputs:
+            raise InputError(
+                f"--output {folder.path}: {os.path.basename(path)} would overwrite an input; "
+                "choose another folder"
             )
+    folder.check(paths)
+
+
+def planned_files(source: Source, output: str, formats: Sequence[str]) -> list[str]:
+    """Returns the paths that a source's outputs may be written to.
+
+    Names that are known only later (a video's frames, an object's mask) are those that
+    exist and look like one.
+    """
+    paths, patterns = [], []  # patterns: (folder, regular expression)
+    if isinstance(source, ImageFiles):
+        stems = list(zip(source.names, source.paths, strict=True))
+        frames = not source.stays
+    elif isinstance(source, VideoFile):
+        base = os.path.join(output, source.name)
+        if "overlay" in formats and source.makes_video:
+            paths += [base + suffix for suffix in sorted({suffix for _, suffix, _ in CODECS})]
+        elif "overlay" in formats:
+            patterns.append((output, re.escape(source.name) + r"_\d{6,}\.png"))
+        stems, frames = [], True
+    else:
+        return []
+    for name, path in stems:
+        paths += [overlay_path(output, name, path)] if "overlay" in formats else []
+        paths += [os.path.join(output, "frames", f"{name}.jpg")] if frames else []
+    for kind, parts in LABEL_FILES.items():
+        if kind not in formats:
+            continue
+        where = os.path.join(output, *parts[:-1])
+        paths += [os.path.join(where, name + parts[-1]) for name, _ in stems]
+        if not stems:
+            pattern = re.escape(source.name) + r"_\d{6,}"
+            patterns.append((where, pattern + re.escape(parts[-1])))
+            patterns.append((os.path.join(output, "frames"), pattern + r"\.jpg"))
+    for kind in {"masks", "cutouts"} & set(formats):
+        folders = [os.path.join(output, kind, name) for name, _ in stems]
+        if not stems:
+            pattern = re.escape(source.name) + r"_\d{6,}"
+            folders = matching_files(os.path.join(output, kind), pattern)
+        patterns += [(folder, OBJECT_FILE) for folder in folders]
+    for where, pattern in patterns:
+        paths += matching_files(where, pattern)
+    return paths
 
 
 def overlay_path(output: str, name: str, path: str) -> str:
@@ -73,68 +132,62 @@ class OutputFiles:
     """Writes the formats but "coco", which is one file of all pictures.
 
     Args:
+      folder: where to; a path is an `OutputFolder` that overwrites nothing.
       formats: of FORMATS.
       class_names: of all labels.
     """
 
     def __init__(
         self,
-        output: str,
+        folder: OutputFolder | str,
         formats: Sequence[str],
         class_names: Sequence[str],
         style: Style,
     ):
-        self.output, self.formats = output, tuple(formats)
+        self.folder = OutputFolder(folder) if isinstance(folder, str) else folder
+        self.formats = tuple(formats)
         self.class_names, self.style = tuple(class_names), style
-        os.makedirs(output, exist_ok=True)
         if "yolo" in self.formats:
             self._write_yolo_classes()
 
     def write(self, frame: Frame, prediction: Prediction) -> np.ndarray | None:
         """Writes a picture's files; returns the overlay of a video's frame."""
         assert frame.image is not None
-        video = frame.index is not None
-        shown = None
+        overlay = None
         if "overlay" in self.formats:
-            picture = draw_prediction(
+            overlay = draw_prediction(
                 frame.image,
                 prediction,
                 self.class_names,
                 self.style.color_by,
                 self.style.labels,
             )
-            if video:
-                shown = picture
-            else:
-                save(picture, overlay_path(self.output, frame.name, frame.path))
+            if not frame.in_video:
+                self._save(overlay, overlay_path(self.folder.path, frame.name, frame.path))
+                overlay = None
         source = frame.path
         if not frame.stays and {"yolo", "labelme"} & set(self.formats):
             source = self._path("frames", f"{frame.name}.jpg")
-            save(frame.image, source)
-        if "masks" in self.formats:
-            self._write_objects("masks", frame, prediction)
-        if "cutouts" in self.formats:
-            self._write_objects("cutouts", frame, prediction)
+            self._save(frame.image, source)
+        for kind in ("masks", "cutouts"):
+            if kind in self.formats:
+                self._write_objects(kind, frame, prediction)
         if "yolo" in self.formats:
-            text = yolo_lines(prediction)
-            write_text(text, self._path("yolo", "labels", f"{frame.name}.txt"))
+            path = self._path("yolo", "labels", f"{frame.name}.txt")
+            self._write_text(yolo_lines(prediction), path)
         if "labelme" in self.formats:
             path = self._path("labelme", f"{frame.name}.json")
             image_path = os.path.relpath(source, os.path.dirname(path))
             content = labelme_content(prediction, self.class_names, image_path)
-            write_text(json.dumps(content, indent=1), path)
-        return shown
+            self._write_text(json.dumps(content, indent=1), path)
+        return overlay
 
     def _path(self, *parts: str) -> str:
-        path = os.path.join(self.output, *parts)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        return path
+        return os.path.join(self.folder.path, *parts)
 
     def _write_objects(self, kind: str, frame: Frame, prediction: Prediction) -> None:
-        folder = Path(self._path(kind, frame.name, "."))
-        for old in folder.glob("*.png"):
-            if re.fullmatch(r"\d{3,}_.*\.png", old.name):
-                old.unlink()  # of a run that found more
+        where = self._path(kind, frame.name)
+        self.folder.remove_ours(where, OBJECT_FILE)  # of a run that found more
         assert frame.image is not None
         for i, label in enumerate(prediction.labels.tolist()):
             window, mask = prediction.crop(i)
@@ -145,13 +198,22 @@ class OutputFiles:
                 alpha = (mask * np.uint8(255))[..., None]
                 picture = np.concatenate([frame.image[window], alpha], axis=2)
             name = f"{i:03d}_{file_word(self.class_names[label])}.png"
-            save(picture, str(folder / name))
+            self._save(picture, os.path.join(where, name))
 
     def _write_yolo_classes(self) -> None:
         lines = [f"  {i}: {json.dumps(name)}" for i, name in enumerate(self.class_names)]
-        text = "\n".join(["names:", *lines, ""])
-        write_text(text, self._path("yolo", "data.yaml"))
-        write_text("\n".join([*self.class_names, ""]), self._path("yolo", "classes.txt"))
+        self._write_text("\n".join(["names:", *lines, ""]), self._path("yolo", "data.yaml"))
+        names = [" ".join(name.split()) for name in self.class_names]  # one line each
+        self._write_text("\n".join([*names, ""]), self._path("yolo", "classes.txt"))
+
+    def _save(self, picture: np.ndarray, path: str) -> None:
+        file_format = "JPEG" if path.endswith(".jpg") else "PNG"
+        with self.folder.replacing(path) as temporary:
+            Image.fromarray(picture).save(temporary, file_format, quality=JPEG_QUALITY)
+
+    def _write_text(self, text: str, path: str) -> None:
+        with self.folder.replacing(path) as temporary:
+            temporary.write_text(text, "utf-8")
 
 
 def file_word(name: str) -> str:
@@ -214,19 +276,3 @@ def object_polygons(prediction: Prediction, index: int) -> list[list[np.ndarray]
     """Returns an object's parts in the frame of the picture; see `mask_polygons`."""
     (rows, columns), mask = prediction.crop(index)
     return mask_polygons(mask, columns.start, rows.start)
-
-
-def save(picture: np.ndarray, path: str) -> None:
-    """Writes a picture, whole or not at all."""
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{os.getpid()}.{name}")
-    Image.fromarray(picture).save(temporary, quality=JPEG_QUALITY)
-    os.replace(temporary, path)
-
-
-def write_text(text: str, path: str) -> None:
-    """Writes a text file, whole or not at all."""
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{os.getpid()}.{name}")
-    Path(temporary).write_text(text, "utf-8")
-    os.replace(temporary, path)

@@ -13,15 +13,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.preprocess import make_batches
-from solov2_jax.tools.predict.clock import DeviceClock
 from solov2_jax.tools.predict.sources import Frame, Read
+from solov2_jax.tools.predict.utilization import DeviceUtilization
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,7 +43,9 @@ class StagedPredictor(Protocol):
 
     def detect(self, batch: Mapping[str, np.ndarray]) -> Any: ...
 
-    def paste(self, found: Any, index: int, *others: Any) -> Prediction: ...
+    def paste(self, detections: Any, index: int, *others: Any) -> Prediction: ...
+
+    def report_limits(self, detections: Any, index: int) -> None: ...
 
 
 @dataclass
@@ -56,7 +58,7 @@ class LoadedImage:
 
 
 @dataclass
-class DetectedBatch:
+class DetectedImage:
     """A picture whose batch the device has got."""
 
     picture: LoadedImage
@@ -98,7 +100,10 @@ def read_ahead(
             return None
         if staged is None or frame.image is None:
             return LoadedImage(number, frame)
-        return LoadedImage(number, frame, staged.preprocess(frame.image, number))
+        try:
+            return LoadedImage(number, frame, staged.preprocess(frame.image, number))
+        except ValueError as error:  # fits into none of the padded shapes
+            return LoadedImage(number, replace(frame, problem=f"{frame.path}: {error}"))
 
     for picture in ahead(pool, read, enumerate(calls, first), window):
         if picture is None:
@@ -111,7 +116,7 @@ def predict_ahead(
     predictor: Any,
     pictures: Iterable[LoadedImage],
     batch_size: int,
-    clock: DeviceClock,
+    utilization: DeviceUtilization,
 ) -> Iterator[tuple[LoadedImage, Prediction]]:
     """Yields the predictions, in order among pictures of one padded shape."""
     if not isinstance(predictor, StagedPredictor):
@@ -121,32 +126,33 @@ def predict_ahead(
             yield picture, prediction
         return
 
-    def paste(found: DetectedBatch) -> tuple[LoadedImage, Prediction]:
-        example = found.picture.example
+    def paste(detected: DetectedImage) -> tuple[LoadedImage, Prediction]:
+        example = detected.picture.example
         assert example is not None
-        with clock.busy():
+        with utilization.busy():
             prediction = predictor.paste(
-                found.detections,
-                found.row,
+                detected.detections,
+                detected.row,
                 example["image_size"],
                 example["original_size"],
                 predictor.mask_threshold,
-                found.picture.number,
+                detected.picture.number,
                 predictor.class_names,
             )
-        found.picture.example = None
-        return found.picture, prediction
+        predictor.report_limits(detected.detections, detected.row)
+        detected.picture.example = None
+        return detected.picture, prediction
 
-    found = detect(predictor, pictures, batch_size, clock)
-    yield from ahead(pool, paste, found, BATCHES_AHEAD * batch_size)
+    detected = detect(predictor, pictures, batch_size, utilization)
+    yield from ahead(pool, paste, detected, BATCHES_AHEAD * batch_size)
 
 
 def detect(
     predictor: StagedPredictor,
     pictures: Iterable[LoadedImage],
     batch_size: int,
-    clock: DeviceClock,
-) -> Iterator[DetectedBatch]:
+    utilization: DeviceUtilization,
+) -> Iterator[DetectedImage]:
     """Yields what the device was given, as soon as a padded shape has a batch."""
     waiting: dict[tuple[int, ...], list[LoadedImage]] = {}
     for picture in pictures:
@@ -157,24 +163,24 @@ def detect(
             if sum(map(len, waiting.values())) < SHAPES_AHEAD * batch_size:
                 continue
             shape = max(waiting, key=lambda key: len(waiting[key]))
-        yield from _detect(predictor, waiting.pop(shape), batch_size, clock)
+        yield from _detect(predictor, waiting.pop(shape), batch_size, utilization)
     for group in waiting.values():
-        yield from _detect(predictor, group, batch_size, clock)
+        yield from _detect(predictor, group, batch_size, utilization)
 
 
 def _detect(
     predictor: StagedPredictor,
     group: list[LoadedImage],
     batch_size: int,
-    clock: DeviceClock,
-) -> Iterator[DetectedBatch]:
+    utilization: DeviceUtilization,
+) -> Iterator[DetectedImage]:
     examples = [p.example for p in group if p.example is not None]
     (batch,) = make_batches(examples, batch_size)
     began = time.perf_counter()
     detections = predictor.detect(batch)
-    clock.watch(began, detections.scores)
+    utilization.watch(began, detections.scores)
     # Only the sizes are needed from here on.
     for row, picture in enumerate(group):
         small = {k: v for k, v in examples[row].items() if k != "image"}
         picture.example = small
-        yield DetectedBatch(picture, detections, row)
+        yield DetectedImage(picture, detections, row)

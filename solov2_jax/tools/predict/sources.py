@@ -4,30 +4,30 @@ A source gives calls that each read one frame, so that a pool of threads reads a
 several at a time from image files, one after the other from a video.
 """
 
+import fnmatch
 import glob
-import logging
 import os
+import re
+import stat
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from solov2_jax.data.images import read_image
-from solov2_jax.tools.predict.download import fetch
-from solov2_jax.tools.predict.video import VideoReader, is_animation
+from solov2_jax.data.images import image_suffixes, is_junk, read_image
+from solov2_jax.io import InputError
+from solov2_jax.tools.predict.download import DEFAULT_LIMITS, DownloadLimits, fetch, without_secrets
+from solov2_jax.tools.predict.video import PageReader, VideoReader, count_pages
 
-log = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif"),
-    *(".jp2", ".ppm", ".pgm"),
-)
 VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"),
     *(".flv", ".ts", ".3gp", ".ogv"),
 )
 CAMERA = "camera:"
+STREAMS = ("rtsp://", "rtsps://")
 ADDRESSES = ("http://", "https://")
+MAX_STEM = 180  # bytes of a file's name; what is added to it must fit into 255
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,11 @@ class Frame:
     file_name: str  # for the results: relative to the folder of all inputs
     path: str  # the file that the user gave
     image: np.ndarray | None = None  # RGB uint8 [H, W, 3]; None if it cannot be read
-    index: int | None = None  # place in its video
+    index: int | None = None  # place in its video or among its file's pages
     stays: bool = True  # the file is there after the run, and is this picture
     problem: str = ""
+    seconds: float | None = None  # since its video's first frame
+    in_video: bool = False  # its overlay goes into a video
 
 
 Read = Callable[[], Frame | None]
@@ -50,14 +52,14 @@ class ImageFiles:
     """Image files, read by several threads.
 
     Args:
-      stay: the files are there after the run.
+      stays: the files are there after the run.
     """
 
-    def __init__(self, paths: Sequence[str], threads: int, names: "Names", stay: bool = True):
-        self.paths, self.threads, self.stay = list(paths), threads, stay
+    def __init__(self, paths: Sequence[str], threads: int, names: "Names", stays: bool = True):
+        self.paths, self.threads, self.stays = list(paths), threads, stays
         folders = [os.path.dirname(os.path.abspath(path)) for path in paths]
         self.root = os.path.commonpath(folders)
-        self.names = [names.take(path) for path in paths]
+        self.names = [names.reserve(path) for path in paths]
 
     def total(self) -> int:
         """Returns how many images there are."""
@@ -71,29 +73,32 @@ class ImageFiles:
     def _read(self, path: str, name: str) -> Frame:
         file_name = os.path.relpath(path, self.root)
         try:
-            image = read_image(path)
-            return Frame(name, file_name, path, image, stays=self.stay)
+            return Frame(name, file_name, path, read_image(path), stays=self.stays)
         except ValueError as error:
             return Frame(name, file_name, path, problem=str(error))
 
 
 class VideoFile:
-    """A video, an animation or a camera; a call reads the next frame.
+    """A video, a camera, or an image file of several pages; a call reads the next frame.
 
     Args:
       limit: frames at most; 0: all.
       every: of so many frames, the first is taken.
+      pages: of an image file, see `count_pages`; 0: a video.
     """
 
     threads = 1  # frames follow from each other
 
-    def __init__(self, path: str, names: "Names", limit: int, every: int):
-        self.reader = VideoReader(path)
-        self.path, self.paths = path, [path]
+    def __init__(self, path: str, names: "Names", limit: int, every: int, pages: int | None = 0):
+        self.reader = VideoReader(path) if pages == 0 else PageReader(path, pages)
+        shown = without_secrets(path)
+        self.path, self.paths = shown, [path]
         self.limit, self.every = limit, every
         self.fps = self.reader.fps / every
-        self.name = names.take(path.replace(":", "_") if is_camera(path) else path)
-        self.file_name = path if is_camera(path) else os.path.basename(path)
+        self.makes_video = self.reader.has_times
+        live = is_live(path)
+        self.name = names.reserve(re.sub("[:@]", "_", shown) if live else path, frames=True)
+        self.file_name = shown if live else os.path.basename(path)
 
     def total(self) -> int | None:
         """Returns how many frames there are about, None if that is not known."""
@@ -110,13 +115,21 @@ class VideoFile:
     def _frames(self) -> Iterator[Frame]:
         index = -1
         try:
-            for index, image in enumerate(self.reader.frames()):
+            for index, (image, seconds) in enumerate(self.reader.frames()):
                 if index % self.every:
                     continue
                 if self.limit and index // self.every >= self.limit:
                     return
-                name = f"{self.name}_{index:06d}"
-                yield Frame(name, self.file_name, self.path, image, index, False)
+                yield Frame(
+                    f"{self.name}_{index:06d}",
+                    self.file_name,
+                    self.path,
+                    image,
+                    index=index,
+                    stays=False,
+                    seconds=seconds,
+                    in_video=self.makes_video,
+                )
         except ValueError as error:
             name = f"{self.name}_{index + 1:06d}"
             yield Frame(name, self.file_name, self.path, problem=str(error))
@@ -145,26 +158,56 @@ Source = ImageFiles | VideoFile | BrokenFile
 
 
 class Names:
-    """Gives each input a stem of its own; a name that is taken gets a number."""
+    """Gives each input a stem of its own; one that is in use gets a number.
+
+    Two stems are one if a file system might take them for one: upper and lower case,
+    composed and decomposed letters.
+    """
 
     def __init__(self):
-        self.taken: set[str] = set()
+        self._used: set[str] = set()
 
-    def take(self, path: str) -> str:
+    def reserve(self, path: str, frames: bool = False) -> str:
+        """Returns the stem for an input, at most `MAX_STEM` bytes long.
+
+        Args:
+          frames: names with a number behind the stem must be free too.
+        """
         stem = os.path.splitext(os.path.basename(path))[0] or "input"
+        while len(os.fsencode(stem)) > MAX_STEM:
+            stem = stem[:-1]
         name, number = stem, 2
-        while name.lower() in self.taken:
+        while not self._is_free(name, frames):
             name, number = f"{stem}_{number}", number + 1
-        self.taken.add(name.lower())
+        self._used.add(_folded(name))
         return name
 
+    def _is_free(self, name: str, frames: bool) -> bool:
+        name = _folded(name)
+        if name in self._used:
+            return False
+        numbered = re.compile(re.escape(name) + r"_\d{6,}")
+        return not frames or not any(numbered.fullmatch(used) for used in self._used)
 
-def is_camera(text: str) -> bool:
-    """Returns whether an input names a camera or a live stream."""
-    return text.startswith((CAMERA, "rtsp://"))
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
-def open_sources(text: str, scratch: str, *, threads: int, limit: int, every: int) -> list[Source]:
+def is_live(text: str) -> bool:
+    """Returns whether an input names a camera or a live stream, and no file."""
+    return text.lower().startswith((CAMERA, *STREAMS)) and not os.path.lexists(text)
+
+
+def open_sources(
+    text: str,
+    scratch: str,
+    *,
+    threads: int,
+    limit: int,
+    every: int,
+    download: DownloadLimits = DEFAULT_LIMITS,
+) -> list[Source]:
     """Returns the sources that `--input` names: all images, then each video.
 
     Args:
@@ -172,32 +215,38 @@ def open_sources(text: str, scratch: str, *, threads: int, limit: int, every: in
       threads: that read image files.
       limit, every: see `VideoFile`.
     """
-    if is_camera(text):
+    if is_live(text):
         return [VideoFile(text, Names(), limit, every)]
-    if text.startswith(ADDRESSES):
-        paths = [fetch(text, scratch)]
-    elif "://" in text:
-        raise ValueError(
-            f"--input {text}: cannot fetch that; give http://, https:// or rtsp://, or a file"
+    is_address = text.lower().startswith(ADDRESSES) and not os.path.lexists(text)
+    if is_address:
+        paths = [fetch(text, scratch, download)]
+    elif "://" in text and not os.path.lexists(text):
+        raise InputError(
+            f"--input {without_secrets(text)}: cannot fetch that; give http://, https:// or "
+            "rtsp://, or a file"
         )
     else:
         paths = find_files(text)
     alone = len(paths) == 1
-    videos = [p for p in paths if is_video(p) or (alone and is_animation(p))]
-    images = [p for p in paths if p not in set(videos)]
+    problems = {path: why for path in paths if (why := why_unreadable(path))}
+    if alone and problems:
+        raise InputError(next(iter(problems.values())))
+    readable = [path for path in paths if path not in problems]
+    pages = {path: 0 if is_video(path) else count_pages(path) for path in readable}
+    sequences = [path for path in readable if is_video(path) or pages[path] not in (0, 1)]
+    images = [path for path in readable if path not in set(sequences)]
     names = Names()
     sources: list[Source] = []
     if images:
-        stay = not text.startswith(ADDRESSES)
-        sources.append(ImageFiles(images, threads, names, stay))
-    for path in videos:
+        sources.append(ImageFiles(images, threads, names, stays=not is_address))
+    for path in sequences:
         try:
-            sources.append(VideoFile(path, names, limit, every))
+            sources.append(VideoFile(path, names, limit, every, pages[path]))
         except ValueError as error:
             if alone:
                 raise
             sources.append(BrokenFile(path, str(error)))
-    return sources
+    return sources + [BrokenFile(path, why) for path, why in problems.items()]
 
 
 def is_video(path: str) -> bool:
@@ -205,30 +254,97 @@ def is_video(path: str) -> bool:
     return path.lower().endswith(VIDEO_SUFFIXES)
 
 
+def why_unreadable(path: str) -> str:
+    """Returns why a path is no file to read from, "" if it is one.
+
+    Reading a FIFO, socket or device may never end.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    if stat.S_ISREG(mode):
+        return ""
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+    kind = kinds.get(stat.S_IFMT(mode), "a device")
+    return f"{path}: is {kind}, not a file; name an image or a video"
+
+
 def find_files(text: str) -> list[str]:
     """Returns the files of a file name, a folder or a glob, sorted.
 
-    Of a folder, those whose names end like images' or videos'; of a glob, every file.
+    Of a folder, what is named like an image or a video; of a glob, every file.
     """
     if os.path.isdir(text):
-        suffixes = IMAGE_SUFFIXES + VIDEO_SUFFIXES
-        found = [
+        suffixes = (*image_suffixes(), *VIDEO_SUFFIXES)
+        paths = [
             os.path.join(text, name)
             for name in sorted(os.listdir(text))
-            if name.lower().endswith(suffixes) and not name.startswith(".")
+            if name.lower().endswith(suffixes) and not is_junk(name)
         ]
-        if not found:
-            raise ValueError(
-                f"--input {text}: no image in this folder; names must end in "
-                f"{', '.join(suffixes)}, and folders in it are not searched"
+        if not paths:
+            raise InputError(
+                f"--input {text}: no image in this folder; names must end as images' and "
+                "videos' do (.jpg, .png, .mp4, ...), and folders in it are not searched"
             )
-        return found
-    if os.path.exists(text):
+        return paths
+    if os.path.lexists(text):
         return [text]
-    found = sorted(p for p in glob.glob(text, recursive=True) if os.path.isfile(p))
-    if not found:
-        raise ValueError(
+    paths = sorted(path for path in expand_pattern(text) if not os.path.isdir(path))
+    if not paths:
+        raise InputError(
             f"--input {text}: no such file, and as a pattern it matches none; give "
             "an image, a video, a folder or a quoted pattern such as 'photos/*.jpg'"
         )
-    return found
+    return paths
+
+
+def expand_pattern(pattern: str) -> Iterator[str]:
+    """Yields the paths that match a glob; `**` visits each folder once.
+
+    `glob` follows links that lead back to where they are until the system refuses.
+    """
+    parts = [part for part in pattern.split(os.sep) if part]
+    yield from _expand(os.sep if pattern.startswith(os.sep) else "", parts)
+
+
+def _expand(folder: str, parts: Sequence[str]) -> Iterator[str]:
+    part, rest = parts[0], parts[1:]
+    if part == "**":
+        for inner in _folders_below(folder):
+            if rest:
+                yield from _expand(inner, rest)
+        return
+    paths = [os.path.join(folder, part)]
+    if glob.has_magic(part):
+        names = fnmatch.filter(_listed(folder), part)
+        paths = [os.path.join(folder, n) for n in names if part[0] == "." or not n.startswith(".")]
+    for path in paths:
+        if rest:
+            yield from _expand(path, rest)
+        elif os.path.lexists(path):
+            yield path
+
+
+def _folders_below(folder: str) -> Iterator[str]:
+    """Yields the folder and all in it, also behind links, each once."""
+    visited = set()
+    pending = [folder]
+    while pending:
+        folder = pending.pop()
+        try:
+            status = os.stat(folder or os.curdir)
+        except OSError:
+            continue
+        if not stat.S_ISDIR(status.st_mode) or (status.st_dev, status.st_ino) in visited:
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        yield folder
+        pending += [os.path.join(folder, n) for n in _listed(folder) if not n.startswith(".")]
+
+
+def _listed(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder or os.curdir)
+    except OSError:
+        return []

@@ -15,7 +15,7 @@ _COMPILING = "/jax/core/compile/"
 Intervals = list[tuple[float, float]]
 
 
-class DeviceClock:
+class DeviceUtilization:
     """Measures from `with` on; compilations count for neither side.
 
     The device counts as busy from when a program is handed to it until its result is
@@ -30,7 +30,7 @@ class DeviceClock:
         self._watched: list[Future[None]] = []
         self._begin = self._end = 0.0
 
-    def __enter__(self) -> "DeviceClock":
+    def __enter__(self) -> "DeviceUtilization":
         self._begin = time.perf_counter()
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
         return self

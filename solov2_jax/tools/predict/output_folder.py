@@ -1,0 +1,270 @@
+"""The folder that predictions are written to: whose files are whose, and what survives.
+
+`.solov2_files.jsonl` in it lists each file that a run wrote, with its size and time. A
+file that is not listed, or has changed since, is the user's: it is never replaced or
+deleted without `--overwrite`. The list grows line by line and is locked while a run
+lasts, so a killed run is noticed, its temporary files are deleted and its results kept.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from solov2_jax.io import InputError, atomic_path, printable
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs at once are not noticed there
+    fcntl = None
+
+log = logging.getLogger(__name__)
+
+MANIFEST = ".solov2_files.jsonl"
+RESULTS = "predictions.json"
+PARTIAL = "predictions.partial.json"  # of a run that goes on, or was killed
+RECOVERED = "predictions.recovered.json"
+SUBFOLDERS = ("masks", "cutouts", "yolo", "labelme", "frames")
+NAMED_CONFLICTS = 3  # in an error
+_TAIL = b"\n]\n"
+
+
+class OutputFolder:
+    """Writes files into a folder without touching those of others.
+
+    Args:
+      overwrite: replace and delete files of others too.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], overwrite: bool = False):
+        self.path, self.overwrite = os.fspath(path), overwrite
+        self._lock = threading.Lock()
+        self._manifest: Any = None
+        self._written: dict[str, list[int]] = {}  # relative path -> size, mtime in ns
+        self._unfinished = False  # the last run was killed
+
+    def check(self, paths: Iterable[str]) -> None:
+        """Raises if a path cannot be written to, or holds a file of the user's."""
+        self._read_manifest()
+        conflicts = []
+        for path in paths:
+            if os.path.isdir(path) and not os.path.islink(path):
+                raise InputError(f"{path}: is a folder, and a file must go there; remove it")
+            if not self.is_ours(path):
+                conflicts.append(path)
+        if conflicts and not self.overwrite:
+            self._refuse(conflicts)
+
+    def is_ours(self, path: str) -> bool:
+        """Returns whether a path is free, or holds a file as a run of ours left it."""
+        try:
+            status = os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        written = self._written.get(os.path.relpath(path, self.path))
+        # A size of -1: results that grow while a run lasts.
+        return written is not None and written in ([status.st_size, status.st_mtime_ns], [-1, -1])
+
+    def _refuse(self, conflicts: list[str]) -> None:
+        names = ", ".join(sorted(conflicts)[:NAMED_CONFLICTS])
+        more = len(conflicts) - NAMED_CONFLICTS
+        others = f" and {more} more" if more > 0 else ""
+        raise InputError(
+            f"--output {self.path}: {names}{others}: not written by this command, or changed "
+            "since; move these files, choose another folder, or give --overwrite to replace them"
+        )
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Holds the folder for one run; cleans up after a run that was killed.
+
+        Raises:
+          InputError: if another run writes to it.
+        """
+        os.makedirs(self.path, exist_ok=True)
+        self._read_manifest()
+        self._manifest = open(os.path.join(self.path, MANIFEST), "ab", buffering=0)
+        try:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(self._manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise InputError(
+                        f"--output {self.path}: another prediction is writing there; wait for "
+                        "it, or choose another folder"
+                    ) from None
+            if self._unfinished:
+                self._clean_up()
+            self._append("begin")
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # a full disk; the next run looks again
+                    self._append("end")
+        finally:
+            self._manifest.close()
+            self._manifest = None
+
+    @contextlib.contextmanager
+    def replacing(self, path: str) -> Iterator[Path]:
+        """Yields a temporary file that replaces `path` at the end, whole or not at all.
+
+        Raises:
+          InputError: if there is a file of the user's.
+        """
+        if os.path.isdir(path) and not os.path.islink(path):
+            raise IsADirectoryError(errno.EISDIR, "is a folder", path)
+        if not self.overwrite and not self.is_ours(path):
+            self._refuse([path])
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with atomic_path(path, sync=False) as temporary:
+            yield temporary
+            # Listed before it gets its name, so no kill leaves a file that is not.
+            self.record(path, temporary)
+
+    def record(self, path: str, file: str | os.PathLike[str] | None = None) -> None:
+        """Lists a file as ours, as it is now. None: as ours, whatever it holds."""
+        values = [-1, -1]
+        if file is not None:
+            status = os.stat(file)
+            values = [status.st_size, status.st_mtime_ns]
+        relative = os.path.relpath(path, self.path)
+        with self._lock:
+            self._written[relative] = values
+            if self._manifest is not None:
+                self._append([relative, *values])
+
+    def remove_ours(self, folder: str, pattern: str) -> None:
+        """Deletes the files of a folder whose names match and that are ours.
+
+        With `overwrite`, the others too.
+        """
+        for path in matching_files(folder, pattern):
+            if self.overwrite or self.is_ours(path):
+                os.unlink(path)
+
+    def _append(self, entry: Any) -> None:
+        self._manifest.write(json.dumps(entry).encode() + b"\n")
+
+    def _read_manifest(self) -> None:
+        self._written = {}
+        try:
+            lines = Path(self.path, MANIFEST).read_bytes().splitlines()
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:  # cut off by a kill or a full disk
+                continue
+            if isinstance(entry, str):
+                self._unfinished = entry == "begin"
+            elif isinstance(entry, list) and len(entry) == 3:
+                self._written[str(entry[0])] = entry[1:]
+
+    def _clean_up(self) -> None:
+        """Deletes a killed run's temporary files and keeps its results."""
+        folders = [Path(self.path)]
+        for name in SUBFOLDERS:
+            folders += [Path(p) for p, _, _ in os.walk(Path(self.path, name))]
+        for folder in folders:
+            for leftover in folder.glob(".writing-*"):
+                leftover.unlink(missing_ok=True)
+        log.warning("%s: an earlier run was killed; its temporary files are deleted", self.path)
+        partial = os.path.join(self.path, PARTIAL)
+        if os.path.lexists(partial) and self.is_ours(partial):
+            recovered = os.path.join(self.path, RECOVERED)
+            os.replace(partial, recovered)
+            self.record(recovered, recovered)
+            log.warning("%s: holds what it had predicted", recovered)
+
+
+def matching_files(folder: str, pattern: str) -> list[str]:
+    """Returns the paths in a folder whose whole name matches a regular expression."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [os.path.join(folder, name) for name in names if re.fullmatch(pattern, name)]
+
+
+class ResultsFile:
+    """COCO results on disk, added picture by picture.
+
+    After every addition the file is whole JSON, so that a kill, a full disk or an error
+    loses nothing that was added. `finish` puts it in order and in place.
+    """
+
+    def __init__(self, folder: OutputFolder):
+        self._folder = folder
+        self._file: Any = None
+        self._parts: list[tuple[int, int, int]] = []  # image id, begin, end in the file
+        self._end = 0
+
+    def add(self, image_id: int, results: list[dict[str, Any]]) -> None:
+        """Adds the results of one picture."""
+        if self._file is None:
+            path = os.path.join(self._folder.path, PARTIAL)
+            self._folder.record(path)
+            file = open(path, "w+b", buffering=0)
+            file.write(b"[" + _TAIL)
+            self._file, self._end = file, 1
+        if not results:
+            return
+        begin = self._end + (2 if self._parts else 1)
+        text = ",\n".join(json.dumps(result) for result in results).encode()
+        separator = b",\n" if self._parts else b"\n"
+        self._write(self._end, separator + text + _TAIL)
+        self._end = begin + len(text)
+        self._parts.append((image_id, begin, self._end))
+
+    def _write(self, begin: int, data: bytes) -> None:
+        view = memoryview(data)
+        try:
+            self._file.seek(begin)
+            while view:  # an unbuffered write may be short
+                view = view[self._file.write(view) :]
+        except OSError:
+            with contextlib.suppress(OSError):  # as it was: these bytes were there before
+                self._file.seek(begin)
+                self._file.write(_TAIL)
+                self._file.truncate()
+            raise
+
+    def finish(self) -> None:
+        """Closes the file as `predictions.json`, ordered by image id; if there is one."""
+        if self._file is None:
+            return
+        partial = os.path.join(self._folder.path, PARTIAL)
+        path = os.path.join(self._folder.path, RESULTS)
+        ids = [part[0] for part in self._parts]
+        in_order = ids == sorted(ids)
+        if not in_order:
+            try:
+                self._write_ordered(path)
+            except OSError as error:  # a full disk: out of order is better than lost
+                log.warning("%s: not in the images' order (%s)", path, printable(str(error)))
+                in_order = True
+        self._file.close()
+        self._file = None
+        if in_order:
+            with contextlib.suppress(OSError):  # a full disk: the next run asks
+                self._folder.record(path, partial)
+            os.replace(partial, path)
+        else:
+            os.unlink(partial)
+
+    def _write_ordered(self, path: str) -> None:
+        with self._folder.replacing(path) as temporary, temporary.open("wb") as file:
+            file.write(b"[")
+            for i, (_, begin, end) in enumerate(sorted(self._parts)):
+                self._file.seek(begin)
+                file.write((b",\n" if i else b"\n") + self._file.read(end - begin))
+            file.write(_TAIL)
+            file.flush()
