@@ -118,13 +118,13 @@ def reason(error: BaseException) -> str:
 
 
 def read_json(path: Path, kind: str, fix: str = "") -> Any:
-    """Returns the value of a UTF-8 json file, with or without a byte order mark.
+    """Returns the value of a json file in UTF-8 or UTF-16, byte order mark or not.
 
     Raises:
       InputError: naming the file, if it is missing or no json.
     """
     with reading(path, kind, fix):
-        return json.loads(pathlib.Path(path).read_bytes().decode("utf-8-sig"))
+        return json.loads(pathlib.Path(path).read_bytes())
 
 
 def printable(text: str) -> str:

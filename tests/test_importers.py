@@ -243,7 +243,7 @@ def test_names_of_every_source(tmp_path):
         read_names("cat,cat")
     with pytest.raises(ValueError, match=r"`names` are \[0, 2\]"):
         file("a.yml", "names: {0: dog, 2: cat}")
-    with pytest.raises(ValueError, match="a.json: has neither"):
+    with pytest.raises(ValueError, match="a.json: cannot be read as COCO"):
         file("a.json", "{}")
 
 
@@ -267,7 +267,7 @@ TRIANGLE = "0 0.1 0.1 0.5 0.1 0.5 0.5\n"
         (TRIANGLE + "0 0.1 0.1 0.5 0.1\n0 1 2 3", "line 2: four numbers"),
         ("0 0.1 0.1 0.5 0.1 0.5\n", "line 1: 5 numbers after the class"),
         (TRIANGLE + "\n2 0 0 0 1 1 1\n", "line 3: class 2, but there are 2 names"),
-        ("0 10 10 50 10 50 50\n", "must be shares .* found 10 to 50"),
+        ("0 10 10 50 10 50 50\n", "must be shares .* 10 to 50"),
         ("cat 0.1 0.1 0.5 0.1 0.5 0.5\n", "is not `class x1 y1 x2 y2 ...`"),
         ("0 nan 0.1 0.5 0.1 0.5 0.5\n", "must be shares"),
     ],
@@ -316,7 +316,7 @@ def shape(**changes) -> dict:
         ({"shapes": [shape(shape_type="blob")]}, "`shape_type` 'blob'"),
         (
             {"shapes": [shape(shape_type="mask", points=[[0, 0], [5, 5]])]},
-            "shape 0: `mask` is not a PNG in base64",
+            "shape 0: `mask`: cannot be read as a PNG in base64",
         ),
         (
             {

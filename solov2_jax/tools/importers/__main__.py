@@ -15,12 +15,18 @@ import argparse
 from collections.abc import Sequence
 
 from solov2_jax.data.coco import load_coco
+from solov2_jax.io import InputError
 from solov2_jax.tools.cli.plain import command
 from solov2_jax.tools.importers.instances import Instances
 from solov2_jax.tools.importers.labelme import import_labelme
 from solov2_jax.tools.importers.masks import import_masks
 from solov2_jax.tools.importers.names import read_names
-from solov2_jax.tools.importers.yolo import folders_of_yaml, import_yolo
+from solov2_jax.tools.importers.yolo import (
+    files_of_folders,
+    files_of_yaml,
+    import_yolo,
+    names_in_yaml,
+)
 
 _NAMES = (
     "class names: a file (a name a line; YAML with `names`; COCO json or a run's "
@@ -36,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     kinds = top.add_subparsers(dest="kind", required=True, metavar="FORMAT")
     yolo = kinds.add_parser("yolo", help="segmentation labels, a text file per image")
-    yolo.add_argument("--data", help="data.yaml with names and folders")
+    yolo.add_argument("--data", help="data.yaml with names, and folders or lists of images")
     yolo.add_argument("--split", default="train", help="of data.yaml: train, val, test")
     labelme = kinds.add_parser("labelme", help="a json per image")
     labelme.add_argument(
@@ -62,17 +68,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     images, instances = _import(args)
     instances.write(args.output)
     print(load_coco(images, args.output).summary())
+    print(f"image folder: {images}")
 
 
 def _import(args: argparse.Namespace) -> tuple[str, Instances]:
     """Returns the folder of the images and their instances."""
     categories = read_names(args.names) if args.names else None
     if args.kind == "yolo" and args.data:
-        images, labels, named = folders_of_yaml(args.data, args.split)
-        images, labels = args.images or images, args.labels or labels
-        return images, import_yolo(images, labels, categories or named)
+        categories = categories or names_in_yaml(args.data)
+        if not args.images and not args.labels:
+            files = files_of_yaml(args.data, args.split)
+            return files.images, import_yolo(files, categories)
     if not args.images:
-        raise ValueError("--images: give the folder of the images.")
+        raise InputError("--images: give the folder of the images.")
     if args.kind == "labelme":
         ignored = [name for name in args.ignore.split(",") if name]
         labels = args.labels or args.images
@@ -81,13 +89,13 @@ def _import(args: argparse.Namespace) -> tuple[str, Instances]:
             print(f"{number} shapes left out: {what}")
         return args.images, instances
     if categories is None:
-        raise ValueError("--names: give the class names (see --help).")
+        raise InputError("--names: give the class names (see --help).")
     if args.kind == "masks":
         instances = import_masks(args.images, args.objects, args.classes, categories, args.void)
         return args.images, instances
     if not args.labels:
-        raise ValueError("--labels: give the folder of the label files, or --data.")
-    return args.images, import_yolo(args.images, args.labels, categories)
+        raise InputError("--labels: give the folder of the label files, or --data.")
+    return args.images, import_yolo(files_of_folders(args.images, args.labels), categories)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from solov2_jax.io import write_text
+
 
 class Instances:
     """Collects images and objects; `write` makes the file."""
@@ -65,8 +67,5 @@ class Instances:
             "annotations": self.annotations,
             "categories": [{"id": i, "name": name} for i, name in sorted(self.categories.items())],
         }
-        file = Path(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(content))
-        os.replace(temporary, file)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_text(json.dumps(content), path)

@@ -1,9 +1,7 @@
 """labelme's json: a file per image, a list of shapes with labels."""
 
 import base64
-import binascii
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,10 +12,10 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from solov2_jax.data.annotations import MAX_COORDINATE
-from solov2_jax.data.images import read_header
+from solov2_jax.data.annotations import MAX_COORDINATE, are_numbers
+from solov2_jax.data.images import list_files, read_header
+from solov2_jax.io import InputError, read_json, reading
 from solov2_jax.tools.importers.instances import Instances
-from solov2_jax.tools.importers.names import read_text
 
 _WITHOUT_AREA = ("point", "points", "line", "linestrip")
 _CIRCLE_ERROR = 0.1  # pixels between a circle and the polygon that stands for it
@@ -40,41 +38,39 @@ def import_labelme(
       categories: id -> name; None: the labels that occur, sorted, from id 1.
       ignored: labels that are no class.
     """
-    files = sorted(Path(labels).rglob("*.json")) if os.path.isdir(labels) else []
+    names = list_files(labels, [".json"]) if os.path.isdir(labels) else []
+    files = [Path(labels, name) for name in names]
     if not files:
-        raise ValueError(f"{labels}: has no json files of labelme; correct --labels.")
+        raise InputError(f"{labels}: has no json files of labelme; correct --labels.")
     records = {path: _read(path) for path in files}
     if categories is None:
-        found = {
+        labelled = {
             _label(s, f"{path}: shape {i}")
             for path, record in records.items()
             for i, s in enumerate(record["shapes"])
         }
-        categories = dict(enumerate(sorted(found - set(ignored)), start=1))
+        categories = dict(enumerate(sorted(labelled - set(ignored)), start=1))
     if not categories:
-        raise ValueError(f"{labels}: no shape has a label that is a class.")
+        raise InputError(f"{labels}: no shape has a label that is a class.")
     instances, left_out = Instances(categories), Counter[str]()
     seen: dict[str, Path] = {}
     for path, record in records.items():
         name = _add_image(instances, path, record, images)
         other = seen.setdefault(name, path)
         if other != path:
-            raise ValueError(f"{path}: its image {name} is {other}'s too; remove one.")
+            raise InputError(f"{path}: its image {name} is {other}'s too; remove one.")
         _add_shapes(instances, path, record, ignored, left_out)
     return instances, left_out
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: cannot be read as json ({error}).") from None
+    record = read_json(path, "json")
     if not isinstance(record, dict) or not isinstance(record.get("shapes"), list):
-        raise ValueError(
+        raise InputError(
             f"{path}: has no list `shapes`; it is not labelme's. Move other json files elsewhere."
         )
     if not isinstance(record.get("imagePath"), str):
-        raise ValueError(f"{path}: has no `imagePath`; add the image's file name.")
+        raise InputError(f"{path}: has no `imagePath`; add the image's file name.")
     return record
 
 
@@ -85,17 +81,17 @@ def _add_image(instances: Instances, path: Path, record: dict[str, Any], images:
     beside = path.parent / relative
     file = beside if beside.exists() else Path(images, os.path.basename(relative))
     if not file.exists():
-        raise ValueError(
+        raise InputError(
             f"{path}: `imagePath` {record['imagePath']}: there is neither {beside} nor "
             f"{file}; correct it or --images."
         )
     name = os.path.relpath(file, images).replace(os.sep, "/")
     if name.startswith("../"):
-        raise ValueError(f"{path}: its image {file} is not below --images {images}.")
+        raise InputError(f"{path}: its image {file} is not below --images {images}.")
     header = read_header(str(file))
     stated = record.get("imageHeight"), record.get("imageWidth")
     if stated != (None, None) and stated != (header.height, header.width):
-        raise ValueError(
+        raise InputError(
             f"{path}: `imageHeight` and `imageWidth` are {stated}, but {file} is "
             f"{header.height} x {header.width}; was the image replaced? Correct them "
             "and the shapes."
@@ -106,7 +102,7 @@ def _add_image(instances: Instances, path: Path, record: dict[str, Any], images:
 
 def _label(shape: Any, where: str) -> str:
     if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
-        raise ValueError(f"{where}: has no `label`; add it.")
+        raise InputError(f"{where}: has no `label`; add it.")
     return shape["label"]
 
 
@@ -123,11 +119,11 @@ def _add_shapes(
     for index, shape in enumerate(record["shapes"]):
         where = f"{path}: shape {index}"
         label = _label(shape, where)
-        kind = shape.get("shape_type", "polygon")
+        kind = shape.get("shape_type") or "polygon"
         if label in ignored:
             left_out[f"label {label}"] += 1
         elif label not in ids:
-            raise ValueError(
+            raise InputError(
                 f"{where}: `label` {label!r} is not among the class names "
                 f"{sorted(ids)}; correct it, add the name, or give it to --ignore."
             )
@@ -149,14 +145,13 @@ def _add_shapes(
 
 def _draw(shape: dict[str, Any], where: str, size: tuple[int, int]) -> np.ndarray:
     """Returns the outline, float64 [n, 2], or of a mask bool [height, width]."""
-    kind = shape.get("shape_type", "polygon")
-    try:
-        points = np.array(shape.get("points"), np.float64)
-    except (TypeError, ValueError):
-        points = np.zeros((0, 0))
-    wild = points.ndim != 2 or points.shape[1] != 2
-    if wild or not (np.abs(points) < MAX_COORDINATE).all():
-        raise ValueError(f"{where}: `points` must be pairs of numbers [x, y], pixels.")
+    kind = shape.get("shape_type") or "polygon"
+    pairs = shape.get("points")
+    if not isinstance(pairs, list) or not all(are_numbers(p) and len(p) == 2 for p in pairs):
+        pairs = [[np.inf, np.inf]]
+    points = np.array(pairs, np.float64).reshape(-1, 2)
+    if not (np.abs(points) < MAX_COORDINATE).all():
+        raise InputError(f"{where}: `points` must be pairs of numbers [x, y], pixels.")
     if kind == "polygon" and len(points) >= 3:
         return points
     if kind == "rectangle" and len(points) in (2, 4):
@@ -166,7 +161,7 @@ def _draw(shape: dict[str, Any], where: str, size: tuple[int, int]) -> np.ndarra
         return _circle(points[0], float(np.hypot(*(points[1] - points[0]))))
     if kind == "mask" and len(points) == 2:
         return _decode(shape, points, where, size)
-    raise ValueError(
+    raise InputError(
         f"{where}: `shape_type` {kind!r} with {len(points)} points; an object is a "
         "polygon of 3 or more points, a rectangle or a circle of 2, or a mask."
     )
@@ -184,18 +179,14 @@ def _decode(
     shape: dict[str, Any], points: np.ndarray, where: str, size: tuple[int, int]
 ) -> np.ndarray:
     """Returns the mask in the whole image, bool [height, width]."""
-    try:
+    with reading(f"{where}: `mask`", "a PNG in base64", "Save it again."):
         data = base64.b64decode(shape["mask"], validate=True)
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             part = np.asarray(image.convert("L")) > 0
-    except (KeyError, TypeError, binascii.Error, OSError, SyntaxError) as error:
-        raise ValueError(
-            f"{where}: `mask` is not a PNG in base64 ({error!r}); save it again."
-        ) from None
     left, top = np.rint(points.min(axis=0)).astype(int).tolist()
     height, width = part.shape
     if min(left, top) < 0 or top + height > size[0] or left + width > size[1]:
-        raise ValueError(
+        raise InputError(
             f"{where}: the mask of {height} x {width} pixels at {left}, {top} leaves "
             f"the image of {size[0]} x {size[1]}."
         )

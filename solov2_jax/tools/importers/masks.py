@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from solov2_jax.data.annotations import describe
-from solov2_jax.data.images import list_images, read_header
+from solov2_jax.data.images import list_files, list_images, opened, read_header
+from solov2_jax.io import InputError
 from solov2_jax.tools.importers.instances import Instances
 
 
@@ -34,7 +34,7 @@ def import_masks(
       void: value in either file that is neither object nor background.
     """
     if not classes and len(categories) != 1:
-        raise ValueError(
+        raise InputError(
             f"{len(categories)} class names, but no --classes folder that tells which "
             "object is which; give the folder, or one name."
         )
@@ -61,17 +61,23 @@ def import_masks(
 def _pair(images: str, objects: str) -> list[tuple[str, Path]]:
     """Returns (image, mask file) of every mask, sorted by the image's name."""
     if not os.path.isdir(objects):
-        raise ValueError(f"{objects}: no such folder of PNG masks; correct --objects.")
-    files = {
-        path.relative_to(objects).with_suffix("").as_posix(): path
-        for path in sorted(Path(objects).rglob("*.png"))
-    }
+        raise InputError(f"{objects}: no such folder of PNG masks; correct --objects.")
+    files = {name[: -len(".png")]: Path(objects, name) for name in list_files(objects, [".png"])}
     if not files:
-        raise ValueError(f"{objects}: has no PNG files; correct --objects.")
-    names = {os.path.splitext(name)[0]: name for name in list_images(images)}
+        raise InputError(f"{objects}: has no PNG files; correct --objects.")
+    masks = {os.path.realpath(path) for path in files.values()}
+    names: dict[str, str] = {}
+    for name in list_images(images):
+        stem = os.path.splitext(name)[0]
+        if os.path.realpath(os.path.join(images, name)) in masks:
+            continue  # masks and images may share a folder
+        if names.setdefault(stem, name) != name and stem in files:
+            raise InputError(
+                f"{images}: {names[stem]} and {name} have the same mask file; rename one."
+            )
     alone = sorted(set(files) - set(names))
     if alone:
-        raise ValueError(
+        raise InputError(
             f"{objects}: {len(alone)} of {len(files)} masks have no image in {images}: "
             f"{describe(alone)}. Correct the folders or remove the masks."
         )
@@ -80,21 +86,18 @@ def _pair(images: str, objects: str) -> list[tuple[str, Path]]:
 
 def _read(path: Path, size: tuple[int, int], name: str) -> np.ndarray:
     """Returns the values of a mask, int64 [height, width]."""
-    try:
-        with Image.open(path) as image:
-            mode, values = image.mode, np.asarray(image)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such mask, which {name} needs.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: is not a PNG that can be read ({error}).") from None
+    if not path.exists():
+        raise InputError(f"{path}: no such mask, which {name} needs.")
+    with opened(str(path)) as image:
+        mode, values = image.mode, np.asarray(image)
     if values.ndim != 2 or values.dtype.kind not in "uib":
-        raise ValueError(
+        raise InputError(
             f"{path}: is a picture of mode {mode}; a mask has one whole number per "
             "pixel (palette or grey PNG, 8 or 16 bits). Colours are not numbers: "
             "convert it."
         )
     if values.shape != size:
-        raise ValueError(
+        raise InputError(
             f"{path}: is {values.shape[0]} x {values.shape[1]}, but its image {name} "
             f"is {size[0]} x {size[1]}; make them equal."
         )
@@ -111,12 +114,12 @@ def _category(
     """Returns the one class of an object's pixels."""
     if kinds is None:
         return next(iter(categories))
-    found = [v for v in np.unique(kinds[mask]).tolist() if v != void]
-    if len(found) != 1:
-        raise ValueError(f"{where}: its pixels have the classes {found}; an object has one.")
-    if found[0] not in categories:
-        raise ValueError(
-            f"{where}: is of class {found[0]}, which has no name; there are "
+    present = [v for v in np.unique(kinds[mask]).tolist() if v != void]
+    if len(present) != 1:
+        raise InputError(f"{where}: its pixels have the classes {present}; an object has one.")
+    if present[0] not in categories:
+        raise InputError(
+            f"{where}: is of class {present[0]}, which has no name; there are "
             f"{describe(f'{i} ({n})' for i, n in categories.items())}."
         )
-    return found[0]
+    return present[0]

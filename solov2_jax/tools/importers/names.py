@@ -1,11 +1,12 @@
 """Class names from a file of any of the forms that they come in."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from solov2_jax.io import InputError, read_json, reading
 
 
 def read_names(source: str) -> dict[int, str]:
@@ -17,35 +18,30 @@ def read_names(source: str) -> dict[int, str]:
         themselves, separated by commas.
     """
     suffix = Path(source).suffix.lower()
-    if suffix not in (".txt", ".names", ".yaml", ".yml", ".json"):
-        return _number([name.strip() for name in source.split(",")], source)
-    text = read_text(source)
-    if suffix == ".json":
-        return _from_json(text, source)
     if suffix in (".yaml", ".yml"):
-        return _number(names_of_yaml(read_yaml(source), source), source)
-    return _number([line.strip() for line in text.splitlines() if line.strip()], source)
+        return number_names(names_of_yaml(read_yaml(source), source), source)
+    if suffix == ".json":
+        return _from_json(source)
+    if suffix in (".txt", ".names"):
+        lines = read_text(source).splitlines()
+        return number_names([line.strip() for line in lines if line.strip()], source)
+    return number_names([name.strip() for name in source.split(",")], source)
 
 
 def read_text(path: str | Path) -> str:
-    """Returns the file's text, or raises naming the file."""
-    try:
-        return Path(path).read_text("utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; correct the path.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as text ({error}).") from None
+    """Returns the text of a UTF-8 file, or UTF-16 as Windows programs write it."""
+    with reading(path, "text", "Save it as UTF-8."):
+        data = Path(path).read_bytes()
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Returns the mapping in a YAML file."""
-    try:
-        content = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"{path}: cannot be read as YAML ({message}).") from None
+    """Returns the mapping in a YAML file; its values stay text, as they are written."""
+    text = read_text(path)
+    with reading(path, "YAML"):
+        content = yaml.load(text, yaml.BaseLoader)  # "no", "1.0", "null" are names
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: is not a YAML file of keys and values.")
+        raise InputError(f"{path}: is not a YAML file of keys and values.")
     return content
 
 
@@ -53,34 +49,34 @@ def names_of_yaml(content: dict[str, Any], path: str) -> list[str]:
     """Returns `names`, a list or a mapping from 0, 1, ..., as a list."""
     names = content.get("names")
     if isinstance(names, dict):
-        if sorted(names, key=str) != sorted(range(len(names)), key=str):
-            raise ValueError(
-                f"{path}: the keys of `names` are {sorted(names, key=str)}; number the "
+        numbers = [int(key) if key.isdecimal() else key for key in names]
+        if set(numbers) != set(range(len(names))):
+            raise InputError(
+                f"{path}: the keys of `names` are {sorted(numbers, key=str)}; number the "
                 "classes 0, 1, 2, ... without gaps."
             )
-        names = [names[i] for i in range(len(names))]
+        names = [name for _, name in sorted(zip(numbers, names.values(), strict=True))]
     if not isinstance(names, list) or not names:
-        raise ValueError(f"{path}: has no `names`; list the class names there.")
-    return [str(name) for name in names]
+        raise InputError(f"{path}: has no `names`; list the class names there.")
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path}: `names` must be a list of texts; put quotes around them.")
+    return [name.strip() for name in names]
 
 
-def _from_json(text: str, path: str) -> dict[int, str]:
-    try:
-        content = json.loads(text)
+def _from_json(path: str) -> dict[int, str]:
+    kind = "COCO's `categories` with id and name, or the `names` and `ids` of a classes.json"
+    content = read_json(path, "json")
+    with reading(path, kind):
         if "categories" in content:
             return {int(c["id"]): str(c["name"]) for c in content["categories"]}
         pairs = zip(content["ids"], content["names"], strict=True)
         return {int(i): str(name) for i, name in pairs}
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: has neither COCO's `categories` with id and name nor the `names` "
-            f"and `ids` of a run's classes.json ({error!r})."
-        ) from None
 
 
-def _number(names: Sequence[str], source: str) -> dict[int, str]:
+def number_names(names: Sequence[str], source: str) -> dict[int, str]:
+    """Returns the names with ids from 1, or raises if two are equal or one is empty."""
     repeated = sorted({n for n in names if names.count(n) > 1})
     if repeated or "" in names or not names:
         what = f"{repeated} more than once" if repeated else "an empty name"
-        raise ValueError(f"{source}: class names: {what}; give every class one name.")
+        raise InputError(f"{source}: class names: {what}; give every class one name.")
     return dict(enumerate(names, start=1))

@@ -1,42 +1,160 @@
 """YOLO segmentation labels: a text file per image, an outline per line.
 
 A line is `class x1 y1 x2 y2 ...`, coordinates over the image's width and height. An
-image without a label file, or with an empty one, has no objects.
+image without a label file, or with an empty one, has no objects. Where folders and lists
+of a data.yaml lie follows ultralytics.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from solov2_jax.data.annotations import describe
-from solov2_jax.data.images import list_images, read_header
+from solov2_jax.data.images import image_suffixes, list_files, list_images, read_header
+from solov2_jax.io import InputError
 from solov2_jax.tools.importers.instances import Instances
-from solov2_jax.tools.importers.names import names_of_yaml, read_text, read_yaml
+from solov2_jax.tools.importers.names import names_of_yaml, number_names, read_text, read_yaml
 
 _SLACK = 0.01  # how far outside of the image rounding may put a point, of its side
 
 
-def import_yolo(images: str, labels: str, categories: Mapping[int, str]) -> Instances:
-    """Returns the instances of all images below a folder.
+@dataclass(frozen=True)
+class YoloFiles:
+    """Images below a folder, and where the labels of each would be."""
+
+    images: str
+    labels: dict[str, Path]  # name relative to `images` -> label file
+
+
+def files_of_folders(images: str, labels: str, optional: bool = False) -> YoloFiles:
+    """Returns the files of two folders: `a/b.jpg` in the one has `a/b.txt` in the other.
 
     Args:
-      images, labels: folders; `a/b.jpg` in the one has `a/b.txt` in the other.
-      categories: id -> name; class k of a label file is the k-th smallest id.
+      optional: there may be no folder of labels, as for images without objects.
+
+    Raises:
+      InputError: if a label file has no image.
     """
     names = list_images(images)
-    if not names:
-        raise ValueError(f"{images}: has no images; correct --images.")
-    if not os.path.isdir(labels):
-        raise ValueError(f"{labels}: no such folder of labels; correct --labels.")
-    _check_pairs(images, labels, names)
+    if not os.path.isdir(labels) and not optional:
+        raise InputError(f"{labels}: no such folder of labels; correct --labels.")
+    stems = {os.path.splitext(name)[0] for name in names}
+    present = list_files(labels, [".txt"]) if os.path.isdir(labels) else []
+    alone = [p for p in present if os.path.splitext(p)[0] not in stems]
+    alone = [p for p in alone if os.path.basename(p) not in ("classes.txt", "labels.txt")]
+    if alone:
+        raise InputError(
+            f"{labels}: {len(alone)} of {len(present)} label files have no image in "
+            f"{images}: {describe(alone)}. Correct the folders or remove the files."
+        )
+    return YoloFiles(images, {name: Path(labels, name).with_suffix(".txt") for name in names})
+
+
+def files_of_yaml(path: str, split: str) -> YoloFiles:
+    """Returns the files of a split of a data.yaml: folders, lists of files, or several.
+
+    The labels of an image are in the folder whose path has `labels` for the last `images`,
+    or beside it.
+    """
+    content = read_yaml(path)
+    places = content.get(split)
+    places = [places] if isinstance(places, str) else places
+    if not places or not isinstance(places, list):
+        known = [key for key in ("train", "val", "test") if content.get(key)]
+        raise InputError(f"{path}: has no folder of images under `{split}`; there are {known}.")
+    base = os.path.dirname(os.path.abspath(path))
+    stated = str(content.get("path") or "")
+    root = os.path.join(base, "" if stated in ("null", "~") else stated)
+    labels: dict[str, Path] = {}  # of images by their whole path
+    for place in map(str, places):
+        path_of_place = _resolve(place, [root, base])
+        if path_of_place is None:
+            raise InputError(
+                f"{path}: `{split}` is {place}, but there is no folder or list of that name in "
+                f"{' or '.join(dict.fromkeys([os.path.normpath(root), base]))}; correct `path`, "
+                "or give --images and --labels."
+            )
+        if os.path.isdir(path_of_place):
+            folder = str(_label_file(path_of_place))
+            files = files_of_folders(path_of_place, folder, optional=True)
+            labels |= {os.path.join(files.images, n): label for n, label in files.labels.items()}
+        else:
+            images = _read_list(path_of_place, [root, base])
+            labels |= {image: _label_file(image).with_suffix(".txt") for image in images}
+    if not labels:
+        raise InputError(f"{path}: `{split}` ({describe(places)}) has no images.")
+    top = os.path.commonpath([os.path.dirname(image) for image in labels])
+    return YoloFiles(
+        top,
+        {os.path.relpath(i, top).replace(os.sep, "/"): label for i, label in labels.items()},
+    )
+
+
+def _resolve(place: str, roots: Sequence[str]) -> str | None:
+    """Returns the first existing path; Roboflow's `../train` lies beside the yaml."""
+    place = place.replace("\\", "/")
+    places = [place, place.removeprefix("../")]
+    paths = [os.path.normpath(os.path.join(root, p)) for p in places for root in roots]
+    return next((path for path in paths if os.path.exists(path)), None)
+
+
+def _read_list(path: str, roots: Sequence[str]) -> list[str]:
+    """Returns the images that a text file lists, a path a line."""
+    images = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if name := line.strip():
+            image = _resolve(name, [os.path.dirname(path), *roots])
+            if image is None:
+                raise InputError(f"{path}: line {number}: there is no image {name}; correct it.")
+            if not image.lower().endswith(image_suffixes()):
+                raise InputError(f"{path}: line {number}: {name} is not called like an image.")
+            images.append(image)
+    return images
+
+
+def _label_file(path: str) -> Path:
+    """Returns the path with `labels` for its last part `images`, if it has one."""
+    parts = Path(path).parts
+    if "images" in parts:
+        last = len(parts) - 1 - parts[::-1].index("images")
+        parts = (*parts[:last], "labels", *parts[last + 1 :])
+    return Path(*parts)
+
+
+def names_in_yaml(path: str) -> dict[int, str]:
+    """Returns category id -> name of a data.yaml, ids from 1."""
+    return number_names(names_of_yaml(read_yaml(path), path), path)
+
+
+def import_yolo(files: YoloFiles, categories: Mapping[int, str]) -> Instances:
+    """Returns the instances of all images.
+
+    Args:
+      categories: id -> name; class k of a label file is the k-th smallest id.
+    """
+    if not files.labels:
+        raise InputError(f"{files.images}: has no images; correct --images.")
+    owners: dict[Path, str] = {}
+    for name, label in files.labels.items():
+        other = owners.setdefault(label, name)
+        if other != name:
+            raise InputError(
+                f"{files.images}: {other} and {name} have the same label file; rename one."
+            )
+    if not any(label.exists() for label in owners):
+        raise InputError(
+            f"{files.images}: none of its {len(owners)} images has a label file, such as "
+            f"{next(iter(owners))}; correct the folders, or give --images and --labels."
+        )
     ids = sorted(categories)
     instances = Instances(categories)
-    for name in names:
-        header = read_header(os.path.join(images, name))
+    for name, path in files.labels.items():
+        header = read_header(os.path.join(files.images, name))
         instances.add_image(name, header.height, header.width)
-        path = Path(labels, name).with_suffix(".txt")
         if path.exists():
             for number, line in enumerate(read_text(path).splitlines(), start=1):
                 if line.strip():
@@ -44,84 +162,35 @@ def import_yolo(images: str, labels: str, categories: Mapping[int, str]) -> Inst
     return instances
 
 
-def _check_pairs(images: str, labels: str, names: list[str]) -> None:
-    """Raises if two images share a label file, or a label file has no image."""
-    stems: dict[str, str] = {}
-    for name in names:
-        other = stems.setdefault(os.path.splitext(name)[0], name)
-        if other != name:
-            raise ValueError(f"{images}: {other} and {name} have the same label file; rename one.")
-    found = [p.relative_to(labels) for p in sorted(Path(labels).rglob("*.txt"))]
-    alone = [str(p) for p in found if p.with_suffix("").as_posix() not in stems]
-    alone = [p for p in alone if Path(p).name not in ("classes.txt", "labels.txt")]
-    if alone:
-        raise ValueError(
-            f"{labels}: {len(alone)} of {len(found)} label files have no image in "
-            f"{images}: {describe(alone)}. Correct the folders or remove the files."
-        )
-
-
 def _add_line(instances: Instances, line: str, where: str, ids: list[int]) -> None:
-    words = line.split()
     try:
-        index, values = int(words[0]), np.array(words[1:], np.float64)
-    except ValueError:
-        raise ValueError(
-            f"{where}: {line[:60]!r} is not `class x1 y1 x2 y2 ...` in numbers."
-        ) from None
+        values: Any = np.array(line.split(), np.float64)
+        index = int(values[0])  # some programs write all numbers with decimals
+    except (ValueError, OverflowError):
+        values, index = np.zeros(1), -1
+    if index != values[0]:
+        raise InputError(f"{where}: {line[:60]!r} is not `class x1 y1 x2 y2 ...` in numbers.")
+    values = values[1:]
     if not 0 <= index < len(ids):
-        raise ValueError(
+        raise InputError(
             f"{where}: class {index}, but there are {len(ids)} names (0 to "
             f"{len(ids) - 1}); correct it or the names."
         )
     if len(values) == 4:
-        raise ValueError(
+        raise InputError(
             f"{where}: four numbers after the class are a box, not an outline; export "
             "the data set for segmentation."
         )
     if len(values) < 6 or len(values) % 2:
-        raise ValueError(
+        raise InputError(
             f"{where}: {len(values)} numbers after the class; an outline has x and y "
             "of at least 3 points."
         )
     if not (np.isfinite(values) & (values >= -_SLACK) & (values <= 1 + _SLACK)).all():
-        raise ValueError(
+        raise InputError(
             f"{where}: coordinates must be shares of the image's width and height, 0 "
-            f"to 1; found {values.min():g} to {values.max():g}."
+            f"to 1; there are {values.min():g} to {values.max():g}."
         )
     height, width = instances.size
     points = np.clip(values.reshape(-1, 2), 0, 1) * [width, height]
     instances.add_polygons(ids[index], [points])
-
-
-def folders_of_yaml(path: str, split: str) -> tuple[str, str, dict[int, str]]:
-    """Returns (images, labels, categories) of a split that a data.yaml names.
-
-    As is usual there, the folder of the labels is that of the images with its last
-    `images` replaced by `labels`.
-    """
-    content = read_yaml(path)
-    names = names_of_yaml(content, path)
-    folder = content.get(split)
-    if not isinstance(folder, str):
-        known = [k for k in ("train", "val", "test") if isinstance(content.get(k), str)]
-        raise ValueError(f"{path}: has no folder of images under `{split}`; there are {known}.")
-    base = os.path.dirname(os.path.abspath(path))
-    root = os.path.join(base, str(content.get("path") or ""))
-    candidates = [os.path.normpath(os.path.join(r, folder)) for r in (root, base)]
-    images = next((c for c in candidates if os.path.isdir(c)), None)
-    if images is None:
-        tried = " and ".join(dict.fromkeys(candidates))
-        raise ValueError(
-            f"{path}: `{split}` is {folder}, but there is no folder {tried}; correct "
-            "`path` or give --images and --labels."
-        )
-    parts = Path(images).parts
-    if "images" not in parts:
-        raise ValueError(
-            f"{path}: `{split}` is {folder}, without a part `images` to replace by "
-            "`labels`; give --images and --labels."
-        )
-    last = len(parts) - 1 - parts[::-1].index("images")
-    labels = str(Path(*parts[:last], "labels", *parts[last + 1 :]))
-    return images, labels, dict(enumerate(names, start=1))
