@@ -85,7 +85,7 @@ def load(args: argparse.Namespace) -> worker.Work:
 
     def run() -> dict[str, float]:
         stages = worker.Stages()
-        evaluator = CocoEvaluator(truth, ids, names, BACKENDS[args.program])
+        evaluator = CocoEvaluator(truth, ids, names, backend=BACKENDS[args.program])
         with stages("encode"):
             for number, row in enumerate(scores, start=1):
                 p = predictions[(number - 1) % len(pool)]
@@ -94,7 +94,7 @@ def load(args: argparse.Namespace) -> worker.Work:
                     evaluator.process(one)
                 else:
                     evaluator._seen.add(number)
-                    evaluator._results.extend(plain_results(one, ids))
+                    evaluator.results.extend(plain_results(one, ids))
         with stages("figures"):
             last["metrics"] = evaluator.evaluate()
         last["results"] = evaluator.results
@@ -105,7 +105,7 @@ def load(args: argparse.Namespace) -> worker.Work:
         digest = int(hashlib.sha256(text).hexdigest()[:12], 16)
         return {"segm/AP": last["metrics"]["segm/AP"], "digest": digest}
 
-    versions = {name: version(name) for name in ("pycocotools", "numpy")}
+    versions = {name: version(name) for name in ("hotcoco", "pycocotools", "numpy")}
     return worker.Work(run, {"versions": versions}, found=found)
 
 

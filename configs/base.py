@@ -369,7 +369,7 @@ def keys() -> Section:
     # Steps in a row whose loss or gradient is not finite before training stops. Such a
     # step changes neither parameters nor optimiser.
     train.max_skipped = whole(10, 1)
-    # The figure of the evaluation that makes a checkpoint the best. Of a loss, less is
+    # The metric of the evaluation that makes a checkpoint the best. Of a loss, less is
     # better.
     train.best_metric = text("segm/AP", form=(r"[^\s\0]+", "a metric's name"))
     # Evaluations, every `eval_every` steps, without a new best before training ends;
@@ -384,10 +384,24 @@ def keys() -> Section:
     # Validation images whose loss is computed at each evaluation, in whole batches of
     # train.batch_size, as val/loss; 0: none.
     config.eval.loss_images = whole(0)
-    # What computes AP: "fast", whose figures are equal to pycocotools' to the last
-    # digit, or "pycocotools" itself, many times slower.
+    # What computes AP: "fast", hotcoco, whose metrics are equal to pycocotools' to the
+    # last digit, or "pycocotools" itself, about twenty times slower.
     config.eval.backend = choice("fast", ("fast", "pycocotools"))
-    # Images drawn with truth beside prediction, in eval/pictures [VIS_PERIOD].
+    # Detections per image and class that AP counts. Beyond COCO's 100 the metrics with
+    # both limits are given: segm/AP and, say, segm/AP@300.
+    config.eval.max_detections = whole(100, 100, 1_000_000)
+    # What is made of every finished evaluation, in this order: import paths
+    # "module:name" of functions of one `solov2_jax.evaluation.evaluate.Evaluation`. The
+    # first logs why AP is 0, the second draws `num_pictures` images into eval/pictures.
+    config.eval.reports = several(
+        (
+            "solov2_jax.tools.report.diagnosis:log_diagnosis",
+            "solov2_jax.tools.report.pictures:write_pictures",
+        ),
+        text("", form=(r"[\w.]+:\w+", "an import path such as package.module:name")),
+        unique=True,
+    )
+    # Images drawn with ground truth beside prediction [VIS_PERIOD].
     config.eval.num_pictures = whole(16, high=100_000)
     # Pad every image to its own multiples of 32, as the reference does with single
     # images, instead of to one of a few shapes: an object's grid cell depends on the

@@ -12,10 +12,9 @@ from absl import flags
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from test_evaluation_run import Oracle, batches_of  # noqa: E402
+from test_evaluation_run import Oracle, batches_of, evaluate  # noqa: E402
 
 from solov2_jax.data.coco import load_coco
-from solov2_jax.evaluation.evaluate import evaluate
 from solov2_jax.tools.cli import app, process_flags
 
 

@@ -1,15 +1,19 @@
-"""AP against hand-made cases and against pycocotools' own way from file to figure."""
+"""AP against hand-made cases and against pycocotools' own way from file to metric."""
 
 import copy
 import json
+import sys
 
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from solov2_jax.evaluation.coco import FIGURES, CocoEvaluator
+from solov2_jax.evaluation import coco_score
+from solov2_jax.evaluation.coco import CocoEvaluator, is_defined, json_metrics
+from solov2_jax.evaluation.coco_score import METRICS
 from solov2_jax.inference.prediction import Prediction
+from solov2_jax.tools.report.diagnosis import diagnose
 
 HEIGHT, WIDTH = 120, 160
 # Category ids that are neither dense nor sorted like the names.
@@ -72,20 +76,33 @@ def perfect():
     return [prediction(10, [SMALL, MEDIUM], [0, 0]), prediction(4, [OTHER], [1])]
 
 
-def run(truth, predictions, backend="fast"):
-    evaluator = CocoEvaluator(truth, IDS, NAMES, backend)
+def collect(truth, predictions, **options):
+    evaluator = CocoEvaluator(truth, IDS, NAMES, **options)
     for p in predictions:
         evaluator.process(p)
-    return evaluator.evaluate()
+    return evaluator
+
+
+def run(truth, predictions, backend="fast"):
+    return collect(truth, predictions, backend=backend).evaluate()
+
+
+def reasons(truth, predictions):
+    """Returns the metrics and the lines that say why they are 0."""
+    evaluator = collect(truth, predictions)
+    metrics = evaluator.evaluate()
+    return metrics, "\n".join(diagnose(evaluator, metrics))
 
 
 def test_perfect_predictions_are_1_where_something_is_annotated(truth):
     metrics = run(truth, perfect())
     for kind in ("segm", "bbox"):
-        for name in FIGURES:
-            expected = -1 if name in ("APl", "ARl") else 1
+        for name in METRICS:
+            if name in ("APl", "ARl"):
+                assert np.isnan(metrics[f"{kind}/{name}"])
+                continue
             # AR1: one detection of the two on image 10, one of one on image 4.
-            expected = 0.75 if name == "AR1" else expected
+            expected = 0.75 if name == "AR1" else 1
             assert metrics[f"{kind}/{name}"] == pytest.approx(expected), (kind, name)
     assert metrics["segm/AP/square"] == pytest.approx(1)
     assert metrics["segm/AP/bar"] == pytest.approx(1)
@@ -119,38 +136,109 @@ def test_no_predictions_give_zero_and_say_why(truth, caplog):
     with caplog.at_level("INFO"):
         metrics = run(truth, [prediction(10, [], []), prediction(4, [], [])])
     assert metrics["segm/AP"] == metrics["bbox/AR100"] == 0
-    assert metrics["segm/APl"] == -1
+    assert np.isnan(metrics["segm/APl"])
     assert "not one prediction" in caplog.text
     assert "no annotated object is larger than 96 x 96" in caplog.text
 
 
-def test_zero_says_whether_classes_or_masks_are_wrong(truth, caplog):
+def test_zero_says_whether_classes_or_masks_are_wrong(truth):
     swapped = [prediction(10, [SMALL, MEDIUM], [1, 1]), prediction(4, [OTHER], [0])]
-    with caplog.at_level("INFO"):
-        assert run(truth, swapped)["segm/AP"] == 0
-    assert "3 of 3 predictions have a mask IoU of 0.5 or more" in caplog.text
-    assert "the classes are not" in caplog.text
-    caplog.clear()
+    metrics, text = reasons(truth, swapped)
+    assert metrics["segm/AP"] == 0
+    assert "3 of 3 predictions have a mask IoU of 0.5 or more" in text
+    assert "the classes are not" in text
     x0, y0, x1, y1 = SMALL
     half = prediction(10, [(x0 + 10, y0, x1 + 10, y1)], [0])  # IoU 1/3
-    with caplog.at_level("INFO"):
-        assert run(truth, [half, prediction(4, [], [])])["segm/AP"] == 0
-    assert "not one of 1 predictions" in caplog.text
-    assert "the best has 0.33; weights that are not trained" in caplog.text
+    metrics, text = reasons(truth, [half, prediction(4, [], [])])
+    assert metrics["segm/AP"] == 0
+    assert "not one of 1 predictions" in text
+    assert "the best has 0.33; weights that are not trained" in text
+    assert reasons(truth, perfect())[1] == ""
 
 
-def test_zero_of_one_size_says_how_near_it_came(truth, caplog):
+def test_zero_of_one_size_says_how_near_it_came(truth):
     x0, y0, x1, y1 = SMALL
     half = (x0 + 10, y0, x1 + 10, y1)
-    found = [prediction(10, [half, MEDIUM], [0, 0]), prediction(4, [OTHER], [1])]
-    with caplog.at_level("INFO"):
-        metrics = run(truth, found)
+    detected = [prediction(10, [half, MEDIUM], [0, 0]), prediction(4, [OTHER], [1])]
+    metrics, text = reasons(truth, detected)
     assert metrics["segm/APs"] == 0 < metrics["segm/APm"]
     assert (
         "APs is 0: 1 annotated objects are smaller than 32 x 32 pixels and 1 "
         "predictions are; the largest mask IoU of such an object with a prediction is "
-        "0.33" in caplog.text
+        "0.33" in text
     )
+
+
+def test_without_objects_every_metric_is_undefined_and_says_so(truth, caplog):
+    truth["annotations"] = [annotation(0, 10, 7, SMALL, iscrowd=1)]
+    for backend in ("fast", "pycocotools"):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            metrics = run(truth, perfect(), backend)
+        assert len(metrics) == 26 and not any(is_defined(v) for v in metrics.values())
+        assert "AP is undefined: the 2 evaluated images have no annotated object" in caplog.text
+        assert "only 1 crowd regions" in caplog.text and "AP is 0" not in caplog.text
+        assert json.loads(json.dumps(json_metrics(metrics))) == dict.fromkeys(metrics)
+    assert reasons(truth, perfect())[1] == ""
+
+
+def test_what_is_defined():
+    assert is_defined(0.0) and is_defined(0.5) and is_defined(-0.5)
+    # -1 marks in older files what is null in newer ones.
+    assert not any(is_defined(value) for value in (None, float("nan"), -1, -1.0))
+
+
+def many_objects(count):
+    """Returns one image with `count` objects of a class, and perfect predictions."""
+    boxes = [(x, y, x + 4, y + 4) for x in range(0, 160, 8) for y in range(0, 120, 8)][:count]
+    content = {
+        "images": [{"id": 10, "height": HEIGHT, "width": WIDTH}],
+        "categories": [{"id": 7, "name": "square"}, {"id": 3, "name": "bar"}],
+        "annotations": [annotation(n, 10, 7, box) for n, box in enumerate(boxes)],
+    }
+    scores = np.linspace(1, 0.5, count).tolist()
+    return content, [prediction(10, boxes, [0] * count, scores)]
+
+
+def test_more_objects_than_ap_counts_are_told(caplog):
+    content, predictions = many_objects(150)
+    with caplog.at_level("INFO"):
+        metrics = run(content, predictions)
+    # Of 150 objects 100 can be found: 67 of the 101 recalls are reached.
+    assert metrics["segm/AP"] == pytest.approx(67 / 101)
+    assert "counts at most 100 detections per image and class, but 1 images have more" in (
+        caplog.text
+    )
+    assert "up to 150" in caplog.text and "eval.max_detections=150" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        run(*many_objects(100))
+    assert "counts at most" not in caplog.text
+
+
+@pytest.mark.parametrize("backend", ["fast", "pycocotools"])
+def test_more_detections_count_beside_cocos(caplog, backend):
+    content, predictions = many_objects(150)
+    plain = run(content, predictions, backend)
+    evaluator = collect(content, predictions, backend=backend, max_detections=150)
+    with caplog.at_level("INFO"):
+        metrics = evaluator.evaluate()
+    assert metrics["segm/AP@150"] == metrics["bbox/AR@150"] == pytest.approx(1)
+    assert np.isnan(metrics["segm/APl@150"])
+    np.testing.assert_equal({k: metrics[k] for k in plain}, plain)
+    assert list(metrics) == evaluator.metric_names()
+    assert "counts at most" not in caplog.text and "AP50@150" in caplog.text
+
+
+def test_without_hotcoco_pycocotools_computes_the_same(truth, monkeypatch, caplog):
+    expected = run(truth, perfect())
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
+    coco_score.load_hotcoco.cache_clear()
+    with caplog.at_level("INFO"):
+        np.testing.assert_equal(run(truth, perfect()), expected)
+        run(truth, perfect())
+    assert caplog.text.count("needs the package hotcoco, which cannot be imported") == 1
+    coco_score.load_hotcoco.cache_clear()
 
 
 def test_results_of_other_categories_are_named(truth, caplog):
@@ -166,7 +254,7 @@ def test_results_of_other_categories_are_named(truth, caplog):
 
 def test_unknown_backend_is_named(truth):
     with pytest.raises(ValueError, match=r"eval.backend is 'faster'"):
-        CocoEvaluator(truth, IDS, NAMES, "faster")
+        CocoEvaluator(truth, IDS, NAMES, backend="faster")
 
 
 def test_mask_size_ranges_use_the_masks_area(truth):
@@ -183,7 +271,7 @@ def test_mask_size_ranges_use_the_masks_area(truth):
 
 
 def test_equals_pycocotools_on_noisy_predictions(truth):
-    """The same figures as writing the results and loading them by the COCO API."""
+    """The same metrics as writing the results and loading them by the COCO API."""
     rng = np.random.default_rng(0)
     truth["annotations"] = []
     predictions = []
@@ -205,7 +293,7 @@ def test_equals_pycocotools_on_noisy_predictions(truth):
         scores = np.sort(rng.random(12))[::-1].tolist()
         predictions.append(prediction(image_id, moved, labels, scores))
     metrics = run(truth, predictions)
-    assert run(truth, predictions, "pycocotools") == metrics
+    np.testing.assert_equal(run(truth, predictions, "pycocotools"), metrics)
 
     evaluator = CocoEvaluator(truth, IDS, NAMES)
     for p in predictions:
@@ -221,13 +309,13 @@ def test_equals_pycocotools_on_noisy_predictions(truth):
         plain.evaluate()
         plain.accumulate()
         plain.summarize()
-        figures = [metrics[f"{kind}/{name}"] for name in FIGURES]
-        np.testing.assert_array_equal(figures, plain.stats)
-        assert 0.1 < figures[0] < 0.9
+        values = [metrics[f"{kind}/{name}"] for name in METRICS]
+        np.testing.assert_array_equal(np.nan_to_num(values, nan=-1), plain.stats)
+        assert 0.1 < values[0] < 0.9
 
 
 def test_only_processed_images_count(truth):
-    assert run(truth, perfect()[:1])["segm/AP/bar"] == -1
+    assert np.isnan(run(truth, perfect()[:1])["segm/AP/bar"])
     assert run(truth, perfect()[:1])["segm/AP"] == pytest.approx(1)
 
 
@@ -243,7 +331,7 @@ def test_objects_without_a_mask_or_with_missing_keys(truth, caplog):
     assert "1 annotations have no usable mask" in caplog.text
 
 
-def test_two_classes_of_one_name_keep_their_figures(truth):
+def test_two_classes_of_one_name_keep_their_metrics(truth):
     metrics = CocoEvaluator(truth, IDS, ("thing", "thing"))
     for p in perfect():
         metrics.process(p)

@@ -1,14 +1,19 @@
 """From a data set on disk to metrics.json and predictions.json."""
 
+import importlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_coco
 
+from configs import base
 from solov2_jax.data.buckets import Resize
 from solov2_jax.data.pipeline import Reading, eval_batches
-from solov2_jax.evaluation.evaluate import evaluate
+from solov2_jax.evaluation.coco import CocoEvaluator, json_metrics
+from solov2_jax.evaluation.evaluate import build_evaluator, build_reports
+from solov2_jax.evaluation.evaluate import evaluate as evaluate_all
 from solov2_jax.inference.prediction import Prediction
 
 # tiny_coco's objects: image id -> [(label, x, y, side)]; labels by sorted ids 5, 20.
@@ -53,6 +58,12 @@ def batches_of(dataset, **options):
     return eval_batches(dataset, batch_size=2, resize=resize, reading=reading, **options)
 
 
+def evaluate(predictor, dataset, batches, out, **options):
+    names = dataset.category_ids, dataset.class_names
+    evaluator = CocoEvaluator(dataset.annotation_file, *names)
+    return evaluate_all(predictor, evaluator, dataset, batches, out, **options)
+
+
 def test_oracle_scores_1_and_both_files_are_written(dataset, tmp_path, caplog):
     out = tmp_path / "deep" / "eval"
     with caplog.at_level("INFO"):
@@ -60,7 +71,7 @@ def test_oracle_scores_1_and_both_files_are_written(dataset, tmp_path, caplog):
     assert metrics["segm/AP"] == metrics["bbox/AP"] == pytest.approx(1)
     assert {"segm/AP/cat", "segm/AP/dog", "bbox/ARl"} <= set(metrics)
     written = json.loads((out / "metrics.json").read_text())
-    assert written == {**metrics, "num_images": 3, "num_predictions": 3}
+    assert written == {**json_metrics(metrics), "num_images": 3, "num_predictions": 3}
     results = json.loads((out / "predictions.json").read_text())
     by_image = {i: [r for r in results if r["image_id"] == i] for i in TRUTH}
     assert [r["category_id"] for r in by_image[7]] == [5, 20]
@@ -69,6 +80,7 @@ def test_oracle_scores_1_and_both_files_are_written(dataset, tmp_path, caplog):
     mask = np.zeros((64, 48), bool)
     mask[8:28, 10:30] = True
     assert by_image[3][0]["segmentation"] == tiny_coco.encode_mask(mask)
+    assert written["segm/APl"] is None and "NaN" not in (out / "metrics.json").read_text()
     assert sorted(p.name for p in out.iterdir()) == ["metrics.json", "predictions.json"]
     assert "predicted 3 images" in caplog.text and "3 of 3 images" in caplog.text
 
@@ -94,3 +106,32 @@ def test_no_predictions_at_all(dataset, tmp_path, monkeypatch, caplog):
         evaluate(Oracle(), dataset, batches_of(dataset), tmp_path)
     assert json.loads((tmp_path / "predictions.json").read_text()) == []
     assert not (tmp_path / "metrics.json").exists()
+
+
+def test_one_evaluator_serves_a_whole_run(dataset, tmp_path):
+    """What an earlier evaluation collected is forgotten; its truth is not read again."""
+    evaluator = build_evaluator(base.get_config(), dataset)
+    Path(dataset.annotation_file).unlink()
+    for _ in range(2):
+        metrics = evaluate_all(Oracle(), evaluator, dataset, batches_of(dataset), tmp_path)
+        assert metrics["segm/AP"] == pytest.approx(1) and len(evaluator.results) == 3
+
+
+def test_reports_are_called_with_the_evaluation(dataset, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(importlib.import_module(__name__), "record", calls.append, raising=False)
+    config = base.get_config()
+    config.eval.reports = (*config.eval.reports, f"{__name__}:record")
+    reports = build_reports(config)
+    metrics = evaluate(
+        Oracle(), dataset, batches_of(dataset), tmp_path, num_pictures=2, reports=reports
+    )
+    (evaluation,) = calls
+    assert evaluation.metrics == metrics and evaluation.folder == tmp_path
+    assert len(evaluation.predictions) == 2 and set(evaluation.milliseconds) == {
+        *("data", "compute", "encode")
+    }
+    assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 2
+    config.eval.reports = ("solov2_jax.tools.report:nothing",)
+    with pytest.raises(ValueError, match="eval.reports: .*cannot be imported"):
+        build_reports(config)

@@ -26,7 +26,7 @@ from solov2_jax.tools.predict.outputs import (
 )
 from solov2_jax.tools.predict.polygons import join_rings, mask_polygons, ring_area
 from solov2_jax.tools.predict.sources import Frame
-from solov2_jax.tools.report.pictures import truth
+from solov2_jax.tools.report.pictures import annotated_objects
 
 NAMES = ("cat", "big dog/..")
 
@@ -105,7 +105,7 @@ def test_the_importers_read_the_labels_back(tmp_path):
         written = tmp_path / f"{kind}.json"
         __main__.main([*arguments, "--output", str(written)])
         dataset = load_coco(str(path.parent), str(written))
-        found = truth(dataset, 0)
+        found = annotated_objects(dataset, 0)
         assert len(found) == len(masks), kind
         names_found = [dataset.class_names[i] for i in found.labels]
         for name, mask in zip(names_found, np.asarray(found.masks), strict=True):

@@ -5,19 +5,21 @@ import tiny_coco
 from PIL import Image
 
 from solov2_jax.data.coco import load_coco
+from solov2_jax.evaluation.coco import CocoEvaluator
+from solov2_jax.evaluation.evaluate import Evaluation
 from solov2_jax.inference.prediction import Prediction
-from solov2_jax.tools.report.pictures import truth, write_pictures
+from solov2_jax.tools.report.pictures import annotated_objects, write_pictures
 
 
 def test_truth_is_the_annotated_masks(tmp_path):
     dataset = load_coco(*tiny_coco.write(tmp_path))
     index = list(dataset.image_ids).index(7)
-    found = truth(dataset, index)
-    assert found.masks.shape == (2, 48, 64)
-    names = [dataset.class_names[label] for label in found.labels]
-    areas = dict(zip(names, found.masks.sum((1, 2)), strict=True))
+    objects = annotated_objects(dataset, index)
+    assert objects.masks.shape == (2, 48, 64)
+    names = [dataset.class_names[label] for label in objects.labels]
+    areas = dict(zip(names, objects.masks.sum((1, 2)), strict=True))
     assert areas == {"cat": 20 * 20, "dog": 12 * 12}
-    by_name = dict(zip(names, found.boxes.tolist(), strict=True))
+    by_name = dict(zip(names, objects.boxes.tolist(), strict=True))
     assert by_name["dog"] == [30, 20, 42, 32]
 
 
@@ -32,7 +34,15 @@ def test_pictures_of_images_with_and_without_objects(tmp_path):
         floats = np.zeros(0, np.float32)
         empty = Prediction(none, np.zeros((0, 4), np.float32), floats, floats, image_id)
         predictions[image_id] = empty
-    write_pictures(dataset, predictions, out)
+    evaluation = Evaluation(
+        folder=tmp_path,
+        dataset=dataset,
+        evaluator=CocoEvaluator(dataset.annotation_file, (), ()),
+        metrics={},
+        predictions=predictions,
+        milliseconds={},
+    )
+    write_pictures(evaluation)
     assert sorted(p.name for p in out.iterdir()) == ["7.jpg", "9.jpg"]
     picture = np.asarray(Image.open(out / "7.jpg"))
     factor = 256 // 48

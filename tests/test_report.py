@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import tiny_coco
 from PIL import Image
-from test_evaluation_run import Oracle, batches_of
-from test_offline import files, perfect  # noqa: F401 (a fixture)
+from test_evaluation_run import Oracle, batches_of, evaluate
+from test_results_file import files, perfect  # noqa: F401 (a fixture)
 
-from solov2_jax.evaluation.evaluate import evaluate
+from solov2_jax.evaluation.coco import json_metrics
+from solov2_jax.tools.report.page import report_writer
 from solov2_jax.tools.report.pictures import from_records
 from solov2_jax.tools.report.results_file import evaluate_files
 
@@ -45,18 +46,18 @@ def test_page_holds_everything(wrong, tmp_path):
     assert not re.search(r"https?://|@import|<link|<script src", page)
     # Names from the annotations are text, not markup.
     assert "&lt;dog &amp; co&gt;" in page and "<dog" not in page
-    assert "APl: no annotated object is larger than 96 x 96 pixels" in page
+    assert "APl is undefined: no annotated object is larger than 96 x 96 pixels" in page
     for name in ("errors", "curves", "classes", "confusion", "sizes", "calibration"):
         picture = Image.open(out / "report" / "charts" / f"{name}.png")
         assert picture.width > 300 and len(picture.getcolors(10**6)) > 10
 
 
-def test_tables_hold_the_figures(wrong, tmp_path):
+def test_tables_hold_the_metrics(wrong, tmp_path):
     out = tmp_path / "out"
     metrics = evaluate_files(*wrong, out_dir=str(out), report=True)
     folder = out / "report"
-    figures = {name: float(v) for name, v in table(folder, "figures")[1:]}
-    assert figures == metrics
+    values = {name: float(v) if v else None for name, v in table(folder, "metrics")[1:]}
+    assert values == json_metrics(metrics)
     errors = {row[0]: int(row[1]) for row in table(folder, "errors")[1:]}
     assert errors["class"] == errors["missed"] == 1 and sum(errors.values()) == 2
     head, *rows = table(folder, "confusion")
@@ -86,14 +87,14 @@ def test_report_of_a_run_shows_the_images_and_the_time(tmp_path):
             return super().predict_batch(batch)
 
     out = tmp_path / "eval"
-    evaluate(Half(), dataset, batches_of(dataset), out, report="tiny, best")
+    evaluate(Half(), dataset, batches_of(dataset), out, reports=[report_writer("tiny, best")])
     page = (out / "report" / "report.html").read_text("utf-8")
-    assert "<h1>tiny, best</h1>" in page and "ms an image" in page
+    assert "<h1>tiny, best</h1>" in page and "ms per image" in page
     picture = np.asarray(Image.open(out / "report" / "gallery" / "3.jpg"))
     # Truth left, nothing predicted right: enlarged, with the noise of the image.
     assert picture.shape[0] == 4 * 64 and picture[:, 200:].std() > 30
     # A second report replaces the first one's pictures.
-    evaluate(Oracle(), dataset, batches_of(dataset), out, report="tiny, best")
+    evaluate(Oracle(), dataset, batches_of(dataset), out, reports=[report_writer("tiny, best")])
     assert list((out / "report" / "gallery").iterdir()) == []
     assert "Every object was found" in (out / "report" / "report.html").read_text()
 

@@ -1,11 +1,12 @@
-"""Predictor and data set -> figures on disk, with progress and timing."""
+"""Predictor and data set -> metrics on disk, with progress and timing."""
 
 import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,11 +15,9 @@ import numpy as np
 
 from solov2_jax import distributed
 from solov2_jax.data.coco import CocoDataset
-from solov2_jax.evaluation.coco import CocoEvaluator
+from solov2_jax.evaluation.coco import CocoEvaluator, json_metrics
 from solov2_jax.inference.prediction import Prediction, write_results
-from solov2_jax.io import write_json
-from solov2_jax.tools.report.expected_results import ExpectedResult, check_names
-from solov2_jax.tools.report.pictures import write_pictures
+from solov2_jax.io import import_object, write_json
 
 log = logging.getLogger(__name__)
 
@@ -44,37 +43,64 @@ class BatchSource(Protocol):
     def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]: ...
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation, as the functions of `eval.reports` get it."""
+
+    folder: Path  # what they write goes below it
+    dataset: CocoDataset
+    evaluator: CocoEvaluator  # with all results
+    metrics: dict[str, float]
+    predictions: Mapping[int, Prediction]  # by image id, of the first `num_pictures` images
+    milliseconds: Mapping[str, float]  # per image, by part
+
+
+Report = Callable[[Evaluation], None]
+
+
+def build_evaluator(config: Any, dataset: CocoDataset) -> CocoEvaluator:
+    """Returns the evaluator of a data set; reads its ground truth, once for a run."""
+    return CocoEvaluator(
+        dataset.annotation_file,
+        dataset.category_ids,
+        dataset.class_names,
+        backend=config.eval.backend,
+        max_detections=config.eval.max_detections,
+    )
+
+
+def build_reports(config: Any) -> list[Report]:
+    """Returns the functions that `eval.reports` names."""
+    return [import_object(path, "eval.reports") for path in config.eval.reports]
+
+
 def evaluate(
     predictor: BatchPredictor,
+    evaluator: CocoEvaluator,
     dataset: CocoDataset,
     batches: BatchSource,
     out_dir: str | os.PathLike[str],
-    num_pictures: int = 0,
-    backend: str = "fast",
     *,
-    expectations: Sequence[ExpectedResult] = (),
-    report: str = "",
+    num_pictures: int = 0,
+    reports: Sequence[Report] = (),
 ) -> dict[str, float]:
-    """Returns COCO's figures of the batches' images, see `CocoEvaluator.evaluate`.
+    """Returns COCO's metrics of the batches' images, see `CocoEvaluator.evaluate`.
 
-    Of several processes, each has batches of its own, and all return the figures of all
+    Of several processes, each has batches of its own, and all return the metrics of all
     images; the first one writes.
 
-    Writes them to `metrics.json` in `out_dir`, with the numbers of images and
-    predictions, the predictions to `predictions.json` in COCO's results format, and
-    the first `num_pictures` images with truth and prediction to `pictures`.
+    Writes `metrics.json` into `out_dir`, with the numbers of images and predictions and
+    null for what is undefined, and `predictions.json` in COCO's results format.
 
     Args:
-      expectations: their names are checked before anything is predicted.
-      report: the title of a report that is written to `report`; "": none.
+      evaluator: of `dataset`; forgets what it has collected before.
+      num_pictures: images whose predictions are kept for the reports.
+      reports: called with the finished evaluation, in this order.
     """
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    evaluator = CocoEvaluator(
-        dataset.annotation_file, dataset.category_ids, dataset.class_names, backend
-    )
-    check_names(expectations, evaluator.metric_names())
-    shown, clock = predict(predictor, batches, evaluator, num_pictures)
+    evaluator.reset()
+    predictions, clock = predict(predictor, batches, evaluator, num_pictures)
     if jax.process_count() > 1:
         evaluator.merge(distributed.gather(evaluator.state()))
 
@@ -83,40 +109,27 @@ def evaluate(
         results = [{**r, "class_name": names[r["category_id"]]} for r in evaluator.results]
         write_results(results, out / "predictions.json")
         metrics = evaluator.evaluate()
-        numbers = {
-            "num_images": len(evaluator.image_ids),
-            "num_predictions": len(evaluator.results),
-        }
-        write_json({**metrics, **numbers}, out / "metrics.json")
-        log.info("written: %s and predictions.json", out / "metrics.json")
-        if shown:
-            write_pictures(dataset, shown, out / "pictures")
-            log.info("look at %s", out / "pictures")
-        if report:
-            _report(out, dataset, evaluator, metrics, report, clock)
+        write_metrics(evaluator, metrics, out)
+        evaluation = Evaluation(
+            folder=out,
+            dataset=dataset,
+            evaluator=evaluator,
+            metrics=metrics,
+            predictions=predictions,
+            milliseconds=clock.milliseconds(),
+        )
+        for report in reports:
+            report(evaluation)
         return metrics
 
     return distributed.broadcast_from_host0(finish)
 
 
-def _report(
-    out: Path,
-    dataset: CocoDataset,
-    evaluator: CocoEvaluator,
-    metrics: dict[str, float],
-    title: str,
-    clock: "Clock",
-) -> None:
-    from solov2_jax.tools.report.report import write_report
-    from solov2_jax.tools.report.study import make_study
-
-    facts = {
-        "data": os.path.basename(dataset.annotation_file),
-        "images": str(len(evaluator.image_ids)),
-        "predictions": str(len(evaluator.results)),
-    }
-    study = make_study(evaluator, metrics, title, facts, clock.milliseconds())
-    write_report(out / "report", study, evaluator, dataset.image_root)
+def write_metrics(evaluator: CocoEvaluator, metrics: Mapping[str, float], folder: Path) -> None:
+    """Writes `metrics.json`: the metrics and the numbers of images and predictions."""
+    counts = {"num_images": len(evaluator.image_ids), "num_predictions": len(evaluator.results)}
+    write_json({**json_metrics(metrics), **counts}, folder / "metrics.json")
+    log.info("written: %s", folder / "metrics.json")
 
 
 def predict(
@@ -124,13 +137,13 @@ def predict(
     batches: BatchSource,
     evaluator: CocoEvaluator,
     keep: int = 0,
-) -> tuple[dict[int, Prediction], "Clock"]:
+) -> tuple[dict[int, Prediction], "EvaluationClock"]:
     """Returns the first `keep` predictions and the times; `evaluator` gets them all.
 
     Masks are encoded in a thread of their own while the device computes the next batch.
     """
     kept: dict[int, Prediction] = {}
-    clock = Clock(len(batches))
+    clock = EvaluationClock(len(batches))
     iterator = iter(batches)
     encoding: deque[Future[None]] = deque()
 
@@ -160,10 +173,10 @@ def predict(
     return kept, clock
 
 
-class Clock:
+class EvaluationClock:
     """Where the time of an evaluation goes, and how far it is.
 
-    "encode" is what the encoder, which works beside the device, makes it wait.
+    "encode" is the time spent waiting for the encoder, which works beside the device.
     """
 
     def __init__(self, num_batches: int):
@@ -177,13 +190,13 @@ class Clock:
         """Begins a batch."""
         self._last = time.perf_counter()
 
-    def lap(self, what: str, first_of: Any = None) -> None:
+    def lap(self, part: str, first_of: Any = None) -> None:
         """Books the time since the last lap, the first of a shape as compilation."""
         now = time.perf_counter()
         if first_of is not None and first_of not in self._shapes:
             self._shapes.add(first_of)
-            what = "first"
-        self._seconds[what] += now - self._last
+            part = "first"
+        self._seconds[part] += now - self._last
         self._last = now
 
     def count(self, images: int) -> None:
@@ -197,18 +210,15 @@ class Clock:
             log.info("%d images evaluated, about %.0f s left", self.images, left)
 
     def milliseconds(self) -> dict[str, float]:
-        """Returns what an image cost on average, the first batches of shapes aside."""
+        """Returns the mean time per image by part, without the first batch of each shape."""
         n = max(self.images, 1)
-        parts = ("data", "compute", "encode")
-        return {name: 1000 * self._seconds[name] / n for name in parts}
+        return {part: 1000 * self._seconds[part] / n for part in ("data", "compute", "encode")}
 
     def summary(self) -> str:
-        """Returns what an image cost on average, as text."""
-        spent = self.milliseconds().items()
-        parts = ", ".join(f"{name} {value:.1f}" for name, value in spent)
-        elapsed = self._last - self._begin
+        """Returns the mean time per image, as text."""
+        parts = ", ".join(f"{part} {ms:.1f}" for part, ms in self.milliseconds().items())
         return (
-            f"predicted {self.images} images in {elapsed:.1f} s; ms an image: {parts}; "
-            f"first batch of {len(self._shapes)} shapes, with compilation: "
+            f"predicted {self.images} images in {self._last - self._begin:.1f} s; ms per image: "
+            f"{parts}; first batch of {len(self._shapes)} shapes, with compilation: "
             f"{self._seconds['first']:.1f} s"
         )

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
 
 from solov2_jax.data.annotations import (
     AnnotationTable,
@@ -92,18 +91,6 @@ def read_ground_truth(
         num_without_mask=len(table.ids) - len(usable),
         image_ids=dict(zip(table.batch_ids().tolist(), table.image_ids, strict=True)),
     )
-
-
-def index(truth: GroundTruth, annotations: Sequence[dict[str, Any]]) -> COCO:
-    """Returns pycocotools' index of annotations of these images; it prints."""
-    coco: Any = COCO()
-    coco.dataset = {
-        "images": list(truth.images.values()),
-        "categories": [{"id": i, "name": n} for i, n in truth.categories.items()],
-        "annotations": list(annotations),
-    }
-    coco.createIndex()
-    return coco
 
 
 _FORMAT = (

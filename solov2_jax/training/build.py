@@ -138,12 +138,15 @@ def build_evaluate(
     config: Any, model: Any, dataset: Any, workdir: pathlib.Path
 ) -> Callable[[dict[str, PyTree]], dict[str, float]]:
     """Returns variables -> metrics on the validation data."""
+    from solov2_jax.data.build import build_eval_batches
+    from solov2_jax.evaluation.evaluate import build_evaluator, build_reports, evaluate
+    from solov2_jax.inference.predictor import build_predictor
+
     shard = (jax.process_index(), jax.process_count())
+    # Before training: what is wrong with the ground truth is told now.
+    evaluator, reports = build_evaluator(config, dataset), build_reports(config)
 
     def evaluate_variables(variables: dict[str, PyTree]) -> dict[str, float]:
-        from solov2_jax.data.build import build_eval_batches
-        from solov2_jax.evaluation.evaluate import evaluate
-        from solov2_jax.inference.predictor import build_predictor
 
         # The state lives on every device; prediction runs on one.
         variables = jax.device_get(variables)
@@ -151,8 +154,15 @@ def build_evaluate(
             config, model, variables, dataset.class_names, dataset.category_ids
         )
         batches = build_eval_batches(config, dataset, shard)
-        options = config.eval.num_pictures, config.eval.backend
-        return evaluate(predictor, dataset, batches, workdir / "eval", *options)
+        return evaluate(
+            predictor,
+            evaluator,
+            dataset,
+            batches,
+            workdir / "eval",
+            num_pictures=config.eval.num_pictures,
+            reports=reports,
+        )
 
     return evaluate_variables
 

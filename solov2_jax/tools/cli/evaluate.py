@@ -42,6 +42,13 @@ _ANNOTATIONS = flags.DEFINE_string(
 _IMAGES = flags.DEFINE_string(
     "images", "", "Folder of the images, for the report of --predictions."
 )
+_MAX_DETECTIONS = flags.DEFINE_integer(
+    "max_detections",
+    0,
+    "With --predictions: detections per image and class that AP counts, beyond COCO's 100. "
+    "Of a run: --config.eval.max_detections.",
+    lower_bound=0,
+)
 _OUTPUT = flags.DEFINE_string(
     "output", "", "Folder for what is written. Default: WORKDIR/eval; none otherwise."
 )
@@ -49,6 +56,7 @@ _OUTPUT = flags.DEFINE_string(
 
 def main(overrides: list[str]) -> None:
     """Evaluates as the flags say."""
+    from solov2_jax.evaluation.coco import format_metric
     from solov2_jax.tools.report.expected_results import misses, parse_expectations
 
     expectations = parse_expectations(_EXPECT.value)
@@ -57,7 +65,7 @@ def main(overrides: list[str]) -> None:
     else:
         metrics = score_run(overrides, expectations)
     for name in ("segm/AP", "segm/AP50", "bbox/AP"):
-        print(f"{name} {metrics[name]:.4f}")
+        print(f"{name} {format_metric(metrics[name])}")
     if lines := misses(expectations, metrics):
         for line in lines:
             print(f"unexpected: {line}", file=sys.stderr)
@@ -66,7 +74,7 @@ def main(overrides: list[str]) -> None:
 
 def score_run(overrides: list[str], expectations: list) -> dict[str, float]:
     """Returns the metrics of a training run."""
-    for flag in (_AGAINST, _ANNOTATIONS, _IMAGES):
+    for flag in (_AGAINST, _ANNOTATIONS, _IMAGES, _MAX_DETECTIONS):
         if flag.value:
             raise ValueError(f"--{flag.name} goes with --predictions")
     workdir = _WORKDIR.value
@@ -103,6 +111,7 @@ def score_files(overrides: list[str], expectations: list) -> dict[str, float]:
         images=_IMAGES.value,
         report=_REPORT.value,
         expectations=expectations,
+        max_detections=_MAX_DETECTIONS.value,
     )
 
 

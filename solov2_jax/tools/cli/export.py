@@ -149,7 +149,8 @@ def _find_images(dataset: Any) -> list[str]:
 
 def _measure_ap(
     config: Any, predictor: Any, buckets: Any, dataset: Any, folder: str
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
+    from solov2_jax.evaluation.coco import format_metric
     from solov2_jax.tools.export.exported import ExportedPredictor
     from solov2_jax.tools.export.measure import measure_ap
 
@@ -158,8 +159,8 @@ def _measure_ap(
     exported = ExportedPredictor(folder)
     found = measure_ap(predictor, exported, dataset, folder, config.eval.max_images)
     for name, metrics in found.items():
-        print(f"{name}: segm/AP {metrics['segm/AP']:.4f}", end=", ")
-        print(f"segm/AP50 {metrics['segm/AP50']:.4f}")
+        values = (f"{key} {format_metric(metrics[key])}" for key in ("segm/AP", "segm/AP50"))
+        print(f"{name}: {', '.join(values)}")
     return found
 
 

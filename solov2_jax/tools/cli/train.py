@@ -39,6 +39,7 @@ def main(overrides: list[str]) -> None:
 
         print(format_rows(config, *dry_run(config)))
         return
+    from solov2_jax.evaluation.coco import format_metric
     from solov2_jax.training.loop import build_task, train
 
     if _OVERFIT.value:
@@ -47,7 +48,7 @@ def main(overrides: list[str]) -> None:
     names = (config.train.best_metric, "segm/AP", "segm/AP50", "bbox/AP")
     for name in dict.fromkeys(names):
         if name in metrics:
-            print(f"{name} {metrics[name]:.4f}")
+            print(f"{name} {format_metric(metrics[name])}")
 
 
 def self_test(config, number: int) -> int:

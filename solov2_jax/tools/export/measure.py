@@ -12,6 +12,7 @@ import numpy as np
 
 from solov2_jax.data.images import read_image
 from solov2_jax.data.sampler import Bucket
+from solov2_jax.evaluation.coco import CocoEvaluator, json_metrics
 from solov2_jax.evaluation.evaluate import evaluate
 from solov2_jax.inference.preprocess import make_batches, make_example
 from solov2_jax.tools.export.exported import ExportedPredictor
@@ -75,20 +76,22 @@ def measure_ap(
     dataset: Any,
     folder: str | os.PathLike[str],
     max_images: int,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """Returns AP of the original and of the export, on the same images.
 
     Args:
-      folder: each writes its predictions and figures to a folder below it.
+      folder: each writes its predictions and metrics to a folder below it.
     """
-    found = {}
+    evaluator = CocoEvaluator(dataset.annotation_file, dataset.category_ids, dataset.class_names)
+    measured = {}
     for name, predictor in (("original", original), ("exported", exported)):
         metrics = evaluate(
             FullResolutionPredictor(predictor),
+            evaluator,
             dataset,
             FullResolutionBatches(dataset, max_images),
             Path(folder) / name,
         )
         names = ("segm/AP", "segm/AP50", "segm/AP75", "bbox/AP", "num_images")
-        found[name] = {key: metrics[key] for key in names if key in metrics}
-    return found
+        measured[name] = json_metrics({key: metrics[key] for key in names if key in metrics})
+    return measured

@@ -7,12 +7,12 @@ import jax
 
 from solov2_jax.checkpoint import load_workdir_config
 from solov2_jax.data.build import build_eval_batches, load_val_dataset
-from solov2_jax.evaluation.evaluate import evaluate
+from solov2_jax.evaluation.evaluate import build_evaluator, build_reports, evaluate
 from solov2_jax.inference.predictor import Predictor
 from solov2_jax.tools.multiview.build import build_views
 from solov2_jax.tools.multiview.tiling import TileOptions
 from solov2_jax.tools.multiview.tta import TtaOptions
-from solov2_jax.tools.report.expected_results import ExpectedResult
+from solov2_jax.tools.report.expected_results import ExpectedResult, check_names
 from solov2_jax.tools.report.full_resolution import FullResolutionBatches, FullResolutionPredictor
 
 
@@ -27,14 +27,14 @@ def evaluate_run(
     report: bool = False,
     expectations: Sequence[ExpectedResult] = (),
 ) -> dict[str, float]:
-    """Returns COCO's figures of a training run on its validation data.
+    """Returns COCO's metrics of a training run on its validation data.
 
-    Writes what `evaluation.run.evaluate` does.
+    Writes what `evaluation.evaluate.evaluate` and the reports of the config do.
 
     Args:
       checkpoint: "last", "best" or a step.
       overrides: of the run's config, such as "--config.eval.max_images=100".
-      tta, tiles: several views of each image; None: not so.
+      tta, tiles: several views of each image; None: a single one.
       output: folder for what is written; "": `eval` in the workdir.
       report: write a page with curves, errors and the worst images, too.
       expectations: their names are checked before anything is predicted.
@@ -43,21 +43,29 @@ def evaluate_run(
     predictor = Predictor.from_workdir(workdir, checkpoint, overrides)
     classes = zip(predictor.category_ids, predictor.class_names, strict=True)
     dataset = load_val_dataset(config, dict(classes))
+    evaluator = build_evaluator(config, dataset)
+    check_names(expectations, evaluator.metric_names())
+    reports = build_reports(config)
+    if report:
+        from solov2_jax.tools.report.outcomes import require_hotcoco
+        from solov2_jax.tools.report.page import report_writer
+
+        require_hotcoco()
+        run = os.path.basename(os.path.abspath(workdir))
+        reports.append(report_writer(f"{run}, checkpoint {checkpoint}"))
     # Of several processes, each predicts a part of the images.
     shard = (jax.process_index(), jax.process_count())
     batches = build_eval_batches(config, dataset, shard)
     if tta or tiles:
-        looking = build_views(predictor, tta, tiles, batches.buckets)
-        predictor = FullResolutionPredictor(looking, config.eval.batch_size)
+        views = build_views(predictor, tta, tiles, batches.buckets)
+        predictor = FullResolutionPredictor(views, config.eval.batch_size)
         batches = FullResolutionBatches(dataset, config.eval.max_images, shard)
-    run = os.path.basename(os.path.abspath(workdir))
     return evaluate(
         predictor,
+        evaluator,
         dataset,
         batches,
         output or os.path.join(workdir, "eval"),
-        config.eval.num_pictures,
-        config.eval.backend,
-        expectations=expectations,
-        report=f"{run}, checkpoint {checkpoint}" if report else "",
+        num_pictures=config.eval.num_pictures,
+        reports=reports,
     )

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from solov2_jax.config import suggest
+from solov2_jax.evaluation.coco import is_defined
+from solov2_jax.io import InputError
 
 _FORM = re.compile(r"(.+)=([^=+±]+)(?:\+-|±)([^=]+)")
 
@@ -23,18 +25,20 @@ class ExpectedResult:
 
     def miss(self, metrics: Mapping[str, float]) -> str:
         """Returns how the result leaves the range, "" where it does not."""
-        found = metrics[self.metric]
+        result = metrics[self.metric]
+        expected = f"expected {self.value:g} +- {self.tolerance:g}"
+        if not is_defined(result):
+            return f"{self.metric} is undefined (nothing of that kind is annotated), {expected}"
         # One unit in the last digit of the sums is no difference.
         slack = 1e-9
-        if abs(found - self.value) <= self.tolerance + slack:
+        if abs(result - self.value) <= self.tolerance + slack:
             return ""
-        why = " (-1: nothing of that kind is annotated)" if found == -1 else ""
-        return f"{self.metric} is {found:.4f}{why}, expected {self.value:g} +- {self.tolerance:g}"
+        return f"{self.metric} is {result:.4f}, {expected}"
 
 
 def parse_expectations(texts: Sequence[str]) -> list[ExpectedResult]:
-    """Returns the expectations, or raises ValueError for one that cannot be read."""
-    found = []
+    """Returns the expectations, or raises InputError for one that cannot be read."""
+    expectations = []
     for text in texts:
         form = _FORM.fullmatch(text.strip())
         try:
@@ -44,19 +48,19 @@ def parse_expectations(texts: Sequence[str]) -> list[ExpectedResult]:
             if not math.isfinite(value) or not 0 <= tolerance < math.inf:
                 raise ValueError
         except ValueError:
-            raise ValueError(
+            raise InputError(
                 f"--expect={text}: cannot be read; write METRIC=VALUE+-TOLERANCE, "
                 "such as --expect=segm/AP=0.42+-0.02"
             ) from None
-        found.append(ExpectedResult(form[1].strip(), value, tolerance))
-    return found
+        expectations.append(ExpectedResult(form[1].strip(), value, tolerance))
+    return expectations
 
 
 def check_names(expectations: Sequence[ExpectedResult], metrics: Sequence[str]) -> None:
-    """Raises ValueError for an expectation of a metric that there is not."""
+    """Raises InputError for an expectation of a metric that does not exist."""
     for expectation in expectations:
         if expectation.metric not in metrics:
-            raise ValueError(
+            raise InputError(
                 f"--expect={expectation.metric}=...: the evaluation has no such "
                 f"metric{suggest(expectation.metric, metrics)}"
             )

@@ -56,6 +56,6 @@ class FullResolutionPredictor:
 
     def predict_batch(self, batch: Mapping[str, np.ndarray]) -> list[Prediction]:
         """Returns a prediction for each image of the batch."""
-        found = self._predictor.predict_images(batch["image"], self._batch_size)
+        predictions = self._predictor.predict_images(batch["image"], self._batch_size)
         ids = batch["image_id"].tolist()
-        return [replace(p, image_id=i) for p, i in zip(found, ids, strict=True)]
+        return [replace(p, image_id=i) for p, i in zip(predictions, ids, strict=True)]

@@ -1,15 +1,33 @@
-"""The report's HTML: text and tables around pictures that are inside the page."""
+"""A report on disk: one HTML page that needs nothing else, and what it is made of.
 
+report/report.html      charts, tables and pictures inside
+report/charts/*.png
+report/tables/*.csv
+report/gallery/*.jpg    the worst images: annotated left, predicted right
+"""
+
+import csv
+import logging
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from solov2_jax.evaluation.coco import FIGURES, figure
-from solov2_jax.tools.report.analysis import ERRORS, ImageRow
-from solov2_jax.tools.report.page_style import SCRIPT, STYLE
-from solov2_jax.tools.report.study import ClassRow, ReportData
+from solov2_jax.evaluation.coco import CocoEvaluator, format_metric, is_defined
+from solov2_jax.evaluation.coco_score import METRICS, extra_metrics
+from solov2_jax.evaluation.evaluate import Evaluation
+from solov2_jax.io import write_text
+from solov2_jax.tools import html
+from solov2_jax.tools.report.analysis import ERRORS, worst_first
+from solov2_jax.tools.report.page_charts import draw_charts
+from solov2_jax.tools.report.pictures import Gallery
+from solov2_jax.tools.report.report_data import ReportData, make_report_data
+
+log = logging.getLogger(__name__)
 
 MEANINGS = {
     "localisation": "the right class, but the mask fits an object only with IoU 0.1 to 0.5",
@@ -22,244 +40,162 @@ MEANINGS = {
 PARTS = {
     "data": "waiting for images",
     "compute": "network, NMS and masks at full size",
-    "encode": "waiting for the masks' encoder, which works beside it",
+    "encode": "waiting for the mask encoder, which works beside it",
 }
 MAX_CONFUSED = 8  # pairs of classes that are named
+MAX_PICTURES = 12  # images of the gallery
+WIDE = 700  # pixels from which on a picture has a row of its own
 
 
 @dataclass(frozen=True)
-class Chart:
-    """A picture of numbers."""
+class PagePicture:
+    """A picture of a page, as a URL that holds it."""
 
     url: str
-    width: int  # in the page, pixels
+    width: int  # pixels
+    caption: str = ""
+    wide: bool = False  # in a row of its own
 
 
-@dataclass(frozen=True)
-class GalleryImage:
-    """A picture of the gallery."""
+def report_writer(title: str):
+    """Returns a function for an evaluation's `reports` that writes the page."""
 
-    row: ImageRow
-    name: str
-    url: str
-    wide: bool  # in a row of its own
+    def write(evaluation: Evaluation) -> None:
+        dataset, evaluator = evaluation.dataset, evaluation.evaluator
+        facts = {"data": os.path.basename(dataset.annotation_file)}
+        data = make_report_data(
+            evaluator, evaluation.metrics, title, facts, evaluation.milliseconds
+        )
+        ids = (evaluator.truth.image_ids[i] for i in dataset.image_ids.tolist())
+        paths = {image_id: dataset.path(n) for n, image_id in enumerate(ids)}
+        write_report(evaluation.folder / "report", data, evaluator, paths)
+
+    return write
 
 
-def page(study: ReportData, charts: Mapping[str, Chart], pictures: Sequence[GalleryImage]) -> str:
-    """Returns the page.
+def write_report(
+    folder: str | os.PathLike[str],
+    data: ReportData,
+    evaluator: CocoEvaluator,
+    paths: Mapping[int, str] | None,
+) -> Path:
+    """Returns the page's path; an older report in `folder` is replaced.
 
     Args:
-      charts: by the names in `charts.charts`.
+      paths: of the images, by id; None draws masks on grey.
     """
-    sections = [
-        _figures(study),
-        _section("What goes wrong", _errors(study), charts["errors"]),
-        _section("Which score to cut at", _curves(study), charts["curves"]),
-        _section("Classes", _classes(study), charts["classes"]),
-        _section("Mistaken for each other", _confusion(study), charts["confusion"]),
-        _section("Sizes", _sizes(study), charts["sizes"]),
-        _section("Scores", _calibration(study), charts["calibration"]),
-    ]
-    if study.speed:
-        sections.append(_section("Time", _speed(study)))
-    sections.append(_section("The worst images", _gallery(study, pictures)))
-    title = escape(study.title)
-    facts = " · ".join(f"{escape(k)}: {escape(v)}" for k, v in study.facts.items())
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body><main>"
-        f'<h1>{title}</h1><p class="soft">{facts}</p>{"".join(sections)}'
-        f"</main><script>{SCRIPT}</script></body></html>\n"
-    )
+    out = Path(folder)
+    for name in ("charts", "tables", "gallery"):
+        shutil.rmtree(out / name, ignore_errors=True)
+        (out / name).mkdir(parents=True)
+    charts = {}
+    for name, (image, width) in draw_charts(data).items():
+        (out / "charts" / f"{name}.png").write_bytes(image)
+        charts[name] = PagePicture(html.data_url(image, "png"), width)
+    for name, rows in tables(data).items():
+        with (out / "tables" / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+    pictures = _pictures(out / "gallery", data, Gallery(evaluator, paths))
+    path = out / "report.html"
+    write_text(_page(data, evaluator.max_detections, charts, pictures), path)
+    log.info("report: %s", path)
+    return path
 
 
-def _section(title: str, content: str, chart: Chart | None = None) -> str:
-    image = ""
-    if chart:
-        style = f'style="width: {chart.width}px" alt="{escape(title)}"'
-        image = f'<img src="{chart.url}" {style}>'
-    text, _, after = content.partition("<!--chart-->")
-    return f"<section><h2>{escape(title)}</h2>{text}{image}{after}</section>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """Returns a table; cells are HTML, and those that are whole <td> stay.
-
-    Args:
-      head: plain text, with "<" in front where the column is aligned to the left.
-    """
-    cells = ("".join(c if c.startswith("<td") else f"<td>{c}</td>" for c in row) for row in rows)
-    names = "".join(
-        f'<th class="text">{escape(h[1:])}</th>' if h[:1] == "<" else f"<th>{escape(h)}</th>"
-        for h in head
-    )
-    body = "".join(f"<tr>{row}</tr>" for row in cells)
-    return f'<table class="{kind}"><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>'
-
-
-def _figures(study: ReportData) -> str:
-    tiles = "".join(
-        f'<div class="tile{" first" if name == "AP" else ""}">'
-        f"<b>{figure(study.metrics[f'segm/{name}'])}</b><span>mask {name}</span></div>"
-        for name in FIGURES[:6]
-    )
-    rows = [
-        [kind, *(figure(study.metrics[f"{key}/{name}"]) for name in FIGURES)]
-        for kind, key in (("masks", "segm"), ("boxes", "bbox"))
-    ]
-    notes = "".join(f'<div class="note">{escape(r)}</div>' for r in study.reasons)
-    return (
-        f'<section><h2>Figures of COCO</h2><div class="tiles">{tiles}</div>'
-        f"{notes}{_table(['', *FIGURES], rows)}"
-        '<p class="soft">AP: the mean over IoU 0.5 to 0.95. s, m, l: objects below '
-        "32², up to 96², above. AR: recall with 1, 10, 100 detections an image. "
-        "“-”: nothing of that kind is annotated.</p></section>"
-    )
-
-
-def _errors(study: ReportData) -> str:
-    split = study.errors
-    worst = max(ERRORS, key=lambda e: split.gains[e])
-    text = f"AP50 is {split.ap50:.3f}."
-    if split.gains[worst] > 0:
-        text += (
-            f" Most is lost by <b>{worst}</b> errors: without them it would be "
-            f"{split.ap50 + split.gains[worst]:.3f}."
+def _pictures(folder: Path, data: ReportData, gallery: Gallery) -> list[PagePicture]:
+    """Returns the worst images, also written into the folder."""
+    pictures = []
+    for row in worst_first(data.images)[:MAX_PICTURES]:
+        path = folder / f"{row.image_id}.jpg"
+        picture = gallery.draw(row.image_id, data.threshold)
+        picture.save(path, quality=88)
+        caption = (
+            f"{gallery.file_name(row.image_id)}: {row.objects} objects, {row.right} found, "
+            f"{row.missed} missed, {row.false} false; F1 {row.f1:.2f}"
         )
-    rows = [
-        [
-            f"<td>{e}</td>",
-            f'<td class="text">{escape(MEANINGS[e])}</td>',
-            str(study.shown_errors[e]),
-            str(split.counts[e]),
-            f"{split.gains[e]:+.4f}",
-        ]
-        for e in ERRORS
-    ]
-    return (
-        f"<p>{text}</p><!--chart-->"
-        + _table(
-            [
-                "kind",
-                "<what it is",
-                f"from {study.threshold:.3f} on",
-                "all",
-                "AP50 gain",
-            ],
-            rows,
-        )
-        + '<p class="soft">Gains are those of all detections, as AP sees them; they do '
-        "not add up, because mending one kind changes what the others cost. Missed "
-        "from a score on: every object without a right detection; missed in all: "
-        "those that no localisation or class error is about.</p>"
+        url = html.data_url(path.read_bytes(), "jpeg")
+        pictures.append(PagePicture(url, picture.width, caption, picture.width > WIDE))
+    return pictures
+
+
+def _page(
+    data: ReportData,
+    max_detections: int,
+    charts: dict[str, PagePicture],
+    pictures: list[PagePicture],
+) -> str:
+    def row(kind: str, names: Sequence[str]) -> list[str]:
+        return [format_metric(data.metrics[f"{kind}/{name}"]) for name in names]
+
+    groups = [names for names in (METRICS, extra_metrics(max_detections)) if names]
+    return html.render(
+        "report.html",
+        title=data.title,
+        tile_width=440,
+        data=data,
+        tiles=list(zip(METRICS[:6], row("segm", METRICS[:6]), strict=True)),
+        metric_tables=[
+            (["", *names], [["masks", *row("segm", names)], ["boxes", *row("bbox", names)]])
+            for names in groups
+        ],
+        meanings=MEANINGS,
+        worst=max(ERRORS, key=lambda kind: data.errors.gains[kind]),
+        threshold=f"{data.threshold:.3f}",
+        best=data.curve.at(data.threshold),
+        confused=_confused(data),
+        times=[(PARTS[part], f"{ms:.1f}") for part, ms in data.milliseconds.items()],
+        charts=charts,
+        pictures=pictures,
+        defined=is_defined,
+        text=format_metric,
     )
 
 
-def _curves(study: ReportData) -> str:
-    precision, recall, f1 = study.curve.at(study.threshold)
-    return (
-        f"<p>F1 of all classes together is largest from score "
-        f"<b>{study.threshold:.3f}</b> on: precision {precision:.3f}, recall "
-        f"{recall:.3f}, F1 {f1:.3f}. What follows uses this threshold, and "
-        f"<code>predict.py --score {study.threshold:.3f}</code> draws what it keeps."
-        "</p><!--chart-->"
-    )
+def _confused(data: ReportData) -> list[tuple[str, str, int]]:
+    """Returns (annotated, predicted, times) of the classes most often confused."""
+    counts = data.confusion[:-1, :-1].copy()
+    np.fill_diagonal(counts, 0)
+    order = np.argsort(-counts, axis=None, kind="stable")[:MAX_CONFUSED]
+    pairs = zip(*np.unravel_index(order, counts.shape), strict=True)
+    return [(data.names[i], data.names[j], int(counts[i, j])) for i, j in pairs if counts[i, j]]
 
 
-def _classes(study: ReportData) -> str:
-    def ap(row: ClassRow) -> str:
-        bar = f'<i class="bar" style="width:{110 * max(row.ap, 0):.0f}px"></i>'
-        text = f'<td class="text" data-value="{row.ap}">'
-        return f"{text}{bar}{figure(row.ap)}</td>"
+def tables(data: ReportData) -> dict[str, list[Sequence[Any]]]:
+    """Returns the rows of the csv files, a head first; undefined values are empty."""
+    names, split, bins = data.names, data.errors, data.calibration
+    curves = [("all", data.curve), *zip(names, data.class_curves, strict=True)]
+    thresholds = [round(0.01 * i, 2) for i in range(101)]
+    confusion = zip([*names, "nothing there"], data.confusion.tolist(), strict=True)
+    class_head = "class ap objects predictions threshold precision recall f1".split()
+    class_keys = ["name", "ap", *class_head[2:]]
 
-    rows = [
-        [
-            escape(r.name),
-            ap(r),
-            str(r.objects),
-            str(r.predictions),
-            f"{r.threshold:.3f}",
-            f"{r.precision:.3f}",
-            f"{r.recall:.3f}",
-            f"{r.f1:.3f}",
-        ]
-        for r in study.classes
-    ]
-    head = [
-        "class",
-        "<mask AP",
-        "objects",
-        "predictions",
-        "best threshold",
-        "precision",
-        "recall",
-        "F1",
-    ]
-    return (
-        "<!--chart--><p>Precision, recall and F1 are those at IoU 0.5 from the class's "
-        "own best threshold on. A click on a column's name sorts by it.</p>"
-        f'<div class="scroll">{_table(head, rows, "sort")}</div>'
-    )
+    def value(number: Any) -> Any:
+        return "" if isinstance(number, float) and not is_defined(number) else number
 
+    def attributes(rows: Sequence[Any], keys: Sequence[str]) -> list[Sequence[Any]]:
+        return [[value(getattr(row, key)) for key in keys] for row in rows]
 
-def _confusion(study: ReportData) -> str:
-    matrix = study.confusion[:-1, :-1].copy()
-    np.fill_diagonal(matrix, 0)
-    pairs = [
-        [
-            escape(study.names[i]),
-            f'<td class="text">{escape(study.names[j])}</td>',
-            str(matrix[i, j]),
-        ]
-        for i, j in zip(*np.unravel_index(np.argsort(-matrix, None), matrix.shape), strict=True)
-        if matrix[i, j]
-    ][:MAX_CONFUSED]
-    table = (
-        _table(["annotated", "<predicted", "times"], pairs)
-        if pairs
-        else ("<p>No object was taken for another class.</p>")
-    )
-    return (
-        "<p>Objects and detections paired by mask IoU (0.5 or more), whatever their "
-        "classes. Shades are shares of a row.</p><!--chart-->" + table
-    )
-
-
-def _sizes(study: ReportData) -> str:
-    objects = sum(r.objects for r in study.sizes)
-    found = sum(r.found for r in study.sizes)
-    return f"<p>{found} of {objects} objects are found at the threshold.</p>"
-
-
-def _calibration(study: ReportData) -> str:
-    return (
-        "<p>On the dashed line, of the detections with score 0.7 seven in ten would be "
-        f"right (IoU 0.5). The mean distance is {study.calibration.error:.3f}; below "
-        "the line scores promise too much.</p><!--chart-->"
-    )
-
-
-def _speed(study: ReportData) -> str:
-    rows = [[PARTS[name], f"{value:.1f}"] for name, value in study.speed.items()]
-    return _table(["part", "ms an image"], rows) + (
-        '<p class="soft">Without the first batch of each shape, which compiles.</p>'
-    )
-
-
-def _gallery(study: ReportData, pictures: Sequence[GalleryImage]) -> str:
-    if not pictures:
-        return "<p>Every object was found, and nothing else.</p>"
-    text = (
-        f"<p>Lowest F1 first, at score {study.threshold:.3f}: annotated left, "
-        'predicted right.</p><div class="gallery">'
-    )
-    for p in pictures:
-        row = p.row
-        text += (
-            f'<figure class="{"wide" if p.wide else ""}"><img src="{p.url}" alt="">'
-            f"<figcaption>{escape(p.name)}: "
-            f"{row.objects} objects, {row.right} found, {row.missed} missed, "
-            f"{row.false} false; F1 {row.f1:.2f}</figcaption></figure>"
-        )
-    return f"{text}</div>"
+    size_keys = ["name", "objects", "found", "mean_iou"]
+    image_keys = ["image_id", "objects", "right", "false", "missed", "f1"]
+    return {
+        "metrics": [("metric", "value"), *((n, value(v)) for n, v in data.metrics.items())],
+        "classes": [class_head, *attributes(data.classes, class_keys)],
+        "curves": [
+            ("class", "threshold", "precision", "recall", "f1"),
+            *((name, t, *curve.at(t)) for name, curve in curves for t in thresholds),
+        ],
+        "errors": [
+            ("kind", "errors", "ap50_gain"),
+            *((kind, split.counts[kind], split.gains[kind]) for kind in ERRORS),
+        ],
+        "confusion": [
+            ["annotated \\ predicted", *names, "missed"],
+            *([name, *row] for name, row in confusion),
+        ],
+        "sizes": [["side", *size_keys[1:]], *attributes(data.sizes, size_keys)],
+        "calibration": [
+            ("from", "detections", "mean_score", "share_right"),
+            *zip(bins.edges[:-1], bins.count, bins.score, bins.right, strict=True),
+        ],
+        "images": [image_keys, *attributes(data.images, image_keys)],
+    }

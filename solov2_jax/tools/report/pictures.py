@@ -1,8 +1,6 @@
 """Ground truth beside prediction, for a look at what an evaluation saw."""
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,35 +9,90 @@ from PIL import Image
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.images import read_image
 from solov2_jax.data.rasterize import rasterize
+from solov2_jax.evaluation.coco import CocoEvaluator
+from solov2_jax.evaluation.evaluate import Evaluation
 from solov2_jax.inference.draw import draw_prediction, enlarge
 from solov2_jax.inference.prediction import Prediction
+from solov2_jax.io import InputError
 from solov2_jax.rle import Crop, rle_decode, rle_from_string
 
 # Shown are predictions with at least this score, as `predict.py` does by default.
 MIN_SCORE = 0.3
+# Pictures of the report are reduced to this width, pixels.
+PICTURE_WIDTH = 1400
+PAPER = 235  # grey on which masks are drawn when there is no image
 
 
-def write_pictures(
-    dataset: CocoDataset,
-    predictions: Mapping[int, Prediction],
-    folder: str | os.PathLike[str],
-) -> None:
-    """Writes `<image id>.jpg`: truth left, prediction right.
+def write_pictures(evaluation: Evaluation) -> None:
+    """Writes `pictures/<image id>.jpg` of an evaluation; for `eval.reports`.
 
-    Args:
-      predictions: by image id; images that are not in it get no picture.
+    Ground truth left, prediction right, of the images whose predictions were kept.
     """
-    out = Path(folder)
+    if not evaluation.predictions:
+        return
+    dataset, out = evaluation.dataset, evaluation.folder / "pictures"
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*.jpg"):  # of an evaluation of other images
         old.unlink()
     indices = {int(i): n for n, i in enumerate(dataset.image_ids)}
-    for image_id, prediction in predictions.items():
+    for image_id, prediction in evaluation.predictions.items():
         index = indices[image_id]
-        image = read_image(dataset.path(index))
-        shown = (truth(dataset, index), prediction.above(MIN_SCORE))
-        picture = side_by_side(image, *shown, dataset.class_names)
+        picture = side_by_side(
+            read_image(dataset.path(index)),
+            annotated_objects(dataset, index),
+            prediction.above(MIN_SCORE),
+            dataset.class_names,
+        )
         Image.fromarray(picture).save(out / f"{image_id}.jpg", quality=92)
+
+
+class Gallery:
+    """Pictures of images with what is annotated and what was predicted.
+
+    Args:
+      paths: of the images, by id; None draws masks on grey.
+    """
+
+    def __init__(self, evaluator: CocoEvaluator, paths: Mapping[int, str] | None):
+        self._evaluator, self._paths = evaluator, paths
+        self._labels = {c: n for n, c in enumerate(sorted(evaluator.category_ids))}
+        names = evaluator.sorted_names()
+        self._names = names if len(names) > 1 else []  # one class needs no labels
+        annotations, results = evaluator.counted()
+        self._annotations = _by_image([a for a in annotations if not a["iscrowd"]])
+        self._results = _by_image(results)
+
+    def file_name(self, image_id: int) -> str:
+        """Returns the image's file name, or its id where the file has no names."""
+        return str(self._evaluator.truth.images[image_id].get("file_name") or image_id)
+
+    def draw(self, image_id: int, threshold: float) -> Image.Image:
+        """Returns the ground truth, without crowds, beside the predictions from a score."""
+        record = self._evaluator.truth.images[image_id]
+        size = (int(record["height"]), int(record["width"]))
+        image = np.full((*size, 3), PAPER, np.uint8)
+        if self._paths is not None:
+            image = read_image(self._paths[image_id])
+        if image.shape[:2] != size:
+            raise InputError(
+                f"{self.file_name(image_id)} is {image.shape[:2]} (height, width), but "
+                f"{self._evaluator.source} says {size}"
+            )
+        annotated, predicted = (
+            from_records(records.get(image_id, []), self._labels, image_id, size)
+            for records in (self._annotations, self._results)
+        )
+        pixels = side_by_side(image, annotated, predicted.above(threshold), self._names)
+        picture = Image.fromarray(pixels)
+        picture.thumbnail((PICTURE_WIDTH, 10 * PICTURE_WIDTH))
+        return picture
+
+
+def _by_image(records: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    of_image: dict[int, list[dict[str, Any]]] = {}
+    for record in records:
+        of_image.setdefault(record["image_id"], []).append(record)
+    return of_image
 
 
 def side_by_side(
@@ -53,7 +106,12 @@ def side_by_side(
     Args:
       class_names: (): without labels.
     """
-    sides = [_enlarged(image, shown, class_names) for shown in (left, right)]
+
+    def drawn(prediction: Prediction) -> np.ndarray:
+        canvas, large = enlarge(image, prediction)
+        return draw_prediction(canvas, large, class_names, labels=bool(class_names))
+
+    sides = [drawn(left), drawn(right)]
     gap = np.full((sides[0].shape[0], 8, 3), 255, np.uint8)
     return np.concatenate([sides[0], gap, sides[1]], axis=1)
 
@@ -70,60 +128,51 @@ def from_records(
       labels: category id -> label.
       size: (height, width) of the image.
     """
-    scores = np.array([r.get("score", 1.0) for r in records], np.float32)
-    masks, boxes, chosen = [], [], []
-    for i in np.argsort(-scores, kind="stable").tolist():
-        counts = records[i]["segmentation"]["counts"]
+    best_first = sorted(records, key=lambda record: -record.get("score", 1.0))
+    crops = []
+    for record in best_first:
+        counts = record["segmentation"]["counts"]
         counts = counts.encode("ascii") if isinstance(counts, str) else counts
-        crop = rle_decode(rle_from_string(counts), size)
-        if crop is None:
-            continue
-        masks.append(full_mask(crop, size))
-        boxes.append(_box(masks[-1]))
-        chosen.append(i)
-    return Prediction(
-        np.array(masks, bool).reshape(-1, *size),
-        np.array(boxes, np.float32).reshape(-1, 4),
-        scores[chosen],
-        np.array([labels[records[i]["category_id"]] for i in chosen], np.int32),
+        crops.append(rle_decode(rle_from_string(counts), size))
+    nonempty = [i for i, crop in enumerate(crops) if crop is not None]
+    return _prediction(
+        [crop for crop in crops if crop is not None],
+        [labels[best_first[i]["category_id"]] for i in nonempty],
+        [best_first[i].get("score", 1.0) for i in nonempty],
         image_id,
+        size,
     )
 
 
-def full_mask(crop: Crop, size: tuple[int, int]) -> np.ndarray:
-    """Returns the mask in an image of this size, bool [H, W]."""
-    mask = np.zeros(size, bool)
-    h, w = crop.pixels.shape
-    mask[crop.top : crop.top + h, crop.left : crop.left + w] = crop.pixels > 0
-    return mask
-
-
-def truth(dataset: CocoDataset, index: int) -> Prediction:
+def annotated_objects(dataset: CocoDataset, index: int) -> Prediction:
     """Returns the annotated objects of an image, without crowds, with score 1."""
     size = (int(dataset.heights[index]), int(dataset.widths[index]))
-    masks, labels = [np.zeros((0, *size), bool)], []
+    crops, labels = [], []
     for i in range(dataset.start[index], dataset.start[index + 1]):
         crop = rasterize(dataset.segmentations, i, size, size, False)
-        if crop is None:
-            continue
-        masks.append(full_mask(crop, size)[None])
-        labels.append(dataset.labels[i])
-    stacked = np.concatenate(masks)
-    boxes = np.array([_box(mask) for mask in stacked], np.float32).reshape(-1, 4)
+        if crop is not None:
+            crops.append(crop)
+            labels.append(int(dataset.labels[i]))
+    return _prediction(crops, labels, [1.0] * len(crops), int(dataset.image_ids[index]), size)
+
+
+def _prediction(
+    crops: Sequence[Crop],
+    labels: Sequence[int],
+    scores: Sequence[float],
+    image_id: int,
+    size: tuple[int, int],
+) -> Prediction:
+    masks, boxes = np.zeros((len(crops), *size), bool), []
+    for mask, crop in zip(masks, crops, strict=True):
+        h, w = crop.pixels.shape
+        mask[crop.top : crop.top + h, crop.left : crop.left + w] = crop.pixels > 0
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        boxes.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
     return Prediction(
-        stacked,
-        boxes,
-        np.ones(len(stacked), np.float32),
-        np.array(labels, np.int32),
-        int(dataset.image_ids[index]),
+        masks=masks,
+        boxes=np.array(boxes, np.float32).reshape(-1, 4),
+        scores=np.array(scores, np.float32),
+        labels=np.array(labels, np.int32),
+        image_id=image_id,
     )
-
-
-def _box(mask: np.ndarray) -> np.ndarray:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
-
-
-def _enlarged(image, prediction: Prediction, class_names) -> np.ndarray:
-    canvas, large = enlarge(image, prediction)
-    return draw_prediction(canvas, large, class_names, labels=bool(class_names))

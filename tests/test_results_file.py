@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def test_scores_a_file_with_only_the_annotations(files, caplog):
     with caplog.at_level("INFO"):
         metrics = evaluate_files(annotations, write(perfect()))
     assert metrics["segm/AP"] == metrics["bbox/AP"] == pytest.approx(1)
-    assert metrics["segm/APl"] == -1 and metrics["segm/AP/cat"] == pytest.approx(1)
+    assert math.isnan(metrics["segm/APl"]) and metrics["segm/AP/cat"] == pytest.approx(1)
     assert "3 of 3 images, 3 objects, 3 predictions" in caplog.text
 
 
@@ -142,7 +143,7 @@ def test_comparison_names_what_changed(files, tmp_path, caplog):
     assert "1 of 3 images differ in F1" in caplog.text
     assert "  1.000   0.500   +0.500  2, 0 and 1, 1 of 2; a.png" in caplog.text
     with (out / "comparison.csv").open() as file:
-        rows = {r["figure or class"]: r for r in csv.DictReader(file)}
+        rows = {r["metric or class"]: r for r in csv.DictReader(file)}
     assert float(rows["segm/AP"]["a"]) == pytest.approx(1)
     assert float(rows["dog"]["a - b"]) == pytest.approx(1 - 51 / 101)
     with (out / "comparison_images.csv").open() as file:
@@ -163,9 +164,9 @@ def test_expectations():
         ("bbox/AP50", 0.5, 0.1),
     ]
     assert misses(found, {"segm/AP": 0.44, "bbox/AP50": 0.4}) == []
-    assert misses(found, {"segm/AP": 0.4401, "bbox/AP50": -1.0}) == [
+    assert misses(found, {"segm/AP": 0.4401, "bbox/AP50": math.nan}) == [
         "segm/AP is 0.4401, expected 0.42 +- 0.02",
-        "bbox/AP50 is -1.0000 (-1: nothing of that kind is annotated), expected 0.5 +- 0.1",
+        "bbox/AP50 is undefined (nothing of that kind is annotated), expected 0.5 +- 0.1",
     ]
     check_names(found, ["segm/AP", "bbox/AP50"])
     with pytest.raises(ValueError, match="no such metric; did you mean segm/AP50"):
@@ -211,6 +212,7 @@ def test_exit_codes(files):
             "--predictions goes without --workdir and --config",
         ),
         (("--workdir", "w", "--against", "b"), "--against goes with --predictions"),
+        (("--workdir", "w", "--max_detections=300"), "--max_detections goes with"),
         (("--workdir", "w", "--expect", "AP"), "--expect=AP: cannot be read"),
     ],
 )
