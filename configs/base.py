@@ -391,7 +391,7 @@ def keys() -> Section:
     # both limits are given: segm/AP and, say, segm/AP@300.
     config.eval.max_detections = whole(100, 100, 1_000_000)
     # What is made of every finished evaluation, in this order: import paths
-    # "module:name" of functions of one `solov2_jax.evaluation.evaluate.Evaluation`. The
+    # "module:name" of functions of one `solov2_jax.evaluation.evaluate.FinishedEvaluation`. The
     # first logs why AP is 0, the second draws `num_pictures` images into eval/pictures.
     config.eval.reports = several(
         (

@@ -6,7 +6,7 @@ from PIL import Image
 
 from solov2_jax.data.coco import load_coco
 from solov2_jax.evaluation.coco import CocoEvaluator
-from solov2_jax.evaluation.evaluate import Evaluation
+from solov2_jax.evaluation.evaluate import FinishedEvaluation
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.tools.report.pictures import annotated_objects, write_pictures
 
@@ -34,7 +34,7 @@ def test_pictures_of_images_with_and_without_objects(tmp_path):
         floats = np.zeros(0, np.float32)
         empty = Prediction(none, np.zeros((0, 4), np.float32), floats, floats, image_id)
         predictions[image_id] = empty
-    evaluation = Evaluation(
+    evaluation = FinishedEvaluation(
         folder=tmp_path,
         dataset=dataset,
         evaluator=CocoEvaluator(dataset.annotation_file, (), ()),

@@ -44,7 +44,7 @@ class BatchSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class FinishedEvaluation:
     """A finished evaluation, as the functions of `eval.reports` get it."""
 
     folder: Path  # what they write goes below it
@@ -55,7 +55,7 @@ class Evaluation:
     milliseconds: Mapping[str, float]  # per image, by part
 
 
-Report = Callable[[Evaluation], None]
+Report = Callable[[FinishedEvaluation], None]
 
 
 def build_evaluator(config: Any, dataset: CocoDataset) -> CocoEvaluator:
@@ -110,7 +110,7 @@ def evaluate(
         write_results(results, out / "predictions.json")
         metrics = evaluator.evaluate()
         write_metrics(evaluator, metrics, out)
-        evaluation = Evaluation(
+        evaluation = FinishedEvaluation(
             folder=out,
             dataset=dataset,
             evaluator=evaluator,

@@ -8,7 +8,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from solov2_jax.evaluation.coco import SIZES, CocoEvaluator
-from solov2_jax.evaluation.evaluate import Evaluation
+from solov2_jax.evaluation.evaluate import FinishedEvaluation
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -18,7 +18,7 @@ _rle: Any = coco_mask  # its type stubs are narrower than what it takes
 log = logging.getLogger(__name__)
 
 
-def log_diagnosis(evaluation: Evaluation) -> None:
+def log_diagnosis(evaluation: FinishedEvaluation) -> None:
     """Logs why metrics of an evaluation are 0; for `eval.reports`."""
     for line in diagnose(evaluation.evaluator, evaluation.metrics):
         log.info("%s", line)

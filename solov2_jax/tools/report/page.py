@@ -19,7 +19,7 @@ import numpy as np
 
 from solov2_jax.evaluation.coco import CocoEvaluator, format_metric, is_defined
 from solov2_jax.evaluation.coco_score import METRICS, extra_metrics
-from solov2_jax.evaluation.evaluate import Evaluation
+from solov2_jax.evaluation.evaluate import FinishedEvaluation
 from solov2_jax.io import write_text
 from solov2_jax.tools import html
 from solov2_jax.tools.report.analysis import ERRORS, worst_first
@@ -60,7 +60,7 @@ class PagePicture:
 def report_writer(title: str):
     """Returns a function for an evaluation's `reports` that writes the page."""
 
-    def write(evaluation: Evaluation) -> None:
+    def write(evaluation: FinishedEvaluation) -> None:
         dataset, evaluator = evaluation.dataset, evaluation.evaluator
         facts = {"data": os.path.basename(dataset.annotation_file)}
         data = make_report_data(

@@ -10,7 +10,7 @@ from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.images import read_image
 from solov2_jax.data.rasterize import rasterize
 from solov2_jax.evaluation.coco import CocoEvaluator
-from solov2_jax.evaluation.evaluate import Evaluation
+from solov2_jax.evaluation.evaluate import FinishedEvaluation
 from solov2_jax.inference.draw import draw_prediction, enlarge
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.io import InputError
@@ -23,7 +23,7 @@ PICTURE_WIDTH = 1400
 PAPER = 235  # grey on which masks are drawn when there is no image
 
 
-def write_pictures(evaluation: Evaluation) -> None:
+def write_pictures(evaluation: FinishedEvaluation) -> None:
     """Writes `pictures/<image id>.jpg` of an evaluation; for `eval.reports`.
 
     Ground truth left, prediction right, of the images whose predictions were kept.
