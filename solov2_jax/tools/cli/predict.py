@@ -34,7 +34,7 @@ from solov2_jax.tools.cli.view_flags import view_options
 
 if TYPE_CHECKING:
     from solov2_jax.inference.predictor import Predictor
-    from solov2_jax.tools.predict.files import Summary
+    from solov2_jax.tools.predict.predict_files import Summary
     from solov2_jax.tools.predict.sources import Source
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a training run.")
