@@ -1,4 +1,4 @@
-"""Converts weights: `solov2-convert` from the sources; see --help."""
+"""Converts weights: `solov2 convert` from the sources; see --help."""
 
 from solov2_jax.tools.cli.convert import run
 

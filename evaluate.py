@@ -1,4 +1,4 @@
-"""Evaluates: `solov2-evaluate` from the sources; see --help."""
+"""Evaluates: `solov2 evaluate` from the sources; see --help."""
 
 from solov2_jax.tools.cli.evaluate import run
 

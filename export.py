@@ -1,4 +1,4 @@
-"""Exports a trained network: `solov2-export` from the sources; see --help."""
+"""Exports a trained network: `solov2 export` from the sources; see --help."""
 
 from solov2_jax.tools.cli.export import run
 

@@ -1,4 +1,4 @@
-"""Predicts objects in images: `solov2-predict` from the sources; see --help."""
+"""Predicts objects in images: `solov2 predict` from the sources; see --help."""
 
 from solov2_jax.tools.cli.predict import run
 

@@ -1,4 +1,4 @@
-"""Serves predictions over HTTP: `solov2-serve` from the sources; see --help."""
+"""Serves predictions over HTTP: `solov2 serve` from the sources; see --help."""
 
 from solov2_jax.tools.cli.serve import run
 

@@ -249,7 +249,7 @@ def keys() -> Section:
     )
     # "": those of data.train and data.val. "shapes": the embedded generated data set,
     # written below `data.generated.root` on first use, replaces them. "tfds:FOLDER":
-    # the records that `python -m solov2_jax.tools.tfds` wrote do.
+    # the records that `solov2 tfds` wrote do.
     data.name = text("")
     # Further values of `data.name`: name -> import path of a function that takes the config
     # and returns ((images, json), (images, json)) of training and validation. Your own:
@@ -257,9 +257,8 @@ def keys() -> Section:
     data.providers = Section(free=True)
     data.providers.shapes = text("solov2_jax.tools.synthetic.shapes:data_files", form=NAME)
     data.generated = generated = Section()
-    generated.root = text(
-        "datasets/shapes", form=NAME, used=_SHAPES
-    )  # folder that it is written below
+    # Folder that it is written below.
+    generated.root = text("datasets/shapes", form=NAME, used=_SHAPES)
     generated.num_train = whole(400, 1, 10_000_000, used=_SHAPES)  # training images
     generated.num_val = whole(64, 1, 10_000_000, used=_SHAPES)  # validation images
     # height, width

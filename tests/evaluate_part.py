@@ -7,15 +7,19 @@ by which processes join
 import pathlib
 import sys
 
-from absl import flags
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from test_evaluation_run import Oracle, batches_of, evaluate  # noqa: E402
 
+from solov2_jax.config_schema import text
 from solov2_jax.data.coco import load_coco
-from solov2_jax.tools.cli import app, process_flags
+from solov2_jax.tools.cli import app, shared
+from solov2_jax.tools.cli.flags import Flag
+
+IMAGES, ANNOTATIONS, OUT = (
+    Flag(name, text(), "", required=True) for name in ("images", "annotations", "out")
+)
 
 
 def main(overrides):
@@ -24,8 +28,8 @@ def main(overrides):
     import jax
 
     shard = jax.process_index(), jax.process_count()
-    dataset = load_coco(flags.FLAGS.images, flags.FLAGS.annotations)
-    out = pathlib.Path(flags.FLAGS.out)
+    dataset = load_coco(IMAGES.value, ANNOTATIONS.value)
+    out = pathlib.Path(OUT.value)
     for name, images in (("all", 0), ("one", 1)):
         oracle = Oracle()
         batches = batches_of(dataset, shard=shard, max_images=images)
@@ -35,6 +39,4 @@ def main(overrides):
 
 
 if __name__ == "__main__":
-    for flag in ("images", "annotations", "out"):
-        flags.DEFINE_string(flag, None, "", required=True)
-    app.run(main, joining=process_flags.joining)
+    app.run(main, (IMAGES, ANNOTATIONS, OUT, *shared.PROCESSES), shared.joining)

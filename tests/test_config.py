@@ -136,7 +136,7 @@ def test_a_broken_json_is_one_clear_error(tmp_path):
     [
         (["--config=configs/nothing.py"], "no such file"),
         (["--config=configs/base.py", "--config.train.step=1"], "train.steps?"),
-        (["--config=configs/base.py", "--work=1"], "Unknown command line flag"),
+        (["--config=configs/base.py", "--work=1"], "unknown flag --work; did you mean --workdir?"),
         (["--config=configs/base.py", "extra"], "unknown argument 'extra'"),
     ],
 )

@@ -15,17 +15,25 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from configs import base  # noqa: E402
 from solov2_jax.config import apply_overrides, check_config
-from solov2_jax.tools.cli import app, process_flags
+from solov2_jax.config_schema import number, text, whole
+from solov2_jax.tools.cli import app, shared
+from solov2_jax.tools.cli.flags import Flag
 from solov2_jax.training import optim
 from solov2_jax.training.loop import train
 from solov2_jax.training.optim import build_schedule
 from solov2_jax.training.task import Task
+
+WORKDIR = Flag("workdir", text(), "Folder of the run.", required=True)
+KILL_AT = Flag("kill_at", whole(-1, -1), "Step whose batch is never delivered.")
+FAIL_AT = Flag("fail_at", whole(-1, -1), "Step whose batch is an error.")
+WIDTH = Flag("width", whole(16, 1), "Of the layers.")
+SECONDS_PER_BATCH = Flag("seconds_per_batch", number(0.0, 0), "To have time for a signal.")
+FLAGS = (WORKDIR, KILL_AT, FAIL_AT, WIDTH, SECONDS_PER_BATCH, *shared.PROCESSES)
 
 
 def toy_config(**changes):
@@ -172,25 +180,20 @@ def main(overrides):
 
     def batches(step, size, seed):
         for batch in toy_batches(step, size, seed):
-            if step == flags.FLAGS.kill_at:
+            if step == KILL_AT.value:
                 print("killed", flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
-            if step == flags.FLAGS.fail_at:
+            if step == FAIL_AT.value:
                 raise ValueError(f"image {step} is broken")
-            time.sleep(flags.FLAGS.seconds_per_batch)
+            time.sleep(SECONDS_PER_BATCH.value)
             yield batch
             step += 1
 
     def build(config, workdir):
-        return toy_task(config, workdir, batches=batches, width=flags.FLAGS.width)
+        return toy_task(config, workdir, batches=batches, width=WIDTH.value)
 
-    train(config, flags.FLAGS.workdir, build)
+    train(config, WORKDIR.value, build)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-    flags.DEFINE_integer("kill_at", -1, "Step whose batch is never delivered.")
-    flags.DEFINE_integer("fail_at", -1, "Step whose batch is an error.")
-    flags.DEFINE_integer("width", 16, "Of the layers.")
-    flags.DEFINE_float("seconds_per_batch", 0.0, "To have time for a signal.")
-    app.run(main, joining=process_flags.joining)
+    app.run(main, FLAGS, shared.joining)

@@ -80,7 +80,7 @@ def _open(folder: str, split: str) -> Any:
         raise ValueError(
             f"{folder}: has {len(shards)} of {total or 'the'} array_record shards of "
             f"{split}; correct data.name, or build them by "
-            "`python -m solov2_jax.tools.tfds`."
+            "`solov2 tfds`."
         )
     return ArrayRecordDataSource(shards)
 

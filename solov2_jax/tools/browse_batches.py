@@ -1,28 +1,20 @@
-"""Pictures of training batches as the network gets them, with their targets.
-
-    python -m solov2_jax.tools.browse_batches --config configs/light_448_r50.py --output view \\
-        --config.data.train.images=photos --config.data.train.annotations=train.json
+"""Pictures of training batches as the network gets them: what `solov2 view` draws.
 
 A picture per image: the padded, augmented input with its masks at a quarter of the
 size, and for each level the grid with the cells that are positive, in their object's
-colour; cells of several objects have a white frame. `--step 1000` shows what training
-will see at that step. Exit code 0: written; 2: an error that `error: ...` explains.
+colour; cells of several objects have a white frame.
 """
 
-import argparse
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from solov2_jax.config import load_config, split_overrides
-from solov2_jax.data.build import build_train_batches, data_files
-from solov2_jax.data.coco import CocoDataset, load_coco
+from solov2_jax.data.build import build_train_batches
+from solov2_jax.data.coco import CocoDataset
 from solov2_jax.inference.draw import distinct_colors, draw_objects
-from solov2_jax.tools.cli.plain import command
 from solov2_jax.tools.grid_assignment import (
     Collisions,
     GridAssignment,
@@ -171,31 +163,11 @@ def describe(fields: dict[str, np.ndarray], config: Any, names: Sequence[str], t
     return "\n".join(lines)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Returns the command line."""
-    top = argparse.ArgumentParser(
-        prog="python -m solov2_jax.tools.browse_batches",
-        description="Draws training batches with their targets.",
-        epilog="Keys of the config are set by --config.a.b=value.",
-    )
-    top.add_argument("--config", required=True, help="or a run's config.json")
-    top.add_argument("--output", required=True, help="folder for the pictures")
-    top.add_argument("--step", type=int, default=0, help="first step of training")
-    top.add_argument("--batches", type=int, default=2, help="how many steps")
-    return top
-
-
-@command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draws as the arguments say."""
-    rest, overrides = split_overrides(sys.argv[1:] if argv is None else list(argv))
-    args = parser().parse_args(rest)
-    if args.step < 0 or args.batches < 1:
-        raise ValueError("--step must be 0 or more, --batches 1 or more")
-    config = load_config(args.config, overrides)
-    dataset = load_coco(*data_files(config)[0])
-    paths = view(config, dataset, args.output, args.step, args.batches)
-    print(f"{len(paths)} pictures: {args.output}")
+    """Runs `solov2 view`; `python -m` with this module does, too."""
+    from solov2_jax.tools.cli.view import run
+
+    run(argv)
 
 
 if __name__ == "__main__":

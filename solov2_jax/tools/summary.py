@@ -1,14 +1,11 @@
 """The network as a table: module, what it is, output, parameters, FLOPs.
 
-    python -m solov2_jax.tools.summary --config configs/r50_3x.py [--config.a.b=value]
-
-Nothing is computed and no array allocated: the network is traced with shapes only.
+`solov2 summary --config configs/r50_3x.py` prints it. Nothing is
+computed and no array allocated: the network is traced with shapes only.
 """
 
-import argparse
 import dataclasses
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +14,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from solov2_jax.config import load_config, split_overrides
 from solov2_jax.models import build_model
 from solov2_jax.models.layers import ConvNorm, FrozenBatchNorm, GroupNorm, SharedConv
 from solov2_jax.training.optim import trainable_mask
@@ -173,34 +169,14 @@ def _up_to_32(side: int) -> int:
     return max(-(-side // 32), 1) * 32
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m solov2_jax.tools.summary",
-        description="Prints the network of a config as a table.",
-        epilog="Keys of the config are set by --config.a.b=value.",
-    )
-    parser.add_argument("--config", required=True, help="for example configs/r50_3x.py")
-    parser.add_argument(
-        "--size",
-        metavar="H,W",
-        help="padded image in pixels, multiples of 32 (default: the test size)",
-    )
-    parser.add_argument(
-        "--depth", type=int, default=0, help="levels of modules shown (default: all)"
-    )
-    try:
-        rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-        args = parser.parse_args(rest)
-        config = load_config(args.config, overrides)
-        print(_report(config, args.size, args.depth))
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
+def report(config: Any, size: tuple[int, int] | None = None, depth: int = 0) -> str:
+    """Returns the table of a config's network, and its totals.
 
-
-def _report(config: Any, size: str | None, depth: int) -> str:
-    if depth < 0:
-        raise ValueError(f"--depth {depth}: must be 0 (all) or more")
-    height, width = _parse_size(size) if size else padded_test_size(config)
+    Args:
+      size: padded (height, width), multiples of 32; None: the test size.
+      depth: as for `format_table`.
+    """
+    height, width = size or padded_test_size(config)
     num_classes = config.model.num_classes or DEFAULT_NUM_CLASSES
     model = build_model(config, num_classes)
     rows = summarize(model, height, width, config.model.backbone.freeze_at)
@@ -218,17 +194,11 @@ def _report(config: Any, size: str | None, depth: int) -> str:
     return "\n".join(lines)
 
 
-def _parse_size(text: str) -> tuple[int, int]:
-    try:
-        height, width = (int(side) for side in text.split(","))
-    except ValueError as error:
-        raise ValueError(f"--size {text}: write H,W, for example 800,1344") from error
-    if height <= 0 or width <= 0 or height % 32 or width % 32:
-        raise ValueError(
-            f"--size {text}: both sides must be positive multiples of 32, for example "
-            f"{_up_to_32(height)},{_up_to_32(width)}"
-        )
-    return height, width
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `solov2 summary`; `python -m` with this module does, too."""
+    from solov2_jax.tools.cli.summary import run
+
+    run(argv)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """A COCO-style folder as a TFDS data set with masks: few large files to read from.
 
-    python -m solov2_jax.tools.tfds --name photos --output datasets \\
+    solov2 tfds --name photos --output datasets \\
         --images photos --annotations train.json \\
         --val_images photos --val_annotations val.json
-    python train.py ... --config.data.name=tfds:datasets/photos/1.0.0
+    solov2 tfds --name cells --output datasets \\
+        --images im --annotations a.json --val_images im --val_annotations b.json
+    solov2 train --config r50_3x --workdir runs/photos \\
+        --config.data.name=tfds:datasets/photos/1.0.0
 
 Needs the extra `tfds` (pip install "solov2_jax[tfds]"), without TensorFlow; training
 from the shards needs neither. Exit code 0: written; 2: an error.
 """
 
-import argparse
 import os
 import re
 import shutil
@@ -20,11 +22,13 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from solov2_jax.config_schema import text
 from solov2_jax.data.annotations import AnnotationTable, read_instances
 from solov2_jax.data.coco import CocoDataset, load_coco
 from solov2_jax.data.records import PREFIX, SPLITS
 from solov2_jax.io import InputError
-from solov2_jax.tools.cli.plain import command
+from solov2_jax.tools.cli import app
+from solov2_jax.tools.cli.flags import Flag
 
 NUMBER = "1.0.0"  # of the version: names the folder
 
@@ -159,31 +163,30 @@ def _ends(table: AnnotationTable) -> np.ndarray:
     return np.cumsum(np.bincount(table.image, minlength=len(table.image_ids)))[:-1]
 
 
-def parser() -> argparse.ArgumentParser:
-    """Returns the command line."""
-    top = argparse.ArgumentParser(
-        prog="python -m solov2_jax.tools.tfds",
-        description="Writes array_record shards with masks from a COCO-style folder.",
-    )
-    top.add_argument("--name", required=True, help="of the data set, in lower case")
-    top.add_argument("--output", required=True, help="folder that it is written below")
-    top.add_argument("--images", required=True, help="folder of the training images")
-    top.add_argument("--annotations", required=True, help="their instances json")
-    top.add_argument("--val_images", required=True, help="of the validation images")
-    top.add_argument("--val_annotations", required=True, help="their instances json")
-    return top
+_NAME = Flag("name", text(), "Of the data set, in lower case.", required=True)
+_OUTPUT = Flag("output", text(), "Folder that it is written below.", required=True)
+_IMAGES = Flag("images", text(), "Folder of the training images.", required=True)
+_ANNOTATIONS = Flag("annotations", text(), "Their instances json.", required=True)
+_VAL_IMAGES = Flag("val_images", text(), "Folder of the validation images.", required=True)
+_VAL_ANNOTATIONS = Flag("val_annotations", text(), "Their instances json.", required=True)
+FLAGS = (_NAME, _OUTPUT, _IMAGES, _ANNOTATIONS, _VAL_IMAGES, _VAL_ANNOTATIONS)
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Builds as the arguments say."""
-    args = parser().parse_args(argv)
+def write(overrides: list[str]) -> None:
+    """Builds as the flags say."""
+    if overrides:
+        raise InputError(f"{overrides[0]}: this command has no config")
     splits = {
-        "train": (args.images, args.annotations),
-        "val": (args.val_images, args.val_annotations),
+        "train": (_IMAGES.value, _ANNOTATIONS.value),
+        "val": (_VAL_IMAGES.value, _VAL_ANNOTATIONS.value),
     }
-    folder = build(args.name, args.output, splits)
+    folder = build(_NAME.value, _OUTPUT.value, splits)
     print(f"train from it by --config.data.name={PREFIX}{folder}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    app.run(write, FLAGS, argv=argv, platform=False)
 
 
 if __name__ == "__main__":

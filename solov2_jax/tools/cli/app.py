@@ -1,44 +1,44 @@
-"""What the commands share: overrides, one-line errors, logging, platform set-up.
+"""What the commands share: parsing, one-line errors, logging, platform set-up.
 
-A command defines its absl flags, has a function `run()` that calls `cli.run(main)`, and
-lets `main(overrides)` raise ValueError for whatever its user can mend. Its module's
-docstring is what `--help` prints, with the flags.
+A command is a module with a docstring, which `--help` prints, `FLAGS`, a function
+`main(overrides)` that raises ValueError for whatever its user can fix, and `run()`, which
+calls `app.run(main, FLAGS)`. The same module is the subcommand of `solov2`.
 """
 
 import contextlib
 import logging
 import os
-import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from absl import app, flags
-from absl import logging as absl_logging
-
 from solov2_jax import logging as session
-from solov2_jax.config import split_overrides
+from solov2_jax.config_schema import switch, text, whole
 from solov2_jax.io import printable
+from solov2_jax.tools.cli import flags
 
 if TYPE_CHECKING:
     from solov2_jax.distributed import Joining
 
-_DEBUG = flags.DEFINE_bool("debug", False, "Print the traceback of an error.")
-_CPU_DEVICES = flags.DEFINE_integer(
-    "cpu_devices", 0, "Run on the CPU, as that many devices. 0: the usual platform."
+_DEBUG = flags.Flag("debug", switch(False), "Print the traceback of an error.")
+_CPU_DEVICES = flags.Flag(
+    "cpu_devices",
+    whole(0, high=4096),
+    "Run on the CPU, as that many devices. 0: the usual platform.",
 )
-_CACHE = flags.DEFINE_string(
+_CACHE = flags.Flag(
     "compilation_cache",
-    session.CACHE,
+    text(session.CACHE),
     "Folder of compiled programs, so that a second start is quick; '' for none. "
     "JAX_COMPILATION_CACHE_DIR, where it is set, wins.",
 )
-_KEEP_MEMORY = flags.DEFINE_bool(
+_KEEP_MEMORY = flags.Flag(
     "keep_memory",
-    True,
+    switch(True),
     "Keep freed memory in the process, by starting it anew with settings of glibc's "
     "allocator: on a CPU programs run up to a third faster. Linux.",
 )
+_PLATFORM = (_DEBUG, _CPU_DEVICES, _CACHE, _KEEP_MEMORY)
 # glibc gives XLA's large temporaries back to the system after every call, and the next
 # call pays for them page by page. It reads these when a process starts, never later.
 _KEEPING = {
@@ -48,65 +48,61 @@ _KEEPING = {
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
 _RESTARTED = "SOLOV2_JAX_RESTARTED"
-_HELP = ("help", "h", "helpshort", "helpfull")
-# What users can mend. Anything else is a defect of ours and shows its traceback.
+_HELP = ("-h", "-help", "--help", "--helpshort", "--helpfull")
+# What users can fix. Anything else is a defect of ours and shows its traceback.
 _USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
 def run(
     main: Callable[[list[str]], None],
+    own: Sequence[flags.Flag],
     joining: "Callable[[], Joining] | None" = None,
+    *,
+    argv: Sequence[str] | None = None,
+    platform: bool = True,
 ) -> None:
     """Runs a command; `main` gets the "--config.key=value" arguments.
 
     A user's error ends in one line, `error: ...`, and exit code 2.
 
     Args:
+      own: the command's flags.
       joining: how to join other processes, for a command that can be one of several.
+      argv: arguments; None: those of the process.
+      platform: whether it computes with JAX, and has the flags for that.
     """
-    if any(argument.lstrip("-") in _HELP for argument in sys.argv[1:]):
-        print(help_text(main.__module__))
+    argv = sys.argv[1:] if argv is None else argv
+    shared = _PLATFORM if platform else (_DEBUG,)
+    if wants_help(argv):
+        doc = sys.modules[main.__module__].__doc__ or ""
+        print(flags.help_text(doc, {"Flags": own, "Flags of every command": shared}))
         return
-    overrides: list[str] = []
-
-    def parse(argv: list[str]) -> list[str]:
-        try:
-            rest, found = split_overrides(argv)
-            overrides.extend(found)
-            rest = flags.FLAGS(rest)
-            if len(rest) > 1:
-                raise ValueError(f"unknown argument {rest[1]!r}; see --help")
-            return rest
-        except (flags.Error, ValueError) as error:
-            _fail(error)
-
-    def guarded(argv: list[str]) -> None:
-        del argv
-        _restart(_KEEP_MEMORY.value)
-        _set_up()
-        try:
-            if joining:
-                _run_joined(main, overrides, joining())
-            else:
-                main(overrides)
-        except _USER_ERRORS as error:
-            if _DEBUG.value:
-                raise
-            _fail(error)
-
-    app.run(guarded, flags_parser=parse)
+    _DEBUG.value = "--debug" in argv  # already for errors of parsing
+    with user_errors():
+        overrides = flags.parse([*own, *shared], argv)
+        if platform:
+            _restart(_KEEP_MEMORY.value)
+            _set_up()
+        if joining:
+            _run_joined(main, overrides, joining())
+        else:
+            main(overrides)
 
 
-def help_text(module: str) -> str:
-    """Returns the docstring of a command's module and its flags."""
-    own = sys.argv[0] if module == "__main__" else module
-    parts = [(sys.modules[module].__doc__ or "").strip(), "Flags:"]
-    shared = (f"solov2_jax.{name}" for name in ("view_flags", "process_flags", "cli"))
-    for name in (own, *shared):
-        if name in flags.FLAGS.flags_by_module_dict():
-            parts.append(flags.FLAGS.module_help(name).strip().partition("\n")[2])
-    text = "\n\n".join(parts)
-    return text.replace(f"{pathlib.Path.home()}/", "~/")
+def wants_help(argv: Sequence[str]) -> bool:
+    """Returns whether arguments have --help among them."""
+    return any(word in _HELP for word in argv)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Ends the process with one line where its user can fix an error."""
+    try:
+        yield
+    except _USER_ERRORS as error:
+        if _DEBUG.value:
+            raise
+        _fail(error)
 
 
 def _run_joined(
@@ -159,9 +155,11 @@ def _log_unraisable(error) -> None:
 def _set_up() -> None:
     """Console logging, devices and the compilation cache, by the flags."""
     import jax  # slow: after the restart
+    from absl import logging as absl_logging
 
     session.show_log()
     logging.raiseExceptions = False  # a full disk is reported once, by what it stops
+    absl_logging.use_absl_handler()
     # Libraries report errors by raising them; what they log goes to train.log.
     absl_logging.get_absl_handler().setLevel(logging.CRITICAL)
     if not _DEBUG.value:

@@ -1,8 +1,8 @@
 r"""Converts weights: any known source -> .safetensors, or ours -> AdelaiDet's .pth.
 
-    solov2-convert --input SOLOv2_R50_3x.pth --output solov2_r50_3x.safetensors
-    solov2-convert --input resnet50.pth --config configs/r50_3x.py --output weights
-    solov2-convert --to adelaidet --input runs/r50 --output model.pth
+    solov2 convert --input SOLOv2_R50_3x.pth --output solov2_r50_3x.safetensors
+    solov2 convert --input resnet50.pth --config configs/r50_3x.py --output weights
+    solov2 convert --to adelaidet --input runs/r50 --output model.pth
 
 The source is told by the tensors' names. Nothing in the file is executed. With
 --config the weights are also checked against that network. What was written and what
@@ -12,47 +12,53 @@ was left out is printed. Exit code 2: an error that the line `error: ...` explai
 import json
 import os
 import pathlib
+from typing import TYPE_CHECKING
 
-from absl import flags
+from solov2_jax.config_schema import choice, several, switch, text
+from solov2_jax.io import InputError, write_json
+from solov2_jax.tools.cli import app, shared
+from solov2_jax.tools.cli.flags import Flag
+from solov2_jax.weights.names import TABLES
 
-from solov2_jax.config import load_config
-from solov2_jax.io import write_json
-from solov2_jax.tools.cli import app
-from solov2_jax.weights.convert import report_of, save_weights
-from solov2_jax.weights.settings import parse_setting
-from solov2_jax.weights.sources import SOURCES, Weights, read_weights, sha256_of
+if TYPE_CHECKING:
+    from solov2_jax.weights.sources import Weights
 
-_INPUT = flags.DEFINE_string("input", None, "Weights file, or a run's workdir.", required=True)
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "File to write (.safetensors or .pth), or a folder.", required=True
+_INPUT = Flag("input", text(), "Weights file, or a run's workdir.", required=True)
+_OUTPUT = Flag(
+    "output", text(), "File to write (.safetensors or .pth), or a folder.", required=True
 )
-_SOURCE = flags.DEFINE_enum("source", "auto", SOURCES, "Who wrote the file.")
+_SOURCE = Flag("source", choice("auto", ("auto", *TABLES, "solov2_jax")), "Who wrote the file.")
 _SUFFIX = {"solov2_jax": ".safetensors", "adelaidet": ".pth"}
-_TO = flags.DEFINE_enum("to", "solov2_jax", list(_SUFFIX), "Names to write.")
-_CONFIG = flags.DEFINE_string("config", "", "Check against this config's network.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "Of a workdir: last, best or a step.")
-_STRICT = flags.DEFINE_bool(
-    "strict", False, "With --config: every leaf must be filled, every tensor known."
+_TO = Flag("to", choice("solov2_jax", tuple(_SUFFIX)), "Names to write.")
+_CONFIG = Flag("config", text(), "Check against this config's network.")
+_STRICT = Flag(
+    "strict", switch(False), "With --config: every leaf must be filled, every tensor known."
 )
-_PREFIX = flags.DEFINE_string(
-    "prefix", "", "The network to take where the file has several, such as student."
-)
-_SHA256 = flags.DEFINE_string("sha256", "", "Checksum that the input must have.")
-_SETTING = flags.DEFINE_multi_string(
+_PREFIX = Flag("prefix", text(), "The network to take where the file has several, such as student.")
+_SHA256 = Flag("sha256", text(), "Checksum that the input must have.")
+_SETTING = Flag(
     "setting",
-    [],
+    several((), text()),
     "KEY=VALUE that the weights were trained with, where it differs from their "
-    "source's convention, such as input.channel_order=RGB. May be repeated.",
+    "source's convention, such as input.channel_order=RGB.",
+    repeated=True,
+)
+FLAGS = (
+    *(_INPUT, _OUTPUT, _SOURCE, _TO, _CONFIG, shared.CHECKPOINT, _STRICT, _PREFIX, _SHA256),
+    _SETTING,
 )
 
 
-def _read() -> Weights:
+def _read() -> "Weights":
     if os.path.isdir(_INPUT.value):
         if _SHA256.value or _SETTING.value or _PREFIX.value:
-            raise ValueError("--sha256, --setting and --prefix are for files, not for workdirs")
+            raise InputError("--sha256, --setting and --prefix are for files, not for workdirs")
         from solov2_jax.checkpoint import read_run
 
-        return read_run(_INPUT.value, _CHECKPOINT.value)
+        return read_run(_INPUT.value, shared.CHECKPOINT.value)
+    from solov2_jax.weights.settings import parse_setting
+    from solov2_jax.weights.sources import read_weights
+
     settings = dict(parse_setting(text) for text in _SETTING.value)
     return read_weights(
         _INPUT.value,
@@ -69,9 +75,9 @@ def _output() -> str:
     if path.suffix not in _SUFFIX.values():
         path = path / (pathlib.Path(_INPUT.value).resolve().stem + suffix)
     if path.suffix != suffix:
-        raise ValueError(f"--output {path}: --to {_TO.value} writes {suffix} files")
+        raise InputError(f"--output {path}: --to {_TO.value} writes {suffix} files")
     if path.resolve() == pathlib.Path(_INPUT.value).resolve():
-        raise ValueError(f"--output {path} is the input: choose another name")
+        raise InputError(f"--output {path} is the input: choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     return str(path)
 
@@ -79,7 +85,11 @@ def _output() -> str:
 def main(overrides: list[str]) -> None:
     """Converts as the flags say."""
     if (overrides or _STRICT.value) and not _CONFIG.value:
-        raise ValueError("--config.KEY and --strict need a --config to check against")
+        raise InputError("--config.KEY and --strict need a --config to check against")
+    from solov2_jax.config import load_config
+    from solov2_jax.weights.convert import report_of, save_weights
+    from solov2_jax.weights.sources import sha256_of
+
     output, weights = _output(), _read()
     flat, report = weights.flat, report_of(weights)
     if _CONFIG.value:
@@ -97,4 +107,4 @@ def main(overrides: list[str]) -> None:
 
 def run() -> None:
     """Runs the command."""
-    app.run(main)
+    app.run(main, FLAGS)

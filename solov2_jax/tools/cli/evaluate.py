@@ -1,11 +1,11 @@
 r"""Evaluates a training run on its validation data, or files of predictions.
 
-    solov2-evaluate --workdir runs/r50
-    solov2-evaluate --workdir runs/r50 --checkpoint best --report \
+    solov2 evaluate --workdir runs/r50
+    solov2 evaluate --workdir runs/r50 --checkpoint best --report \
         --config.data.val.images=other/images \
         --config.data.val.annotations=other/instances.json
-    solov2-evaluate --workdir runs/r50 --expect segm/AP=0.42+-0.02
-    solov2-evaluate --annotations instances.json --predictions a.json \
+    solov2 evaluate --workdir runs/r50 --expect segm/AP=0.42+-0.02
+    solov2 evaluate --annotations instances.json --predictions a.json \
         --against b.json
 
 `--tta=flip,0.8,1,1.25` and `--tile=512` evaluate with several views of each image.
@@ -19,38 +19,37 @@ that the one line `error: ...` explains.
 
 import sys
 
-from absl import flags
+from solov2_jax.config_schema import several, switch, text, whole
+from solov2_jax.io import InputError
+from solov2_jax.tools.cli import app, shared
+from solov2_jax.tools.cli.flags import Flag
 
-from solov2_jax.tools.cli import app, process_flags
-from solov2_jax.tools.cli.view_flags import view_options
-
-_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a training run.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "last, best or a step.")
-_REPORT = flags.DEFINE_bool(
-    "report", False, "Write a page with curves, errors and the worst images."
+_REPORT = Flag("report", switch(False), "Write a page with curves, errors and the worst images.")
+_EXPECT = Flag(
+    "expect",
+    several((), text()),
+    "METRIC=VALUE+-TOLERANCE; exit code 1 outside of it.",
+    repeated=True,
 )
-_EXPECT = flags.DEFINE_multi_string(
-    "expect", [], "METRIC=VALUE+-TOLERANCE; exit code 1 outside of it. Repeatable."
+_PREDICTIONS = Flag(
+    "predictions", text(), "Score this file in COCO's results format instead of a run."
 )
-_PREDICTIONS = flags.DEFINE_string(
-    "predictions", "", "Score this file in COCO's results format instead of a run."
+_AGAINST = Flag("against", text(), "Compare --predictions with this file.")
+_ANNOTATIONS = Flag("annotations", text(), "Instances json that --predictions are about.")
+_IMAGES = Flag("images", text(), "Folder of the images, for the report of --predictions.")
+_OUTPUT = Flag(
+    "output", text(), "Folder for what is written. Default: WORKDIR/eval; none otherwise."
 )
-_AGAINST = flags.DEFINE_string("against", "", "Compare --predictions with this file.")
-_ANNOTATIONS = flags.DEFINE_string(
-    "annotations", "", "Instances json that --predictions are about."
-)
-_IMAGES = flags.DEFINE_string(
-    "images", "", "Folder of the images, for the report of --predictions."
-)
-_MAX_DETECTIONS = flags.DEFINE_integer(
+_MAX_DETECTIONS = Flag(
     "max_detections",
-    0,
+    whole(0, high=1_000_000),
     "With --predictions: detections per image and class that AP counts, beyond COCO's 100. "
     "Of a run: --config.eval.max_detections.",
-    lower_bound=0,
 )
-_OUTPUT = flags.DEFINE_string(
-    "output", "", "Folder for what is written. Default: WORKDIR/eval; none otherwise."
+_FILES = (_PREDICTIONS, _ANNOTATIONS, _AGAINST, _IMAGES, _MAX_DETECTIONS)
+FLAGS = (
+    *(shared.WORKDIR, shared.CHECKPOINT, _REPORT, _EXPECT, *_FILES, _OUTPUT),
+    *(*shared.VIEWS, *shared.PROCESSES),
 )
 
 
@@ -76,16 +75,16 @@ def score_run(overrides: list[str], expectations: list) -> dict[str, float]:
     """Returns the metrics of a training run."""
     for flag in (_AGAINST, _ANNOTATIONS, _IMAGES, _MAX_DETECTIONS):
         if flag.value:
-            raise ValueError(f"--{flag.name} goes with --predictions")
-    workdir = _WORKDIR.value
+            raise InputError(f"--{flag.name} goes with --predictions")
+    workdir = shared.WORKDIR.value
     if not workdir:
-        raise ValueError("give --workdir (of a training run), or --predictions")
-    tta, tiles = view_options()
+        raise InputError("give --workdir (of a training run), or --predictions")
+    tta, tiles = shared.view_options()
     from solov2_jax.tools.report.evaluate_run import evaluate_run
 
     return evaluate_run(
         workdir,
-        _CHECKPOINT.value,
+        shared.CHECKPOINT.value,
         overrides,
         tta=tta,
         tiles=tiles,
@@ -97,10 +96,10 @@ def score_run(overrides: list[str], expectations: list) -> dict[str, float]:
 
 def score_files(overrides: list[str], expectations: list) -> dict[str, float]:
     """Returns the metrics of a file of predictions."""
-    if _WORKDIR.value or overrides:
-        raise ValueError("--predictions goes without --workdir and --config")
+    if shared.WORKDIR.value or overrides:
+        raise InputError("--predictions goes without --workdir and --config")
     if not _ANNOTATIONS.value:
-        raise ValueError("--predictions needs --annotations, an instances json")
+        raise InputError("--predictions needs --annotations, an instances json")
     from solov2_jax.tools.report.results_file import evaluate_files
 
     return evaluate_files(
@@ -117,4 +116,4 @@ def score_files(overrides: list[str], expectations: list) -> dict[str, float]:
 
 def run() -> None:
     """Runs the command."""
-    app.run(main, process_flags.joining)
+    app.run(main, FLAGS, shared.joining)

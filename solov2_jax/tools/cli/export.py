@@ -1,8 +1,8 @@
 r"""Exports a trained network with its post-processing, and compares it by running it.
 
-    solov2-export --workdir runs/r50 --format onnx
-    solov2-export --workdir runs/r50 --format onnx --precision int8 --evaluate
-    solov2-export --config configs/r50_3x.py --weights r50_3x.safetensors \
+    solov2 export --workdir runs/r50 --format onnx
+    solov2 export --workdir runs/r50 --format onnx --precision int8 --evaluate
+    solov2 export --config configs/r50_3x.py --weights r50_3x.safetensors \
         --format stablehlo --shape 800x1344,1344x800 --images photos --output out
 
 Formats: stablehlo runs wherever JAX does, without this package; onnx in ONNX Runtime;
@@ -18,62 +18,55 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING, Any
 
-from absl import flags
-
 from solov2_jax.config import load_config
-from solov2_jax.io import write_json
-from solov2_jax.tools.cli import app
+from solov2_jax.config_schema import choice, several, switch, text, whole
+from solov2_jax.io import InputError, write_json
+from solov2_jax.tools.cli import app, shared
+from solov2_jax.tools.cli.flags import Flag
 
 if TYPE_CHECKING:
     from solov2_jax.inference.predictor import Predictor
 
 _FORMATS = ("stablehlo", "onnx", "savedmodel", "tflite")
-
-_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a training run.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "Of the workdir: last, best or a step.")
-_CONFIG = flags.DEFINE_string("config", "", "Config file, with --weights.")
-_WEIGHTS = flags.DEFINE_string("weights", "", "Weights file, with --config.")
-_FORMAT = flags.DEFINE_enum("format", None, _FORMATS, "To write.", required=True)
-_PRECISION = flags.DEFINE_enum(
+_FORMAT = Flag("format", choice("onnx", _FORMATS), "To write.", required=True)
+_PRECISION = Flag(
     "precision",
-    "float32",
-    ("float32", "float16", "int8"),
+    choice("float32", ("float32", "float16", "int8")),
     "float16: of the stored weights; int8: of the convolutions.",
 )
-_SHAPES = flags.DEFINE_list(
+_SHAPES = Flag(
     "shape",
-    "",
+    several((), text()),
     "Padded HEIGHTxWIDTH, multiples of 32, separated by commas. Default: the config's "
     "input.buckets_test, or a landscape and a portrait shape that hold every image.",
 )
-_BATCH = flags.DEFINE_integer("batch", 1, "Images per call.", lower_bound=1)
-_MASKS = flags.DEFINE_enum(
+_BATCH = Flag("batch", whole(1, 1, 4096), "Images per call.")
+_MASKS = Flag(
     "masks",
-    "input",
-    ("input", "quarter"),
+    choice("input", ("input", "quarter")),
     "input: masks of 0 and 1 at the padded input's size; quarter: probabilities at a "
     "quarter of it.",
 )
-_IMAGES = flags.DEFINE_string(
+_IMAGES = Flag(
     "images",
-    "",
+    text(),
     "Image, folder or quoted pattern to compare on. Default: the run's validation data.",
 )
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "Images that are compared.", lower_bound=1)
-_EVALUATE = flags.DEFINE_bool("evaluate", False, "Measure AP of both on the run's validation data.")
-_OUTPUT = flags.DEFINE_string(
-    "output", "", "Folder to write. Default: WORKDIR/export/FORMAT_PRECISION."
+_NUM_IMAGES = Flag("num_images", whole(8, 1), "Images that are compared.")
+_EVALUATE = Flag("evaluate", switch(False), "Measure AP of both on the run's validation data.")
+_OUTPUT = Flag("output", text(), "Folder to write. Default: WORKDIR/export/FORMAT_PRECISION.")
+FLAGS = (
+    *(*shared.MODEL, _FORMAT, _PRECISION, _SHAPES, _BATCH, _MASKS, _IMAGES, _NUM_IMAGES),
+    *(_EVALUATE, _OUTPUT),
 )
 
 
 def main(overrides: list[str]) -> None:
     """Exports as the flags say."""
-    given = tuple(bool(f.value) for f in (_WORKDIR, _CONFIG, _WEIGHTS))
-    if given not in ((True, False, False), (False, True, True)):
-        raise ValueError("give either --workdir, or --config and --weights together")
-    if not _WORKDIR.value and not (_OUTPUT.value and _IMAGES.value):
-        raise ValueError("--config and --weights need --output and --images")
-    buckets = tuple(_parse_shape(text) for text in _SHAPES.value if text.strip())
+    shared.check_model()
+    if not shared.WORKDIR.value and not (_OUTPUT.value and _IMAGES.value):
+        raise InputError("--config and --weights need --output and --images")
+    buckets = tuple(_parse_shape(text) for text in _SHAPES.value)
     from solov2_jax.tools.export.exported import format_module
 
     format_module(_FORMAT.value)  # raises now instead of after loading weights
@@ -89,9 +82,9 @@ def main(overrides: list[str]) -> None:
         _BATCH.value,
         buckets or default_buckets(predictor.input),
     )
-    source = _WEIGHTS.value or f"{os.path.basename(os.path.abspath(_WORKDIR.value))}"
+    source = shared.WEIGHTS.value or f"{os.path.basename(os.path.abspath(shared.WORKDIR.value))}"
     folder = _OUTPUT.value or os.path.join(
-        _WORKDIR.value, "export", f"{_FORMAT.value}_{_PRECISION.value}"
+        shared.WORKDIR.value, "export", f"{_FORMAT.value}_{_PRECISION.value}"
     )
     dataset = None
     if not _IMAGES.value or _EVALUATE.value:
@@ -110,29 +103,26 @@ def _parse_shape(text: str) -> tuple[int, int]:
         height, width = (int(part) for part in text.lower().split("x"))
         return height, width
     except ValueError:
-        raise ValueError(
+        raise InputError(
             f"--shape={text}: write HEIGHTxWIDTH in pixels, such as 800x1344"
         ) from None
 
 
 def _load(overrides: list[str]) -> "tuple[Any, Predictor]":
     """Returns the config and the predictor that the flags name."""
-    from solov2_jax import Predictor
     from solov2_jax.inference.predictor import load_workdir_config
 
-    if _WORKDIR.value:
-        config = load_workdir_config(_WORKDIR.value, overrides)
-        workdir, checkpoint = _WORKDIR.value, _CHECKPOINT.value
-        return config, Predictor.from_workdir(workdir, checkpoint, overrides)
-    config = load_config(_CONFIG.value, overrides)
-    return config, Predictor.from_weights(_WEIGHTS.value, config)
+    predictor = shared.load_predictor(overrides)
+    if shared.WORKDIR.value:
+        return load_workdir_config(shared.WORKDIR.value, overrides), predictor
+    return load_config(shared.CONFIG.value, overrides), predictor
 
 
 def _load_dataset(config: Any, predictor: Any) -> Any:
     from solov2_jax.data.build import load_val_dataset
 
-    if not _WORKDIR.value:
-        raise ValueError("--evaluate needs --workdir: the run's validation data")
+    if not shared.WORKDIR.value:
+        raise InputError("--evaluate needs --workdir: the run's validation data")
     classes = zip(predictor.category_ids, predictor.class_names, strict=True)
     return load_val_dataset(config, dict(classes))
 
@@ -166,4 +156,4 @@ def _measure_ap(
 
 def run() -> None:
     """Runs the command."""
-    app.run(main)
+    app.run(main, FLAGS)

@@ -1,11 +1,11 @@
 r"""Predicts objects in images and videos: overlays, `predictions.json`, masks, labels.
 
-    solov2-predict --workdir runs/r50 --input photos/ --output outputs/
-    solov2-predict --config configs/r50_3x.py --weights r50_3x.npz \
+    solov2 predict --workdir runs/r50 --input photos/ --output outputs/
+    solov2 predict --config configs/r50_3x.py --weights r50_3x.npz \
         --input 'photos/*.jpg' --output outputs/ --score 0.5 --classes person,dog
-    solov2-predict --workdir runs/r50 --input clip.mp4 --output outputs/ --track
-    solov2-predict --workdir runs/r50 --input camera:0 --output outputs/ --frames 500
-    solov2-predict --workdir runs/r50 --input photos/ --output outputs/ \
+    solov2 predict --workdir runs/r50 --input clip.mp4 --output outputs/ --track
+    solov2 predict --workdir runs/r50 --input camera:0 --output outputs/ --frames 500
+    solov2 predict --workdir runs/r50 --input photos/ --output outputs/ \
         --write overlay,masks,cutouts,yolo,labelme
 
 Each image is padded to its own multiple of 32, exactly as the reference does with one
@@ -27,93 +27,81 @@ import sys
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-from absl import flags
-
-from solov2_jax.tools.cli import app
-from solov2_jax.tools.cli.view_flags import view_options
+from solov2_jax.config_schema import choice, number, several, share, switch, text, whole
+from solov2_jax.tools.cli import app, shared
+from solov2_jax.tools.cli.flags import Flag
 
 if TYPE_CHECKING:
     from solov2_jax.inference.predictor import Predictor
     from solov2_jax.tools.predict.predict_files import Summary
     from solov2_jax.tools.predict.sources import Source
 
-_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a training run.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "Of the workdir: last, best or a step.")
-_CONFIG = flags.DEFINE_string("config", "", "Config file, with --weights.")
-_WEIGHTS = flags.DEFINE_string("weights", "", "Weights file, with --config.")
-_INPUT = flags.DEFINE_string(
+_INPUT = Flag(
     "input",
-    None,
+    text(),
     "An image, a video, a folder, a quoted pattern, an http(s) address, camera:0, or "
     "an rtsp address.",
     required=True,
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write to; made if need be.", required=True)
-_WRITE = flags.DEFINE_list(
+_OUTPUT = Flag("output", text(), "Folder to write to; made if need be.", required=True)
+_WRITE = Flag(
     "write",
-    "overlay,coco",
+    several(("overlay", "coco"), text()),
     "What is written: overlay (pictures, videos), coco (predictions.json), masks and "
     "cutouts (PNG for each object), yolo and labelme (labels to correct by hand).",
 )
-_SCORE = flags.DEFINE_float(
-    "score", 0.3, "Least score of a detection.", lower_bound=0, upper_bound=1
-)
-_CLASSES = flags.DEFINE_list("classes", "", "Only these: names or category ids.")
-_MAX = flags.DEFINE_integer("max", 0, "Best detections of an image. 0: all.", lower_bound=0)
-_HIDE_LABELS = flags.DEFINE_bool("hide_labels", False, "Overlays without text.")
-_COLOR_BY = flags.DEFINE_enum(
+_SCORE = Flag("score", share(0.3), "Least score of a detection.")
+_CLASSES = Flag("classes", several((), text()), "Only these: names or category ids.")
+_MAX = Flag("max", whole(0), "Best detections of an image. 0: all.")
+_HIDE_LABELS = Flag("hide_labels", switch(False), "Overlays without text.")
+_COLOR_BY = Flag(
     "color_by",
-    None,
-    ["object", "class", "track"],
+    choice("object", ("object", "class", "track")),
     "What keeps its colour. Default: track with --track, else object.",
+    optional=True,
 )
-_TRACK = flags.DEFINE_bool("track", False, "Follow objects from frame to frame and number them.")
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 1, "Images of one padded shape that are computed together."
+_TRACK = Flag("track", switch(False), "Follow objects from frame to frame and number them.")
+_BATCH_SIZE = Flag(
+    "batch_size", whole(1, 1, 4096), "Images of one padded shape that are computed together."
 )
-_SHAPES = flags.DEFINE_integer(
+_SHAPES = Flag(
     "shapes",
-    0,
+    whole(0, high=10_000),
     "At most so many padded shapes for all images. 0: each image's own.",
-    lower_bound=0,
 )
-_FRAMES = flags.DEFINE_integer(
-    "frames", 0, "Of a video or camera: so many at most. 0: all.", lower_bound=0
+_FRAMES = Flag("frames", whole(0), "Of a video or camera: so many at most. 0: all.")
+_EVERY = Flag("every", whole(1, 1), "Of a video or camera: the first of every so many.")
+_READERS = Flag("readers", whole(2, 1, 1024), "Threads that read and resize images.")
+_OVERWRITE = Flag(
+    "overwrite",
+    switch(False),
+    "Replace files in the output folder that this command did not write.",
 )
-_EVERY = flags.DEFINE_integer(
-    "every", 1, "Of a video or camera: the first of every so many.", lower_bound=1
-)
-_OVERWRITE = flags.DEFINE_bool(
-    "overwrite", False, "Replace files in the output folder that this command did not write."
-)
-_MAX_PIXELS = flags.DEFINE_integer(
+_MAX_PIXELS = Flag(
     "max_pixels",
-    None,
+    whole(89_478_485, 1, 10**12),
     "Most pixels of an image or a video's frame; raise it for large images that you trust, "
     "with --tile. Default: Pillow's limit, 89 million.",
-    lower_bound=1,
+    optional=True,
 )
-_DOWNLOAD_MB = flags.DEFINE_float(
-    "download_mb", 1000.0, "Most megabytes of a file at an address.", lower_bound=0.001
+_DOWNLOAD_MB = Flag(
+    "download_mb", number(1000.0, 0.001, high=1e9), "Most megabytes of a file at an address."
 )
-_DOWNLOAD_SECONDS = flags.DEFINE_float(
-    "download_seconds", 600.0, "Most seconds to fetch a file at an address.", lower_bound=0.01
+_DOWNLOAD_SECONDS = Flag(
+    "download_seconds",
+    number(600.0, 0.01, high=1e7),
+    "Most seconds to fetch a file at an address.",
 )
-_READERS = flags.DEFINE_integer("readers", 2, "Threads that read and resize images.", lower_bound=1)
-
-
-def load_predictor(overrides: list[str]) -> "Predictor":
-    """Returns the predictor that the flags name."""
-    from solov2_jax import Predictor
-
-    if _WORKDIR.value:
-        return Predictor.from_workdir(_WORKDIR.value, _CHECKPOINT.value, overrides)
-    return Predictor.from_weights(_WEIGHTS.value, _CONFIG.value, overrides)
+FLAGS = (
+    *(*shared.MODEL, _INPUT, _OUTPUT, _WRITE, _SCORE, _CLASSES, _MAX, *shared.VIEWS, _SHAPES),
+    *(_BATCH_SIZE, _TRACK, _COLOR_BY, _HIDE_LABELS, _FRAMES, _EVERY, _READERS, _OVERWRITE),
+    *(_MAX_PIXELS, _DOWNLOAD_MB, _DOWNLOAD_SECONDS),
+)
 
 
 def build_views(predictor: "Predictor", sources: "list[Source]") -> Any:
     """Returns the predictor with the shapes, tiles and views that the flags ask for."""
-    tta, tiles = view_options()
+    tta, tiles = shared.view_options()
     if _SHAPES.value and not tiles and not predictor.input.buckets:
         from solov2_jax.tools.predict.buckets import shapes_of
 
@@ -153,7 +141,7 @@ def predict(overrides: list[str], scratch: str) -> "tuple[Summary, bool]":
         _TRACK.value,
         _OVERWRITE.value,
     )
-    view_options()  # raises now instead of after a compilation, as do the next ones
+    shared.view_options()  # raises now instead of after a compilation, as do the next ones
     sources = open_sources(
         *(_INPUT.value, scratch),
         threads=_READERS.value,
@@ -162,7 +150,7 @@ def predict(overrides: list[str], scratch: str) -> "tuple[Summary, bool]":
         download=DownloadLimits(round(_DOWNLOAD_MB.value * 1e6), _DOWNLOAD_SECONDS.value),
     )
     check_outputs(sources, OutputFolder(_OUTPUT.value, _OVERWRITE.value), options.formats)
-    predictor = load_predictor(overrides)
+    predictor = shared.load_predictor(overrides)
     classes = parse_classes(_CLASSES.value, predictor.class_names, predictor.category_ids)
     options = options.with_classes(classes)
     predictor.limit_score = _SCORE.value
@@ -173,9 +161,7 @@ def predict(overrides: list[str], scratch: str) -> "tuple[Summary, bool]":
 
 def main(overrides: list[str]) -> None:
     """Predicts, and says what became of it."""
-    given = tuple(bool(f.value) for f in (_WORKDIR, _CONFIG, _WEIGHTS))
-    if given not in ((True, False, False), (False, True, True)):
-        raise ValueError("give either --workdir, or --config and --weights together")
+    shared.check_model()
     # Until predicting has handlers of its own: end, but delete what was downloaded.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory() as scratch:
@@ -195,4 +181,4 @@ def main(overrides: list[str]) -> None:
 
 def run() -> None:
     """Runs the command."""
-    app.run(main)
+    app.run(main, FLAGS)

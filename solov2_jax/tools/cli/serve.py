@@ -1,7 +1,7 @@
 r"""Serves predictions over HTTP until it is told to stop.
 
-    solov2-serve --workdir runs/r50
-    solov2-serve --config r50_3x --weights r50_3x.safetensors --port 9000
+    solov2 serve --workdir runs/r50
+    solov2 serve --config r50_3x --weights r50_3x.safetensors --port 9000
     curl -H 'Content-Type: image/jpeg' --data-binary @photo.jpg \
         'http://localhost:8000/predict?score=0.5'
 
@@ -16,61 +16,56 @@ and the exit code is 0; 2: an error that the one line `error: ...` explains.
 
 import dataclasses
 import logging
-from typing import TYPE_CHECKING
 
-from absl import flags
-
-from solov2_jax.tools.cli import app
-
-if TYPE_CHECKING:
-    from solov2_jax.inference.predictor import Predictor
+from solov2_jax.config_schema import number, share, text, whole
+from solov2_jax.io import InputError
+from solov2_jax.tools.cli import app, shared
+from solov2_jax.tools.cli.flags import Flag
 
 log = logging.getLogger(__name__)
 
-_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a training run.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "Of the workdir: last, best or a step.")
-_CONFIG = flags.DEFINE_string("config", "", "Config file, with --weights.")
-_WEIGHTS = flags.DEFINE_string("weights", "", "Weights file, with --config.")
-_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
-_PORT = flags.DEFINE_integer("port", 8000, "To listen on; 0: a free one.", 0, 65535)
-_BATCH = flags.DEFINE_integer(
-    "batch_size", 1, "Most images computed together; above 1 for GPUs.", 1
+_HOST = Flag("host", text("127.0.0.1"), "Address to listen on.")
+_PORT = Flag("port", whole(8000, high=65_535), "To listen on; 0: a free one.")
+_BATCH = Flag("batch_size", whole(1, 1, 4096), "Most images computed together; above 1 for GPUs.")
+_WAIT = Flag(
+    "batch_wait_ms", number(5.0, 0, high=60_000), "How long an image waits for others to join it."
 )
-_WAIT = flags.DEFINE_float(
-    "batch_wait_ms", 5.0, "How long an image waits for others to join it.", 0
+_QUEUE = Flag(
+    "queue", whole(16, 1, 1_000_000), "Requests in progress or waiting; one more is answered 429."
 )
-_QUEUE = flags.DEFINE_integer(
-    "queue", 16, "Requests in progress or waiting; one more is answered 429.", 1
+_MAX_MB = Flag("max_mb", number(10.0, 0.001, high=1e6), "Megabytes of a body.")
+_MAX_MEGAPIXELS = Flag("max_megapixels", number(25.0, 0.001, high=1e6), "Of an image.")
+_BODY_SECONDS = Flag("body_seconds", number(30.0, 0.01, high=86_400), "To send a body.")
+_HEADER_SECONDS = Flag(
+    "header_seconds",
+    number(10.0, 0.01, high=86_400),
+    "To send a header, and idle between two requests.",
 )
-_MAX_MB = flags.DEFINE_float("max_mb", 10.0, "Megabytes of a body.", 0.001)
-_MAX_MEGAPIXELS = flags.DEFINE_float("max_megapixels", 25.0, "Of an image.", 0.001)
-_BODY_SECONDS = flags.DEFINE_float("body_seconds", 30.0, "To send a body.", 0.01)
-_HEADER_SECONDS = flags.DEFINE_float(
-    "header_seconds", 10.0, "To send a header, and idle between two requests.", 0.01
+_CONNECTIONS = Flag(
+    "max_connections", whole(512, 1, 1_000_000), "Open at once; one more is closed."
 )
-_CONNECTIONS = flags.DEFINE_integer("max_connections", 512, "Open at once; one more is closed.", 1)
-_SCORE = flags.DEFINE_float(
-    "score", 0.3, "Least score of a detection, unless a request says another.", 0, 1
+_SCORE = Flag("score", share(0.3), "Least score of a detection, unless a request says another.")
+FLAGS = (
+    *(*shared.MODEL, _HOST, _PORT, _SCORE, _BATCH, _WAIT, _QUEUE, _MAX_MB, _MAX_MEGAPIXELS),
+    *(_BODY_SECONDS, _HEADER_SECONDS, _CONNECTIONS),
 )
 
 
 def main(overrides: list[str]) -> None:
     """Serves as the flags say."""
-    given = tuple(bool(f.value) for f in (_WORKDIR, _CONFIG, _WEIGHTS))
-    if given not in ((True, False, False), (False, True, True)):
-        raise ValueError("give either --workdir, or --config and --weights together")
+    shared.check_model()
     try:
         from solov2_jax.tools.serving.app import Limits, make_app
         from solov2_jax.tools.serving.server import bind, make_server
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise InputError(
             f'serving needs {error.name}, which is not installed: pip install "solov2_jax[serve]"'
         ) from error
     from solov2_jax.tools.export.metadata import default_buckets
     from solov2_jax.tools.serving.engine import Engine
 
     sock = bind(_HOST.value, _PORT.value)  # raises now instead of after compiling
-    predictor = _load_predictor(overrides)
+    predictor = shared.load_predictor(overrides)
     shapes = default_buckets(predictor.input)
     predictor.input = dataclasses.replace(predictor.input, buckets=shapes)
     engine = Engine(predictor, shapes, _BATCH.value)
@@ -84,7 +79,7 @@ def main(overrides: list[str]) -> None:
         score=_SCORE.value,
     )
     server = make_server(
-        make_app(engine, limits, _WORKDIR.value or _WEIGHTS.value),
+        make_app(engine, limits, shared.WORKDIR.value or shared.WEIGHTS.value),
         max_connections=_CONNECTIONS.value,
         header_seconds=_HEADER_SECONDS.value,
     )
@@ -92,14 +87,6 @@ def main(overrides: list[str]) -> None:
     log.info("stopped: every request that was taken is answered")
 
 
-def _load_predictor(overrides: list[str]) -> "Predictor":
-    from solov2_jax import Predictor
-
-    if _WORKDIR.value:
-        return Predictor.from_workdir(_WORKDIR.value, _CHECKPOINT.value, overrides)
-    return Predictor.from_weights(_WEIGHTS.value, _CONFIG.value, overrides)
-
-
 def run() -> None:
     """Runs the command."""
-    app.run(main)
+    app.run(main, FLAGS)

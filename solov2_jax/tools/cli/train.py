@@ -1,11 +1,12 @@
 r"""Trains SOLOv2, or resumes: the same command continues a run that was interrupted.
 
-    solov2-train --config configs/r50_3x.py --workdir runs/r50 \
+    solov2 train --config configs/r50_3x.py --workdir runs/r50 \
         --config.train.batch_size=8 --config.optim.learning_rate=0.005
+    solov2 train --config configs/quickstart.py --workdir runs/dry --dry_run
 
 `--dry_run` compiles the train step for every padded shape and prints time, FLOPs and
-memory; neither data nor workdir is touched. `--overfit 8` is a self-test: it learns the
-first 8 training images by heart, in a workdir of its own, and says whether it could.
+memory; neither data nor workdir is touched. `--overfit 8` is a self-test: it overfits
+the first 8 training images, in a workdir of its own, and says whether it could.
 
 Exit code 0: trained, or stopped by a signal with the checkpoint saved; 1: the self-test
 failed; 2: an error that the one line `error: ...` explains.
@@ -14,21 +15,24 @@ failed; 2: an error that the one line `error: ...` explains.
 import functools
 import sys
 
-from absl import flags
-
 from solov2_jax.config import load_config
-from solov2_jax.tools.cli import app, process_flags
+from solov2_jax.config_schema import switch, text, whole
+from solov2_jax.tools.cli import app, shared
+from solov2_jax.tools.cli.flags import Flag
 
-_CONFIG = flags.DEFINE_string("config", None, "Config file; keys: configs/base.py.", required=True)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; resumed if it has checkpoints.", required=True
+_CONFIG = Flag("config", text(), "Config file; keys: configs/base.py.", required=True)
+_WORKDIR = Flag(
+    "workdir", text(), "Folder of the run; resumed if it has checkpoints.", required=True
 )
-_DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Compile only, from shapes; print time, FLOPs and memory."
+_DRY_RUN = Flag(
+    "dry_run", switch(False), "Compile only, from shapes; print time, FLOPs and memory."
 )
-_OVERFIT = flags.DEFINE_integer(
-    "overfit", 0, "Self-test: learn so many training images by heart. 0: train."
+_OVERFIT = Flag(
+    "overfit",
+    whole(0),
+    "Self-test: overfit so many training images instead. 0: train.",
 )
+FLAGS = (_CONFIG, _WORKDIR, _DRY_RUN, _OVERFIT, *shared.PROCESSES)
 
 
 def main(overrides: list[str]) -> None:
@@ -52,7 +56,7 @@ def main(overrides: list[str]) -> None:
 
 
 def self_test(config, number: int) -> int:
-    """Returns the exit code of learning `number` images by heart."""
+    """Returns the exit code of overfitting `number` images."""
     from solov2_jax.tools.overfit import overfit_config, verdict
     from solov2_jax.training.loop import build_task, train
 
@@ -67,4 +71,4 @@ def self_test(config, number: int) -> int:
 
 def run() -> None:
     """Runs the command."""
-    app.run(main, process_flags.joining)
+    app.run(main, FLAGS, shared.joining)

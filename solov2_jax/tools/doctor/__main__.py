@@ -1,79 +1,75 @@
 """Is this data set fit for training? A report, and a page with pictures.
 
-    python -m solov2_jax.tools.doctor --config configs/light_448_r50.py \\
+    solov2 doctor --config configs/light_448_r50.py \\
         --images photos --annotations train.json \\
         --val_images photos --val_annotations val.json --output doctor
-    python -m solov2_jax.tools.doctor --config configs/light_448_r50.py \\
+    solov2 doctor --config configs/light_448_r50.py \\
         --config.data.train.images=photos --config.data.train.annotations=train.json
 
 Grids, scale ranges and sizes are the config's. Exit code 0: training may start; 1: it
 may not, the errors say why; 2: wrong use, in one line `error: ...`.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from solov2_jax.config import load_config, split_overrides
-from solov2_jax.data.build import data_files
-from solov2_jax.tools.cli.plain import command
-from solov2_jax.tools.doctor.findings import ERROR
-from solov2_jax.tools.doctor.page import write_page
-from solov2_jax.tools.doctor.report import text_report
-from solov2_jax.tools.doctor.study import settings_of, study
+from solov2_jax.config_schema import text, whole
+from solov2_jax.io import InputError
+from solov2_jax.tools.cli import app
+from solov2_jax.tools.cli.flags import Flag
+
+_CONFIG = Flag("config", text("configs/base.py"), "Config file: grids, ranges, sizes.")
+_IMAGES = Flag("images", text(), "Folder of the training images.")
+_ANNOTATIONS = Flag("annotations", text(), "Instances json of the training data.")
+_VAL_IMAGES = Flag("val_images", text(), "Folder of the validation images.")
+_VAL_ANNOTATIONS = Flag("val_annotations", text(), "Instances json of the validation data.")
+_OUTPUT = Flag("output", text(), "Folder for report.html; '': none.")
+_MAX_IMAGES = Flag("max_images", whole(0), "Looked at in each part; 0: all.")
+_PICTURES = Flag("pictures", whole(12, high=100_000), "Images drawn in the page.")
+_DATA = (_IMAGES, _ANNOTATIONS, _VAL_IMAGES, _VAL_ANNOTATIONS)
+FLAGS = (_CONFIG, *_DATA, _OUTPUT, _MAX_IMAGES, _PICTURES)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Returns the command line."""
-    top = argparse.ArgumentParser(
-        prog="python -m solov2_jax.tools.doctor",
-        description="Reports on a data set, and whether training may start.",
-        epilog="Keys of the config are set by --config.a.b=value.",
-    )
-    top.add_argument("--config", default="configs/base.py", help="grids, ranges, sizes")
-    top.add_argument("--images", help="folder of the training images")
-    top.add_argument("--annotations", help="instances json of the training data")
-    top.add_argument("--val_images", help="folder of the validation images")
-    top.add_argument("--val_annotations", help="instances json of the validation data")
-    top.add_argument("--output", default="", help="folder for report.html; '': none")
-    top.add_argument("--max_images", type=int, default=0, help="looked at in each part; 0: all")
-    top.add_argument("--pictures", type=int, default=12, help="in the page")
-    return top
+def examine(overrides: list[str]) -> None:
+    """Examines as the flags say."""
+    from solov2_jax.config import load_config
+    from solov2_jax.tools.doctor.findings import ERROR
+    from solov2_jax.tools.doctor.page import write_page
+    from solov2_jax.tools.doctor.report import text_report
+    from solov2_jax.tools.doctor.study import settings_of, study
 
-
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Examines as the arguments say."""
-    rest, overrides = split_overrides(sys.argv[1:] if argv is None else list(argv))
-    args = parser().parse_args(rest)
-    config = load_config(args.config, overrides)
-    train, val = _files(args, config)
-    result = study(train, val, settings_of(config, args.max_images))
+    config = load_config(_CONFIG.value, overrides)
+    train, val = _files(config)
+    result = study(train, val, settings_of(config, _MAX_IMAGES.value))
     print(text_report(result))
-    if args.output:
-        path = write_page(result, args.output, args.pictures)
+    if _OUTPUT.value:
+        path = write_page(result, _OUTPUT.value, _PICTURES.value)
         print(f"pictures and charts: {os.path.abspath(path)}")
     sys.exit(1 if result.verdict == ERROR else 0)
 
 
-def _files(args: argparse.Namespace, config: Any) -> tuple[tuple[str, str], tuple[str, str] | None]:
-    """Returns what to look at: the arguments' data, else the config's."""
+def _files(config: Any) -> tuple[tuple[str, str], tuple[str, str] | None]:
+    """Returns what to look at: the flags' data, else the config's."""
     pairs = []
-    for images, annotations, names in (
-        (args.images, args.annotations, "--images and --annotations"),
-        (args.val_images, args.val_annotations, "--val_images and --val_annotations"),
-    ):
-        if bool(images) != bool(annotations):
-            raise ValueError(f"give {names} together")
-        pairs.append((images, annotations) if images else None)
+    for images, annotations in ((_IMAGES, _ANNOTATIONS), (_VAL_IMAGES, _VAL_ANNOTATIONS)):
+        if bool(images.value) != bool(annotations.value):
+            raise InputError(f"give --{images.name} and --{annotations.name} together")
+        pairs.append((images.value, annotations.value) if images.value else None)
     train, val = pairs
     if train is None:
         if val:
-            raise ValueError("--val_images goes with --images")
+            raise InputError("--val_images goes with --images")
+        from solov2_jax.data.build import data_files
+
         train, val = data_files(config)
     return train, val
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    app.run(examine, FLAGS, argv=argv, platform=False)
 
 
 if __name__ == "__main__":

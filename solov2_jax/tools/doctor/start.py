@@ -36,13 +36,13 @@ def check_at_start(config: Any, train: CocoDataset, val: CocoDataset) -> list[Fi
     if errors:
         raise ValueError(
             f"{train.annotation_file}: {'; '.join(f.line() for f in errors)}. "
-            "`python -m solov2_jax.tools.doctor` reports all of it."
+            "`solov2 doctor` reports all of it."
         )
     for finding in findings:
         log.info("data, %s", finding.line())
     log.info(
         "data: looked at the objects of %s training images and at no image file; "
-        "`python -m solov2_jax.tools.doctor` reads them all and draws a page",
+        "`solov2 doctor` reads them all and draws a page",
         share(len(indices), len(train)),
     )
     return findings

@@ -1,22 +1,24 @@
 """Other annotation formats -> COCO instances json.
 
-    python -m solov2_jax.tools.importers yolo --data data.yaml --split train \\
+    solov2 import yolo --data data.yaml --split train \\
         --output train.json
-    python -m solov2_jax.tools.importers labelme --images photos --labels photos \\
+    solov2 import labelme --images photos --labels photos \\
         --names classes.txt --output train.json
-    python -m solov2_jax.tools.importers masks --images JPEGImages \\
+    solov2 import masks --images JPEGImages \\
         --objects SegmentationObject --classes SegmentationClass --void 255 \\
         --names voc.txt --output train.json
 
 Exit code 0: written; 2: an error that the one line `error: ...` explains.
 """
 
-import argparse
+import sys
 from collections.abc import Sequence
 
+from solov2_jax.config_schema import text, whole
 from solov2_jax.data.coco import load_coco
 from solov2_jax.io import InputError
-from solov2_jax.tools.cli.plain import command
+from solov2_jax.tools.cli import app
+from solov2_jax.tools.cli.flags import Flag
 from solov2_jax.tools.importers.instances import Instances
 from solov2_jax.tools.importers.labelme import import_labelme
 from solov2_jax.tools.importers.masks import import_masks
@@ -29,73 +31,85 @@ from solov2_jax.tools.importers.yolo import (
 )
 
 _NAMES = (
-    "class names: a file (a name a line; YAML with `names`; COCO json or a run's "
-    "classes.json, whose ids are kept), or names separated by commas"
+    "Class names: a file (a name a line; YAML with `names`; COCO json or a run's "
+    "classes.json, whose ids are kept), or names separated by commas."
 )
 
 
-def parser() -> argparse.ArgumentParser:
-    """Returns the command line."""
-    top = argparse.ArgumentParser(
-        prog="python -m solov2_jax.tools.importers",
-        description="Writes a COCO instances json from another format.",
-    )
-    kinds = top.add_subparsers(dest="kind", required=True, metavar="FORMAT")
-    yolo = kinds.add_parser("yolo", help="segmentation labels, a text file per image")
-    yolo.add_argument("--data", help="data.yaml with names, and folders or lists of images")
-    yolo.add_argument("--split", default="train", help="of data.yaml: train, val, test")
-    labelme = kinds.add_parser("labelme", help="a json per image")
-    labelme.add_argument(
-        "--ignore", default="", help="labels that are no class, separated by commas"
-    )
-    masks = kinds.add_parser("masks", help="PNG files of object numbers (Pascal VOC)")
-    masks.add_argument("--objects", required=True, help="folder of object numbers")
-    masks.add_argument("--classes", default="", help="folder of class numbers")
-    masks.add_argument("--void", type=int, help="value that means nothing; VOC's is 255")
-    for kind in (yolo, labelme, masks):
-        kind.add_argument("--images", help="folder of the images")
-        if kind is not masks:
-            kind.add_argument("--labels", help="folder of the label files")
-        kind.add_argument("--names", help=_NAMES)
-        kind.add_argument("--output", required=True, help="the json to write")
-    return top
+_DATA = Flag("data", text(), "yolo: data.yaml with names, and folders or lists of images.")
+_SPLIT = Flag("split", text("train"), "yolo: of data.yaml: train, val, test.")
+_IGNORE = Flag("ignore", text(), "labelme: labels that are no class, separated by commas.")
+_OBJECTS = Flag("objects", text(), "masks: folder of object numbers.")
+_CLASSES = Flag("classes", text(), "masks: folder of class numbers.")
+_VOID = Flag(
+    "void", whole(255, high=65_535), "masks: value that means nothing; VOC's is 255.", optional=True
+)
+_IMAGES = Flag("images", text(), "Folder of the images.")
+_LABELS = Flag("labels", text(), "yolo and labelme: folder of the label files.")
+_NAMES_FLAG = Flag("names", text(), _NAMES)
+_OUTPUT = Flag("output", text(), "The json to write.", required=True)
+_FOR = {
+    "yolo": (_DATA, _SPLIT, _LABELS),
+    "labelme": (_IGNORE, _LABELS),
+    "masks": (_OBJECTS, _CLASSES, _VOID),
+}
+FLAGS = (
+    *(_IMAGES, _NAMES_FLAG, _OUTPUT, _LABELS),
+    *(_DATA, _SPLIT, _IGNORE, _OBJECTS, _CLASSES, _VOID),
+)
 
 
-@command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Imports as the arguments say."""
-    args = parser().parse_args(argv)
-    images, instances = _import(args)
-    instances.write(args.output)
-    print(load_coco(images, args.output).summary())
-    print(f"image folder: {images}")
+    """Runs the command."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    kind = words.pop(0) if words and not words[0].startswith("-") else ""
+    if kind not in _FOR and not app.wants_help(words):
+        with app.user_errors():
+            raise InputError(f"give a format first, one of {', '.join(_FOR)}; got {kind!r}")
+
+    def work(overrides: list[str]) -> None:
+        if overrides:
+            raise InputError(f"{overrides[0]}: this command has no config")
+        for flag in FLAGS[3:]:
+            if flag.present and flag not in _FOR[kind]:
+                raise InputError(f"--{flag.name} is not for {kind}; see --help")
+        images, instances = _import(kind)
+        instances.write(_OUTPUT.value)
+        print(load_coco(images, _OUTPUT.value).summary())
+        print(f"image folder: {images}")
+
+    app.run(work, FLAGS, argv=words, platform=False)
 
 
-def _import(args: argparse.Namespace) -> tuple[str, Instances]:
+def _import(kind: str) -> tuple[str, Instances]:
     """Returns the folder of the images and their instances."""
-    categories = read_names(args.names) if args.names else None
-    if args.kind == "yolo" and args.data:
-        categories = categories or names_in_yaml(args.data)
-        if not args.images and not args.labels:
-            files = files_of_yaml(args.data, args.split)
+    categories = read_names(_NAMES_FLAG.value) if _NAMES_FLAG.value else None
+    if kind == "yolo" and _DATA.value:
+        categories = categories or names_in_yaml(_DATA.value)
+        if not _IMAGES.value and not _LABELS.value:
+            files = files_of_yaml(_DATA.value, _SPLIT.value)
             return files.images, import_yolo(files, categories)
-    if not args.images:
+    if not _IMAGES.value:
         raise InputError("--images: give the folder of the images.")
-    if args.kind == "labelme":
-        ignored = [name for name in args.ignore.split(",") if name]
-        labels = args.labels or args.images
-        instances, left_out = import_labelme(args.images, labels, categories, ignored)
+    if kind == "labelme":
+        ignored = [name for name in _IGNORE.value.split(",") if name]
+        labels = _LABELS.value or _IMAGES.value
+        instances, left_out = import_labelme(_IMAGES.value, labels, categories, ignored)
         for what, number in left_out.items():
             print(f"{number} shapes left out: {what}")
-        return args.images, instances
+        return _IMAGES.value, instances
     if categories is None:
         raise InputError("--names: give the class names (see --help).")
-    if args.kind == "masks":
-        instances = import_masks(args.images, args.objects, args.classes, categories, args.void)
-        return args.images, instances
-    if not args.labels:
+    if kind == "masks":
+        if not _OBJECTS.value:
+            raise InputError("--objects: give the folder of object numbers.")
+        instances = import_masks(
+            _IMAGES.value, _OBJECTS.value, _CLASSES.value, categories, _VOID.value
+        )
+        return _IMAGES.value, instances
+    if not _LABELS.value:
         raise InputError("--labels: give the folder of the label files, or --data.")
-    return args.images, import_yolo(files_of_folders(args.images, args.labels), categories)
+    return _IMAGES.value, import_yolo(files_of_folders(_IMAGES.value, _LABELS.value), categories)
 
 
 if __name__ == "__main__":

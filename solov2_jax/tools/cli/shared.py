@@ -1,0 +1,112 @@
+"""Flags that several commands have: the model, the views of an image, the processes."""
+
+from typing import TYPE_CHECKING
+
+from solov2_jax.config_schema import choice, number, several, switch, text, whole
+from solov2_jax.io import InputError
+from solov2_jax.tools.cli.flags import Flag
+
+if TYPE_CHECKING:
+    from solov2_jax.distributed import Joining
+    from solov2_jax.inference.predictor import Predictor
+    from solov2_jax.tools.multiview.tiling import TileOptions
+    from solov2_jax.tools.multiview.tta import TtaOptions
+
+WORKDIR = Flag("workdir", text(), "Folder of a training run.")
+CHECKPOINT = Flag("checkpoint", text("last"), "Of the workdir: last, best or a step.")
+CONFIG = Flag("config", text(), "Config file or a shipped config's name, with --weights.")
+WEIGHTS = Flag("weights", text(), "Weights file, with --config.")
+MODEL = (WORKDIR, CHECKPOINT, CONFIG, WEIGHTS)
+
+TILE = Flag(
+    "tile", whole(0, high=65_536), "Cut images into tiles of so many pixels a side. 0: do not."
+)
+OVERLAP = Flag(
+    "tile_overlap",
+    number(0.25, 0, below=1),
+    "Least share of a tile's side that it has in common with the next one.",
+)
+TILE_WHOLE = Flag("tile_whole", switch(False), "Predict on the whole image too, for large objects.")
+TTA = Flag(
+    "tta",
+    several((), text()),
+    "Test-time augmentation: 'flip', scales, or both: 'flip,0.8,1,1.25'.",
+)
+VIEWS = (TILE, OVERLAP, TILE_WHOLE, TTA)
+
+MODE = Flag(
+    "distributed",
+    choice("auto", ("auto", "on", "off")),
+    "Whether this is one of several processes. auto: if Slurm's srun, Open MPI, GKE or "
+    "--coordinator says so; on: always, with whatever JAX finds (TPU pods need this).",
+)
+COORDINATOR = Flag(
+    "coordinator", text(), "HOST:PORT of process 0, the same for all; '' finds it out."
+)
+NUM_PROCESSES = Flag("num_processes", whole(1, 1), "With --coordinator.", optional=True)
+PROCESS_ID = Flag("process_id", whole(0), "0, 1, ...; with --coordinator.", optional=True)
+HEARTBEAT = Flag(
+    "heartbeat_timeout",
+    whole(100, 5, 1_000_000),
+    "Seconds without a sign of life after which a process counts as dead and the others are ended.",
+)
+PROCESSES = (MODE, COORDINATOR, NUM_PROCESSES, PROCESS_ID, HEARTBEAT)
+
+
+def check_model() -> None:
+    """Raises an InputError unless the flags name one model."""
+    given = (bool(WORKDIR.value), bool(CONFIG.value), bool(WEIGHTS.value))
+    if given not in ((True, False, False), (False, True, True)):
+        raise InputError("give either --workdir, or --config and --weights together")
+
+
+def load_predictor(overrides: list[str]) -> "Predictor":
+    """Returns the predictor that the flags name."""
+    from solov2_jax.inference.predictor import Predictor
+
+    check_model()
+    if WORKDIR.value:
+        return Predictor.from_workdir(WORKDIR.value, CHECKPOINT.value, overrides)
+    return Predictor.from_weights(WEIGHTS.value, CONFIG.value, overrides)
+
+
+def view_options() -> "tuple[TtaOptions | None, TileOptions | None]":
+    """Returns test-time augmentation and tiles by the flags, None where not wanted."""
+    tiles = tta = None
+    if TILE.value:
+        from solov2_jax.tools.multiview.tiling import TileOptions
+
+        tiles = TileOptions(TILE.value, OVERLAP.value, TILE_WHOLE.value)
+    elif OVERLAP.present or TILE_WHOLE.value:
+        raise InputError("--tile_overlap and --tile_whole need --tile, such as 512")
+    if TTA.value:
+        from solov2_jax.tools.multiview.tta import TtaOptions
+
+        scales = [_scale(word) for word in TTA.value if word != "flip"]
+        tta = TtaOptions("flip" in TTA.value, tuple(scales) or (1.0,))
+    return tta, tiles
+
+
+def _scale(word: str) -> float:
+    try:
+        scale = float(word)
+    except ValueError:
+        raise InputError(
+            f"--tta {word}: neither 'flip' nor a scale; write for example --tta=flip,0.8,1,1.25"
+        ) from None
+    if error := number(1.0, above=0, high=16).error(scale):
+        raise InputError(f"--tta: the scale {word} must {error}")
+    return scale
+
+
+def joining() -> "Joining":
+    """Returns how this process joins others, by the flags."""
+    from solov2_jax.distributed import Joining
+
+    return Joining(
+        mode=MODE.value,
+        coordinator=COORDINATOR.value,
+        num_processes=NUM_PROCESSES.value,
+        process_id=PROCESS_ID.value,
+        heartbeat_timeout=HEARTBEAT.value,
+    )

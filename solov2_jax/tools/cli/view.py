@@ -1,0 +1,41 @@
+r"""Pictures of training batches as the network gets them, with their targets.
+
+    solov2 view --config configs/light_448_r50.py --output view \\
+        --config.data.train.images=photos --config.data.train.annotations=train.json
+    solov2 view --config runs/mine/config.json --output view --step 1000
+
+A picture per image: the padded, augmented input with its masks at a quarter of the
+size, and for each level the grid with the cells that are positive, in their object's
+colour; cells of several objects have a white frame. `--step 1000` shows what training
+will see at that step. Exit code 0: written; 2: an error that `error: ...` explains.
+"""
+
+from collections.abc import Sequence
+
+from solov2_jax.config_schema import text, whole
+from solov2_jax.tools.cli import app
+from solov2_jax.tools.cli.flags import Flag
+
+_CONFIG = Flag("config", text(), "Config file, or a run's config.json.", required=True)
+_OUTPUT = Flag("output", text(), "Folder for the pictures.", required=True)
+_STEP = Flag("step", whole(0), "First step of training.")
+_BATCHES = Flag("batches", whole(2, 1), "How many steps.")
+FLAGS = (_CONFIG, _OUTPUT, _STEP, _BATCHES)
+
+
+def main(overrides: list[str]) -> None:
+    """Draws as the flags say."""
+    from solov2_jax.config import load_config
+    from solov2_jax.data.build import data_files
+    from solov2_jax.data.coco import load_coco
+    from solov2_jax.tools.browse_batches import view
+
+    config = load_config(_CONFIG.value, overrides)
+    dataset = load_coco(*data_files(config)[0])
+    paths = view(config, dataset, _OUTPUT.value, _STEP.value, _BATCHES.value)
+    print(f"{len(paths)} pictures: {_OUTPUT.value}")
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    app.run(main, FLAGS, argv=argv, platform=False)
