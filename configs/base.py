@@ -255,6 +255,7 @@ def keys() -> Section:
     # and returns ((images, json), (images, json)) of training and validation. Your own:
     # `config.data.providers.mine = "mypackage.data:files"`, `config.data.name = "mine"`.
     data.providers = Section(free=True)
+    # Of the embedded generated data set.
     data.providers.shapes = text("solov2_jax.tools.synthetic.shapes:data_files", form=NAME)
     data.generated = generated = Section()
     # Folder that it is written below.

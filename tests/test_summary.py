@@ -106,7 +106,7 @@ def test_command_prints_the_table(capsys):
     [
         (["--size", "100,64"], "--size 100,64: .* for example 128,64"),
         (["--size", "big"], "write H,W"),
-        (["--depth", "-1"], "--depth -1"),
+        (["--depth", "-1"], "--depth=-1 must be at least 0"),
         (["--config.model.backbone.dept=18"], "did you mean model.backbone.depth"),
     ],
 )

@@ -94,4 +94,4 @@ def test_an_image_without_objects_and_a_wrong_flag(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         browse_batches.main([*FLAGS, *data, f"--output={tmp_path}/out", "--batches=0"])
     assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("error: --step must be 0 or more")
+    assert capsys.readouterr().err.startswith("error: --batches=0 must be at least 1")

@@ -61,7 +61,7 @@ class Flag:
                 pass  # the rule says what it must be
         rule = self.rule.item if self.repeated and self.rule.item else self.rule
         if error := rule.error(value):
-            raise argparse.ArgumentTypeError(f"{word} must {error}")
+            raise argparse.ArgumentTypeError(f"={word} must {error}")
         return value
 
     def lines(self) -> str:
@@ -84,7 +84,8 @@ class Flag:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        message = re.sub(r"^argument (--\S+?)(/--\S+)?:", r"\1:", message)
+        message = re.sub(r"^argument (--[^\s/:]+)[^\s:]*: =", r"\1=", message)
+        message = re.sub(r"^argument (--[^\s/:]+)[^\s:]*:", r"\1:", message)
         raise InputError(f"{message}; see --help")
 
 
