@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from solov2_jax.config_schema import (
     NAME,
-    Rule,
+    KeyRule,
     Section,
     choice,
     number,
@@ -82,7 +82,7 @@ def get_config() -> ConfigDict:
     return keys().to_config()
 
 
-def rules() -> dict[str, Rule]:
+def rules() -> dict[str, KeyRule]:
     """Returns {"train.steps": rule, ...} of every key."""
     return keys().rules()
 

@@ -55,7 +55,7 @@ def unless(key: str, *values: Any) -> Condition:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class KeyRule:
     """The values that a key may have.
 
     Attributes:
@@ -79,7 +79,7 @@ class Rule:
     multiple: int = 1
     choices: tuple[Any, ...] = ()
     form: tuple[str, str] = ANY_TEXT
-    item: "Rule | None" = None
+    item: "KeyRule | None" = None
     length: tuple[int, int] = (0, INT_MAX)
     rising: str = ""
     unique: bool = False
@@ -193,37 +193,37 @@ def _number(value: Number) -> str:
     return str(value) if isinstance(value, int) else f"{value:g}"
 
 
-def whole(default: int = 0, low: int = 0, high: int = INT_MAX, **options: Any) -> Rule:
+def whole(default: int = 0, low: int = 0, high: int = INT_MAX, **options: Any) -> KeyRule:
     """Returns the rule of a whole number."""
-    return Rule(default, int, low=low, high=high, **_conditions(options))
+    return KeyRule(default, int, low=low, high=high, **_conditions(options))
 
 
-def number(default: float = 0.0, low: Number | None = None, **options: Any) -> Rule:
+def number(default: float = 0.0, low: Number | None = None, **options: Any) -> KeyRule:
     """Returns the rule of a finite number."""
-    return Rule(default, float, low=low, **_conditions(options))
+    return KeyRule(default, float, low=low, **_conditions(options))
 
 
-def share(default: Number = 0.0, **options: Any) -> Rule:
+def share(default: Number = 0.0, **options: Any) -> KeyRule:
     """Returns the rule of a number from 0 to 1."""
-    return Rule(default, float, low=0, high=1, **_conditions(options))
+    return KeyRule(default, float, low=0, high=1, **_conditions(options))
 
 
-def switch(default: bool, **options: Any) -> Rule:
+def switch(default: bool, **options: Any) -> KeyRule:
     """Returns the rule of True or False."""
-    return Rule(default, bool, **_conditions(options))
+    return KeyRule(default, bool, **_conditions(options))
 
 
-def text(default: str = "", form: tuple[str, str] = ANY_TEXT, **options: Any) -> Rule:
+def text(default: str = "", form: tuple[str, str] = ANY_TEXT, **options: Any) -> KeyRule:
     """Returns the rule of a text; `form` is (regular expression, its description)."""
-    return Rule(default, str, form=form, **_conditions(options))
+    return KeyRule(default, str, form=form, **_conditions(options))
 
 
-def choice(default: Any, choices: Sequence[Any], **options: Any) -> Rule:
+def choice(default: Any, choices: Sequence[Any], **options: Any) -> KeyRule:
     """Returns the rule of one of some values."""
-    return Rule(default, type(default), choices=tuple(choices), **_conditions(options))
+    return KeyRule(default, type(default), choices=tuple(choices), **_conditions(options))
 
 
-def several(default: tuple, item: Rule, length: Any = (0, INT_MAX), **options: Any) -> Rule:
+def several(default: tuple, item: KeyRule, length: Any = (0, INT_MAX), **options: Any) -> KeyRule:
     """Returns the rule of a tuple.
 
     Args:
@@ -231,7 +231,7 @@ def several(default: tuple, item: Rule, length: Any = (0, INT_MAX), **options: A
         besides.
     """
     length = (length, length) if isinstance(length, int) else length
-    return Rule(default, tuple, item=item, length=length, **_conditions(options))
+    return KeyRule(default, tuple, item=item, length=length, **_conditions(options))
 
 
 def _conditions(options: dict[str, Any]) -> dict[str, Any]:
@@ -255,7 +255,7 @@ class Section:
     def __getattr__(self, name: str) -> Any:
         return self._entries[name]
 
-    def rules(self, prefix: str = "") -> dict[str, Rule]:
+    def rules(self, prefix: str = "") -> dict[str, KeyRule]:
         """Returns {"train.steps": rule, ...}.
 
         Raises:
@@ -265,7 +265,7 @@ class Section:
         for name, value in self._entries.items():
             if isinstance(value, Section):
                 rules.update(value.rules(f"{prefix}{name}."))
-            elif isinstance(value, Rule):
+            elif isinstance(value, KeyRule):
                 rules[prefix + name] = value
             else:
                 raise TypeError(f"{prefix}{name} = {value!r} has no rule: see config_schema.py")
@@ -286,7 +286,7 @@ class Section:
             if isinstance(value, Section):
                 config[name] = value._to_config(f"{prefix}{name}.")
             else:
-                config[name] = value.default if isinstance(value, Rule) else value
+                config[name] = value.default if isinstance(value, KeyRule) else value
         return config
 
 
@@ -310,7 +310,7 @@ def _unlock_free(section: Section, config: ConfigDict) -> None:
 
 def wrong_values(
     flat: Mapping[str, Any],
-    rules: Mapping[str, Rule],
+    rules: Mapping[str, KeyRule],
     relations: Sequence[tuple[str, Callable[[Mapping[str, Any]], bool]]] = (),
 ) -> Iterator[str]:
     """Yields what is wrong, a phrase for each impossible value, then the relations.

@@ -39,4 +39,4 @@ def main(overrides):
 
 
 if __name__ == "__main__":
-    app.run(main, (IMAGES, ANNOTATIONS, OUT, *shared.PROCESSES), shared.joining)
+    app.run(main, (IMAGES, ANNOTATIONS, OUT, *shared.PROCESSES), shared.run_joined)

@@ -9,6 +9,7 @@ import pytest
 from configs import base
 from solov2_jax.models import build_model
 from solov2_jax.tools import summary
+from solov2_jax.tools.cli import summary as command
 
 CONFIG = str(pathlib.Path(__file__).resolve().parent.parent / "configs" / "base.py")
 
@@ -85,7 +86,7 @@ def test_format_shapes(shapes, text):
 
 
 def test_command_prints_the_table(capsys):
-    summary.main(
+    command.run(
         ["--config", CONFIG, "--size", "64,96", "--depth", "1"]
         + ["--config.model.backbone.depth=18", "--config.model.num_classes=3"]
     )
@@ -112,7 +113,7 @@ def test_command_prints_the_table(capsys):
 )
 def test_bad_arguments_are_one_sentence(args, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        summary.main(["--config", CONFIG, *args])
+        command.run(["--config", CONFIG, *args])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert re.fullmatch(f"error: .*{message}.*\n", error), error

@@ -196,4 +196,4 @@ def main(overrides):
 
 
 if __name__ == "__main__":
-    app.run(main, FLAGS, shared.joining)
+    app.run(main, FLAGS, shared.run_joined)

@@ -161,14 +161,3 @@ def describe(fields: dict[str, np.ndarray], config: Any, names: Sequence[str], t
             f"  {names[label]}, box side {side:.0f} px, levels {levels}, {own} cells{note}"
         )
     return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `solov2 view`; `python -m` with this module does, too."""
-    from solov2_jax.tools.cli.view import run
-
-    run(argv)
-
-
-if __name__ == "__main__":
-    main()

@@ -192,14 +192,3 @@ def report(config: Any, size: tuple[int, int] | None = None, depth: int = 0) -> 
         "(2 per multiply-add; without post-processing)",
     ]
     return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `solov2 summary`; `python -m` with this module does, too."""
-    from solov2_jax.tools.cli.summary import run
-
-    run(argv)
-
-
-if __name__ == "__main__":
-    main()

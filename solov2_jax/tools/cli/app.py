@@ -10,17 +10,17 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from solov2_jax import logging as session
 from solov2_jax.config_schema import switch, text, whole
 from solov2_jax.io import printable
 from solov2_jax.tools.cli import flags
 
-if TYPE_CHECKING:
-    from solov2_jax.distributed import Joining
+# Gets the "--config.key=value" arguments.
+Main = Callable[[list[str]], None]
 
-_DEBUG = flags.Flag("debug", switch(False), "Print the traceback of an error.")
+DEBUG = flags.Flag("debug", switch(False), "Print the traceback of an error.")
 _CPU_DEVICES = flags.Flag(
     "cpu_devices",
     whole(0, high=4096),
@@ -38,7 +38,7 @@ _KEEP_MEMORY = flags.Flag(
     "Keep freed memory in the process, by starting it anew with settings of glibc's "
     "allocator: on a CPU programs run up to a third faster. Linux.",
 )
-_PLATFORM = (_DEBUG, _CPU_DEVICES, _CACHE, _KEEP_MEMORY)
+_PLATFORM = (DEBUG, _CPU_DEVICES, _CACHE, _KEEP_MEMORY)
 # glibc gives XLA's large temporaries back to the system after every call, and the next
 # call pays for them page by page. It reads these when a process starts, never later.
 _KEEPING = {
@@ -50,13 +50,13 @@ _KEEPING = {
 _RESTARTED = "SOLOV2_JAX_RESTARTED"
 _HELP = ("-h", "-help", "--help", "--helpshort", "--helpfull")
 # What users can fix. Anything else is a defect of ours and shows its traceback.
-_USER_ERRORS = (ValueError, OSError, FloatingPointError)
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
 def run(
-    main: Callable[[list[str]], None],
+    main: Main,
     own: Sequence[flags.Flag],
-    joining: "Callable[[], Joining] | None" = None,
+    runner: Callable[[Main, list[str]], None] | None = None,
     *,
     argv: Sequence[str] | None = None,
     platform: bool = True,
@@ -67,24 +67,24 @@ def run(
 
     Args:
       own: the command's flags.
-      joining: how to join other processes, for a command that can be one of several.
+      runner: what calls `main` where the command can be one of several processes.
       argv: arguments; None: those of the process.
       platform: whether it computes with JAX, and has the flags for that.
     """
     argv = sys.argv[1:] if argv is None else argv
-    shared = _PLATFORM if platform else (_DEBUG,)
+    shared = _PLATFORM if platform else (DEBUG,)
     if wants_help(argv):
         doc = sys.modules[main.__module__].__doc__ or ""
         print(flags.help_text(doc, {"Flags": own, "Flags of every command": shared}))
         return
-    _DEBUG.value = "--debug" in argv  # already for errors of parsing
+    DEBUG.value = "--debug" in argv  # already for errors of parsing
     with user_errors():
         overrides = flags.parse([*own, *shared], argv)
         if platform:
             _restart(_KEEP_MEMORY.value)
             _set_up()
-        if joining:
-            _run_joined(main, overrides, joining())
+        if runner:
+            runner(main, overrides)
         else:
             main(overrides)
 
@@ -99,29 +99,10 @@ def user_errors() -> Iterator[None]:
     """Ends the process with one line where its user can fix an error."""
     try:
         yield
-    except _USER_ERRORS as error:
-        if _DEBUG.value:
+    except USER_ERRORS as error:
+        if DEBUG.value:
             raise
         _fail(error)
-
-
-def _run_joined(
-    main: Callable[[list[str]], None], overrides: list[str], joining: "Joining"
-) -> None:
-    """Runs a command in one of several processes; only the first one's log is shown."""
-    from solov2_jax import distributed
-
-    if not distributed.initialize(joining):
-        main(overrides)
-        return
-    with contextlib.ExitStack() as stack:
-        if not distributed.is_primary():
-            for handler in logging.getLogger("solov2_jax").handlers:
-                handler.setLevel(logging.WARNING)
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-        with distributed.abort_together(() if _DEBUG.value else _USER_ERRORS):
-            main(overrides)
 
 
 def _fail(error: BaseException) -> NoReturn:
@@ -162,7 +143,7 @@ def _set_up() -> None:
     absl_logging.use_absl_handler()
     # Libraries report errors by raising them; what they log goes to train.log.
     absl_logging.get_absl_handler().setLevel(logging.CRITICAL)
-    if not _DEBUG.value:
+    if not DEBUG.value:
         sys.unraisablehook = _log_unraisable
     if _CPU_DEVICES.value:
         jax.config.update("jax_platforms", "cpu")

@@ -116,4 +116,4 @@ def score_files(overrides: list[str], expectations: list) -> dict[str, float]:
 
 def run() -> None:
     """Runs the command."""
-    app.run(main, FLAGS, shared.joining)
+    app.run(main, FLAGS, shared.run_joined)

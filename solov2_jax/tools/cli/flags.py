@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from solov2_jax.config import split_overrides, suggest
-from solov2_jax.config_schema import Rule
+from solov2_jax.config_schema import KeyRule
 from solov2_jax.io import InputError
 
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -34,7 +34,7 @@ class Flag:
     def __init__(
         self,
         name: str,
-        rule: Rule,
+        rule: KeyRule,
         help: str,
         *,
         required: bool = False,

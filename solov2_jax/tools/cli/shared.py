@@ -1,13 +1,16 @@
 """Flags that several commands have: the model, the views of an image, the processes."""
 
+import contextlib
+import logging
+import os
 from typing import TYPE_CHECKING
 
 from solov2_jax.config_schema import choice, number, several, switch, text, whole
 from solov2_jax.io import InputError
+from solov2_jax.tools.cli import app
 from solov2_jax.tools.cli.flags import Flag
 
 if TYPE_CHECKING:
-    from solov2_jax.distributed import Joining
     from solov2_jax.inference.predictor import Predictor
     from solov2_jax.tools.multiview.tiling import TileOptions
     from solov2_jax.tools.multiview.tta import TtaOptions
@@ -99,14 +102,28 @@ def _scale(word: str) -> float:
     return scale
 
 
-def joining() -> "Joining":
-    """Returns how this process joins others, by the flags."""
-    from solov2_jax.distributed import Joining
+def run_joined(main: app.Main, overrides: list[str]) -> None:
+    """Runs a command, as one of several processes if the flags or the cluster say so.
 
-    return Joining(
+    Only the first one's log is shown.
+    """
+    from solov2_jax import distributed
+
+    joining = distributed.Joining(
         mode=MODE.value,
         coordinator=COORDINATOR.value,
         num_processes=NUM_PROCESSES.value,
         process_id=PROCESS_ID.value,
         heartbeat_timeout=HEARTBEAT.value,
     )
+    if not distributed.initialize(joining):
+        main(overrides)
+        return
+    with contextlib.ExitStack() as stack:
+        if not distributed.is_primary():
+            for handler in logging.getLogger("solov2_jax").handlers:
+                handler.setLevel(logging.WARNING)
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        with distributed.abort_together(() if app.DEBUG.value else app.USER_ERRORS):
+            main(overrides)

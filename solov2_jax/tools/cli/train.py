@@ -71,4 +71,4 @@ def self_test(config, number: int) -> int:
 
 def run() -> None:
     """Runs the command."""
-    app.run(main, FLAGS, shared.joining)
+    app.run(main, FLAGS, shared.run_joined)
