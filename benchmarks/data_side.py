@@ -17,9 +17,9 @@ from absl import flags
 from pycocotools import mask as coco_mask
 
 from solov2_jax.data import rasterize, sampler, transforms
-from solov2_jax.data.annotations import MIN_BOX_SIDE
 from solov2_jax.data.batch import ArrayDict, TrainBatchMaker, expand_masks
 from solov2_jax.data.images import open_sized, reuse_memory
+from solov2_jax.data.outlines import MIN_BOX_SIDE
 from solov2_jax.data.pipeline import Batches
 from solov2_jax.data.shared_memory import New, in_memory
 

@@ -13,7 +13,7 @@ from tiny_coco import whole
 
 from solov2_jax import rle
 from solov2_jax.data import rasterize
-from solov2_jax.data.annotations import Segmentations
+from solov2_jax.data.outlines import Segmentations
 
 
 def of_polygons(polygons) -> Segmentations:

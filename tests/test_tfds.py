@@ -15,7 +15,7 @@ from solov2_jax.config import load_config
 from solov2_jax.data import build, records
 from solov2_jax.data.coco import load_coco
 from solov2_jax.data.images import read_image
-from solov2_jax.tools.tfds import main
+from solov2_jax.tools.tfds import examples, main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,7 +62,7 @@ def built(tmp_path_factory) -> tuple[str, str, Path]:
     folder = tmp_path_factory.mktemp("tfds")
     images, path = write(folder, values())
     command = arguments(images, path, folder / "out")
-    script = f"from solov2_jax.tools.tfds import main\nmain({command})"
+    script = f"from solov2_jax.tools.tfds import examples, main\nmain({command})"
     done = run(script, blocked="tensorflow")
     assert done.returncode == 0, done.stderr
     assert "--config.data.name=tfds:" in done.stdout
@@ -179,11 +179,36 @@ def test_one_error_for_each_mistake(built, tmp_path, capsys):
 def test_the_extra_is_named_where_it_is_missing(built, tmp_path):
     images, path, _ = built
     command = arguments(images, path, tmp_path)
-    script = f"from solov2_jax.tools.tfds import main\nmain({command})"
+    script = f"from solov2_jax.tools.tfds import examples, main\nmain({command})"
     done = run(script, blocked="tensorflow_datasets")
     assert done.returncode == 2
     assert 'pip install "solov2_jax[tfds]"' in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "noise"])
+def test_damaged_shards_are_named(built, tmp_path, damage):
+    folder = tmp_path / damage
+    shutil.copytree(built[2], folder)
+    (shard,) = folder.glob("*-train.array_record*")
+    data = shard.read_bytes()
+    noise = data[:100] + bytes(200) + data[300:]
+    shard.write_bytes({"half": data[: len(data) // 2], "empty": b"", "noise": noise}[damage])
+    with pytest.raises(ValueError, match="(train.array_record|record 0 of train).*Build the rec"):
+        dataset = load_coco(*records.split_root(f"tfds:{folder}", "train"))
+        read_image(dataset.path(0))
+
+
+def test_ids_that_fit_nowhere_are_places(tmp_path):
+    data = values()
+    for record in (*data["images"], *data["annotations"]):
+        key = "id" if "file_name" in record else "image_id"
+        record[key] += 2**64
+    for record in data["annotations"]:
+        record["id"] = f"f3-{record['id']}"
+    rows = list(examples(load_coco(*write(tmp_path, data))))
+    assert [r["image/id"] for r in rows] == [0, 1, 2]
+    assert sorted(o["id"] for r in rows for o in r["objects"]) == [0, 1, 2, 3, 4]
 
 
 def test_a_damaged_record_is_an_error():

@@ -8,7 +8,6 @@ deeper or less deep than COCO's list of lists, as long as it has only one meanin
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections import Counter
@@ -16,77 +15,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
+from solov2_jax.data.outlines import (
+    NUMBERS,
+    Segmentations,
+    are_numbers,
+    as_json,
+    covers,
+    is_polygon,
+    make_segmentations,
+    read_outline,
+    rle_areas,
+)
 from solov2_jax.io import InputError, read_json
-from solov2_jax.rle import rle_from_strings
 
-# Shortest side of a box that still counts, in pixels.
-# Source: detectron2 data/detection_utils.py, filter_empty_instances.
-MIN_BOX_SIDE = 1e-5
-# A polygon is walked pixel by pixel, so a wild coordinate would hang the reader.
-MAX_COORDINATE = 1e6
 # Batches carry image ids as int32, with -1 as padding; run lengths count in uint32.
 _LARGEST_ID, _MOST_PIXELS = 2**31 - 1, 2**32 - 1
-_NUMBERS = {int, float}  # json's booleans are no numbers, though Python's are
-_RLE_CHUNK = 4096  # masks that are decoded at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Segmentations:
-    """Outlines of A objects: polygons, or run lengths, or neither.
-
-    Object a has the polygons `part_start[a]:part_start[a + 1]`; polygon p has the
-    values `points[point_start[p]:point_start[p + 1]]`. An object without polygons has
-    the compressed run lengths `runs[run_start[a]:run_start[a + 1]]`.
-    """
-
-    points: np.ndarray  # float64 [V], x, y, x, y, ... in pixels of the original image
-    point_start: np.ndarray  # int64 [P + 1]
-    part_start: np.ndarray  # int64 [A + 1]
-    runs: np.ndarray  # uint8 [R], COCO's compressed string, at the original size
-    run_start: np.ndarray  # int64 [A + 1]
-
-    def polygons(self, index: int) -> list[np.ndarray]:
-        """Returns the polygons of an object, each float64 [2 * points]."""
-        first, last = self.part_start[index], self.part_start[index + 1]
-        edges = self.point_start[first : last + 1]
-        return [self.points[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
-
-    def run_lengths(self, index: int) -> bytes:
-        """Returns COCO's compressed run lengths, empty if the object has polygons."""
-        return self.runs[self.run_start[index] : self.run_start[index + 1]].tobytes()
-
-    def rle(self, index: int, size: tuple[int, int]) -> dict[str, Any] | None:
-        """Returns an object's mask as pycocotools' RLE, None without an outline.
-
-        Args:
-          size: (height, width) of its image.
-        """
-        if counts := self.run_lengths(index):
-            return {"size": list(size), "counts": counts}
-        return polygons_to_rle(self.polygons(index), size)
-
-    def take(self, rows: np.ndarray) -> "Segmentations":
-        """Returns the outlines of some objects, int [n], in that order."""
-        parts, part_start = _gather(self.part_start, rows)
-        values, point_start = _gather(self.point_start, parts)
-        letters, run_start = _gather(self.run_start, rows)
-        return Segmentations(
-            self.points[values], point_start, part_start, self.runs[letters], run_start
-        )
-
-
-def _gather(start: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the places of the elements of these pieces, and the pieces' new starts."""
-    lengths = np.diff(start)[rows]
-    first = offsets(lengths)
-    return np.arange(first[-1]) + np.repeat(start[rows] - first[:-1], lengths), first
-
-
-def offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Returns where each of the consecutive pieces starts, and the end, int64 [n + 1]."""
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+_FORM = "A COCO instances file is a json object with images, annotations and categories."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,19 +69,6 @@ class AnnotationTable:
         return int(self.heights[image]), int(self.widths[image])
 
 
-def describe(values: Iterable[Any], limit: int = 5) -> str:
-    """Returns the first few of the values, and how many there are."""
-    values = list(values)
-    text = ", ".join(str(v) for v in values[:limit])
-    return text if len(values) <= limit else f"{text}, ... ({len(values)} in all)"
-
-
-def as_json(value: Any) -> str:
-    """Returns a value as it stands in the file, text in quotes, at most 80 characters."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
 def read_instances(
     annotations: str | os.PathLike[str] | Mapping[str, Any], source: str = ""
 ) -> AnnotationTable:
@@ -151,34 +83,31 @@ def read_instances(
     """
     if isinstance(annotations, Mapping):
         content, source = annotations, source or "the annotations"
+        _check_lists(content, source)
     else:
         content, source = read_content(annotations), os.fspath(annotations)
-    _check_lists(content, source)
     categories = _read_categories(content["categories"], source)
     images = _read_images(content["images"], source)
     records = content["annotations"]
-    image, label = (
-        _references(records, key, kind, known, source)
-        for key, kind, known in (
-            ("image_id", "image", images["image_ids"]),
-            ("category_id", "category", list(categories)),
-        )
-    )
-    outlines = _OutlineReader(source, images["heights"], images["widths"])
     ids = annotation_ids(records, source)
-    crowd = np.zeros(len(records), bool)
-    boxes, areas = np.full((len(records), 4), np.nan), np.full(len(records), np.nan)
-    for i, record in enumerate(records):
-        where = _name(source, ids[i])
-        crowd[i] = _crowd(record.get("iscrowd"), where)
-        if (box := record.get("bbox")) not in (None, []):
-            boxes[i] = read_box(box, where)
-        if (area := record.get("area")) is not None:
-            areas[i] = _read_area(area, where)
-        outlines.add(record.get("segmentation"), int(image[i]), where)
-    counts = outlines.counts
+    field = Fields(records, source, lambda i: f"annotation {ids[i]}")
+    image = _references(field, "image_id", "image", images["image_ids"])
+    label = _references(field, "category_id", "category", list(categories))
+    crowd = np.array(field("iscrowd", _flag, "0 or 1", 0), bool)
+    box = field("bbox", read_box, "four numbers (x, y, width, height)", [np.nan] * 4)
+    area = field("area", _area, "a number of pixels", np.nan)
+    sizes = np.stack([images["heights"], images["widths"]], axis=1)[image]
+    segmentations, counts = _read_outlines(field, sizes)
+    encoded = np.flatnonzero(np.diff(segmentations.run_start))
+    drawn = np.flatnonzero(np.diff(segmentations.part_start))
+    inside = np.zeros(len(records), bool)
+    inside[encoded] = 0 < rle_areas(
+        [segmentations.run_lengths(i) for i in encoded.tolist()],
+        sizes[encoded].astype(np.int64).prod(axis=1).tolist(),
+        lambda i: field.name(int(encoded[i])),
+    )
+    inside[drawn] = covers(segmentations.extents(drawn), sizes[drawn])
     counts["annotations"], counts["crowds"] = len(records), int(crowd.sum())
-    segmentations, has_mask, inside = outlines.finish(image, ids)
     return AnnotationTable(
         source=source,
         categories=categories,
@@ -187,16 +116,13 @@ def read_instances(
         image=image,
         label=label.astype(np.int32),
         crowd=crowd,
-        boxes=boxes,
-        areas=areas,
+        boxes=np.array(box, np.float64).reshape(-1, 4),
+        areas=np.array(area, np.float64),
         segmentations=segmentations,
-        has_mask=has_mask,
+        has_mask=np.isin(np.arange(len(records)), [*drawn, *encoded]),
         inside=inside,
         counts=counts,
     )
-
-
-_FORM = "A COCO instances file is a json object with images, annotations and categories."
 
 
 def read_content(annotations: str | os.PathLike[str]) -> dict[str, Any]:
@@ -227,24 +153,57 @@ def _check_lists(content: Any, source: str) -> None:
             )
         if key != "annotations" and not records:
             raise InputError(f"{source}: `{key}` is empty; list at least one.")
-        if not set(map(type, records)) <= {dict}:
-            bad = next(i for i, r in enumerate(records) if type(r) is not dict)
+        for i, record in enumerate(records):
+            if type(record) is not dict:
+                raise InputError(
+                    f"{source}: entry {i} of `{key}` (from 0) is {as_json(record)}, not an "
+                    "object; correct or remove it."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """Reads a field of every record of a list, or raises one sentence about it.
+
+    Attributes:
+      title: of the i-th record, such as "annotation 7".
+    """
+
+    records: Sequence[dict[str, Any]]
+    source: str
+    title: Callable[[int], str]
+
+    def name(self, i: int) -> str:
+        """Returns what to call a record, with its file."""
+        return f"{self.source}: {self.title(i)}"
+
+    def __call__(
+        self, key: str, read: Callable[[Any], Any], expected: str, default: Any = None
+    ) -> list[Any]:
+        """Returns the field's values.
+
+        Args:
+          read: what turns a value of json into one of ours, None if it is no such value.
+          expected: what the value must be, in words.
+          default: where the field is null or absent; None: it must be there.
+        """
+        values = [record.get(key) for record in self.records]
+        absent = [i for i, value in enumerate(values) if value is None or value == []]
+        if absent and default is None:
             raise InputError(
-                f"{source}: entry {bad} of `{key}` (from 0) is {as_json(records[bad])}, "
-                "not an object; correct or remove it."
+                f"{self.name(absent[0])}: has no `{key}` ({len(absent)} of {len(values)} have "
+                f"none), it is {as_json(self.records[absent[0]])}; add it."
             )
-
-
-def _required(records: Sequence[Any], key: str, kind: str, source: str) -> list[Any]:
-    """Returns one field of every record."""
-    values = [record.get(key) for record in records]
-    if None in values:
-        bad = [r for r, value in zip(records, values, strict=True) if value is None]
-        raise InputError(
-            f"{source}: {len(bad)} of the {kind} have no `{key}`, the first is "
-            f"{as_json(bad[0])}; add it."
-        )
-    return values
+        results = list(map(read, values))
+        for i in absent:
+            results[i] = default
+        if None in results:
+            bad = [i for i, result in enumerate(results) if result is None]
+            raise InputError(
+                f"{self.name(bad[0])}: `{key}` is {as_json(values[bad[0]])}, not {expected} "
+                f"({len(bad)} of {len(values)} are not); correct it."
+            )
+        return results
 
 
 def whole_number(value: Any) -> int | None:
@@ -258,24 +217,31 @@ def whole_number(value: Any) -> int | None:
     return None
 
 
-def _whole_numbers(records: Sequence[Any], key: str, kind: str, source: str) -> list[int]:
-    """Returns one field of every record, whole numbers."""
-    values = _required(records, key, kind, source)
-    if set(map(type, values)) == {int}:
-        return values
-    numbers = [whole_number(value) for value in values]
-    if None in numbers:
-        bad = [i for i, number in enumerate(numbers) if number is None]
-        texts = [as_json(values[i]) for i in bad]
-        if kind == "annotations":
-            texts = [
-                f"{t} (annotation {records[i].get('id')})" for i, t in zip(bad, texts, strict=True)
-            ]
-        raise InputError(
-            f"{source}: `{key}` of the {kind} must be whole numbers; {len(bad)} of "
-            f"{len(values)} are not: {describe(texts)}. Renumber them."
-        )
-    return [number for number in numbers if number is not None]
+def read_box(value: Any) -> list[float] | None:
+    """Returns four finite numbers as they are; else None."""
+    return list(map(float, value)) if are_numbers(value) and len(value) == 4 else None
+
+
+def _side(value: Any) -> int | None:
+    number = whole_number(value)
+    return number if number is not None and 1 <= number <= _LARGEST_ID else None
+
+
+def _text(value: Any) -> str | None:
+    return str(value) if type(value) in NUMBERS | {str} else None
+
+
+def _flag(value: Any) -> int | None:
+    number = int(value) if isinstance(value, bool) else whole_number(value)
+    return number if number in (0, 1) else None
+
+
+def _area(value: Any) -> float | None:
+    return float(value) if are_numbers([value]) and value >= 0 else None
+
+
+def _own_id(value: Any) -> int | str | None:
+    return value if isinstance(value, str) else whole_number(value)
 
 
 def _check_unique(ids: Iterable[Any], kind: str, source: str) -> None:
@@ -287,63 +253,53 @@ def _check_unique(ids: Iterable[Any], kind: str, source: str) -> None:
         )
 
 
+def describe(values: Iterable[Any], limit: int = 5) -> str:
+    """Returns the first few of the values, and how many there are."""
+    values = list(values)
+    text = ", ".join(str(v) for v in values[:limit])
+    return text if len(values) <= limit else f"{text}, ... ({len(values)} in all)"
+
+
 def _read_categories(records: list[Any], source: str) -> dict[int, str]:
     """Returns id -> name, sorted by id; a name that is a number becomes text."""
-    ids = _whole_numbers(records, "id", "categories", source)
-    names = _required(records, "name", "categories", source)
-    for i, name in zip(ids, names, strict=True):
-        if type(name) not in _NUMBERS | {str}:
-            raise InputError(
-                f"{source}: `name` of category {i} must be text, not {as_json(name)}; correct it."
-            )
+    field = Fields(records, source, lambda i: f"category {as_json(records[i].get('id'))}")
+    ids = field("id", whole_number, "a whole number")
     _check_unique(ids, "category", source)
-    return {i: str(name) for i, name in sorted(zip(ids, names, strict=True))}
+    return dict(sorted(zip(ids, field("name", _text, "text"), strict=True)))
 
 
 def _read_images(records: list[Any], source: str) -> dict[str, Any]:
     """Returns the table's columns of images."""
-    ids = _whole_numbers(records, "id", "images", source)
+    field = Fields(records, source, lambda i: f"image {as_json(records[i].get('id'))}")
+    ids = field("id", whole_number, "a whole number")
     _check_unique(ids, "image", source)
-    heights = _whole_numbers(records, "height", "images", source)
-    widths = _whole_numbers(records, "width", "images", source)
-    sizes = list(zip(ids, heights, widths, strict=True))
-    if bad := [i for i, h, w in sizes if min(h, w) < 1]:
+    heights, widths = (
+        np.array(field(key, _side, "a whole number of at least 1"), np.int64)
+        for key in ("height", "width")
+    )
+    if (large := np.flatnonzero(heights * widths > _MOST_PIXELS)).size:
         raise InputError(
-            f"{source}: `height` and `width` must be at least 1; image ids {describe(bad)} "
-            "are not. Correct them."
-        )
-    if bad := [i for i, h, w in sizes if h * w > _MOST_PIXELS]:
-        raise InputError(
-            f"{source}: `height` times `width` is more than {_MOST_PIXELS} pixels, which run "
-            f"lengths cannot count: image ids {describe(bad)}. Cut the images into tiles."
-        )
-    names = [record.get("file_name") for record in records]
-    if not set(map(type, names)) <= {str, type(None)}:
-        bad = next(i for i, name in enumerate(names) if not isinstance(name, str | None))
-        raise InputError(
-            f"{source}: `file_name` of image {ids[bad]} must be text, not "
-            f"{as_json(names[bad])}; correct it."
+            f"{field.name(int(large[0]))}: `height` times `width` is more than {_MOST_PIXELS} "
+            "pixels, which run lengths cannot count; cut it into tiles."
         )
     return {
         "image_ids": ids,
-        "file_names": [name or "" for name in names],
-        "heights": np.array(heights, np.int64).astype(np.int32),
-        "widths": np.array(widths, np.int64).astype(np.int32),
+        "file_names": field("file_name", lambda v: v if type(v) is str else None, "text", ""),
+        "heights": heights.astype(np.int32),
+        "widths": widths.astype(np.int32),
     }
 
 
-def _references(
-    records: Sequence[Any], key: str, kind: str, known: Sequence[int], source: str
-) -> np.ndarray:
+def _references(field: Fields, key: str, kind: str, known: Sequence[int]) -> np.ndarray:
     """Returns the place of each annotation's image or category, int64 [A]."""
-    ids = _whole_numbers(records, key, "annotations", source)
+    ids = field(key, whole_number, "a whole number")
     places = {value: i for i, value in enumerate(known)}
     if unknown := [i for i, value in enumerate(ids) if value not in places]:
         raise InputError(
-            f"{source}: {len(unknown)} of {len(records)} annotations are for an unknown "
-            f"{kind}: {key} {describe(sorted({ids[i] for i in unknown}))} (annotation "
-            f"{describe(records[i].get('id') for i in unknown)}). Add the {kind} to the json or "
-            "remove the annotations."
+            f"{field.source}: {len(unknown)} of {len(ids)} annotations are for an unknown "
+            f"{kind}: {key} {describe(sorted({ids[i] for i in unknown}))} "
+            f"({describe(map(field.title, unknown))}). Add the {kind} to the json or remove "
+            "the annotations."
         )
     return np.array([places[value] for value in ids], np.int64)
 
@@ -353,264 +309,34 @@ def annotation_ids(records: Sequence[Any], source: str) -> np.ndarray:
 
     Annotations without an id get numbers that come after all others.
     """
-    ids: list[Any] = []
-    for i, record in enumerate(records):
-        value = record.get("id")
-        if type(value) is float and value.is_integer():
-            value = int(value)
-        if type(value) not in (int, str, type(None)):
-            raise InputError(
-                f"{source}: `id` of the annotation at place {i} (from 0) must be a whole number "
-                f"or text, not {as_json(value)}; correct it."
-            )
-        ids.append(value)
-    _check_unique((i for i in ids if i is not None), "annotation", source)
+    field = Fields(records, source, lambda i: f"annotation at place {i} (from 0)")
+    ids = field("id", _own_id, "a whole number or text", default="")
+    _check_unique((i for i in ids if i != ""), "annotation", source)
     number = max((i for i in ids if type(i) is int), default=-1)
     for i, value in enumerate(ids):
-        if value is None:
+        if value == "":
             ids[i] = number = number + 1
     fits = all(type(i) is int and abs(i) < 2**63 for i in ids)
     return np.array(ids, np.int64) if fits else np.array([str(i) for i in ids])
 
 
-def _name(source: str, annotation: Any) -> str:
-    return f"{source}: annotation {annotation}"
-
-
-def _crowd(value: Any, where: str) -> bool:
-    if value is None:
-        return False
-    number = int(value) if isinstance(value, bool) else whole_number(value)
-    if number not in (0, 1):
-        raise InputError(f"{where}: `iscrowd` is {as_json(value)}; it must be 0 or 1.")
-    return bool(number)
-
-
-def are_numbers(values: Any) -> bool:
-    """Returns whether a json value is a list of finite numbers, no booleans or text."""
-    return (
-        isinstance(values, list | tuple)
-        and set(map(type, values)) <= _NUMBERS
-        and all(-1e300 < v < 1e300 for v in values)
-    )
-
-
-def read_box(box: Any, where: str) -> list[float]:
-    """Returns a `bbox`, four finite numbers."""
-    if not are_numbers(box) or len(box) != 4:
-        raise InputError(
-            f"{where}: `bbox` is {as_json(box)}, not four numbers (x, y, width, height); "
-            "correct it or leave it out."
-        )
-    return [float(v) for v in box]
-
-
-def _read_area(area: Any, where: str) -> float:
-    if not are_numbers([area]) or area < 0:
-        raise InputError(
-            f"{where}: `area` is {as_json(area)}, not a number of pixels; correct or remove it."
-        )
-    return float(area)
-
-
-def read_outline(
-    segmentation: Any, size: tuple[int, int], where: str
-) -> tuple[list[np.ndarray], bytes]:
-    """Returns a segmentation's polygons, float64 [2 * points] each, or its run lengths.
-
-    Polygons with fewer than 3 points or an odd number of values are among them; the
-    run lengths are COCO's compressed string, which `rle_areas` checks.
+def _read_outlines(field: Fields, sizes: np.ndarray) -> tuple[Segmentations, Counter[str]]:
+    """Returns the usable outlines, and how many were not.
 
     Args:
-      size: (height, width) of the image.
-      where: names the place in messages.
+      sizes: (height, width) of each annotation's image.
     """
-    if isinstance(segmentation, Mapping):
-        return [], _run_lengths(segmentation, size, where)
-    if not isinstance(segmentation, list | tuple):
-        raise InputError(
-            f"{where}: `segmentation` is a {type(segmentation).__name__}; give polygons (a "
-            "list of lists) or run lengths (size and counts)."
-        )
-    flat = _flat_outlines(segmentation)
-    lone = flat is not None and len(flat) == 1 and flat[0] is segmentation
-    if flat is None or (lone and segmentation and not is_polygon(segmentation)):
-        raise InputError(
-            f"{where}: `segmentation` must be a list of polygons, each a flat list of "
-            "numbers [x0, y0, x1, y1, ...]; rewrite it."
-        )
-    try:
-        polygons = [np.array(p, np.float64) for p in flat]
-    except OverflowError:
-        polygons = [np.full(6, np.inf)]
-    if not all(np.abs(p).max() < MAX_COORDINATE for p in polygons if is_polygon(p)):
-        raise InputError(
-            f"{where}: `segmentation` has a coordinate that is no number or beyond "
-            f"{MAX_COORDINATE:.0f} pixels; correct it."
-        )
-    return polygons, b""
-
-
-def is_polygon(outline: Any) -> bool:
-    """Returns whether a flat outline has 3 points or more."""
-    return len(outline) >= 6 and len(outline) % 2 == 0
-
-
-def _flat_outlines(value: Any, depth: int = 0) -> list[Any] | None:
-    """Returns the flat lists of numbers in nested ones; None if there is anything else.
-
-    A list of pairs is one outline; lists around an outline mean nothing.
-    """
-    types = set(map(type, value))
-    if types <= _NUMBERS:
-        return [value]
-    if not types <= {list, tuple} or depth > 8:
-        return None
-    if len(value) > 2 and all(len(p) == 2 and set(map(type, p)) <= _NUMBERS for p in value):
-        return [[v for pair in value for v in pair]]
+    counts: Counter[str] = Counter()
     outlines = []
-    for part in value:
-        inner = _flat_outlines(part, depth + 1)
-        if inner is None:
-            return None
-        outlines += inner
-    return outlines
-
-
-def _run_lengths(segmentation: Mapping[str, Any], size: tuple[int, int], where: str) -> bytes:
-    """Returns compressed run lengths of the image's size."""
-    counts, stated = segmentation.get("counts"), segmentation.get("size")
-    where = f"{where}: `segmentation`"
-    if not are_numbers(stated) or list(stated or ()) != list(size):
-        raise InputError(
-            f"{where} has size {as_json(stated)}, but its image is {list(size)} (height, "
-            "width); encode the mask at the image's size."
-        )
-    if isinstance(counts, str | bytes) and counts:
-        return counts if isinstance(counts, bytes) else counts.encode()
-    if not isinstance(counts, list) or not set(map(type, counts)) == {int} or min(counts) < 0:
-        raise InputError(
-            f"{where} needs `counts`: a list of run lengths or COCO's compressed string; "
-            "write one of them."
-        )
-    if sum(counts) != size[0] * size[1]:
-        raise InputError(
-            f"{where}: `counts` add up to {sum(counts)}, not to {size[0]} x {size[1]} = "
-            f"{size[0] * size[1]} pixels; encode the mask again."
-        )
-    whole: Any = {"size": list(size), "counts": counts}
-    return coco_mask.frPyObjects(whole, *size)["counts"]  # pyright: ignore
-
-
-def polygons_to_rle(polygons: Sequence[np.ndarray], size: tuple[int, int]) -> dict | None:
-    """Returns the union of the usable polygons as pycocotools' RLE, None without one."""
-    usable: Any = [p for p in polygons if is_polygon(p)]
-    return coco_mask.merge(coco_mask.frPyObjects(usable, *size)) if usable else None
-
-
-def rle_areas(
-    counts: Sequence[bytes], pixels: Sequence[int], where: Callable[[int], str]
-) -> np.ndarray:
-    """Returns the number of pixels of each mask, int64 [n].
-
-    Args:
-      counts: COCO's compressed run lengths.
-      pixels: of each mask's image.
-      where: names the i-th mask in messages.
-
-    Raises:
-      InputError: naming the first mask whose run lengths do not cover its image.
-    """
-    areas = []
-    for first in range(0, len(counts), _RLE_CHUNK):
-        chunk = slice(first, first + _RLE_CHUNK)
-        area, covers = _rle_areas(counts[chunk], pixels[chunk])
-        if not covers:  # one by one, to know which
-            one_by_one = range(first, min(first + _RLE_CHUNK, len(counts)))
-            bad = next(i for i in one_by_one if not _rle_areas([counts[i]], [pixels[i]])[1])
-            raise InputError(
-                f"{where(bad)}: `segmentation` has damaged run lengths, which do not cover the "
-                f"image's {pixels[bad]} pixels; encode the mask again."
-            )
-        areas.append(area)
-    return np.concatenate(areas) if areas else np.zeros(0, np.int64)
-
-
-def _rle_areas(counts: Sequence[bytes], pixels: Sequence[int]) -> tuple[np.ndarray, bool]:
-    """Returns the masks' pixels, and whether all run lengths cover their images."""
-    try:
-        runs, lengths = rle_from_strings(counts)
-    except ValueError:
-        return np.zeros(0), False
-    start = offsets(lengths)
-    place = np.arange(len(runs)) - np.repeat(start[:-1], lengths)
-    total, covered = offsets(runs), offsets(runs * (place & 1))
-    covers = not (runs < 0).any() and (total[start[1:]] - total[start[:-1]] == pixels).all()
-    return covered[start[1:]] - covered[start[:-1]], bool(covers)
-
-
-class _OutlineReader:
-    """Takes segmentations one by one; `finish` gives them as columns."""
-
-    def __init__(self, source: str, heights: np.ndarray, widths: np.ndarray):
-        self.source = source
-        self.sizes = list(zip(heights.tolist(), widths.tolist(), strict=True))
-        self.counts: Counter[str] = Counter()
-        self.points: list[np.ndarray] = []
-        self.parts: list[int] = []  # polygons per object
-        self.runs: list[bytes] = []
-
-    def add(self, segmentation: Any, image: int, where: str) -> None:
-        """Takes an annotation's segmentation, which may be absent."""
-        usable, runs = [], b""
+    for i, (record, size) in enumerate(zip(field.records, sizes.tolist(), strict=True)):
+        segmentation = record.get("segmentation")
         if segmentation in (None, [], {}):
-            self.counts["no_segmentation"] += 1
-        else:
-            polygons, runs = read_outline(segmentation, self.sizes[image], where)
-            usable = [p for p in polygons if is_polygon(p)]
-            self.counts["bad_polygons"] += len(polygons) - len(usable)
-            self.counts["no_valid_polygon"] += not usable and not runs
-        self.points += usable
-        self.parts.append(len(usable))
-        self.runs.append(runs)
-
-    def finish(
-        self, image: np.ndarray, ids: np.ndarray
-    ) -> tuple[Segmentations, np.ndarray, np.ndarray]:
-        """Returns the outlines, which objects have one, and which are in their image."""
-        point_start = offsets([len(p) for p in self.points])
-        segmentations = Segmentations(
-            points=np.concatenate(self.points) if self.points else np.zeros(0),
-            point_start=point_start,
-            part_start=offsets(self.parts),
-            runs=np.frombuffer(b"".join(self.runs), np.uint8),
-            run_start=offsets([len(r) for r in self.runs]),
-        )
-        drawn = np.flatnonzero(self.parts)
-        encoded = np.flatnonzero(np.diff(segmentations.run_start))
-        inside = np.zeros(len(self.parts), bool)
-        pixels = [self.sizes[image[i]][0] * self.sizes[image[i]][1] for i in encoded]
-        areas = rle_areas(
-            [self.runs[i] for i in encoded], pixels, lambda i: _name(self.source, ids[encoded[i]])
-        )
-        inside[encoded] = areas > 0
-        if len(drawn):
-            xy = segmentations.points.reshape(-1, 2)
-            first = point_start[segmentations.part_start[drawn]] // 2
-            low, high = (f.reduceat(xy, first, axis=0) for f in (np.minimum, np.maximum))
-            sizes = np.array(self.sizes)[image[drawn]]
-            inside[drawn] = covers(np.concatenate([low, high], axis=1), sizes)
-        has_mask = np.diff(segmentations.part_start) + np.diff(segmentations.run_start) > 0
-        return segmentations, has_mask, inside
-
-
-def covers(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Returns which boxes have an extent inside of their image, bool [A].
-
-    Args:
-      boxes: (x0, y0, x1, y1) [A, 4].
-      sizes: (height, width) [A, 2].
-    """
-    limit = sizes[:, ::-1]
-    side = np.clip(boxes[:, 2:], 0, limit) - np.clip(boxes[:, :2], 0, limit)
-    return np.asarray((side > MIN_BOX_SIDE).all(axis=-1))
+            counts["no_segmentation"] += 1
+            outlines.append(([], b""))
+            continue
+        polygons, runs = read_outline(segmentation, size, lambda i=i: field.name(i))
+        usable = [p for p in polygons if is_polygon(p)]
+        counts["bad_polygons"] += len(polygons) - len(usable)
+        counts["no_valid_polygon"] += not usable and not runs
+        outlines.append((usable, runs))
+    return make_segmentations(outlines), counts

@@ -8,11 +8,11 @@ import numpy as np
 
 from solov2_jax.data import augment as changes
 from solov2_jax.data import rasterize, sampler, transforms
-from solov2_jax.data.annotations import MIN_BOX_SIDE
 from solov2_jax.data.augment import Augment, Scene
 from solov2_jax.data.buckets import Resize
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.images import open_sized
+from solov2_jax.data.outlines import MIN_BOX_SIDE
 from solov2_jax.data.rasterize import Size, stride4_masks
 from solov2_jax.data.shared_memory import New, in_memory
 

@@ -17,14 +17,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from solov2_jax.data import records
-from solov2_jax.data.annotations import (
-    AnnotationTable,
-    Segmentations,
-    covers,
-    describe,
-    offsets,
-    read_instances,
-)
+from solov2_jax.data.annotations import AnnotationTable, describe, read_instances
+from solov2_jax.data.outlines import Segmentations, covers, offsets
 from solov2_jax.io import InputError
 
 log = logging.getLogger(__name__)
@@ -201,10 +195,9 @@ def _boxes(table: AnnotationTable, rows: np.ndarray, counts: Counter[str]) -> np
     for i in np.flatnonzero(np.isnan(boxes[:, 0])):
         counts["derived_boxes"] += 1
         row = int(rows[i])
-        if polygons := table.segmentations.polygons(row):
-            xy = np.concatenate(polygons).reshape(-1, 2)
-            low, high = xy.min(axis=0), xy.max(axis=0)
-            boxes[i] = [*low, *(high - low)]
+        if table.segmentations.polygons(row):
+            (box,) = table.segmentations.extents(rows[i : i + 1])
+            boxes[i] = [*box[:2], *(box[2:] - box[:2])]
         else:
             mask = table.segmentations.rle(row, table.size(int(table.image[row])))
             boxes[i] = coco_mask.toBbox(mask)  # pyright: ignore

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from solov2_jax.data.annotations import Segmentations
+from solov2_jax.data.outlines import Segmentations
 from solov2_jax.rle import Crop, nearest_table, rle_from_strings
 
 Size = tuple[int, int]  # (height, width)

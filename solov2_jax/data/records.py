@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+from solov2_jax.io import InputError, reading
+
 PREFIX = "tfds:"
 SPLITS = ("train", "val")
+_FIX = "Build the records again."
 
 
 def is_records(root: str) -> bool:
@@ -47,10 +50,12 @@ def read_bytes(path: str) -> bytes:
             return file.read()
     folder, _, rest = path.removeprefix(PREFIX).partition("#")
     split, index, file_name = rest.split("/", 2)
-    example = parse_example(_open(folder, split)[int(index)])
-    stored = example.get("image/file_name", [b""])[0].decode()
+    shards = _open(folder, split)
+    with reading(f"{folder}: record {index} of {split}", "a record", _FIX):
+        example = parse_example(shards[int(index)])
+        stored = example.get("image/file_name", [b""])[0].decode()
     if stored != file_name or not example.get("image"):
-        raise ValueError(
+        raise InputError(
             f"{folder}: record {index} of {split} is {stored!r}, but the json beside "
             f"it says {file_name!r}; build the records again."
         )
@@ -62,7 +67,7 @@ def check(root: str, number: int) -> None:
     folder, _, split = root.removeprefix(PREFIX).partition("#")
     found = len(_open(folder, split))
     if found != number:
-        raise ValueError(
+        raise InputError(
             f"{folder}: the shards of {split} have {found} images, the json beside "
             f"them {number}; build the records again."
         )
@@ -77,11 +82,14 @@ def _open(folder: str, split: str) -> Any:
     shards = sorted(glob.glob(pattern))
     total = int(shards[0].rpartition("-")[2]) if shards else 0
     if not shards or len(shards) != total:
-        raise ValueError(
+        raise InputError(
             f"{folder}: has {len(shards)} of {total or 'the'} array_record shards of "
             f"{split}; correct data.name, or build them by "
             "`solov2 tfds`."
         )
+    for shard in shards:
+        with reading(shard, "an array_record file", _FIX):
+            len(ArrayRecordDataSource([shard]))
     return ArrayRecordDataSource(shards)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from solov2_jax.data import rasterize
-from solov2_jax.data.annotations import Segmentations
+from solov2_jax.data.outlines import Segmentations
 from solov2_jax.data.rasterize import Size, Spans
 
 

@@ -5,7 +5,7 @@ COCO's format are read by the same rules.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +14,20 @@ from pycocotools import mask as coco_mask
 
 from solov2_jax.data.annotations import (
     AnnotationTable,
-    are_numbers,
-    as_json,
+    Fields,
     describe,
-    polygons_to_rle,
     read_box,
     read_instances,
-    read_outline,
-    rle_areas,
     whole_number,
 )
 from solov2_jax.data.coco import find_files
+from solov2_jax.data.outlines import (
+    are_numbers,
+    as_json,
+    polygons_to_rle,
+    read_outline,
+    rle_areas,
+)
 from solov2_jax.io import InputError, read_json
 
 rle: Any = coco_mask  # its type stubs are narrower than what it takes
@@ -113,27 +116,34 @@ def read_results(path: str, truth: GroundTruth) -> list[dict[str, Any]]:
         instances = isinstance(content, dict) and "annotations" in content
         kind = "an instances json" if instances else "something else"
         raise InputError(f"{path}: is {kind}, not a list of results; {_FORMAT}")
-    for key in ("image_id", "category_id", "score", "segmentation"):
-        bad = [n for n, r in enumerate(content) if not isinstance(r, dict) or r.get(key) is None]
-        if bad:
-            raise InputError(
-                f"{path}: {len(bad)} of {len(content)} entries have no `{key}`, the "
-                f"first is number {bad[0]} (from 0); {_FORMAT}"
-            )
-    images = _ids(path, content, "image_id", truth.images, truth.source)
-    categories = _ids(path, content, "category_id", truth.categories, truth.source)
+    for i, record in enumerate(content):
+        if not isinstance(record, dict):
+            raise InputError(f"{path}: entry {i} is {as_json(record)}, not an object; {_FORMAT}")
+    field = Fields(content, path, lambda i: f"entry {i}")
+    images = _ids(field, "image_id", truth.images, truth.source)
+    categories = _ids(field, "category_id", truth.categories, truth.source)
+    field = Fields(content, path, lambda i: f"entry {i} (image {images[i]})")
+    scores = field("score", lambda v: float(v) if are_numbers([v]) else None, "a finite number")
+    boxes = field("bbox", read_box, "four numbers (x, y, width, height)", default=())
+    outlines = field("segmentation", lambda v: v, "polygons or run lengths")
+    sizes = [(truth.images[i]["height"], truth.images[i]["width"]) for i in images]
     results = [
-        _result(f"{path}: entry {n} (image {image})", record, truth.images[image])
-        | {"image_id": image, "category_id": category}
-        for n, (record, image, category) in enumerate(zip(content, images, categories, strict=True))
+        {
+            "image_id": images[i],
+            "category_id": categories[i],
+            "bbox": boxes[i],
+            "score": scores[i],
+            "segmentation": _mask(outline, size, field.name(i)),
+        }
+        for i, (outline, size) in enumerate(zip(outlines, sizes, strict=True))
     ]
     rle_areas(
         [r["segmentation"]["counts"] for r in results],
-        [r["segmentation"]["size"][0] * r["segmentation"]["size"][1] for r in results],
-        lambda n: f"{path}: entry {n} (image {images[n]})",
+        [height * width for height, width in sizes],
+        field.name,
     )
     for result in results:  # only now: run lengths are known to be sound
-        if result["bbox"] is None:
+        if not result["bbox"]:
             result["bbox"] = rle.toBbox(result["segmentation"]).tolist()
     return results
 
@@ -145,33 +155,21 @@ _FIXES = {
 }
 
 
-def _ids(
-    path: str, content: Sequence[dict[str, Any]], key: str, known: Mapping[int, Any], source: str
-) -> list[int]:
+def _ids(field: Fields, key: str, known: Mapping[int, Any], source: str) -> list[int]:
     """Returns the image or category ids of all results."""
-    ids = [whole_number(record[key]) for record in content]
-    wrong = [r[key] for r, i in zip(content, ids, strict=True) if i is None or i not in known]
-    if wrong:
+    ids = field(key, whole_number, "a whole number")
+    if wrong := [i for i in ids if i not in known]:
         raise InputError(
-            f"{path}: {len(wrong)} of {len(content)} entries have a `{key}` that {source} has "
-            f"not: {describe(map(as_json, wrong))} (there are {describe(sorted(known))}); "
-            f"{_FIXES[key]}"
+            f"{field.source}: {len(wrong)} of {len(ids)} entries have a `{key}` that {source} has "
+            f"not: {describe(wrong)} (there are {describe(sorted(known))}); {_FIXES[key]}"
         )
-    return [i for i in ids if i is not None]
+    return ids
 
 
-def _result(where: str, record: dict[str, Any], image: dict[str, Any]) -> dict[str, Any]:
-    """Returns score, mask and box of one result; the box is None where none is given."""
-    score, size = record["score"], (image["height"], image["width"])
-    if not are_numbers([score]):
-        raise InputError(f"{where}: `score` must be a finite number, not {as_json(score)}")
-    polygons, counts = read_outline(record["segmentation"], size, where)
+def _mask(segmentation: Any, size: tuple[int, int], name: str) -> dict[str, Any]:
+    """Returns the RLE of a result."""
+    polygons, counts = read_outline(segmentation, size, lambda: name)
     mask = {"size": list(size), "counts": counts} if counts else polygons_to_rle(polygons, size)
     if mask is None:
-        raise InputError(f"{where}: `segmentation` has no polygon of 3 points or more")
-    box = record.get("bbox")
-    return {
-        "bbox": None if box is None else read_box(box, where),
-        "score": float(score),
-        "segmentation": mask,
-    }
+        raise InputError(f"{name}: `segmentation` has no polygon of 3 points or more")
+    return mask

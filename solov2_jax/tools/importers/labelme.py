@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from solov2_jax.data.annotations import MAX_COORDINATE, are_numbers
 from solov2_jax.data.images import list_files, read_header
+from solov2_jax.data.outlines import MAX_COORDINATE, are_numbers
 from solov2_jax.io import InputError, read_json, reading
 from solov2_jax.tools.importers.instances import Instances
 

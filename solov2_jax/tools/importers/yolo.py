@@ -118,11 +118,8 @@ def _read_list(path: str, roots: Sequence[str]) -> list[str]:
 
 def _label_file(path: str) -> Path:
     """Returns the path with `labels` for its last part `images`, if it has one."""
-    parts = Path(path).parts
-    if "images" in parts:
-        last = len(parts) - 1 - parts[::-1].index("images")
-        parts = (*parts[:last], "labels", *parts[last + 1 :])
-    return Path(*parts)
+    head, part, tail = f"{Path(path).as_posix()}/".rpartition("/images/")
+    return Path(f"{head}/labels/{tail}" if part else path)
 
 
 def names_in_yaml(path: str) -> dict[int, str]:
