@@ -1,4 +1,4 @@
-"""What both programs are given: weights, images, objects and targets, as files.
+"""What programs are given: weights, images, objects and targets; a train step of a config.
 
 Weights are the ones of the tests (`tests/golden_weights.py`): random, but scaled so
 that a picture has some hundred candidates. They are written under the names that each
@@ -7,7 +7,7 @@ side reads, from one set of arrays. Pictures are made here, unless a file is giv
 
 import argparse
 import json
-import sys
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,28 +16,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [p for p in (str(ROOT),) if p not in sys.path]
+from harness import ROOT
+from jax.sharding import Mesh
 
 from solov2_jax.config import load_config, save_config, split_overrides
 from solov2_jax.data import rasterize
 from solov2_jax.data.images import read_image
-from solov2_jax.data.rasterize import stride4_masks
 from solov2_jax.data.transforms import resize_image
 from solov2_jax.models import build_model
 from solov2_jax.rle import rle_encode
 from solov2_jax.structs import Batch
 from solov2_jax.targets import assign_targets
+from solov2_jax.tools import dry_run
+from solov2_jax.tools.summary import summarize
+from solov2_jax.training import sharding
 from solov2_jax.weights import names
 from solov2_jax.weights.names import fill, match, skeleton
-from tests.golden_weights import golden_weight  # noqa: E402
+from tests.golden_weights import golden_weight
 
 CACHE = ROOT / ".cache" / "benchmarks"
-NUM_CLASSES = 80
+NUM_CLASSES = 80  # where the config counts them from annotations
 # Of the class logits' filters, by depth: some hundred candidates with 80 classes.
 CATE_GAIN = {18: 0.85, 34: 0.85, 50: 0.87, 101: 0.87, 152: 0.87}
 OBJECTS = 10  # per image, where it is trained on
+PyTree = Any
+
+
+def read_config(path: str, overrides: Sequence[str] = ()) -> Any:
+    """Returns a config of this repository with a number of classes."""
+    config = load_config(str(ROOT / path), list(overrides))
+    with config.unlocked():
+        config.model.num_classes = config.model.num_classes or NUM_CLASSES
+    return config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,46 +55,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="configs/r50_3x.py")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), default=(800, 1333))
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--image", help="a picture to use instead of the made one")
+    parser.add_argument("--image", help="a picture to use instead of the generated one")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Any, Any]:
     """Returns (arguments, config with the "--config.key=value" overrides)."""
     rest, overrides = split_overrides(argv)
     args = parser.parse_args(rest)
-    config = load_config(str(ROOT / args.config), overrides)
-    with config.unlocked():
-        config.model.num_classes = config.model.num_classes or NUM_CLASSES
     args.overrides = overrides
-    return args, config
+    return args, read_config(args.config, overrides)
 
 
 def describe(args: Any) -> dict[str, Any]:
     """Returns what a result says about its work."""
-    return {
-        "config": args.config,
-        "overrides": args.overrides,
-        "size": list(args.size),
-        "batch": args.batch,
-        "image": "given" if args.image else "made",
-    }
-
-
-def name_of(script: str, args: Any, *more: str) -> str:
-    """Returns the name of a result's file."""
-    h, w = args.size
-    config = Path(args.config).stem
-    parts = [script, *more, config, f"{h}x{w}", f"b{args.batch}", args.allocator]
-    return "-".join(parts)
+    work = {"config": args.config, "overrides": args.overrides, "size": list(args.size)}
+    return work | {"batch": args.batch, "image": "given" if args.image else "made"}
 
 
 def write_case(folder: Path, config: Any, arrays: Mapping[str, np.ndarray]) -> Path:
     """Writes config, weights' paths and arrays into a folder, and returns it."""
     save_config(config, folder / "config.json")
-    weights = write_weights(config)
-    (folder / "weights.json").write_text(json.dumps(weights))
+    (folder / "weights.json").write_text(json.dumps(write_weights(config)))
     np.savez(folder / "arrays.npz", **arrays)
     return folder
+
+
+def variable_shapes(model: Any) -> PyTree:
+    """Returns the shapes of a network's variables."""
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), image)
 
 
 def write_weights(config: Any) -> dict[str, str]:
@@ -92,24 +91,23 @@ def write_weights(config: Any) -> dict[str, str]:
 
     Kept in the cache folder: they depend on the shapes only.
     """
-    model = build_model(config, config.model.num_classes)
-    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
-    ours = {"/".join(k): v for k, v in flatten_dict(shapes).items()}
-    empty = {k: np.broadcast_to(np.float32(0), v.shape) for k, v in ours.items()}
+    shapes = variable_shapes(build_model(config, config.model.num_classes))
+    empty = {
+        "/".join(path): np.broadcast_to(np.float32(0), leaf.shape)
+        for path, leaf in flatten_dict(shapes).items()
+    }
     depth = config.model.backbone.depth
     last, gain = "conv2" if depth < 50 else "conv3", CATE_GAIN[depth]
-    total = names.to_adelaidet(empty)
-    key = "-".join(map(str, (depth, gain, sum(v.size for v in total.values()))))
+    zeros = names.to_adelaidet(empty)
+    key = "-".join(map(str, (depth, gain, sum(v.size for v in zeros.values()))))
     paths = {n: CACHE / "weights" / f"{key}-{n}.npz" for n in ("adelaidet", "mmdet")}
     if not all(path.is_file() for path in paths.values()):
         paths["adelaidet"].parent.mkdir(parents=True, exist_ok=True)
         state = {
-            k: golden_weight(k, v.shape, last, gain).astype(np.float32) for k, v in total.items()
+            k: golden_weight(k, v.shape, last, gain).astype(np.float32) for k, v in zeros.items()
         }
         np.savez(paths["adelaidet"], **state)
-        leaves = names.from_adelaidet(state)
-        np.savez(paths["mmdet"], **to_mmdet(leaves))
+        np.savez(paths["mmdet"], **to_mmdet(names.from_adelaidet(state)))
     return {name: str(path) for name, path in paths.items()}
 
 
@@ -129,60 +127,62 @@ def to_mmdet(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return state
 
 
-def make_images(args: Any) -> np.ndarray:
+def make_images(size: tuple[int, int], batch: int, path: str | None = None) -> np.ndarray:
     """Returns uint8 [B, H, W, 3], RGB: the given picture, or blocks of several scales.
 
     The others of a batch are the first one, mirrored or turned.
     """
-    h, w = args.size
-    if args.image:
-        image = resize_image(read_image(args.image), h, w)
+    h, w = size
+    if path:
+        image = resize_image(read_image(path), h, w)
     else:
         rng, image = np.random.default_rng(0), np.zeros((h, w, 3))
         for block, strength in ((256, 85), (128, 85), (32, 85)):
-            shape = (-(-h // block), -(-w // block), 3)
-            noise = rng.uniform(0, strength, shape)
+            noise = rng.uniform(0, strength, (-(-h // block), -(-w // block), 3))
             image += np.kron(noise, np.ones((block, block, 1)))[:h, :w]
         image = image.astype(np.uint8)
-    views = [image, image[:, ::-1], image[::-1], image[::-1, ::-1]]
-    return np.stack([views[i % 4] for i in range(args.batch)])
+    turned = [image, image[:, ::-1], image[::-1], image[::-1, ::-1]]
+    return np.stack([turned[i % 4] for i in range(batch)])
 
 
-def pad_images(images: np.ndarray, config: Any) -> np.ndarray:
-    """Returns the images in the network's channel order, padded to multiples of 32."""
+def make_batch(
+    config: Any, size: tuple[int, int], batch: int, path: str | None = None
+) -> dict[str, np.ndarray]:
+    """Returns a `Batch`'s fields, padded to multiples of 32, without objects."""
+    images = make_images(size, batch, path)
     if config.input.channel_order == "BGR":
         images = images[..., ::-1]
-    pad = [(0, -size % 32) for size in images.shape[1:3]]
-    return np.pad(images, [(0, 0), *pad, (0, 0)])
+    pad = [(0, -side % 32) for side in size]
+    return {
+        "image": np.pad(images, [(0, 0), *pad, (0, 0)]),
+        "image_size": np.full((batch, 2), size, np.int32),
+        "image_id": np.arange(batch, dtype=np.int32),
+    }
 
 
-def make_objects(args: Any, config: Any) -> dict[str, np.ndarray]:
-    """Returns ellipses with boxes, labels, whole masks and quarter-size masks."""
-    h, w = args.size
+def make_objects(config: Any, size: tuple[int, int], batch: int) -> dict[str, np.ndarray]:
+    """Returns ellipses as the other fields of a `Batch`, and as `full_masks`."""
+    h, w = size
     rng = np.random.default_rng(0)
-    shape = (args.batch, OBJECTS)
+    shape = (batch, OBJECTS)
     side = rng.uniform(0.1, 0.5, (*shape, 2)) * (w, h)
     corner = rng.uniform(0, 1, side.shape) * ((w, h) - side)
-    boxes = np.concatenate([corner, corner + side], -1).astype(np.float32)
-    padded = (h + -h % 32, w + -w % 32)
     full = np.zeros((*shape, h, w), np.uint8)
-    small = np.zeros((*shape, padded[0] // 4, padded[1] // 4), np.uint8)
+    small = np.zeros((*shape, (h + -h % 32) // 4, (w + -w % 32) // 4), np.uint8)
     centers = np.zeros((*shape, 2), np.float32)
     y, x = np.mgrid[:h, :w]
     for i in np.ndindex(shape):
         (cx, cy), (rx, ry) = corner[i] + side[i] / 2, side[i] / 2
         full[i] = ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 <= 1
-        everything = np.array([[0, 0, w, h]])
-        (runs,) = rle_encode(full[i].astype(bool)[None], everything)
-        outline = rasterize.spans_from_rle([runs.encode()], (h, w))
+        (rle,) = rle_encode(full[i].astype(bool)[None], np.array([[0, 0, w, h]]))
+        outline = rasterize.spans_from_rle([rle.encode()], (h, w))
         centers[i] = rasterize.mass_centers(outline, 1)[0][0]
-        for _, part in stride4_masks(outline, (h, w)):
+        for _, part in rasterize.stride4_masks(outline, (h, w)):
             ph, pw = part.pixels.shape
             small[i][part.top : part.top + ph, part.left : part.left + pw] = part.pixels
-    labels = rng.integers(0, config.model.num_classes, shape).astype(np.int32)
     return {
-        "boxes": boxes,
-        "labels": labels,
+        "boxes": np.concatenate([corner, corner + side], -1).astype(np.float32),
+        "labels": rng.integers(0, config.model.num_classes, shape).astype(np.int32),
         "centers": centers,
         "full_masks": full,
         "masks": small,
@@ -190,22 +190,17 @@ def make_objects(args: Any, config: Any) -> dict[str, np.ndarray]:
     }
 
 
-def make_batch(args: Any, config: Any) -> dict[str, np.ndarray]:
-    """Returns a `Batch`'s fields, and `full_masks` for who scales them down itself."""
-    images = pad_images(make_images(args), config)
-    return {
-        "image": images,
-        "image_size": np.full((args.batch, 2), args.size, np.int32),
-        "image_id": np.arange(args.batch, dtype=np.int32),
-        **make_objects(args, config),
-    }
+def make_train_batch(config: Any, size: tuple[int, int], batch: int) -> dict[str, np.ndarray]:
+    """Returns a `Batch`'s fields."""
+    fields = make_batch(config, size, batch) | make_objects(config, size, batch)
+    del fields["full_masks"]
+    return fields
 
 
 def add_targets(batch: Mapping[str, np.ndarray], config: Any) -> dict[str, np.ndarray]:
     """Returns our targets of a batch, for a program that does not build them itself."""
-    fields = {k: v for k, v in batch.items() if k != "full_masks"}
     targets = assign_targets(
-        Batch(**fields),
+        Batch(**{k: v for k, v in batch.items() if k != "full_masks"}),
         num_grids=tuple(config.model.ins_head.num_grids),
         scale_ranges=tuple(map(tuple, config.targets.scale_ranges)),
         sigma=config.targets.sigma,
@@ -214,3 +209,61 @@ def add_targets(batch: Mapping[str, np.ndarray], config: Any) -> dict[str, np.nd
         key=jax.random.key(0),
     )
     return {f"target_{k}": np.asarray(v) for k, v in vars(targets).items()}
+
+
+def build_step(config: Any, mesh: Mesh | None = None) -> tuple[Any, PyTree, Mesh]:
+    """Returns (train step, shapes of its state, mesh), as a training has them."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.train.batch_size, config.train.accumulate = 0, 1  # 0: every mesh divides it
+    return dry_run.build_step(config, mesh or sharding.make_mesh(1))
+
+
+def start_state(shapes: PyTree, variables: PyTree = None) -> PyTree:
+    """Returns the state at step 0 of given weights or noise, on the devices.
+
+    By one program, as a training makes its state: arrays placed in another way would
+    cost a second compilation of the step.
+    """
+    variables = variables or noise(shapes.variables)
+    parts = {"params": variables["params"]}
+    parts["model_state"] = {k: v for k, v in variables.items() if k != "params"}
+
+    def make(parts: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes).replace(**parts)
+
+    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))(parts)
+
+
+def noise(shapes: PyTree) -> PyTree:
+    """Returns random weights under which a picture has candidates.
+
+    Filters without a mean keep the features' spread; the class logits' bias lets few of
+    the scores pass the usual threshold of 0.1.
+    """
+    rng = np.random.default_rng(0)
+
+    def values(path: Any, leaf: Any) -> np.ndarray:
+        if path[-1].key != "kernel":
+            ones = path[-1].key in ("scale", "var")
+            value = 1.0 if ones else -4.5 if path[-2].key == "cate_pred" else 0.0
+            return np.full(leaf.shape, value, np.float32)
+        filters = rng.standard_normal(leaf.shape, np.float32)
+        filters -= filters.mean((0, 1, 2), keepdims=True)
+        return filters / np.float32(math.sqrt(math.prod(leaf.shape[:-1])))
+
+    return jax.tree_util.tree_map_with_path(values, shapes)
+
+
+def train_flops(config: Any, height: int, width: int) -> dict[str, float]:
+    """Returns FLOPs of the convolutions for one image: forward, and a whole step.
+
+    A layer that is trained costs three times its forward pass (its output, its
+    filter's gradient, its input's gradient); a frozen one is not gone back through.
+    """
+    model = build_model(config, config.model.num_classes)
+    rows = summarize(model, height, width, config.model.backbone.freeze_at)
+    inner = {row.path[:i] for row in rows for i in range(len(row.path))}
+    leaves = [row for row in rows if row.path not in inner]
+    forward = sum(row.flops for row in leaves)
+    return {"forward": forward, "step": forward + 2 * sum(r.flops for r in leaves if r.trainable)}

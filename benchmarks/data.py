@@ -5,65 +5,171 @@
     python benchmarks/data.py --soak 10000
     python benchmarks/data.py                 # a generated data set, in PNG files
 
-Two measurements of both programs in turns. "stages": the loader alone, in one thread,
-with a clock around decoding, resizing and rasterising. "pipeline": batches as training
-gets them from one worker process, which shares one core with the reader; what that
-takes beyond the stages is the making and the transport of batches. Everything runs on
-the first core that this process may use. The programs' batches must be equal in every
-bit, else nothing is reported. `--soak` runs two workers through so many small batches
-and fails if memory goes on growing.
+Two measurements of both programs in turns. "stages": the batch maker alone, in one
+thread, with a clock around decoding, resizing and rasterising. "pipeline": batches as
+training gets them from one worker process, which shares one core with the reader; what
+that takes beyond the stages is the making and the transport of batches. "plain" is what
+one writes first: Pillow's picture as an array, resized as an array, turned around by
+numpy; each object drawn by pycocotools as a whole mask and scaled down as one; batches
+of zeros, handed from the worker by grain and copied. The programs' batches must be equal
+in every bit, else nothing is reported. `--soak` runs two workers through so many small
+batches and fails if memory goes on growing.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import multiprocessing
 import os
-import pathlib
 import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-
-import data_side
+import grain
 import harness
 import numpy as np
-import worker
+from absl import flags
+from harness import ROOT, Stages, Work
+from pycocotools import mask as coco_mask
+from tables import halves
 
-from solov2_jax.data import buckets, pipeline
+from solov2_jax.data import buckets, pipeline, rasterize, sampler, transforms
+from solov2_jax.data.batch import ArrayDict, TrainBatchMaker, expand_masks
 from solov2_jax.data.coco import CocoDataset, load_coco
+from solov2_jax.data.images import open_sized, reuse_memory
+from solov2_jax.data.outlines import MIN_BOX_SIDE
+from solov2_jax.data.shared_memory import New, in_memory
 from solov2_jax.tools.synthetic.shapes import ShapesSettings, write_shapes
+from tests.plain_masks import plain_center, plain_quarter
 
 PROGRAMS = ("ours", "plain")
-CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache" / "data_benchmark"
+CACHE = ROOT / ".cache" / "data_benchmark"
+SOAK = {"sizes": (96, 112, 128, 192), "batch": 2, "workers": 2}
+GROWTH = 0.05  # of the second half's largest memory over the first half's, at most
+
+
+class TimedBatchMaker(TrainBatchMaker):
+    """Our batch maker with a clock around its stages."""
+
+    stages = Stages()
+
+    def __call__(self, step: int, new: New = in_memory) -> ArrayDict:
+        return expand_masks(super().__call__(step, new))
+
+    def read(self, index: int, size: tuple[int, int], flip: bool, out: np.ndarray) -> None:
+        data = self.dataset
+        h, w = int(data.heights[index]), int(data.widths[index])
+        with self.stages("decode"):
+            image = open_sized(data.path(index), h, w, data.annotation_file)
+        with self.stages("resize"):
+            transforms.write_image(image, out[: size[0], : size[1]], flip, self.bgr)
+            out[size[0] :] = 0
+            out[: size[0], size[1] :] = 0
+
+    def fill_objects(self, *args: Any) -> int:
+        with self.stages("rasterise"):
+            return super().fill_objects(*args)
+
+
+class PlainBatchMaker(TimedBatchMaker):
+    """The plain form, with the same clock."""
+
+    def __call__(self, step: int, new: New = in_memory) -> ArrayDict:
+        h, w = self.plan.buckets[self.plan.bucket[step]]
+        images, epochs = (x[step].tolist() for x in (self.plan.image, self.plan.epoch))
+        b, g = len(images), self.slots
+        batch = {
+            "image": np.zeros((b, h, w, 3), np.uint8),
+            "image_size": np.zeros((b, 2), np.int32),
+            "boxes": np.zeros((b, g, 4), np.float32),
+            "labels": np.zeros((b, g), np.int32),
+            "centers": np.zeros((b, g, 2), np.float32),
+            "masks": np.zeros((b, g, h // 4, w // 4), np.uint8),
+            "valid": np.zeros((b, g), bool),
+            "image_id": self.dataset.image_ids[images].astype(np.int32),
+        }
+        for row, (index, epoch) in enumerate(zip(images, epochs, strict=True)):
+            scale = int(sampler.scale_index(self.seed, epoch, index, self.sizes.shape[1]))
+            size = batch["image_size"][row] = self.sizes[index, scale]
+            flip = sampler.is_flipped(self.seed, epoch, index, self.flip_prob)
+            self.read(index, tuple(size.tolist()), flip, batch["image"][row])
+            with self.stages("rasterise"):
+                of_row = {key: value[row] for key, value in batch.items()}
+                self.fill_objects(of_row, index, tuple(size.tolist()), flip)
+        return batch
+
+    def read(self, index: int, size: tuple[int, int], flip: bool, out: np.ndarray) -> None:
+        data = self.dataset
+        h, w = int(data.heights[index]), int(data.widths[index])
+        with self.stages("decode"):
+            image = np.asarray(open_sized(data.path(index), h, w, data.annotation_file))
+        with self.stages("resize"):
+            image = transforms.resize_image(image, *size)
+            image = image[:, ::-1] if flip else image
+            out[: size[0], : size[1]] = image[..., ::-1] if self.bgr else image
+
+    def fill_objects(self, row: ArrayDict, index: int, size: tuple[int, int], flip: bool) -> int:
+        data, slot = self.dataset, 0
+        old = int(data.heights[index]), int(data.widths[index])
+        objects = np.arange(data.start[index], data.start[index + 1])
+        boxes = transforms.transform_boxes(data.boxes[objects], old, size, flip)
+        for item, box in zip(objects.tolist(), boxes, strict=True):
+            if not (box[2:] - box[:2] > MIN_BOX_SIDE).all() or slot == self.slots:
+                continue
+            mask = self.whole_mask(item, old, size, flip)
+            if not mask.any():
+                continue
+            small = plain_quarter(mask)
+            row["masks"][slot, : small.shape[0], : small.shape[1]] = small
+            row["centers"][slot] = plain_center(mask)
+            row["boxes"][slot], row["labels"][slot] = box, data.labels[item]
+            row["valid"][slot] = True
+            slot += 1
+        return slot
+
+    def whole_mask(
+        self, item: int, old: tuple[int, int], size: tuple[int, int], flip: bool
+    ) -> np.ndarray:
+        """Returns an object's mask in the resized image, uint8 [h, w]."""
+        height, width = size
+        polygons = []
+        for polygon in self.dataset.segmentations.polygons(item):
+            x, y = polygon[0::2] * (width / old[1]), polygon[1::2] * (height / old[0])
+            polygons.append(np.stack([width - x if flip else x, y], axis=-1).ravel())
+        if polygons:
+            rle: Any = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+            return coco_mask.decode(rle)
+        # Few data sets have run lengths: as ours.
+        crop = rasterize.rasterize(self.dataset.segmentations, item, old, size, flip)
+        mask = np.zeros(size, np.uint8)
+        if crop is not None:
+            h, w = crop.pixels.shape
+            mask[crop.top :, crop.left :][:h, :w] = crop.pixels
+        return mask
 
 
 def main() -> None:
     """Measures both programs in turns, or is one of them, or soaks ours."""
     args = parse()
     if args.program:
-        pin()
-        dataset = read_dataset(args)
-        load = {"stages": load_stages, "pipeline": load_pipeline}[args.what]
-        worker.serve(lambda: load(args, dataset))
-        return
-    if args.soak:
-        import data_soak
-
-        data_soak.run(args, read_dataset(args))
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # with those it starts
+        harness.serve(lambda: load(args, read_dataset(args)))
         return
     dataset = read_dataset(args)
-    objects = dataset.objects_per_image.mean()
+    if args.soak:
+        soak(args, dataset)
+        return
     kind = "images of a file" if args.annotations else "generated images"
     shorts = f"{min(args.short)}" + (f"..{max(args.short)}" if args.short[1:] else "")
     label = (
-        f"{kind}, {objects:.1f} objects each, {shorts} px (at most {args.longest}), "
-        f"batch {args.batch}"
+        f"{kind}, {dataset.objects_per_image.mean():.1f} objects each, {shorts} px "
+        f"(at most {args.longest}), batch {args.batch}"
     )
     for what in ("stages", "pipeline"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--what", what]
-        programs = [harness.Program(n, [*command, "--program", n]) for n in PROGRAMS]
+        command = [sys.executable, __file__, *sys.argv[1:], "--what", what, "--program"]
+        programs = [harness.Program(name, [*command, name]) for name in PROGRAMS]
         work = {"script": "data", "what": what, "label": label}
         work |= {"images": args.batches * args.batch}
         name = f"data_{what}_{shorts.replace('..', '_')}"
@@ -82,17 +188,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--soak", type=int, default=0, help="batches, of small size")
     parser.add_argument("--program", choices=PROGRAMS, help=argparse.SUPPRESS)
     parser.add_argument("--what", default="stages", help=argparse.SUPPRESS)
-    harness.add_arguments(parser, runs=7)
-    parser.set_defaults(warmups=1)
+    harness.add_arguments(parser, runs=7, warmups=1)
     args = parser.parse_args()
     if bool(args.images) != bool(args.annotations):
         parser.error("--images and --annotations belong together: give both or none")
     return args
-
-
-def pin() -> None:
-    """Keeps this process and those it starts on one core."""
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
 def read_dataset(args: argparse.Namespace) -> CocoDataset:
@@ -104,78 +204,110 @@ def read_dataset(args: argparse.Namespace) -> CocoDataset:
     return load_coco(f"{folder}/train", f"{folder}/instances_train.json")
 
 
-def batches_of(args: argparse.Namespace, dataset: CocoDataset, workers: int) -> pipeline.Batches:
-    """Returns our batches, more than any measurement takes."""
+def batches_of(
+    dataset: CocoDataset, sizes: tuple[int, ...], batch: int, steps: int, workers: int
+) -> pipeline.Batches:
+    """Returns our batches.
+
+    Args:
+      sizes: of the short side, and the longest one.
+    """
     return pipeline.train_batches(
         dataset,
         seed=0,
-        num_steps=100_000 // args.batch,
-        batch_size=args.batch,
-        resize=buckets.Resize(tuple(args.short), args.longest),
+        num_steps=steps,
+        batch_size=batch,
+        resize=buckets.Resize(tuple(sizes[:-1]), sizes[-1]),
         flip_prob=0.5,
         channel_order="BGR",
         reading=pipeline.Reading(num_workers=workers, num_threads=1, prefetch=2),
     )
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions of what does the work."""
-    return {name: version(name) for name in ("pillow", "pycocotools", "numpy", "grain")}
+def make_batch_maker(batches: pipeline.Batches, program: str) -> TimedBatchMaker:
+    """Returns a program's batch maker: step -> batch."""
+    maker: Any = batches._loader
+    values = {f.name: getattr(maker, f.name) for f in dataclasses.fields(maker)}
+    return {"ours": TimedBatchMaker, "plain": PlainBatchMaker}[program](**values)
 
 
-def digest(batch: dict[str, np.ndarray]) -> int:
+def plain_stream(maker: PlainBatchMaker, steps: int) -> Iterator[ArrayDict]:
+    """Yields batches from one worker process, as grain sends arrays, copied."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    stream = grain.MapDataset.range(steps).map(maker)
+    stream = stream.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    workers = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=2)
+    for batch in stream.mp_prefetch(workers):
+        yield {key: np.array(value) for key, value in batch.items()}
+
+
+def digest(batch: ArrayDict) -> int:
     """Returns a number that differs if any bit does."""
-    found = hashlib.sha256()
+    total = hashlib.sha256()
     for key in sorted(batch):
-        found.update(np.ascontiguousarray(batch[key]).tobytes())
-    return int(found.hexdigest()[:12], 16)
+        total.update(np.ascontiguousarray(batch[key]).tobytes())
+    return int(total.hexdigest()[:12], 16)
 
 
-def load_stages(args: argparse.Namespace, dataset: CocoDataset) -> worker.Work:
-    """Returns the loader's work, in one thread of this process."""
-    loader = data_side.with_loader(batches_of(args, dataset, 0), args.program, True)
-    step = 0
-
-    def run() -> dict[str, float]:
-        nonlocal step
-        loader.stages.seconds.clear()
-        for _ in range(args.batches):
-            loader(step)
-            step += 1
-        return dict(loader.stages.seconds)
-
-    found = {"digest": [digest(loader(t)) for t in range(3)]}
-    return worker.Work(run, {"versions": versions()}, found=lambda: found)
-
-
-def load_pipeline(args: argparse.Namespace, dataset: CocoDataset) -> worker.Work:
-    """Returns the work of reader and worker; each run has a worker of its own."""
-    batches = data_side.with_loader(batches_of(args, dataset, 1), args.program, False)
-    found: dict[str, Any] = {"worker_peak_gb": 0.0}
-    iterator: Iterator[dict[str, np.ndarray]] = iter(())
+def load(args: argparse.Namespace, dataset: CocoDataset) -> Work:
+    """Returns the work of one program: the batch maker alone, or the whole pipeline."""
+    whole, steps = args.what == "pipeline", 100_000 // args.batch
+    batches = batches_of(dataset, (*args.short, args.longest), args.batch, steps, int(whole))
+    maker = make_batch_maker(batches, args.program)
+    versions = {name: version(name) for name in ("pillow", "pycocotools", "numpy", "grain")}
+    about, found = {"versions": versions}, {}
+    stream: Any = iter(range(3, steps))
+    if not whole:
+        if args.program == "ours":
+            reuse_memory()
+        found["digest"] = [digest(maker(step)) for step in range(3)]
+        run = lambda: [maker(next(stream)) for _ in range(args.batches)][-1:]  # noqa: E731
+        stages = maker.stages
+        return Work(run, lambda _: found, about=about, stages=stages, first_call=False)
 
     def prepare() -> None:
-        nonlocal iterator
-        iterator = iter(batches)
+        nonlocal stream
+        plain = args.program == "plain"
+        stream = plain_stream(maker, steps) if plain else iter(batches)
         # The first ones come from buffers that filled up while the process started.
-        found["digest"] = [digest(next(iterator)) for _ in range(8)]
-
-    def run() -> None:
-        for _ in range(args.batches):
-            next(iterator)
+        found["digest"] = [digest(next(stream)) for _ in range(8)]
 
     def finish() -> None:
-        peaks = [worker.peak_memory_gb(p.pid) for p in multiprocessing.active_children()]
-        found["worker_peak_gb"] = max(found["worker_peak_gb"], *peaks)
-        iterator.close()  # pyright: ignore
+        peaks = [harness.peak_memory_gb(p.pid) for p in multiprocessing.active_children()]
+        found["worker_peak_gb"] = max(found.get("worker_peak_gb", 0.0), *peaks)
+        stream.close()
 
-    return worker.Work(
-        run,
-        {"versions": versions()},
-        found=lambda: found,
-        prepare=prepare,
-        finish=finish,
-    )
+    def take() -> None:
+        for _ in range(args.batches):
+            next(stream)
+
+    around = {"prepare": prepare, "finish": finish, "first_call": False}
+    return Work(take, lambda _: found, about=about, **around)
+
+
+def resident_mb(process: int | str) -> float:
+    """Returns the resident memory of a process, shared memory included, in MB."""
+    return harness.status_kib(process, "VmRSS") * 1024 / 1e6
+
+
+def soak(args: argparse.Namespace, dataset: CocoDataset) -> None:
+    """Measures memory over many small batches, and fails if it grew."""
+    every, start = max(1, args.soak // 50), time.perf_counter()
+    samples: list[list[float]] = []  # MB: reader, largest worker
+    batches = batches_of(dataset, SOAK["sizes"], SOAK["batch"], args.soak, SOAK["workers"])
+    for step, _ in enumerate(batches, start=1):
+        if step % every == 0 and step < args.soak - 20 * SOAK["workers"]:
+            workers = [resident_mb(p.pid) for p in multiprocessing.active_children()]
+            samples.append([resident_mb("self"), max(workers)])
+    content = harness.header("data_soak") | SOAK
+    content |= {"work": {"script": "data", "what": "soak", "label": "soak"}}
+    content |= {"batches": args.soak, "resident_mb": samples}
+    harness.write(content | {"seconds": time.perf_counter() - start}, args.results)
+    for name, first, second in halves(samples):
+        print(f"{name}: {first:.0f} MB at most in the first half, then {second:.0f}")
+        if second > first * (1 + GROWTH):
+            raise SystemExit(f"error: the memory of the {name} grew")
 
 
 if __name__ == "__main__":

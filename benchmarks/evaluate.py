@@ -1,244 +1,175 @@
-"""Masks to COCO's figures: encoding, matching and AP, against plain pycocotools.
+"""Masks to COCO's metrics: encoding, matching and AP, against plain pycocotools.
 
     python benchmarks/evaluate.py --images 5000 --runs 1 --warmups 0
     python benchmarks/evaluate.py --images 200
 
 100 detections an image, half of them made from the image's objects by shifting and
-fraying their masks, the others anywhere. The objects are those of `--annotations`, or
-generated with COCO's number of classes and about its sizes. The masks of a few images
-(`POOL`) are held in memory and used again under other image ids with other scores, so
-that making them is not measured. The programs must agree in every figure and every run
-length, else nothing is reported.
+fraying their masks, the others anywhere. The objects have COCO's number of classes and
+about its sizes. The masks of a few images (`POOL`) are held in memory and used again
+under other image ids with other scores, so that making them is not measured. The
+programs must agree in every metric and every run length, else nothing is reported.
 """
 
 import argparse
 import hashlib
 import json
-import pathlib
 import sys
-from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from typing import Any, NamedTuple
 
 import harness
 import numpy as np
-import worker
-from pycocotools import mask as rle
+from harness import Stages, Work
+from pycocotools import mask as coco_mask
 
 from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.evaluation.ground_truth import read_ground_truth
 from solov2_jax.inference.prediction import Prediction
-from solov2_jax.tools.report.pictures import from_records
 
-POOL = 24  # images whose masks are held: 30 MB each at 480 x 640
+POOL = 24  # images whose masks are held: 30 MB each
 DETECTIONS = 100  # an image
-CLASSES = 80  # of generated objects
-SIZE = (480, 640)  # of generated images
+CLASSES = 80
+SIZE = (480, 640)
 OBJECTS = 7.3  # an image, COCO's mean
 BACKENDS = {"ours": "fast", "pycocotools": "pycocotools"}
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(NamedTuple):
     """An image's objects."""
 
-    size: tuple[int, int]  # height, width
     masks: list[np.ndarray]  # bool [H, W]
     labels: list[int]
-    crowd: list[int]
 
 
 def main() -> None:
     """Measures both programs in turns, or is one of them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--annotations", help="instances json; default: generated")
     parser.add_argument("--program", choices=BACKENDS, help=argparse.SUPPRESS)
     harness.add_arguments(parser, runs=3)
     args = parser.parse_args()
     if args.program:
-        worker.serve(lambda: load(args))
+        harness.serve(lambda: load(args.images, args.program))
         return
-    command = [sys.executable, __file__, "--images", str(args.images)]
-    if args.annotations:
-        command += ["--annotations", args.annotations]
-    programs = [harness.Program(n, [*command, "--program", n]) for n in BACKENDS]
-    data = "objects of a file" if args.annotations else "generated objects"
-    label = f"{args.images} images, {DETECTIONS} detections each, {data}"
+    command = [sys.executable, __file__, "--images", str(args.images), "--program"]
+    programs = [harness.Program(name, [*command, name]) for name in BACKENDS]
+    label = f"{args.images} images, {DETECTIONS} detections each, generated objects"
     work = {"script": "evaluate", "what": "figures", "label": label}
-    name = f"evaluate_{args.images}{'_file' if args.annotations else ''}"
-    harness.measure(name, work, programs, args, {"digest": 0.0})
+    harness.measure(f"evaluate_{args.images}", work, programs, args, {"digest": 0.0})
 
 
-def load(args: argparse.Namespace) -> worker.Work:
+def load(images: int, program: str) -> Work:
     """Returns the work of one program."""
     rng = np.random.default_rng(0)
-    pool = read_pool(args.annotations) if args.annotations else make_pool(rng)
+    pool = [make_image(rng) for _ in range(POOL)]
     predictions = [make_prediction(rng, image) for image in pool]
-    truth = read_ground_truth(repeat(pool, args.images))
+    truth = read_ground_truth(make_annotations(pool, images))
     ids = sorted(truth.categories)
-    names = [truth.categories[i] for i in ids]
-    scores = np.sort(rng.random((args.images, DETECTIONS)))[:, ::-1].astype(np.float32)
-    last: dict[str, Any] = {}
+    class_names = [truth.categories[i] for i in ids]
+    scores = np.sort(rng.random((images, DETECTIONS)))[:, ::-1].astype(np.float32)
+    stages = Stages()
 
-    def run() -> dict[str, float]:
-        stages = worker.Stages()
-        evaluator = CocoEvaluator(truth, ids, names, backend=BACKENDS[args.program])
+    def run() -> dict[str, Any]:
+        evaluator = CocoEvaluator(truth, ids, class_names, backend=BACKENDS[program])
         with stages("encode"):
-            for number, row in enumerate(scores, start=1):
-                p = predictions[(number - 1) % len(pool)]
-                one = Prediction(p.masks, p.boxes, row[: len(p)], p.labels, number)
-                if args.program == "ours":
-                    evaluator.process(one)
+            for image_id, of_image in enumerate(scores, start=1):
+                masks, boxes, labels = predictions[(image_id - 1) % POOL]
+                prediction = Prediction(masks, boxes, of_image, labels, image_id)
+                if program == "ours":
+                    evaluator.process(prediction)
                 else:
-                    evaluator._seen.add(number)
-                    evaluator.results.extend(plain_results(one, ids))
+                    evaluator._seen.add(image_id)
+                    evaluator.results.extend(plain_results(prediction, ids))
         with stages("figures"):
-            last["metrics"] = evaluator.evaluate()
-        last["results"] = evaluator.results
-        return stages.seconds
+            return {"metrics": evaluator.evaluate(), "results": evaluator.results}
 
-    def found() -> dict[str, Any]:
-        text = json.dumps(last, sort_keys=True).encode()
+    def describe(result: dict[str, Any]) -> dict[str, Any]:
+        text = json.dumps(result, sort_keys=True).encode()
         digest = int(hashlib.sha256(text).hexdigest()[:12], 16)
-        return {"segm/AP": last["metrics"]["segm/AP"], "digest": digest}
+        return {"segm/AP": result["metrics"]["segm/AP"], "digest": digest}
 
-    versions = {name: version(name) for name in ("hotcoco", "pycocotools", "numpy")}
-    return worker.Work(run, {"versions": versions}, found=found)
+    about = {"versions": {name: version(name) for name in ("hotcoco", "pycocotools", "numpy")}}
+    return Work(run, describe, about=about, stages=stages, first_call=False)
 
 
 def plain_results(prediction: Prediction, ids: list[int]) -> list[dict[str, Any]]:
     """Returns COCO results with each mask encoded whole, by pycocotools."""
     results = []
-    for i in range(len(prediction)):
-        x0, y0, x1, y1 = (float(v) for v in prediction.boxes[i])
+    rows = zip(
+        prediction.masks, prediction.boxes, prediction.scores, prediction.labels, strict=True
+    )
+    for mask, box, score, label in rows:
+        x0, y0, x1, y1 = map(float, box)
         results.append(
             {
                 "image_id": int(prediction.image_id),
-                "category_id": ids[int(prediction.labels[i])],
+                "category_id": ids[int(label)],
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "score": float(prediction.scores[i]),
-                "segmentation": encode_mask(prediction.masks[i]),
+                "score": float(score),
+                "segmentation": encode(mask),
             }
         )
     return results
 
 
-def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+def encode(mask: np.ndarray) -> dict[str, Any]:
     """Returns a bool [H, W] mask as pycocotools encodes it, for json."""
-    encoded: Any = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
+    rle: Any = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
 
 
-def make_pool(rng: np.random.Generator) -> list[Image]:
-    """Returns generated images; a few classes are common, most are rare, as in COCO."""
-    pool = []
-    for _ in range(POOL):
-        n = max(1, int(rng.poisson(OBJECTS)))
-        masks = [blob(rng, SIZE) for _ in range(n)]
-        crowd = (rng.random(n) < 0.01).astype(int)
-        pool.append(Image(SIZE, masks, some_classes(rng, n).tolist(), crowd.tolist()))
-    return pool
+def make_image(rng: np.random.Generator) -> Image:
+    """Returns objects; a few classes are common, most are rare, as in COCO."""
+    count = max(1, int(rng.poisson(OBJECTS)))
+    return Image([ellipse(rng) for _ in range(count)], some_classes(rng, count))
 
 
-def some_classes(rng: np.random.Generator, n: int) -> np.ndarray:
+def some_classes(rng: np.random.Generator, count: int) -> list[int]:
     """Returns labels 0..CLASSES-1 of which the low ones are common."""
-    return (CLASSES * rng.random(n) ** 3).astype(int)
+    return (CLASSES * rng.random(count) ** 3).astype(int).tolist()
 
 
-def blob(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    """Returns the mask of a wavy disc somewhere, bool [H, W]; its size as in COCO."""
-    h, w = size
-    radius = np.exp(rng.uniform(np.log(6), np.log(0.3 * h)))
-    y, x = np.mgrid[:h, :w]
-    y, x = y - rng.uniform(0, h), x - rng.uniform(0, w)
-    angle, wave = np.arctan2(y, x), np.ones(size)
-    for k in (2, 3, 5, 9):
-        wave += rng.uniform(0, 0.5 / k) * np.sin(k * angle + rng.uniform(0, 6.3))
-    return np.hypot(x, y) < radius * wave
+def ellipse(rng: np.random.Generator) -> np.ndarray:
+    """Returns the mask of an ellipse somewhere, bool [H, W]; its size as in COCO."""
+    (cy, cx), (ry, rx) = rng.uniform(0, SIZE), np.exp(rng.uniform(1.8, np.log(0.3 * SIZE[0]), 2))
+    y, x = np.mgrid[: SIZE[0], : SIZE[1]]
+    return ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 < 1
 
 
-def read_pool(path: str) -> list[Image]:
-    """Returns the first images of an instances json that have objects."""
-    truth = read_ground_truth(path)
-    labels = {c: n for n, c in enumerate(sorted(truth.categories))}
-    pool: dict[int, Image] = {}
-    for a in truth.annotations:
-        if a["image_id"] not in pool:
-            if len(pool) == POOL:
-                continue
-            record = truth.images[a["image_id"]]
-            pool[a["image_id"]] = Image((record["height"], record["width"]), [], [], [])
-        image = pool[a["image_id"]]
-        whole = from_records([a], {a["category_id"]: 0}, 0, image.size)
-        image.masks.append(whole.masks[0])
-        image.labels.append(labels[a["category_id"]])
-        image.crowd.append(a["iscrowd"])
-    return list(pool.values())
-
-
-def make_prediction(rng: np.random.Generator, image: Image) -> Prediction:
-    """Returns `DETECTIONS` masks: half made from the objects, half anywhere."""
-    masks, labels = [], []
+def make_prediction(rng: np.random.Generator, image: Image) -> tuple[np.ndarray, ...]:
+    """Returns masks, boxes and labels: half made from the objects, half anywhere."""
+    masks, labels, boxes = [], [], []
     while len(masks) < DETECTIONS:
         i = int(rng.integers(len(image.masks)))
-        mask = image.masks[i] if len(masks) % 2 else blob(rng, image.size)
-        label = image.labels[i] if rng.random() < 0.8 else some_classes(rng, 1)[0]
-        frayed = fray(rng, mask)
-        if frayed.any():
-            masks.append(frayed)
-            labels.append(label)
-    boxes = []
-    for mask in masks:
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        boxes.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
-    return Prediction(
-        np.array(masks),
-        np.array(boxes, np.float32),
-        np.ones(len(masks), np.float32),
-        np.array(labels),
-        0,
-    )
+        mask = image.masks[i] if len(masks) % 2 else ellipse(rng)
+        step = max(1, round(0.04 * np.sqrt(mask.sum())))  # moved and frayed by so many pixels
+        moves = rng.integers(-step, step + 1, (3, 2)).tolist()
+        first, second, third = (np.roll(mask, move, (0, 1)) for move in moves)
+        mask = first & (second | third)
+        if mask.any():
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            masks.append(mask)
+            labels.append(image.labels[i] if rng.random() < 0.8 else some_classes(rng, 1)[0])
+            boxes.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+    return np.array(masks), np.array(boxes, np.float32), np.array(labels)
 
 
-def fray(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
-    """Returns the mask moved by a few pixels, without a frayed edge."""
-    step = max(1, round(0.04 * np.sqrt(mask.sum())))
-    moves = rng.integers(-step, step + 1, (3, 2)).tolist()
-    moved = [np.roll(mask, move, (0, 1)) for move in moves]
-    return moved[0] & (moved[1] | moved[2])
-
-
-def repeat(pool: list[Image], images: int) -> dict[str, Any]:
+def make_annotations(pool: list[Image], images: int) -> dict[str, Any]:
     """Returns an instances json of the pool's images, one after the other, again."""
-    labels = [label for image in pool for label in image.labels]
-    content = {
-        "categories": [
-            {"id": i + 1, "name": f"class {i + 1}"} for i in range(max(CLASSES, max(labels) + 1))
-        ],
-        "images": [],
-        "annotations": [],
+    rng, annotations = np.random.default_rng(1), []
+    encoded = [[encode(mask) for mask in image.masks] for image in pool]
+    for image_id in range(1, images + 1):
+        image = pool[(image_id - 1) % len(pool)]
+        for rle, label in zip(encoded[(image_id - 1) % len(pool)], image.labels, strict=True):
+            annotation = {"id": len(annotations) + 1, "image_id": image_id, "segmentation": rle}
+            crowd = int(rng.random() < 0.01)
+            annotations.append(annotation | {"category_id": label + 1, "iscrowd": crowd})
+    sizes = {"height": SIZE[0], "width": SIZE[1]}
+    return {
+        "categories": [{"id": i + 1, "name": f"class {i + 1}"} for i in range(CLASSES)],
+        "images": [{"id": i, **sizes} for i in range(1, images + 1)],
+        "annotations": annotations,
     }
-    encoded = [[encode_mask(mask) for mask in image.masks] for image in pool]
-    for number in range(1, images + 1):
-        place = (number - 1) % len(pool)
-        image = pool[place]
-        height, width = image.size
-        record = {"id": number, "height": height, "width": width}
-        content["images"].append(record)
-        rows = zip(encoded[place], image.labels, image.crowd, strict=True)
-        for mask, label, crowd in rows:
-            entry = {
-                "id": len(content["annotations"]) + 1,
-                "image_id": number,
-                "category_id": int(label) + 1,
-                "segmentation": mask,
-                "iscrowd": crowd,
-            }
-            content["annotations"].append(entry)
-    return content
 
 
 if __name__ == "__main__":

@@ -1,39 +1,56 @@
-"""How training scales: predicted on paper, checked on emulated CPU devices.
+"""How training scales: predicted on paper, checked on emulated CPU devices, compiled ahead.
 
-    python benchmarks/scaling.py                            # both parts
+    python benchmarks/scaling.py                            # paper and emulated
     python benchmarks/scaling.py paper --step_seconds 0.06  # a measured step
+    pip install libtpu==0.0.42.1             # or jax-cuda12-plugin, jax-cuda12-pjrt
+    python benchmarks/scaling.py ahead --topology tpu:v5e:2x4
+    python benchmarks/scaling.py ahead --topology cuda:1x1x8      # hosts x processes x GPUs
 
 `paper` needs no device: all-reduce bytes from the parameter tree, published link rates
-(`links.py`), and the time of a step on one chip, which is a measured figure if
+(`systems.json`), and the time of a step on one chip, which is a measured figure if
 `--step_seconds` gives one and else what the project aims at. `emulated` compiles and
 runs the sharded train step on 1, 2, 4 and 8 CPU devices: what it sends, whether the
-losses are equal, what the partitioning costs. Writes results/scaling.json and the
-tables of docs/scaling.md.
+losses are equal, what the partitioning costs. `ahead` compiles it for GPUs and TPUs that
+are not there, from their description; the plug-ins belong into an environment of their
+own, because JAX looks for their chips at every start. Writes results/scaling.json;
+`tables.py` puts it into docs/scaling.md.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import math
+import os
+import re
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import harness
-import markdown
-import report
-import scaling_tables
-from jax_side import ROOT  # first of what needs the repository's path
-from links import SYSTEMS, Assumptions, all_reduce_seconds, exposed_seconds
+from harness import RESULTS
+from tables import COLLECTIVES, scaling_tables
 
 PADDED = (800, 1344)
 CHIPS = (8, 16, 32, 64, 128, 256)
 STEPS = (0.01, 0.025, 0.05, 0.1, 0.2)  # seconds on one chip
-EMULATED = (1, 2, 4, 8)
-AS_ACCELERATOR = (2, 8)
-# COCO's own figures: train2017 is 18 GB of 118,287 images.
-JPEG_BYTES = 18e9 / 118_287
+EMULATED, AS_ACCELERATOR = (1, 2, 4, 8), (2, 8)
+JPEG_BYTES = 18e9 / 118_287  # COCO train2017: 18 GB of 118,287 images
+System = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumptions:
+    """What is not published and not measured here: change it, and see what changes."""
+
+    link_share: float = 0.8  # of the published rate that a large all-reduce reaches
+    host_latency: float = 25e-6  # seconds of an empty all-reduce inside a host
+    network_latency: float = 100e-6  # more, between hosts
+    hop_latency: float = 1e-6  # from chip to chip on a torus
+    combine_bytes: int = 30 * 2**20  # XLA:GPU puts gradients together up to here
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,27 +58,29 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     import jax
 
-    # Before the first use of a device; the paper's part computes nothing.
+    # Before the first use of a device; paper and ahead compute nothing.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(EMULATED))
-    path = args.results / "scaling.json"
-    content = json.loads(path.read_text()) if path.exists() else {"name": "scaling"}
+    content = harness.read(args.results, "scaling")
     if args.part in ("paper", "all"):
         content["paper"] = paper(args)
     if args.part in ("emulated", "all"):
         content["emulated"] = emulated(args)
-    report.write(content, args.results)
-    blocks = scaling_tables.blocks(content)
+    if args.part == "ahead":
+        label, row = ahead(args)
+        content.setdefault("ahead", {})[label] = row
+    harness.write(content, args.results)
+    blocks = scaling_tables(content)
     print("\n\n".join(f"{name}\n\n{block}" for name, block in blocks.items()))
-    if args.doc:
-        markdown.fill_file(Path(args.doc), blocks)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Returns the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("part", nargs="?", choices=["all", "paper", "emulated"], default="all")
+    add("part", nargs="?", choices=["all", "paper", "emulated", "ahead"], default="all")
     add("--config", default="configs/r50_3x.py")
     add("--step_seconds", type=float, help="measured on one chip, with --step_images")
     add("--step_images", type=int, default=16, help="images per chip and step")
@@ -69,36 +88,40 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--images_per_core", type=float, default=25.0, help="a second, decoded")
     add("--objects", type=int, default=100, help="padded mask slots per image")
     add("--emulated_config", default="configs/quickstart.py")
-    add("--emulated_size", type=int, nargs=2, default=(64, 64))
+    add("--size", type=int, nargs=2, help="padded; emulated 64 64, ahead 800 1344")
     add("--steps", type=int, default=5, help="emulated, after the first")
-    add("--results", type=Path, default=harness.RESULTS)
-    add("--doc", default=str(ROOT / "docs" / "scaling.md"), help="'' for none")
+    add("--topology", default="cuda:1x1x8", help="ahead: cuda:1x1x8, tpu:v5e:2x4, tpu:v4:2x2x2")
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="ahead")
+    add("--images", type=int, default=2, help="ahead, per chip")
+    add("--results", type=Path, default=RESULTS)
     return parser.parse_args(argv)
 
 
-# --- On paper --------------------------------------------------------------------
+# --- On paper ------------------------------------------------------------------------
 
 
 def paper(args: Any) -> dict[str, Any]:
     """Returns the predictions and all that they rest on."""
-    from step_case import train_flops
+    from cases import read_config, train_flops
 
-    from solov2_jax.config import load_config
-
-    config = load_config(str(ROOT / args.config), [])
-    flops, given = train_flops(config, *PADDED), Assumptions()
-    gradients = gradient_bytes(args.config)
+    flops = train_flops(read_config(args.config), *PADDED)
+    gradients, systems = gradient_bytes(args.config), load_systems()["systems"]
     # What of a step is the backward pass, behind which an all-reduce can hide.
     backward = 1 - flops["forward"] / flops["step"]
     basis = f"{args.step_share:.0%} of the published rate, assumed"
     if args.step_seconds:
         basis = f"{args.step_seconds} s for {args.step_images} images, measured"
-    size, rows = gradients["bytes"], []
-    for system in SYSTEMS:
-        step = args.step_seconds or args.step_images * flops["step"] / (
-            args.step_share * system.peak
-        )
-        rows += predictions(system, step, size, backward, args)
+    size, rows, by_step = gradients["bytes"], [], {}
+    for system in systems:
+        computed = args.step_images * flops["step"] / (args.step_share * system["peak"])
+        for batch in sorted({2, args.step_images}):
+            step = (args.step_seconds or computed) * batch / args.step_images
+            chips = {str(n): efficiencies(system, n, size, step, backward) for n in CHIPS}
+            row = {"system": system["name"], "images_per_chip": batch, "step_s": step}
+            rows.append(row | {"chips": chips, "host": host_input(system, batch / step, args)})
+        by_step[system["name"]] = {
+            str(t): efficiencies(system, max(CHIPS), size, t, backward) for t in STEPS
+        }
     return {
         "config": args.config,
         "size": list(PADDED),
@@ -108,74 +131,81 @@ def paper(args: Any) -> dict[str, Any]:
         "step": basis,
         "images_per_core": args.images_per_core,
         "objects": args.objects,
-        "assumptions": dataclasses.asdict(given),
-        "systems": [dataclasses.asdict(s) for s in SYSTEMS],
+        "assumptions": dataclasses.asdict(Assumptions()),
+        "systems": systems,
         "rows": rows,
-        "by_step": {
-            s.name: {str(t): efficiencies(s, max(CHIPS), size, t, backward) for t in STEPS}
-            for s in SYSTEMS
-        },
+        "by_step": by_step,
     }
 
 
-def predictions(
-    system: Any, step: float, size: int, backward: float, args: Any
-) -> list[dict[str, Any]]:
-    """Returns a row for small and large batches: by chips, and what a host delivers.
+def load_systems() -> dict[str, Any]:
+    """Returns `systems.json`: published rates, each with its source, and XLA's H100.
 
-    Args:
-      step: seconds of a step of `args.step_images` images on one chip.
-      size: bytes of the gradients.
-      backward: share of a step that is the backward pass.
+    Rates are bytes a second in one direction for each chip (NVIDIA states both
+    directions together): "inside" a host, or over all links of a torus; "outside" to
+    other hosts, 0 for a torus. "peak" is the dense bfloat16 FLOP/s of a chip; from
+    "full_torus" chips on, every axis closes to a ring, and below it has half the rate.
     """
-    rows = []
-    for batch in sorted({2, args.step_images}):
-        seconds = step * batch / args.step_images
-        chips = {str(n): efficiencies(system, n, size, seconds, backward) for n in CHIPS}
-        row = {"system": system.name, "images_per_chip": batch, "step_s": seconds}
-        row |= {"chips": chips, "host": host_input(system, batch / seconds, args)}
-        rows.append(row)
-    return rows
+    return json.loads(Path(__file__).with_name("systems.json").read_text())
+
+
+def all_reduce_seconds(size: int, chips: int, system: System, assumed: Assumptions) -> float:
+    """Returns the time to sum `size` bytes over the chips, in combined messages.
+
+    Each chip sends and receives 2 (n - 1) / n of the bytes (reduce-scatter and
+    all-gather). Over several hosts: inside each host, then each chip's share of the
+    bytes between the hosts, then inside again.
+    """
+
+    def sent(size: float, chips: int) -> float:
+        return 2 * (chips - 1) / chips * size
+
+    if chips == 1:
+        return 0.0
+    messages = max(1, -(-size // assumed.combine_bytes))
+    inside = system["inside"] * assumed.link_share
+    if axes := system["axes"]:
+        ring = chips >= system["full_torus"]
+        hops = 2 * axes * max(1.0, (chips ** (1 / axes) - 1) / (2 if ring else 1))
+        rate = inside * (1.0 if ring else 0.5)
+        return sent(size, chips) / rate + messages * hops * assumed.hop_latency
+    group = min(chips, system["chips_per_host"])
+    seconds, latency = sent(size, group) / inside, assumed.host_latency
+    if (hosts := chips // group) > 1:
+        seconds += sent(size / group, hosts) / (system["outside"] * assumed.link_share)
+        latency += assumed.network_latency
+    return seconds + messages * latency
+
+
+def exposed_seconds(size: int, seconds: float, window: float, combine: int) -> float:
+    """Returns what of an all-reduce is not hidden behind the backward pass.
+
+    The last message can only start when the last gradient is there; the others hide
+    behind at most `window` seconds of computation.
+    """
+    last = seconds / max(1, -(-size // combine))
+    return last + max(0.0, seconds - last - window)
 
 
 def efficiencies(
-    system: Any, chips: int, size: int, step: float, backward: float
+    system: System, chips: int, size: int, step: float, backward: float
 ) -> dict[str, float]:
     """Returns the all-reduce's seconds and shares of the ideal rate.
 
     "efficiency" is without any overlap, "efficiency_overlapped" with an all-reduce that
     starts as soon as its gradients are there.
     """
-    given = Assumptions()
-    spent = all_reduce_seconds(size, chips, system, given)
-    exposed = exposed_seconds(size, spent, backward * step, given.combine_bytes)
-    return {
-        "all_reduce_s": spent,
-        "efficiency": step / (step + spent),
-        "efficiency_overlapped": step / (step + exposed),
-    }
+    assumed = Assumptions()
+    spent = all_reduce_seconds(size, chips, system, assumed)
+    exposed = exposed_seconds(size, spent, backward * step, assumed.combine_bytes)
+    shares = {"efficiency": step / (step + spent), "efficiency_overlapped": step / (step + exposed)}
+    return {"all_reduce_s": spent, **shares}
 
 
-def gradient_bytes(path: str) -> dict[str, int]:
-    """Returns number and float32 bytes of the trained parameters of a config."""
-    import jax
-    from step_case import StepCase
-
-    from solov2_jax.config import load_config
-
-    case = StepCase(load_config(str(ROOT / path), []))
-    pairs = zip(jax.tree.leaves(case.params), jax.tree.leaves(case.trainable), strict=True)
-    trained = [x.size for x, flag in pairs if flag]
-    return {"arrays": len(trained), "bytes": 4 * sum(trained)}
-
-
-def host_input(system: Any, images_per_s: float, args: Any) -> dict[str, float]:
-    """Returns what one host must read, decode and send to its chips each second.
-
-    At full efficiency: the most that is asked for.
-    """
+def host_input(system: System, images_per_s: float, args: Any) -> dict[str, float]:
+    """Returns what one host must read, decode and send to its chips at full efficiency."""
     h, w = PADDED
-    rate = images_per_s * system.chips_per_host
+    rate = images_per_s * system["chips_per_host"]
     to_device = 3 * h * w + args.objects * (h // 4) * (w // 4)
     return {
         "images_per_s": rate,
@@ -185,66 +215,173 @@ def host_input(system: Any, images_per_s: float, args: Any) -> dict[str, float]:
     }
 
 
-# --- On emulated devices ---------------------------------------------------------
+def gradient_bytes(path: str) -> dict[str, int]:
+    """Returns number and float32 bytes of the trained parameters of a config."""
+    import jax
+    from cases import build_model, read_config, variable_shapes
+
+    from solov2_jax.training.build import build_trainable
+
+    config = read_config(path)
+    params = variable_shapes(build_model(config, config.model.num_classes))["params"]
+    flags = jax.tree.leaves(build_trainable(config, params))
+    trained = [x.size for x, flag in zip(jax.tree.leaves(params), flags, strict=True) if flag]
+    return {"arrays": len(trained), "bytes": 4 * sum(trained)}
+
+
+# --- Compiled programs ---------------------------------------------------------------
+
+
+def read_collectives(text: str) -> list[dict[str, Any]]:
+    """Returns operations between devices in a compiled program's text, summed by kind.
+
+    Several arrays in one operation mean that the compiler combined them.
+    """
+    # "%name = (f32[3,4]{1,0}, /*index=1*/s32[]) all-reduce-start(...)"; a "-done" is its
+    # other half.
+    kinds = "|".join(COLLECTIVES)
+    operation = re.compile(rf"^\s*(?:ROOT )?%\S+ = (.*?) ({kinds})(?:-start)?\(", re.M)
+    sums: dict[str, dict[str, Any]] = {}
+    for shapes, kind in operation.findall(text):
+        arrays = re.findall(r"\b(pred|bf16|[fsu]\d+)\[([\d,]*)\]", shapes)
+        row = {"kind": kind, "types": [], "operations": 0, "arrays": 0, "bytes": 0}
+        row = sums.setdefault(kind, row)
+        row["types"] = sorted({*row["types"], *(dtype for dtype, _ in arrays)})
+        row["operations"] += 1
+        row["arrays"] += len(arrays)
+        for dtype, dims in arrays:
+            item = {"pred": 1, "bf16": 2}.get(dtype) or int(dtype[1:]) // 8
+            row["bytes"] += item * math.prod(int(d) for d in dims.split(",") if d)
+    return list(sums.values())
 
 
 def emulated(args: Any) -> dict[str, Any]:
     """Returns what the sharded step sends, its losses and its cost, by devices."""
-    from collectives import read_collectives, summed
-    from step_case import make_batch
+    from cases import build_step, make_train_batch, read_config
 
-    from solov2_jax.config import load_config
+    from solov2_jax.training.sharding import make_mesh, put_batch
 
-    h, w = args.emulated_size
-    config = load_config(str(ROOT / args.emulated_config), [])
-    batch = make_batch(max(EMULATED), h, w, config.model.num_classes or 5)
-    found: dict[str, Any] = {"cpu": {}, "accelerator": {}}
+    h, w = args.size or (64, 64)
+    config = read_config(args.emulated_config)
+    rows = make_train_batch(config, (h, w), max(EMULATED))
+    forms: dict[str, Any] = {"cpu": {}, "accelerator": {}}
+
+    def measure(devices: int, form: str, steps: int) -> None:
+        step, shapes, mesh = build_step(config, make_mesh(devices))
+        batch = put_batch(rows, mesh)
+        compiled = step.lower(shapes, batch).compile()
+        row = {"collectives": read_collectives(compiled.as_text())}
+        forms[form][str(devices)] = row | timed(step, shapes, batch, steps)
+
     for devices in EMULATED:
-        compiled, case = compile_step(config, devices, batch)
-        row = {"collectives": summed(read_collectives(compiled.as_text()))}
-        found["cpu"][str(devices)] = row | timed(compiled, case, batch, args.steps)
-        if devices not in AS_ACCELERATOR:
-            continue
-        # The convolutions of GPU and TPU: their gradients are other arrays.
-        with mock.patch("jax.default_backend", lambda: "gpu"):
-            compiled, _ = compile_step(config, devices, batch)
-        row = {"collectives": summed(read_collectives(compiled.as_text()))}
-        found["accelerator"][str(devices)] = row
-    return {
-        "config": args.emulated_config,
-        "size": [h, w],
-        "batch": max(EMULATED),
-        "gradients": gradient_bytes(args.emulated_config),
-        "machine": report.describe_machine(),
-        **found,
-    }
+        measure(devices, "cpu", args.steps)
+        if devices in AS_ACCELERATOR:
+            # The convolutions of GPU and TPU: their gradients are other arrays.
+            with mock.patch("jax.default_backend", lambda: "gpu"):
+                measure(devices, "accelerator", 0)
+    work = {"config": args.emulated_config, "size": [h, w], "batch": max(EMULATED)}
+    gradients = {"gradients": gradient_bytes(args.emulated_config)}
+    return work | gradients | {"machine": harness.describe_machine()} | forms
 
 
-def compile_step(config: Any, devices: int, batch: Any) -> tuple[Any, Any]:
-    """Returns (compiled step, case): on so many devices."""
-    from step_case import StepCase
-
-    case = StepCase(config, devices)
-    return case.step.lower(case.abstract_state(), case.put(batch)).compile(), case
-
-
-def timed(compiled: Any, case: Any, batch: Any, steps: int) -> dict[str, Any]:
-    """Returns losses of all steps, and seconds of all but the first."""
+def timed(step: Any, shapes: Any, batch: Any, steps: int) -> dict[str, Any]:
+    """Returns losses of all steps, and seconds of all but the first; {} for no steps."""
     import jax
+    from cases import start_state
 
-    state, losses, wall, cpu = case.state(), [], [], []
-    arrays = case.put(batch)
+    if not steps:
+        return {}
+    state, losses, wall, cpu = start_state(shapes), [], [], []
     for _ in range(steps + 1):
         start, used = time.perf_counter(), time.process_time()
-        state, metrics = jax.block_until_ready(compiled(state, arrays, case.key))
+        state, metrics = jax.block_until_ready(step(state, batch))
         wall.append(time.perf_counter() - start)
         cpu.append(time.process_time() - used)
         losses.append(float(metrics["loss"]))
-    return {
-        "losses": losses,
-        "seconds": report.summary(wall[1:]),
-        "cpu_seconds": report.summary(cpu[1:]),
+    seconds = {"seconds": harness.summary(wall[1:]), "cpu_seconds": harness.summary(cpu[1:])}
+    return {"losses": losses, **seconds}
+
+
+def ahead(args: Any) -> tuple[str, dict[str, Any]]:
+    """Returns (label, what the step compiled for a described topology holds)."""
+    from cases import read_config
+    from jax.experimental import topologies
+
+    platform, _, topology = args.topology.partition(":")
+    if platform not in ("cuda", "tpu"):
+        raise SystemExit(f"error: --topology {args.topology}: begin with cuda: or tpu:")
+    if platform == "tpu":
+        os.environ |= {
+            "TPU_SKIP_MDS_QUERY": "1",  # no question to Google Cloud what machine this is
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # must be something; not what counts
+        }
+        devices = topologies.get_topology_desc(topology, "tpu").devices
+    else:
+        # Forms are chosen by timing them, which needs the GPU; Triton's, whose tiles
+        # are chosen so, do not compile without.
+        flags = " --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags
+        target = {"target_config": load_systems()["h100_target"], "topology": topology}
+        devices = topologies.get_topology_desc("h100", "cuda", **target).devices
+    config = read_config(args.config, [f"--config.model.dtype={args.dtype}"])
+    size = tuple(args.size or PADDED)
+    lowered = lower_for(devices, config, size, args.images, "gpu" if platform == "cuda" else "tpu")
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    row = {
+        "config": args.config,
+        "dtype": args.dtype,
+        "size": list(size),
+        "images_per_chip": args.images,
+        "chips": len(devices),
+        "kind": devices[0].device_kind,
+        "compile_s": time.perf_counter() - start,
+        "collectives": read_collectives(compiled.as_text()),
+        "memory_gb": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9,
     }
+    return f"{platform} {topology} {Path(args.config).stem} {args.dtype}", row
+
+
+def lower_for(devices: Any, config: Any, size: tuple[int, int], images: int, backend: str) -> Any:
+    """Returns the lowered train step for chips that cannot hold an array.
+
+    Args:
+      size: (height, width), padded.
+      images: per chip.
+      backend: whose form of the convolutions it has: "gpu" or "tpu".
+    """
+    import numpy as np
+    from cases import OBJECTS, build_step
+    from jax.sharding import AxisType, Mesh
+
+    from solov2_jax.tools.dry_run import batch_shapes
+
+    mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+    batch = batch_shapes(len(devices) * images, OBJECTS, *size, mesh)
+    with described_arrays(), mock.patch("jax.default_backend", lambda: backend):
+        step, state, _ = build_step(config, mesh)
+        return step.lower(state, batch)
+
+
+@contextlib.contextmanager
+def described_arrays() -> Iterator[None]:
+    """Makes what would be put on a mesh's devices shapes only, within the context."""
+    import jax
+
+    from solov2_jax.training import sharding
+
+    def describe(tree: Any, placed: Any) -> Any:
+        placed = (
+            placed if isinstance(placed, jax.sharding.Sharding) else sharding.replicated(placed)
+        )
+        shape = jax.ShapeDtypeStruct
+        return jax.tree.map(lambda x: shape(x.shape, x.dtype, sharding=placed), tree)
+
+    put = mock.patch("jax.device_put", describe)
+    with put, mock.patch.object(sharding, "copy_to_all", describe):
+        yield
 
 
 if __name__ == "__main__":

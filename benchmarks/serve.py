@@ -1,260 +1,176 @@
 """Loads `serve.py` on this machine, beside the same predictor in its own process.
 
-    python benchmarks/serve.py --workdir runs/quickstart --images photos \
-        --seconds 15 --results serve.json
+    python benchmarks/serve.py --workdir runs/quickstart --images photos --seconds 15
 
 Closed loops of 1, 2, 4, ... clients, each of which asks again when it is answered; then
 requests at ten times the rate of the best of them, whatever the answers; then SIGTERM
-in the middle of a closed loop. Prints a table and writes what it holds as json. The
-clients run on the same cores and take their share.
+in the middle of a closed loop. The clients run on the same cores and take their share.
+Prints the table of docs/export_and_serving.md; --results FILE.json: what it holds.
 """
 
 import argparse
 import asyncio
-import dataclasses
 import json
-import os
-import platform
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from harness import ROOT, describe_machine, status_kib
+from tables import table
 
-ROOT = Path(__file__).resolve().parent.parent
-MEBIBYTE = 1024
+KINDS = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
 
 
-@dataclasses.dataclass
-class Answer:
-    """One request: when it was sent, how long it took, and its end."""
+class Answer(NamedTuple):
+    """One request: when it was sent, how long it took, and its end.
+
+    The end is HTTP's status; "refused": no connection; "lost": sent, and never answered.
+    """
 
     sent: float
     seconds: float
-    # HTTP's status; "refused": no connection; "lost": sent, and never answered.
     end: int | str
 
 
-async def ask(port: int, body: bytes, kind: str) -> Answer:
+async def ask(port: int, path: Path) -> Answer:
     """Returns how a request on a connection of its own ended."""
-    start = time.perf_counter()
-    end: int | str = "refused"
+    start, end, writer = time.perf_counter(), "refused", None
+    body = path.read_bytes()
+    head = (
+        f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: {KINDS[path.suffix]}\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    except OSError:
-        return Answer(start, time.perf_counter() - start, end)
-    try:
-        head = (
-            f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        )
         end = "lost"
         writer.write(head.encode() + body)
         await writer.drain()
-        line = await reader.readline()
-        if line:
+        if line := await reader.readline():
             await reader.read()
             end = int(line.split()[1])
     except OSError:
-        pass
-    finally:
+        end = end if writer else "refused"
+    if writer:
         writer.close()
     return Answer(start, time.perf_counter() - start, end)
 
 
-async def closed_loop(
-    port: int, bodies: list[tuple[bytes, str]], clients: int, seconds: float
-) -> list[Answer]:
+async def closed_loop(port: int, paths: list[Path], clients: int, seconds: float) -> list[Answer]:
     """Returns the answers to clients that ask again and again."""
-    answers: list[Answer] = []
-    until = time.perf_counter() + seconds
+    until, answers = time.perf_counter() + seconds, []
 
-    async def client(first: int) -> None:
-        number = first
+    async def client(request: int) -> None:
         while time.perf_counter() < until:
-            answer = await ask(port, *bodies[number % len(bodies)])
-            answers.append(answer)
-            if answer.end == "refused":
+            answers.append(await ask(port, paths[request % len(paths)]))
+            if answers[-1].end == "refused":
                 return
-            number += clients
+            request += clients
 
     await asyncio.gather(*(client(i) for i in range(clients)))
     return answers
 
 
-async def open_loop(
-    port: int, bodies: list[tuple[bytes, str]], rate: float, seconds: float
-) -> list[Answer]:
+async def open_loop(port: int, paths: list[Path], rate: float, seconds: float) -> list[Answer]:
     """Returns the answers to requests at a rate (per second) that waits for none."""
     begin, tasks = time.perf_counter(), []
-    for number in range(int(rate * seconds)):
-        delay = begin + number / rate - time.perf_counter()
-        if delay > 0:
-            await asyncio.sleep(delay)
-        tasks.append(asyncio.create_task(ask(port, *bodies[number % len(bodies)])))
+    for request in range(int(rate * seconds)):
+        await asyncio.sleep(max(0.0, begin + request / rate - time.perf_counter()))
+        tasks.append(asyncio.create_task(ask(port, paths[request % len(paths)])))
     return await asyncio.gather(*tasks)
 
 
-def summarise(answers: list[Answer]) -> dict:
+def summarise(answers: list[Answer]) -> dict[str, Any]:
     """Returns throughput, times and ends of a phase."""
     good = [a.seconds for a in answers if a.end == 200]
-    begin = min(a.sent for a in answers)
-    span = max(a.sent + a.seconds for a in answers) - begin
-    ends = Counter(str(a.end) for a in answers)
-    found = {
-        "requests": len(answers),
-        "seconds": span,
-        "ends": dict(sorted(ends.items())),
-    }
-    found["answered_per_second"] = len(good) / span
-    for name, share in (("p50", 50), ("p99", 99)):
-        found[f"{name}_ms"] = 1000 * float(np.percentile(good, share)) if good else None
-    refused = [a.seconds for a in answers if a.end == 429]
-    if refused:
-        found["p99_of_429_ms"] = 1000 * float(np.percentile(refused, 99))
-    return found
+    span = max(a.sent + a.seconds for a in answers) - min(a.sent for a in answers)
+    times = {f"p{q}_ms": 1e3 * float(np.percentile(good, q)) if good else None for q in (50, 99)}
+    ends = dict(sorted(Counter(str(a.end) for a in answers).items()))
+    return {"answered_per_second": len(good) / span, **times, "ends": ends}
 
 
-class Service:
-    """A `serve.py` process and its memory."""
-
-    def __init__(self, arguments: list[str]):
-        command = [sys.executable, str(ROOT / "serve.py"), "--port=0", *arguments]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if "listening on" in line:
-                self.port = int(line.rsplit(":", 1)[1])
-                return
-        raise RuntimeError("serve.py did not start; run it by hand to see why")
-
-    def memory(self) -> float:
-        """Returns the resident memory in MiB."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        line = next(x for x in status.splitlines() if x.startswith("VmRSS"))
-        return int(line.split()[1]) / MEBIBYTE
-
-
-def in_process(arguments: argparse.Namespace, paths: list[Path]) -> dict:
+def in_process(args: argparse.Namespace, paths: list[Path]) -> dict[str, Any]:
     """Returns the times of the same predictor without a service, files decoded too."""
-    import logging
-
-    import jax
-
     from solov2_jax import Predictor
     from solov2_jax.inference.prediction import to_coco_results
-    from solov2_jax.tools.export.metadata import default_buckets
 
-    logging.disable(logging.INFO)
-    predictor = Predictor.from_workdir(arguments.workdir)
-    shapes = default_buckets(predictor.input)
-    predictor.input = dataclasses.replace(predictor.input, buckets=shapes)
-    predictor.compile(shapes)
-    times = []
-    until = time.perf_counter() + arguments.seconds
-    for number in range(1_000_000):
+    predictor = Predictor.from_workdir(args.workdir)
+    for path in paths:  # compiles what these pictures need
+        predictor(str(path))
+    begin, answers = time.perf_counter(), []
+    while time.perf_counter() < begin + args.seconds:
         start = time.perf_counter()
-        found = predictor(str(paths[number % len(paths)])).above(arguments.score)
-        json.dumps(to_coco_results(found, predictor.category_ids))
-        times.append(time.perf_counter() - start)
-        if time.perf_counter() > until:
-            break
-    times = times[len(paths) :] or times  # the first round compiles the pasting
-    device = jax.devices()[0]
-    return {
-        "answered_per_second": 1 / float(np.mean(times)),
-        "p50_ms": 1000 * float(np.percentile(times, 50)),
-        "p99_ms": 1000 * float(np.percentile(times, 99)),
-        "device": f"{device.platform} {device.device_kind}",
-        "jax": jax.__version__,
-    }
+        prediction = predictor(str(paths[len(answers) % len(paths)])).above(args.score)
+        json.dumps(to_coco_results(prediction, predictor.category_ids))
+        answers.append(Answer(start, time.perf_counter() - start, 200))
+    return summarise(answers)
 
 
-async def measure(arguments: argparse.Namespace, bodies: list, service: Service) -> dict:
-    """Returns the phases of the load and the memory after each second."""
-    memory: list[float] = []
+async def measure(args: argparse.Namespace, paths: list[Path]) -> dict[str, Any]:
+    """Returns the phases of the load on a `serve.py` process, each with its memory."""
+    command = [sys.executable, str(ROOT / "serve.py"), "--port=0", f"--workdir={args.workdir}"]
+    command += [f"--score={args.score}", *args.arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    listening = next((line for line in process.stdout if "listening on" in line), None)
+    if listening is None:
+        raise SystemExit("error: serve.py did not start; run it by hand to see why")
+    port, phases = int(listening.rsplit(":", 1)[1]), {}
 
-    async def watch() -> None:
-        while True:
-            memory.append(round(service.memory(), 1))
-            await asyncio.sleep(1)
+    def add(name: str, answers: list[Answer]) -> None:
+        memory = {"resident_mib": status_kib(process.pid, "VmRSS") / 1024}
+        phases[name] = summarise(answers) | memory
 
-    watching = asyncio.create_task(watch())
-    port, seconds = service.port, arguments.seconds
-    await closed_loop(port, bodies, 2, min(5, seconds))  # pasting compiles
-    marks = {"warm": len(memory)}
-    phases = {}
-    for clients in arguments.clients:
-        answers = await closed_loop(port, bodies, clients, seconds)
-        phases[f"{clients} clients"] = summarise(answers)
-        marks[f"{clients} clients"] = len(memory)
-    best = max(p["answered_per_second"] for p in phases.values())
-    answers = await open_loop(port, bodies, 10 * best, seconds)
-    phases["10 x the rate"] = {"offered_per_second": 10 * best, **summarise(answers)}
-    marks["10 x the rate"] = len(memory)
-    await asyncio.sleep(1)
-    watching.cancel()
-    loop = asyncio.create_task(closed_loop(port, bodies, 8, seconds))
-    await asyncio.sleep(min(2.0, seconds / 2))
-    service.process.send_signal(signal.SIGTERM)
-    phases["SIGTERM, 8 clients"] = summarise(await loop)
-    code = await asyncio.to_thread(service.process.wait, 90)
-    phases["SIGTERM, 8 clients"]["exit_code"] = code
-    return {"phases": phases, "memory_mib": memory, "memory_marks": marks}
-
-
-def table(results: dict) -> str:
-    """Returns the results as markdown."""
-    lines = [
-        "| load | answers/s | p50 ms | p99 ms | ends |",
-        "|---|---:|---:|---:|---|",
-    ]
-    rows = {
-        "in process, one after the other": results["in_process"],
-        **results["phases"],
-    }
-    for name, row in rows.items():
-        ends = ", ".join(f"{n} x {end}" for end, n in row.get("ends", {}).items())
-        times = (row["p50_ms"], row["p99_ms"])
-        shown = " | ".join("-" if t is None else f"{t:.0f}" for t in times)
-        lines.append(f"| {name} | {row['answered_per_second']:.1f} | {shown} | {ends} |")
-    memory, marks = results["memory_mib"], results["memory_marks"]
-    after = {name: memory[min(at, len(memory) - 1)] for name, at in marks.items()}
-    text = ", ".join(f"{name} {value:.0f}" for name, value in after.items())
-    return "\n".join(lines) + f"\n\nresident MiB after: {text}\n"
+    try:
+        await closed_loop(port, paths, 2, min(5, args.seconds))  # pasting compiles
+        for clients in args.clients:
+            add(f"{clients} clients", await closed_loop(port, paths, clients, args.seconds))
+        rate = 10 * max(phase["answered_per_second"] for phase in phases.values())
+        name = f"{rate:.0f} requests/s, 10 times the best rate"
+        add(name, await open_loop(port, paths, rate, args.seconds))
+        loop = asyncio.create_task(closed_loop(port, paths, 8, args.seconds))
+        await asyncio.sleep(min(2.0, args.seconds / 2))
+        process.send_signal(signal.SIGTERM)
+        phases["8 clients, SIGTERM"] = summarise(await loop)
+        code = await asyncio.to_thread(process.wait, 90)
+        phases["8 clients, SIGTERM"]["exit_code"] = code
+    finally:
+        process.kill()
+    return phases
 
 
 def main() -> None:
+    """Measures, prints the table and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", required=True)
-    parser.add_argument("--images", required=True, help="folder of JPEGs or PNGs")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each phase")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--score", type=float, default=0.3)
-    parser.add_argument("--results", help="json to write")
-    parser.add_argument("arguments", nargs="*", help="for serve.py, after --")
-    arguments = parser.parse_args()
-    kinds = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
-    paths = sorted(p for p in Path(arguments.images).iterdir() if p.suffix in kinds)[:32]
+    add = parser.add_argument
+    add("--workdir", required=True)
+    add("--images", required=True, type=Path, help="folder of JPEGs or PNGs")
+    add("--seconds", type=float, default=15.0, help="of each phase")
+    add("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
+    add("--score", type=float, default=0.3)
+    add("--results", type=Path, help="json to write")
+    add("arguments", nargs="*", help="for serve.py, after --")
+    args = parser.parse_args()
+    paths = sorted(p for p in args.images.iterdir() if p.suffix in KINDS)[:32]
     if not paths:
-        parser.error(f"--images {arguments.images}: no .jpg or .png in this folder")
-    bodies = [(path.read_bytes(), kinds[path.suffix]) for path in paths]
-    given = [f"--workdir={arguments.workdir}", f"--score={arguments.score}"]
-    service = Service([*given, *arguments.arguments])
-    try:
-        results = asyncio.run(measure(arguments, bodies, service))
-    finally:
-        service.process.kill()
-    results["in_process"] = in_process(arguments, paths)
-    results["machine"] = {"cores": os.cpu_count(), "platform": platform.platform()}
-    print(table(results))
-    if arguments.results:
-        Path(arguments.results).write_text(json.dumps(results, indent=1) + "\n")
+        parser.error(f"--images {args.images}: no .jpg or .png in this folder")
+    phases = {"in process, one after the other": in_process(args, paths)}
+    phases |= asyncio.run(measure(args, paths))
+    rows = []
+    for name, phase in phases.items():
+        times = ("-" if phase[k] is None else f"{phase[k]:.0f}" for k in ("p50_ms", "p99_ms"))
+        ends = ", ".join(f"{count} x {end}" for end, count in phase["ends"].items())
+        memory = f"{phase['resident_mib']:.0f}" if "resident_mib" in phase else "-"
+        rows.append((name, f"{phase['answered_per_second']:.1f}", *times, ends, memory))
+    print(table(("load", "answers/s", "p50 ms", "p99 ms", "ends", "resident MiB"), rows))
+    if args.results:
+        content = {"phases": phases, "machine": describe_machine()}
+        args.results.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

@@ -1,140 +1,131 @@
-"""Writes the tables of README.md from the results' json.
+"""Writes the tables of README.md and docs/scaling.md from the files in results/.
 
-    python benchmarks/tables.py            # writes
-    python benchmarks/tables.py --check    # fails if that would change something
+    python benchmarks/tables.py            # --check: only whether they are up to date
 
-`<!-- compile -->` and `<!-- gpu -->` hold what compile.py and gpu.py found. A table of
-programs that took turns stands between `<!-- table: SCRIPT WHAT -->` and
-`<!-- end -->`; it holds every result whose work has this script and begins with this
-`what` ("*": any).
+A table stands in a document between `<!-- NAME -->` and `<!-- end -->`; what has no
+result says so.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import compile_tables
-import data_tables
-import gpu_tables
-import markdown
+from harness import RESULTS, ROOT
 
-HERE = Path(__file__).resolve().parent
-README, RESULTS = HERE / "README.md", HERE / "results"
-MARKER = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.S)
-EMPTY = "No result yet.\n"
-HEADER = (
+README, SCALING = ROOT / "benchmarks" / "README.md", ROOT / "docs" / "scaling.md"
+EMPTY = "No result yet."
+PROGRAM_COLUMNS = (
     "| work | allocator | program | median s (quartiles) | CPU s | peak GB "
     "| first call s | ours / it (quartiles of pairs) |\n" + "|---" * 8 + "|\n"
 )
+DATA_STAGES = ("decode", "resize", "rasterise")
+COLLECTIVES = "all-reduce all-gather reduce-scatter collective-permute all-to-all".split()
+Result = Mapping[str, Any]
 
 
-def load_results(folder: Path) -> list[dict[str, Any]]:
-    """Returns the results of programs that took turns, by name."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return [result for result in found if "work" in result]
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table of markdown; columns of numbers are aligned to the right."""
+    columns = list(zip(*rows, strict=True))
+    numeric = [all(re.match(r"[\d-]", cell) for cell in c) for c in columns]
+    lines = [header, ["--:" if flag else "---" for flag in numeric], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def render(text: str, results: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the document with every table filled from the results."""
+def fill(text: str, blocks: Mapping[str, str]) -> str:
+    """Returns a document with the blocks between `<!-- NAME -->` and `<!-- end -->`.
 
-    def fill(match: re.Match) -> str:
-        begin, script, what, end = match.groups()
-        chosen = [
-            r for r in results if r["work"]["script"] == script and what in ("*", r["work"]["what"])
-        ]
-        return begin + (written(script, chosen) if chosen else EMPTY) + end
-
-    return MARKER.sub(fill, text)
-
-
-def document(text: str, folder: Path) -> str:
-    """Returns the document with everything filled that the folder has a result of."""
-    text = render(text, load_results(folder))
-    for name, of in (("compile", compile_tables.render), ("gpu", gpu_tables.render)):
-        path = folder / f"{name}.json"
-        found = of(json.loads(path.read_text())) if path.exists() else EMPTY.strip()
-        text = markdown.fill(text, {name: found})
+    Raises:
+      ValueError: for a block that the document has no place for.
+    """
+    for name, block in blocks.items():
+        place = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.S)
+        if not place.search(text):
+            raise ValueError(f"no place <!-- {name} --> ... <!-- end --> in the text")
+        text = place.sub(lambda m, b=block: f"{m[1]}{b.rstrip()}\n{m[2]}", text)
     return text
 
 
-def written(script: str, results: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the tables of a benchmark's results."""
-    if script == "data":
-        origins = [origin(r) for r in results if "programs" in r]
-        return data_tables.render(results) + "".join(dict.fromkeys(origins))
-    return tables_of(results)
-
-
-def tables_of(results: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the table of the programs, one of the stages, and a line of origin."""
-    lines = [HEADER]
-    for result in results:
-        lines += [row(result, name) for name in result["programs"]]
-        lines += [
-            f"| {label(result)} | {result['allocator']} | {name} | does not run: "
-            f"{short(why)} | | | | |\n"
-            for name, why in result["failed"].items()
+def readme(text: str, folder: Path) -> str:
+    """Returns the document with all its tables filled from the results in a folder."""
+    loaded = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    results = [result for result in loaded if "work" in result]
+    blocks = {}
+    for script, what in re.findall(r"<!-- table: (\S+) (\S+) -->", text):
+        chosen = [
+            r for r in results if r["work"]["script"] == script and what in ("*", r["work"]["what"])
         ]
+        render = data_table if script == "data" else program_tables
+        blocks[f"table: {script} {what}"] = render(chosen) if chosen else EMPTY
+    if "<!-- compile -->" in text:
+        compiled = [r for r in loaded if r["name"] == "compile"]
+        blocks["compile"] = compile_table(compiled[0]) if compiled else EMPTY
+    return fill(text, blocks)
+
+
+def scaling_document(text: str, folder: Path) -> str:
+    """Returns the document with all its tables filled from results/scaling.json."""
+    return fill(text, scaling_tables(json.loads((folder / "scaling.json").read_text())))
+
+
+# --- Programs that took turns --------------------------------------------------------
+
+
+def program_tables(results: Sequence[Result]) -> str:
+    """Returns the table of the programs, those of their stages, and lines of origin."""
+    lines = [PROGRAM_COLUMNS]
     for result in results:
-        lines += stages_of(result)
-    return "".join([*lines, "\n", *dict.fromkeys(origin(r) for r in results)])
+        lines += [_program_row(result, name) for name in result["programs"]]
+    for result in results:
+        lines += _stages_of(result)
+    return "".join([*lines, "\n", *dict.fromkeys(_origin(r) for r in results)])
 
 
-def label(result: Mapping[str, Any]) -> str:
+def _label(result: Result) -> str:
     """Returns what was done, in a cell's words."""
     work = result["work"]
     if "label" in work:
         return work["label"]
     h, w = work["size"]
-    config, batch = Path(work["config"]).stem, work["batch"]
-    words = f"`{config}` {h} x {w}, batch {batch}"
-    if work["script"] == "postprocess":
-        words = f"{work['what']}, {words}"
-    return words
+    words = f"`{Path(work['config']).stem}` {h} x {w}, batch {work['batch']}"
+    return f"{work['what']}, {words}" if work["script"] == "postprocess" else words
 
 
-def row(result: Mapping[str, Any], name: str) -> str:
-    """Returns a program's row."""
+def _program_row(result: Result, name: str) -> str:
     figures = result["programs"][name]
-    seconds, cpu = figures["seconds"], figures["cpu_seconds"]["median"]
-    cells = [
-        label(result),
-        result["allocator"],
-        name,
-        f"{number(seconds['median'])} ({number(seconds['q1'])} to {number(seconds['q3'])})",
-        number(cpu),
-        f"{figures['peak_memory_gb']:.1f}",
-        number(figures["about"].get("first_call_s", figures["about"]["start_s"])),
-        "",
-    ]
-    if name in result["ratios"]:
-        ratio = result["ratios"][name]
-        pairs = ratio["of_pairs"]
-        cells[-1] = f"**{ratio['of_medians']:.2f}** "
-        cells[-1] += f"({pairs['q1']:.2f} to {pairs['q3']:.2f})"
-    return f"| {' | '.join(cells)} |\n"
+    median, q1, q3 = (_seconds(figures["seconds"][key]) for key in ("median", "q1", "q3"))
+    first = figures["about"].get("first_call_s", figures["about"]["start_s"])
+    cells = [_label(result), result["allocator"], name, f"{median} ({q1} to {q3})"]
+    cells += [_seconds(figures["cpu_seconds"]["median"]), f"{figures['peak_memory_gb']:.1f}"]
+    return f"| {' | '.join([*cells, _seconds(first), _ratio(result, name)])} |\n"
 
 
-def stages_of(result: Mapping[str, Any]) -> list[str]:
+def _ratio(result: Result, name: str) -> str:
+    """Returns a program's last cell; the first program's is empty."""
+    if name not in result["ratios"]:
+        return ""
+    ratio = result["ratios"][name]
+    pairs = ratio["of_pairs"]
+    return f"**{ratio['of_medians']:.2f}** ({pairs['q1']:.2f} to {pairs['q3']:.2f})"
+
+
+def _stages_of(result: Result) -> list[str]:
     """Returns the lines of a table of stages, none where there are none."""
     columns = {n: p["stages"] for n, p in result["programs"].items() if "stages" in p}
     if not columns:
         return []
-    title = f"{label(result)}, {result['allocator']} allocator, seconds"
-    lines = [f"\n| {title} | {' | '.join(columns)} |\n", "|---" * (len(columns) + 1)]
-    lines.append("|\n")
+    title = f"{_label(result)}, {result['allocator']} allocator, seconds"
+    lines = [f"\n| {title} | {' | '.join(columns)} |\n", "|---" * (len(columns) + 1) + "|\n"]
     for stage in dict.fromkeys(s for stages in columns.values() for s in stages):
-        values = [c[stage]["median"] if stage in c else None for c in columns.values()]
-        cells = ["" if v is None else number(v) for v in values]
+        cells = [_seconds(c[stage]["median"]) if stage in c else "" for c in columns.values()]
         lines.append(f"| {stage} | {' | '.join(cells)} |\n")
     return lines
 
 
-def origin(result: Mapping[str, Any]) -> str:
+def _origin(result: Result) -> str:
     """Returns where and with what a result was measured."""
     machine = result["machine"]
     versions: dict[str, str] = {}
@@ -148,29 +139,244 @@ def origin(result: Mapping[str, Any]) -> str:
     )
 
 
-def number(value: float) -> str:
+def _seconds(value: float) -> str:
     """Returns seconds with three significant digits, without exponents."""
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
-    return f"{value:.{digits}f}"
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"
 
 
-def short(text: str, limit: int = 100) -> str:
-    """Returns the text in one line that a table bears."""
-    text = " ".join(text.split()).replace("|", "/")
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+# --- Input pipeline and compile times ------------------------------------------------
+
+
+def data_table(results: Sequence[Result]) -> str:
+    """Returns the table of the measurements that have both parts, and the soak test."""
+    rows = []
+    by_what = {(r["work"]["what"], r["work"]["label"]): r for r in results}
+    for (what, label), whole in by_what.items():
+        stages = by_what.get(("stages", label))
+        if what == "pipeline" and stages is not None:
+            rows += [_data_row(whole, stages, program) for program in whole["programs"]]
+    columns = ("data", "program", "images/s, one core", *(f"{s} ms" for s in DATA_STAGES))
+    columns += ("batches, transport ms", "reader / worker GB", "ours / it (quartiles of pairs)")
+    blocks = [table(columns, rows) + "\n\n"] if rows else []
+    blocks += [_soak_line(r) for (what, _), r in by_what.items() if what == "soak"]
+    return "".join([*blocks, *dict.fromkeys(_origin(r) for r in results if "programs" in r)])
+
+
+def _data_row(whole: Result, stages: Result, program: str) -> tuple[str, ...]:
+    """Returns a program's row.
+
+    The stages are the batch maker's alone; what the pipeline takes beyond them is the
+    making of batches and their way from the worker process to the reader.
+    """
+    figures, parts = whole["programs"][program], stages["programs"][program]["stages"]
+    ms = [parts[s]["median"] / stages["work"]["images"] * 1e3 for s in DATA_STAGES]
+    total = figures["seconds"]["median"] / whole["work"]["images"] * 1e3
+    return (
+        whole["work"]["label"],
+        program,
+        f"**{1e3 / total:.1f}**",
+        *(f"{value:.2f}" for value in ms),
+        f"{total - sum(ms):.2f}",
+        f"{figures['peak_memory_gb']:.2f} / {figures['found']['worker_peak_gb']:.2f}",
+        _ratio(whole, program),
+    )
+
+
+def _soak_line(content: Result) -> str:
+    sides = ", ".join(map(str, content["sizes"][:-1]))
+    memory = " and ".join(
+        f"{name} {first:.0f} MB, then {second:.0f} MB"
+        for name, first, second in halves(content["resident_mb"])
+    )
+    return (
+        f"{content['batches']} batches of {content['batch']} images ({sides} px) through "
+        f"{content['workers']} workers; largest resident memory in the first half and in the "
+        f"second: {memory}.\n\n"
+    )
+
+
+def halves(samples: list[list[float]]) -> list[tuple[str, float, float]]:
+    """Returns (process, largest in the first half, largest in the second), MB."""
+    middle = len(samples) // 2
+    columns = zip(("reader", "worker"), zip(*samples, strict=True), strict=True)
+    return [(name, max(c[:middle]), max(c[middle:])) for name, c in columns]
+
+
+def compile_totals(phases: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Returns the sums up to the first result: all phases but the second call."""
+    first = [p for name, p in phases.items() if name != "second"]
+    keys = ("seconds", "trace", "lower", "compile", "programs", "hits")
+    return {key: sum(p[key] for p in first) for key in keys}
+
+
+def compile_table(content: Result) -> str:
+    """Returns the table of results/compile.json."""
+    rows = []
+    for name, row in content["rows"].items():
+        cold, warm = compile_totals(row["cold"]), compile_totals(row["warm"])
+        seconds = [cold["seconds"], warm["seconds"], row["cold"]["imports"]["seconds"]]
+        seconds += [cold["trace"], cold["lower"]]
+        cells = [f"{name}, {_size(row['size'])}", *(f"{value:.1f}" for value in seconds)]
+        cells += [f"{cold['compile']:.1f} / {warm['compile']:.1f}"]
+        cells += [f"{row['cold']['second']['seconds']:.1f}"]
+        cells += [f"{cold['programs']:.0f} / {warm['hits']:.0f}", f"{row['cache_mb']:.1f}"]
+        rows.append(cells)
+    columns = ("first ... of", "cold s", "warm s", "imports", "trace", "lower")
+    columns += ("compile, cold / read, warm", "a second one", "programs / found in the cache")
+    return table((*columns, "cache MB"), rows)
+
+
+# --- Scaling -------------------------------------------------------------------------
+
+
+def scaling_tables(content: Result) -> dict[str, str]:
+    """Returns {name: table} of what results/scaling.json holds."""
+    blocks: dict[str, str] = {}
+    for part, tables in SCALING_TABLES.items():
+        if part in content:
+            blocks |= {name: render(content[part]) for name, render in tables.items()}
+    return blocks
+
+
+def _basis(paper: Result) -> str:
+    flops, gradients = paper["flops_per_image"], paper["gradients"]
+    assumed = paper["assumptions"]
+    latency = ("host_latency", "network_latency", "hop_latency")
+    values = {
+        "configuration, padded size": f"{paper['config']}, {_size(paper['size'])}",
+        "convolutions of one image, forward / whole step": (
+            f"{flops['forward'] / 1e9:.0f} / {flops['step'] / 1e9:.0f} GFLOP"
+        ),
+        "gradients summed each step, as float32": (
+            f"{gradients['arrays']} arrays, {gradients['bytes'] / 1e6:.1f} MB"
+        ),
+        "time of a step on one chip": paper["step"],
+        "backward pass, of a step's FLOPs": f"{paper['backward_share']:.0%}",
+        "assumed: of a link's published rate": f"{assumed['link_share']:.0%}",
+        "assumed: an empty all-reduce in a host / more between hosts / a torus hop": (
+            " / ".join(f"{assumed[key] * 1e6:.0f} µs" for key in latency)
+        ),
+        "gradients put together in one message up to": (
+            f"{assumed['combine_bytes'] / 2**20:.0f} MiB"
+        ),
+    }
+    return table(("what", "value"), list(values.items()))
+
+
+def _links(paper: Result) -> str:
+    rows = []
+    for s in paper["systems"]:
+        outside = f"{s['outside'] / 1e9:.4g}" if s["outside"] else "-"
+        rates = (f"{s['peak'] / 1e12:.0f}", f"{s['inside'] / 1e9:.0f}", outside)
+        rows.append((s["name"], *rates, str(s["chips_per_host"]), s["source"]))
+    columns = ("system", "bf16 TFLOP/s", "GB/s one way, in the host or torus")
+    return table((*columns, "GB/s one way, between hosts", "chips a host", "source"), rows)
+
+
+def _efficiency(paper: Result) -> str:
+    rows = []
+    for row in paper["rows"]:
+        ms = [1e3 * c["all_reduce_s"] for c in row["chips"].values()]
+        step = (str(row["images_per_chip"]), f"{1e3 * row['step_s']:.1f}")
+        reduce = f"{min(ms):.2f} to {max(ms):.2f}"
+        rows.append((row["system"], *step, reduce, *map(_shares, row["chips"].values())))
+    columns = ("system", "images a chip", "step ms", "all-reduce ms")
+    return table((*columns, *paper["rows"][0]["chips"]), rows)
+
+
+def _by_step(paper: Result) -> str:
+    systems = paper["by_step"]
+    chips = list(paper["rows"][0]["chips"])[-1]
+    steps = [f"{1e3 * float(s):g} ms" for s in next(iter(systems.values()))]
+    rows = [(name, *map(_shares, of_steps.values())) for name, of_steps in systems.items()]
+    return table((f"{chips} chips, a step of", *steps), rows)
+
+
+def _host_input(paper: Result) -> str:
+    most = {row["system"]: row["host"] for row in paper["rows"]}  # the largest batch is last
+    rows = []
+    for name, host in most.items():
+        rates = [host[key] for key in ("images_per_s", "decode_cores", "read_mb_per_s")]
+        to_chips = f"{host['to_chips_mb_per_s'] / 1e3:.1f}"
+        rows.append((name, *(f"{rate:.0f}" for rate in rates), to_chips))
+    cores = f"cores, at {paper['images_per_core']:g} images/s each"
+    return table(("system", "images/s a host", cores, "JPEG MB/s", "to the chips GB/s"), rows)
+
+
+def _sent(emulated: Result) -> str:
+    rows = []
+    for form, title in (("cpu", "CPU's"), ("accelerator", "plain")):
+        for devices, row in emulated[form].items():
+            by_kind = {c["kind"]: c for c in row["collectives"]}
+            cells = [
+                f"{c['operations']} of {c['arrays']}, {c['bytes'] / 1e6:.3g} MB"
+                if (c := by_kind.get(kind))
+                else "0"
+                for kind in COLLECTIVES
+            ]
+            rows.append((f"{title}, {devices}", *cells))
+    return table(("convolutions' form, devices", *COLLECTIVES), rows)
+
+
+def _emulated_cost(emulated: Result) -> str:
+    one, rows = emulated["cpu"]["1"], []
+    for devices, row in emulated["cpu"].items():
+        pairs = zip(row["losses"], one["losses"], strict=True)
+        largest, cpu = max(abs(a - b) / abs(b) for a, b in pairs), row["cpu_seconds"]
+        spread = f"{cpu['median']:.3f} ({cpu['min']:.3f} to {cpu['max']:.3f})"
+        share = f"{cpu['median'] / one['cpu_seconds']['median']:.2f}"
+        rows.append((devices, f"{largest:.1e}", spread, share, f"{row['seconds']['median']:.3f}"))
+    columns = ("devices", "largest relative difference of a loss", "CPU seconds a step")
+    return table((*columns, "of one device's", "seconds a step"), rows)
+
+
+def _ahead(ahead: Result) -> str:
+    rows = []
+    for row in ahead.values():
+        (reduce,) = (c for c in row["collectives"] if c["kind"] == "all-reduce")
+        others = sum(c["bytes"] for c in row["collectives"]) - reduce["bytes"]
+        work = (f"{row['chips']} x {row['kind']}", f"{row['config']}, {row['dtype']}")
+        images = f"{row['images_per_chip']} of {_size(row['size'])}"
+        sums = (f"{reduce['operations']} of {reduce['arrays']}", f"{reduce['bytes'] / 1e6:.1f}")
+        rows.append((*work, images, *sums, f"{others / 1e6:.2f}", f"{row['memory_gb']:.1f}"))
+    columns = ("chips", "configuration", "images a chip", "all-reduces, arrays", "MB")
+    return table((*columns, "MB of other operations", "GB a chip"), rows)
+
+
+def _shares(of_chips: Mapping[str, float]) -> str:
+    """Returns percent: nothing hidden / overlapped."""
+    return f"{100 * of_chips['efficiency']:.0f} / {100 * of_chips['efficiency_overlapped']:.0f}"
+
+
+def _size(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size))
+
+
+SCALING_TABLES: dict[str, dict[str, Callable[[Result], str]]] = {
+    "paper": {
+        "basis": _basis,
+        "links": _links,
+        "efficiency": _efficiency,
+        "by step time": _by_step,
+        "input": _host_input,
+    },
+    "emulated": {"sent": _sent, "emulated": _emulated_cost},
+    "ahead": {"ahead": _ahead},
+}
 
 
 def main() -> None:
-    """Writes README.md, or checks it."""
+    """Writes the documents, or checks them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    before = README.read_text()
-    after = document(before, RESULTS)
-    if check and after != before:
-        sys.exit("error: README.md is not what the results say: run tables.py")
-    if after != before:
-        README.write_text(after)
+    for path, document in ((README, readme), (SCALING, scaling_document)):
+        before = path.read_text()
+        after = document(before, RESULTS)
+        if check and after != before:
+            sys.exit(f"error: {path.name} is not what the results say: run tables.py")
+        if after != before:
+            path.write_text(after)
 
 
 if __name__ == "__main__":

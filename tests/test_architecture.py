@@ -71,7 +71,7 @@ LONG_FUNCTIONS = {
 }
 MAX_LONG_FUNCTION = 82
 # Lines of Python.
-BUDGETS = {"core": 16_000, "tools": 13_700, "benchmarks": 5_600}
+BUDGETS = {"core": 16_000, "tools": 13_700, "benchmarks": 3_060}
 # What errors that are still there begin with.
 KNOWN: tuple[str, ...] = (
     "a circle of packages: solov2_jax.checkpoint",
@@ -455,6 +455,15 @@ def test_what_scripts_notebooks_and_pages_import_exists(sources):
     users = {n: s for n, s in sources.items() if not is_inside(n, PACKAGE)} | snippets
     errors = unknown(name_errors(users, sources))
     assert not errors, "\n".join(errors)
+
+
+def test_what_an_expert_looks_for_is_where_the_page_says():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| ([^|`]+) \| `(solov2_jax/[\w/]+\.py)` \| `(\w+)` \|$", page, re.M)
+    assert len(rows) >= 15
+    for word, path, name in rows:
+        text = (ROOT / path).read_text()
+        assert re.search(rf"^\s*(def|class) {name}\b|\b{name}\b.*:", text, re.M), word
 
 
 def test_the_modules_themselves_import_what_exists(sources):

@@ -4,12 +4,10 @@ import argparse
 import json
 
 import data
-import data_side
-import data_soak
-import data_tables
+import harness
 import numpy as np
 import pytest
-import report
+import tables
 from tiny_coco import load
 
 pytestmark = pytest.mark.filterwarnings(
@@ -27,7 +25,7 @@ def args(tmp_path):
 def test_the_programs_make_the_same_batches(args, tmp_path):
     dataset = load(tmp_path)
     loaders = {
-        name: data_side.with_loader(data.batches_of(args, dataset, 0), name, True)
+        name: data.make_batch_maker(data.batches_of(dataset, (33, 40, 45, 64), 2, 50, 0), name)
         for name in data.PROGRAMS
     }
     objects = 0
@@ -39,31 +37,18 @@ def test_the_programs_make_the_same_batches(args, tmp_path):
         objects += plain["valid"].sum()
     assert objects > 8
     for loader in loaders.values():
-        assert set(loader.stages.seconds) == set(data_tables.STAGES)
-
-
-def test_the_plain_quarter_is_opencvs(golden):
-    arrays = golden("data")
-    for size in ("256x320", "243x333"):
-        full, small = (
-            np.unpackbits(arrays[name])[: arrays[f"{name}_shape"].prod()].reshape(
-                arrays[f"{name}_shape"]
-            )
-            for name in (f"imrescale_in_{size}", f"imrescale_out_{size}")
-        )
-        for i in range(full.shape[-1]):
-            np.testing.assert_array_equal(data_side.quarter(full[..., i]), small[..., i])
+        assert set(loader.stages.seconds) == set(tables.DATA_STAGES)
 
 
 def test_soak_notices_growing_memory(args, tmp_path, monkeypatch):
     dataset = load(tmp_path)
     sizes = iter(np.linspace(100, 5000, 1000))
-    monkeypatch.setattr(data_soak, "resident_mb", lambda pid: float(next(sizes)))
+    monkeypatch.setattr(data, "resident_mb", lambda pid: float(next(sizes)))
     with pytest.raises(SystemExit, match="memory of the reader grew"):
-        data_soak.run(args, dataset)
+        data.soak(args, dataset)
     content = json.loads((tmp_path / "data_soak.json").read_text())
     assert len(content["resident_mb"]) > 10
-    assert "60 batches of 2 images" in data_tables.render([content])
+    assert "60 batches of 2 images" in tables.data_table([content])
 
 
 def measured(what, **seconds):
@@ -71,8 +56,9 @@ def measured(what, **seconds):
     stages = {"decode": 0.2, "resize": 0.5, "rasterise": 0.1}
     programs = {
         name: {
-            "seconds": report.summary([value]),
-            "stages": {k: report.summary([v]) for k, v in stages.items()},
+            "about": {"versions": {"numpy": "2"}},
+            "seconds": harness.summary([value]),
+            "stages": {k: harness.summary([v]) for k, v in stages.items()},
             "peak_memory_gb": 0.25,
             "found": {"worker_peak_gb": 0.5},
         }
@@ -80,6 +66,8 @@ def measured(what, **seconds):
     }
     pairs = {"q1": 0.4, "q3": 0.6}
     return {
+        "date": "2020-01-01",
+        "machine": {"cpu": "C", "cores": 2, "memory_gb": 8.0},
         "work": {"script": "data", "what": what, "label": "photos", "images": 100},
         "programs": programs,
         "ratios": {"plain": {"of_medians": 0.5, "of_pairs": pairs}},
@@ -91,15 +79,16 @@ def test_the_table_tells_where_the_time_goes():
         measured("stages", ours=0.9, plain=1.5),
         measured("pipeline", ours=1.0, plain=2.0),
     ]
-    lines = data_tables.render(results).splitlines()
+    lines = tables.data_table(results).splitlines()
     assert lines[2] == (
         "| photos | ours | **100.0** | 2.00 | 5.00 | 1.00 | 2.00 | 0.25 / 0.50 |  |"
     )
     assert "| **50.0** |" in lines[3] and "| 12.00 |" in lines[3]
     assert lines[3].endswith("| **0.50** (0.40 to 0.60) |")
-    assert data_tables.render(results[:1]) == ""
+    assert lines[-1] == "2020-01-01: 2 cores of C, 8 GB; numpy 2; 1 runs each."
+    assert "|" not in tables.data_table(results[:1])
 
 
 def test_halves_of_a_soak():
     samples = [[1.0, 5.0], [3.0, 5.0], [2.0, 4.0], [2.0, 6.0]]
-    assert data_tables.halves(samples) == [("reader", 3.0, 2.0), ("worker", 5.0, 6.0)]
+    assert tables.halves(samples) == [("reader", 3.0, 2.0), ("worker", 5.0, 6.0)]

@@ -1,4 +1,4 @@
-"""The benchmarks' harness: protocol, statistics, refusal of recompilations."""
+"""The benchmarks' harness: protocol, statistics, refusal of recompilations; tables."""
 
 import json
 import sys
@@ -6,27 +6,26 @@ from pathlib import Path
 
 import harness
 import pytest
-import report
 import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def program(tmp_path, name, body, optional=False):
-    """Returns a worker whose function `load` has the given body."""
+def program(tmp_path, name, body):
+    """Returns a program whose function `load` has the given body."""
     path = tmp_path / f"{name}.py"
     lines = "\n    ".join(body.splitlines())
     path.write_text(
         f"import sys, time\nsys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
-        f"import worker\ncalls = []\n\ndef load():\n    {lines}\n\nworker.serve(load)\n"
+        "from harness import Stages, Work, serve\ncalls = []\n\n"
+        f"def load():\n    {lines}\n\nserve(load)\n"
     )
-    return harness.Program(name, [sys.executable, str(path)], optional=optional)
+    return harness.Program(name, [sys.executable, str(path)])
 
 
 SLEEPS = (
     "print('a library prints')\n"
-    "return worker.Work(lambda: time.sleep({}), {{'threads': 1}}, "
-    "found=lambda: {{'n': 3}})"
+    "return Work(lambda: time.sleep({}), lambda _: {{'n': 3}}, about={{'threads': 1}})"
 )
 
 
@@ -35,77 +34,75 @@ def test_programs_take_turns_and_report(tmp_path):
 
     def noting(name):
         return (
-            f"def run():\n  with open({str(log)!r}, 'a') as f: f.write({name!r})\n"
-            "  return {'part': 0.5}\nreturn worker.Work(run, {'threads': 2})"
+            f"stages = Stages()\ndef run():\n  with open({str(log)!r}, 'a') as f:\n"
+            f"    f.write({name!r})\n"
+            "  stages.add('part', 0.5)\n  return 7\n"
+            "return Work(run, lambda result: {'seven': result}, stages=stages)"
         )
 
     pair = [program(tmp_path, name, noting(name)) for name in "AB"]
-    found = harness.alternate(pair, runs=3, warmups=1)
-    assert log.read_text() == "AB" + "AB" * 3
-    figures = found["programs"]["A"]
-    assert figures["about"]["threads"] == 2
-    assert figures["seconds"]["n"] == 3
-    assert figures["stages"]["part"]["median"] == 0.5
+    measured = harness.alternate(pair, runs=3, warmups=1)
+    assert log.read_text() == "AA" + "BB" + "AB" * 3  # the first call, a warm-up, the runs
+    figures = measured["programs"]["A"]
+    assert figures["seconds"]["n"] == 3 and figures["found"] == {"seven": 7}
+    assert figures["stages"]["part"]["median"] == 0.5, "of one run, not the sum"
+    assert 0 < figures["about"]["first_call_s"] < figures["about"]["start_s"]
     assert 0 < figures["peak_memory_gb"] < 1
-    assert set(found["ratios"]) == {"B"}
+    assert set(measured["ratios"]) == {"B"}
 
 
 def test_the_ratio_is_of_our_time_to_the_peers(tmp_path):
     pair = [
         program(tmp_path, "ours", SLEEPS.format(0.01)),
-        program(tmp_path, "peer", SLEEPS.format(0.2)),
+        program(tmp_path, "peer", SLEEPS.format(0.4)),
     ]
-    found = harness.alternate(pair, runs=2, warmups=0)
-    assert found["ratios"]["peer"]["of_medians"] < 0.5
-    assert found["programs"]["peer"]["found"] == {"n": 3}
+    measured = harness.alternate(pair, runs=2, warmups=0)
+    assert measured["ratios"]["peer"]["of_medians"] < 0.5
+    assert measured["programs"]["peer"]["found"] == {"n": 3}
     # Sleeping costs no CPU, neither one's own nor while the other runs.
-    assert found["programs"]["peer"]["cpu_seconds"]["max"] < 0.1
-    assert found["programs"]["ours"]["cpu_seconds_while_waiting"] < 0.1
+    assert measured["programs"]["peer"]["cpu_seconds"]["max"] < 0.1
+    assert measured["programs"]["ours"]["cpu_seconds_while_waiting"] < 0.1
 
 
 def test_a_compilation_after_the_warmups_fails(tmp_path):
-    body = "return worker.Work(lambda: calls.append(1), {}, compiles=lambda: len(calls) // 3)"
+    body = "return Work(lambda: calls.append(1), compiles=lambda: len(calls) // 4)"
     one = [program(tmp_path, "compiles", body)]
-    assert harness.alternate(one, runs=1, warmups=1)["failed"] == {}
+    assert harness.alternate(one, runs=1, warmups=1)["programs"]["compiles"]["compiles"] == 0
     with pytest.raises(harness.BenchmarkError, match="compiled 1 .*in run 2"):
         harness.alternate(one, runs=2, warmups=1)
 
 
-def test_a_program_that_fails_is_an_error_unless_optional(tmp_path):
+def test_a_program_that_fails_is_an_error(tmp_path):
     works = program(tmp_path, "works", SLEEPS.format(0))
-    body = "raise ValueError('no compiler')"
+    broken = program(tmp_path, "broken", "raise ValueError('no compiler')")
     with pytest.raises(harness.BenchmarkError, match="broken: ValueError: no compiler"):
-        harness.alternate([works, program(tmp_path, "broken", body)], runs=1)
-    broken = program(tmp_path, "broken", body, optional=True)
-    found = harness.alternate([works, broken], runs=1)
-    assert "no compiler" in found["failed"]["broken"]
-    assert list(found["programs"]) == ["works"]
+        harness.alternate([works, broken], runs=1)
 
 
 def test_the_allocator_setting_reaches_every_program_or_none(tmp_path, monkeypatch):
     monkeypatch.setenv("MALLOC_ARENA_MAX", "7")
     body = (
-        "import os\nseen = os.environ.get('MALLOC_ARENA_MAX')\n"
-        "return worker.Work(lambda: None, {'seen': seen})"
+        "import os\nvalue = os.environ.get('MALLOC_ARENA_MAX')\n"
+        "return Work(lambda: None, about={'value': value})"
     )
     pair = [program(tmp_path, name, body) for name in "ab"]
     for allocator, expected in (("tuned", "1"), ("default", None)):
-        found = harness.alternate(pair, runs=1, warmups=0, allocator=allocator)
-        seen = [p["about"]["seen"] for p in found["programs"].values()]
-        assert seen == [expected, expected]
+        measured = harness.alternate(pair, runs=1, warmups=0, allocator=allocator)
+        values = [p["about"]["value"] for p in measured["programs"].values()]
+        assert values == [expected, expected]
 
 
 def test_summary_and_ratio():
-    assert report.summary([4.0, 1.0, 2.0, 3.0, 10.0]) == {
+    assert harness.summary([4.0, 1.0, 2.0, 3.0, 10.0]) == {
         "median": 3.0, "min": 1.0, "max": 10.0, "q1": 2.0, "q3": 4.0, "n": 5,
     }  # fmt: skip
-    assert report.summary([2.0])["q3"] == 2.0
+    assert harness.summary([2.0])["q3"] == 2.0
     ours = [{"seconds": s, "cpu_seconds": 2 * s} for s in (1.0, 2.0, 6.0)]
     peer = [{"seconds": s, "cpu_seconds": s} for s in (2.0, 8.0, 3.0)]
-    found = report.ratio(ours, peer)
-    assert found["of_medians"] == pytest.approx(2 / 3)
-    assert found["of_pairs"]["median"] == 0.5  # of 1/2, 1/4 and 2
-    assert found["of_cpu_medians"] == pytest.approx(4 / 3)
+    ratio = harness.ratio(ours, peer)
+    assert ratio["of_medians"] == pytest.approx(2 / 3)
+    assert ratio["of_pairs"]["median"] == 0.5  # of 1/2, 1/4 and 2
+    assert ratio["of_cpu_medians"] == pytest.approx(4 / 3)
 
 
 def test_results_are_written_without_the_machines_name(tmp_path, capsys):
@@ -127,10 +124,10 @@ def result(what="network", **programs):
     """Returns a result of invented figures."""
 
     def figures(seconds, stages):
-        found = {"cpu_seconds": report.summary([2 * seconds]), "peak_memory_gb": 1.26}
-        found["seconds"] = report.summary([seconds, 2 * seconds, 3 * seconds])
+        found = {"cpu_seconds": harness.summary([2 * seconds]), "peak_memory_gb": 1.26}
+        found["seconds"] = harness.summary([seconds, 2 * seconds, 3 * seconds])
         found["about"] = {"start_s": 9.0, "first_call_s": 4.0, "versions": {"x": "1"}}
-        found["stages"] = {k: report.summary([v]) for k, v in stages.items()}
+        found["stages"] = {k: harness.summary([v]) for k, v in stages.items()}
         return found | {"found": {}}
 
     made = {name: figures(*value) for name, value in programs.items()}
@@ -149,32 +146,34 @@ def result(what="network", **programs):
         "allocator": "tuned",
         "programs": made,
         "ratios": {"peer": {"of_medians": 0.5, "of_pairs": pairs}},
-        "failed": {"broken": "no | compiler"},
     }
 
 
-def test_tables_hold_the_results():
+def test_tables_hold_the_results(tmp_path):
     text = (
         "a\n<!-- table: infer network -->\nold\n<!-- end -->\n"
         "b\n<!-- table: infer image -->\nold\n<!-- end -->\n"
     )
-    made = tables.render(text, [result(ours=(1.0, {"fpn": 0.25}), peer=(2.0, {"neck": 12.0}))])
+    content = result(ours=(1.0, {"fpn": 0.25}), peer=(2.0, {"neck": 12.0}))
+    (tmp_path / "n.json").write_text(json.dumps(content))
+    made = tables.readme(text, tmp_path)
     rows = [line for line in made.splitlines() if line.startswith("|")]
     assert rows[2] == (
         "| `r50_3x` 800 x 1333, batch 1 | tuned | ours | 2.00 (1.50 to 2.50) | 2.00 "
         "| 1.3 | 4.00 |  |"
     )
     assert rows[3].endswith("| **0.50** (0.40 to 0.60) |")
-    assert "does not run: no / compiler" in rows[4]
     assert "| fpn | 0.250 |  |" in rows and "| neck |  | 12.0 |" in rows
     assert "2020-01-01: 2 cores of C, 8 GB; x 1; 3 runs each." in made
     assert made.count(tables.EMPTY) == 1 and "old" not in made
-    assert tables.render(made, []) == tables.render(text, [])
+    assert tables.readme(made, tmp_path) == made
 
 
-def test_readme_is_what_the_results_say():
-    text = tables.README.read_text()
-    assert tables.document(text, tables.RESULTS) == text, "run `python benchmarks/tables.py`"
+@pytest.mark.parametrize("path", [tables.README, tables.SCALING], ids=lambda path: path.name)
+def test_documents_are_what_the_results_say(path):
+    document = tables.readme if path == tables.README else tables.scaling_document
+    text = path.read_text()
+    assert document(text, tables.RESULTS) == text, "run `python benchmarks/tables.py`"
 
 
 def test_programs_must_have_done_the_same_work():
@@ -185,7 +184,7 @@ def test_programs_must_have_done_the_same_work():
         "ours": found(n=[100], loss=1.0, classes=[[1, 2, 2, 3]]),
         "peer": found(n=[100], loss=1.01, classes=[[2, 3, 2, 5]]),
     }
-    assert not report.differences(programs, {"n": 0, "loss": 0.02, "classes": 0.25})
-    assert len(report.differences(programs, {"loss": 0.001, "classes": 0.1})) == 2
+    assert not harness.differences(programs, {"n": 0, "loss": 0.02, "classes": 0.25})
+    assert len(harness.differences(programs, {"loss": 0.001, "classes": 0.1})) == 2
     programs["peer"]["found"]["n"] = [100, 3]
-    assert "n: [100] of ours" in report.differences(programs, {"n": 1.0})[0]
+    assert "n: [100] of ours" in harness.differences(programs, {"n": 1.0})[0]

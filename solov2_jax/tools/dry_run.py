@@ -69,9 +69,11 @@ def dry_run(config: Any) -> tuple[list[Compiled], list[str]]:
     return rows, notes
 
 
-def build_step(config: Any) -> tuple[TrainStep, TrainState, jax.sharding.Mesh]:
+def build_step(
+    config: Any, mesh: jax.sharding.Mesh | None = None
+) -> tuple[TrainStep, TrainState, jax.sharding.Mesh]:
     """Returns the train step, the shapes of its state, and the mesh, as the loop's."""
-    mesh, parts = sharding.make_mesh(), config.train.accumulate
+    mesh, parts = mesh or sharding.make_mesh(), config.train.accumulate
     sharding.check_batch_size(config.train.batch_size, mesh, parts)
     model = build_model(config, config.model.num_classes)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
