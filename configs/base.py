@@ -12,6 +12,7 @@ import re
 from ml_collections import ConfigDict
 
 from solov2_jax.config_schema import (
+    IMPORT_PATH,
     NAME,
     KeyRule,
     Section,
@@ -29,6 +30,8 @@ from solov2_jax.config_schema import (
 # A size in pixels, and the (height, width) of a padded image.
 _PIXELS = 65_536
 _PADDED = several((32, 32), whole(32, 32, _PIXELS, multiple=32), 2)
+_WRITERS = ("tensorboard", "csv", "wandb", "mlflow")
+_WRITER = (f"{'|'.join(_WRITERS)}|{IMPORT_PATH[0]}", f"one of {_WRITERS} or {IMPORT_PATH[1]}")
 _OUTLINES = ("ellipse", "rectangle", "triangle", "star", "ring")
 # When keys are used.
 _FILES, _SHAPES = only("data.name", ""), only("data.name", "shapes")
@@ -342,7 +345,7 @@ def keys() -> Section:
     config.train = train = Section()
     train.steps = whole(270_000)  # optimiser steps in all [SOLVER.MAX_ITER]
     train.batch_size = whole(16, 1, 1_000_000)  # global, over all devices [SOLVER.IMS_PER_BATCH]
-    # Parts of a batch that are computed one after the other, to save memory. The losses
+    # Microbatches computed one after the other, to save memory. The losses
     # and gradients are those of the whole batch.
     train.accumulate = whole(1, 1, 1_000_000)
     train.log_every = whole(20)  # steps between two lines of metrics; 0: none
@@ -350,16 +353,22 @@ def keys() -> Section:
     train.checkpoint_every = whole(5000)
     # Steps; the end is always evaluated. 0: only that [TEST.EVAL_PERIOD].
     train.eval_every = whole(0)
-    train.keep_checkpoints = whole(3, 1, 1_000_000)  # newest ones; the best is kept besides
+    # The newest ones, two at least; the best is kept besides.
+    train.keep_checkpoints = whole(3, 1, 1_000_000)
     # Training batches over which the statistics of trained batch norms are computed
     # before each evaluation; 0: running averages [TEST.PRECISE_BN.NUM_ITER].
     train.precise_bn = whole(0, high=1_000_000)
-    # Besides console and metrics.jsonl: "tensorboard", "csv" (metrics.csv) and, with
-    # their packages installed, "wandb" and "mlflow".
-    train.writers = several(
-        ("tensorboard",),
-        choice("csv", ("tensorboard", "csv", "wandb", "mlflow")),
-        unique=True,
+    # Besides console and metrics.jsonl: "tensorboard", "csv" (metrics.csv), with their
+    # packages installed "wandb" and "mlflow", and your own `WriterBase` by its import
+    # path, such as "mypackage.writers:MyWriter".
+    train.writers = several(("tensorboard",), text("csv", _WRITER), unique=True)
+    # Import paths of your own `HookBase` classes, called after those that are always
+    # there, such as ("mypackage.hooks:MyHook",).
+    train.hooks = several((), text("module:name", IMPORT_PATH))
+    # Import paths of functions (config, training data, validation data) -> anything,
+    # called before a run writes anything; one that raises stops it.
+    train.checks = several(
+        ("solov2_jax.tools.doctor.start:check_at_start",), text("module:name", IMPORT_PATH)
     )
     # Steps; histograms of the parameters, in TensorBoard; 0: never.
     train.histogram_every = whole(0)

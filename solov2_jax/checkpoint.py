@@ -1,56 +1,62 @@
 """Checkpoints on disk: written in the background, read back only if they are whole.
 
 A checkpoint is `checkpoints/<step>/` with these parts: `variables` (what inference
-needs), `optimizer` (step and optimiser state), `average` (moving average of the
-variables, where the run keeps one) and `position` (JSON: where the data stands, and
-checksums of the others). A folder with a whole number as its name is a
-finished save; Orbax writes into a temporary name and renames at the end. `best.json` in
-the workdir names the best checkpoint.
+needs), `optimizer` (step and optimiser state), `ema` (moving average of the variables,
+where the run has one; `average` in older checkpoints) and `position` (JSON: where the
+data stands, the classes, and checksums of the others). A folder with a whole number as
+its name is a finished save; Orbax writes into a temporary name and renames at the end.
+`best.json` in the workdir names the best checkpoint.
 
+The parts are trees of arrays by name; what trains knows how to make them. Below, what
+the folder of a run says about its network: config and classes.
+"""
 
-A run's weights with the settings they were trained under.
-
-What the folder of a training run says about its network: config and classes."""
-
-import json
+import itertools
 import logging
 import os
 import pathlib
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from solov2_jax import distributed
 from solov2_jax.config import load_config, read_config
-from solov2_jax.io import write_json
-from solov2_jax.training.state import TrainState
+from solov2_jax.io import InputError, read_json, reading, write_json, write_text
 from solov2_jax.weights.convert import flatten_tree
 from solov2_jax.weights.settings import drop_needless, settings_of_config, settings_of_shapes
 from solov2_jax.weights.sources import Weights
 
 PyTree = Any
+Parts = Mapping[str, PyTree]
 
 log = logging.getLogger("solov2_jax")
+
+# Holds the last step whose save is known to be whole: says that there were checkpoints.
+_SAVED = ".last_checkpoint"
+_OLD_NAMES = {"ema": "average"}
+_EMA = ("ema", "average")
 
 
 class CheckpointManager:
     """Saves the states of one run; keeps the newest ones, and the best besides.
 
-    Every process has a copy of the state, and the first one saves for all.
+    Every process has a copy of the state, and the first one saves for all. Two are kept
+    at least: only the steps after a save show that training can go on from it.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int):
         self.workdir = pathlib.Path(workdir).absolute()
         self.folder = self.workdir / "checkpoints"
         self.best = read_best(self.workdir)
-        self._keep = keep
+        self._keep, self._delete_older = max(keep, 2), True
         self._saving: int | None = None
+        self._marked = -1
         self._manager: Any = None
         if not distributed.is_primary():
             return
@@ -62,35 +68,37 @@ class CheckpointManager:
             multiprocessing_options=_alone(),
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        if not list_steps(self.workdir):
+            (self.workdir / _SAVED).unlink(missing_ok=True)  # of another run, moved away
+        self._mark()
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list:
         """Orbax's question: which of these, oldest first, must not be deleted?"""
         del context
         best = self.best["step"] if self.best else None
-        first = len(checkpoints) - self._keep
+        first = len(checkpoints) - self._keep if self._delete_older else 0
         return [i >= first or c.step == best for i, c in enumerate(checkpoints)]
 
-    def save(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Starts to save a state; returns when the state may be changed again."""
+    def save(
+        self, step: int, parts: Parts, position: dict[str, Any], *, delete_older: bool = True
+    ) -> None:
+        """Starts to save a state; returns when its arrays may be changed again.
+
+        Args:
+          delete_older: False where it is in doubt whether training can go on from it.
+        """
         if self._manager is None:
             return
-        step = int(state.step)
-        arrays = {
-            "variables": state.variables,
-            "optimizer": {"step": state.step, "opt_state": state.opt_state},
-        }
-        if state.average is not None:
-            arrays["average"] = state.average
         # Copies: the next step may change the arrays that these are read from.
-        arrays = jax.tree.map(np.array, jax.device_get(arrays))
+        arrays = jax.tree.map(np.array, jax.device_get(dict(parts)))
         sums = {name: checksum(tree) for name, tree in arrays.items()}
-        parts = ocp.args.Composite(
+        args = ocp.args.Composite(
             **{name: ocp.args.StandardSave(tree) for name, tree in arrays.items()},
             position=ocp.args.JsonSave({**position, "checksums": sums}),
         )
         self._guard(lambda: self._manager.wait_until_finished())
-        self._saving = step
-        self._guard(lambda: self._manager.save(step, args=parts, force=True))
+        self._saving, self._delete_older = step, delete_older
+        self._guard(lambda: self._manager.save(step, args=args, force=True))
 
     def record_best(self, step: int, metric: str, value: float) -> None:
         """Names the checkpoint of `step` the best from now on."""
@@ -108,14 +116,24 @@ class CheckpointManager:
     def check(self) -> None:
         """Raises what went wrong in the background since the last call."""
         self._guard(lambda: self._manager.check_for_errors())
+        self._mark()
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises if it failed."""
         self._guard(lambda: self._manager.wait_until_finished())
+        self._mark()
 
     def close(self) -> None:
         """Waits for the last save and frees the threads."""
         self._guard(lambda: self._manager.close())
+
+    def _mark(self) -> None:
+        """Writes down the first finished save of this start, see `had_checkpoint`."""
+        if self._manager is None or self._marked >= 0:
+            return
+        if steps := list_steps(self.workdir):
+            self._marked = steps[-1]
+            write_text(f"{self._marked}\n", self.workdir / _SAVED)
 
     def _guard(self, action: Callable[[], Any]) -> None:
         if self._manager is None:
@@ -128,7 +146,7 @@ class CheckpointManager:
             raise OSError(
                 f"{self.folder}: the checkpoint of step {self._saving} could not be "
                 f"written: {_reason(error)}. The last good one on disk: {last}. Free "
-                "space or mend the folder, then run the same command again"
+                "space or fix the folder, then run the same command again"
             ) from error
 
 
@@ -149,6 +167,22 @@ def checksum(tree: PyTree) -> int:
     return crc
 
 
+@jax.jit
+def _leaves_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(x).all() for x in leaves]
+
+
+def first_nonfinite(tree: PyTree) -> str:
+    """Returns the name of the first leaf with a NaN or infinity, "" if all are finite.
+
+    The devices look; one bool per leaf comes back.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    finite = jax.device_get(_leaves_finite([leaf for _, leaf in leaves]))
+    bad = [path for (path, _), good in zip(leaves, finite, strict=True) if not good]
+    return jax.tree_util.keystr(bad[0], simple=True, separator="/") if bad else ""
+
+
 def list_steps(workdir: str | os.PathLike) -> list[int]:
     """Returns the steps of the finished saves in a workdir, oldest first."""
     folder = pathlib.Path(workdir) / "checkpoints"
@@ -156,56 +190,57 @@ def list_steps(workdir: str | os.PathLike) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
+def had_checkpoint(workdir: str | os.PathLike) -> bool:
+    """Returns whether a run in this folder has ever finished a save."""
+    folder = pathlib.Path(workdir)
+    return (folder / _SAVED).is_file() or (folder / "best.json").is_file()
+
+
 def read_best(workdir: str | os.PathLike) -> dict[str, Any] | None:
     """Returns {"step", "metric", "value"} of the best checkpoint that is there."""
     path = pathlib.Path(workdir) / "best.json"
     if not path.is_file():
         return None
-    try:
-        best = json.loads(path.read_text())
-        present = best["step"] in list_steps(workdir)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not readable ({error}); delete the file") from error
-    if not present:
+    kind = 'the best checkpoint, {"step": 5000, "metric": "segm/AP", "value": 0.37}'
+    fix = "Delete the file: the next evaluation that is the best writes it anew"
+    best = read_json(path, kind, fix)
+    with reading(path, kind, fix):
+        if type(best["step"]) is not int or not isinstance(best["metric"], str):
+            raise TypeError("step is not a whole number, or metric not a name")
+        if type(best["value"]) not in (int, float) or not np.isfinite(best["value"]):
+            raise TypeError("value is not a number")
+    if best["step"] not in list_steps(workdir):
         log.warning("%s names step %s, which is gone", path, best["step"])
-    return best if present else None
+        return None
+    return best
 
 
-def restore_state(
-    workdir: str | os.PathLike, abstract: TrainState
-) -> tuple[TrainState, dict[str, Any]] | None:
-    """Returns the newest readable state and its position; None without checkpoints.
+@dataclass(frozen=True)
+class Restored:
+    """What was read from the newest readable checkpoint of a run."""
 
-    Unreadable checkpoints newer than that are moved to `checkpoints_unreadable/`, so
-    that their steps can be saved again.
+    parts: dict[str, PyTree]
+    position: dict[str, Any]
+    step: int
+    unreadable: list[int]  # newer steps
+
+
+def restore_parts(workdir: str | os.PathLike, abstract: Parts) -> Restored | None:
+    """Returns the newest readable checkpoint; None without checkpoints. Moves nothing.
 
     Args:
-      abstract: shapes, types and shardings to restore to.
+      abstract: shapes, types and shardings of the parts to restore.
     """
 
-    def read(step: int):
-        want = {"step": abstract.step, "opt_state": abstract.opt_state}
-        optimizer = _read_part(workdir, step, "optimizer", want)
-        variables = _read_part(workdir, step, "variables", abstract.variables)
-        state = replace(
-            abstract,
-            step=optimizer["step"],
-            opt_state=optimizer["opt_state"],
-            params=variables["params"],
-            model_state={k: v for k, v in variables.items() if k != "params"},
-        )
-        if abstract.average is not None:
-            average = _read_part(workdir, step, "average", abstract.average)
-            state = replace(state, average=average)
-        return state, read_position(workdir, step)
+    def read(step: int) -> tuple[dict[str, PyTree], dict[str, Any]]:
+        parts = {name: _read_part(workdir, step, name, want) for name, want in abstract.items()}
+        return parts, read_position(workdir, step)
 
     if not list_steps(workdir):
         return None
-    result, step, unreadable = _newest_readable(workdir, read)
-    for bad in unreadable:
-        _move_aside(workdir, bad)
+    (parts, position), step, unreadable = _newest_readable(workdir, read)
     log.info("restored %s/checkpoints/%d", workdir, step)
-    return result
+    return Restored(parts, position, step, unreadable)
 
 
 def restore_variables(
@@ -215,22 +250,22 @@ def restore_variables(
 
     Args:
       which: "last", "best" or a step. "last" passes over unreadable checkpoints. Where
-        the run keeps a moving average, that is returned; "last:raw" and the like give
+        the run has a moving average, that is returned; "last:raw" and the like give
         the weights themselves.
     """
     which, _, kind = which.partition(":")
     if kind not in ("", "raw"):
-        raise ValueError(f"checkpoint {which}:{kind}: after the colon only 'raw' can be")
+        raise InputError(f"checkpoint {which}:{kind}: after the colon only 'raw' can be")
     steps = list_steps(workdir)
     if not steps:
-        raise ValueError(f"{workdir}: no checkpoint in checkpoints/; train first")
+        raise InputError(f"{workdir}: no checkpoint in checkpoints/; train first")
     if which == "last":
         variables, step, _ = _newest_readable(workdir, lambda s: _variables(workdir, s, kind))
         return variables, step
     if which == "best":
         best = read_best(workdir)
         if best is None:
-            raise ValueError(
+            raise InputError(
                 f"{workdir}: no best checkpoint, because no evaluation has finished; "
                 "use the checkpoint 'last'"
             )
@@ -238,14 +273,14 @@ def restore_variables(
     elif which.isdigit() and int(which) in steps:
         step = int(which)
     else:
-        raise ValueError(
+        raise InputError(
             f"{workdir}: no checkpoint {which!r}; there are last, best, "
             f"{', '.join(map(str, steps))}"
         )
     try:
         return _variables(workdir, step, kind), step
     except Exception as error:
-        raise ValueError(
+        raise InputError(
             f"{workdir}/checkpoints/{step} is unreadable: {_reason(error)}; choose "
             f"another of {steps}"
         ) from error
@@ -254,28 +289,34 @@ def restore_variables(
 def read_position(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
     """Returns what was saved beside the arrays of a checkpoint."""
     path = pathlib.Path(workdir) / "checkpoints" / str(step) / "position" / "metadata"
-    return json.loads(path.read_text())
+    return read_json(path, "a checkpoint's position")
 
 
 def _variables(workdir: str | os.PathLike, step: int, kind: str) -> dict[str, PyTree]:
-    folder = pathlib.Path(workdir).absolute() / "checkpoints" / str(step)
-    averaged = kind != "raw" and "average" in read_position(workdir, step)["checksums"]
-    part = "average" if averaged else "variables"
-    folder /= part
+    stored = read_position(workdir, step)["checksums"]
+    has_ema = kind != "raw" and any(name in stored for name in _EMA)
+    part = "ema" if has_ema else "variables"
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
-        stored = reader.metadata(folder).item_metadata.tree
-    want = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), stored)
+        tree = reader.metadata(_part_folder(workdir, step, part)).item_metadata.tree
+    want = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), tree)
     return _read_part(workdir, step, part, want)
+
+
+def _part_folder(workdir: str | os.PathLike, step: int, part: str) -> pathlib.Path:
+    """Returns where a part of a checkpoint lies, also under its older name."""
+    folder = pathlib.Path(workdir).absolute() / "checkpoints" / str(step)
+    old = folder / _OLD_NAMES.get(part, part)
+    return old if old.is_dir() else folder / part
 
 
 def _read_part(workdir: str | os.PathLike, step: int, part: str, want: PyTree) -> PyTree:
     """Returns one part of a checkpoint; raises whatever shows that it is not whole."""
-    folder = pathlib.Path(workdir).absolute() / "checkpoints" / str(step)
+    folder = _part_folder(workdir, step, part)
     with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
-        tree = reader.restore(folder / part, want)
-    if checksum(tree) != read_position(workdir, step)["checksums"][part]:
-        raise ValueError(f"the checksum of {part} is wrong: a file was changed")
+        tree = reader.restore(folder, want)
+    if checksum(tree) != read_position(workdir, step)["checksums"][folder.name]:
+        raise ValueError(f"the checksum of {folder.name} is wrong: a file was changed")
     return tree
 
 
@@ -300,7 +341,9 @@ def _newest_readable(
         unreadable[step] = reason
         log.warning(
             "%s/checkpoints/%d is unreadable (%s): trying the one before",
-            *(workdir, step, reason),
+            workdir,
+            step,
+            reason,
         )
     reasons = "; ".join(f"{step}: {why}" for step, why in unreadable.items())
     raise ValueError(
@@ -309,15 +352,13 @@ def _newest_readable(
     )
 
 
-def _move_aside(workdir: str | os.PathLike, step: int) -> None:
-    if not distributed.is_primary():
-        return
-    folder = pathlib.Path(workdir)
-    target = folder / "checkpoints_unreadable"
+def move_aside(workdir: str | os.PathLike, step: int) -> None:
+    """Moves an unreadable checkpoint away, so that its step can be saved again."""
+    target = pathlib.Path(workdir) / "checkpoints_unreadable"
     target.mkdir(exist_ok=True)
-    number = len([p for p in target.iterdir() if p.name.split("-")[0] == str(step)])
-    target /= f"{step}-{number}" if number else str(step)
-    os.rename(folder / "checkpoints" / str(step), target)
+    same_step = [p for p in target.iterdir() if p.name.split("-")[0] == str(step)]
+    target /= f"{step}-{len(same_step)}" if same_step else str(step)
+    os.rename(pathlib.Path(workdir) / "checkpoints" / str(step), target)
     log.warning("moved the unreadable checkpoint of step %d to %s", step, target)
 
 
@@ -332,7 +373,7 @@ def _reason(error: BaseException) -> str:
 def read_run(workdir: str | os.PathLike, checkpoint: str = "last") -> Weights:
     """Returns the weights of a checkpoint ("last", "best" or a step) of a run.
 
-    Their settings are the run's config, their class names its classes.json.
+    Their settings are the run's config, their class names those they were trained with.
     """
     folder = pathlib.Path(workdir)
     variables, step = restore_variables(folder, checkpoint)
@@ -340,33 +381,89 @@ def read_run(workdir: str | os.PathLike, checkpoint: str = "last") -> Weights:
     settings = settings_of_config(read_config(folder / "config.json"))
     settings.update(settings_of_shapes(flat))
     drop_needless(settings)
-    try:
-        classes = json.loads((folder / "classes.json").read_text())
-        settings["class_names"] = [str(name) for name in classes["names"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'classes.json'}: unreadable ({error})") from error
+    settings["class_names"] = read_classes(folder, step)[0]
     return Weights(f"{workdir} (step {step})", "", "workdir", flat, settings)
 
 
 def load_workdir_config(workdir: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Any:
     """Returns the config that a run was made with, with overrides applied."""
-    path = Path(workdir) / "config.json"
+    path = pathlib.Path(workdir) / "config.json"
     if not path.is_file():
-        raise ValueError(
+        raise InputError(
             f"{workdir} is not the folder of a run: it has no config.json. Give the "
             "--workdir that train.py was given"
         )
     return load_config(str(path), overrides)
 
 
-def read_classes(workdir: str | os.PathLike[str]) -> tuple[list[str], list[int]]:
-    """Returns the class names and category ids of a run."""
-    path = Path(workdir) / "classes.json"
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        return list(content["names"]), [int(i) for i in content["ids"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f'{path}: cannot be read as {{"names": [...], "ids": [...]}} ({error}); '
-            "start train.py again with the same --workdir, which writes it"
-        ) from error
+def classes_record(names: Sequence[str], ids: Sequence[int]) -> dict[str, list]:
+    """Returns the classes as classes.json and a checkpoint's position hold them."""
+    return {"names": list(names), "ids": [int(i) for i in ids]}
+
+
+def read_classes(
+    workdir: str | os.PathLike[str], step: int | None = None
+) -> tuple[list[str], list[int]]:
+    """Returns the class names and category ids that a run's weights were trained with.
+
+    They stand in each checkpoint (not in those of the first versions) and in
+    classes.json; a run without the file is read all the same.
+
+    Args:
+      step: of the checkpoint; None: the newest that says it.
+
+    Raises:
+      InputError: if neither is readable, or they differ.
+    """
+    path = pathlib.Path(workdir) / "classes.json"
+    recorded = _recorded_classes(workdir, step)
+    if recorded and not path.exists():
+        log.warning("%s is missing: taking the classes that the checkpoint records", path)
+        return recorded
+    kind = 'classes, {"names": [...], "ids": [...]} of equal length, no id twice'
+    fix = "Start train.py again with the same --workdir, which writes it"
+    if recorded:
+        fix = "Delete the file: the checkpoint records its classes too"
+    content = read_json(path, kind, fix)
+    with reading(path, kind, fix):
+        names, ids = list(content["names"]), list(content["ids"])
+        if not all(isinstance(n, str) for n in names) or not all(type(i) is int for i in ids):
+            raise TypeError("a name is no text, or an id no whole number")
+        if not names or len(names) != len(ids) or len(set(ids)) != len(ids):
+            raise ValueError(f"{len(names)} names, {len(ids)} ids, {len(set(ids))} different")
+        expected = _num_classes(workdir)
+        if expected and len(names) != expected:
+            raise ValueError(f"{len(names)} classes, and config.json says {expected}")
+    if recorded and (names, ids) != recorded:
+        raise InputError(
+            f"{path} names other classes than the checkpoint was trained with, such as "
+            f"{classes_difference((names, ids), recorded)}. Delete the file, and the classes that "
+            "the checkpoint records are taken"
+        )
+    return names, ids
+
+
+def _num_classes(workdir: str | os.PathLike) -> int:
+    """Returns the number of classes in the run's config, 0 where it does not say it."""
+    path = pathlib.Path(workdir) / "config.json"
+    return read_config(path).model.num_classes if path.is_file() else 0
+
+
+def _recorded_classes(
+    workdir: str | os.PathLike, step: int | None
+) -> tuple[list[str], list[int]] | None:
+    for number in [step] if step is not None else reversed(list_steps(workdir)):
+        try:
+            classes = read_position(workdir, number)["classes"]
+            return list(classes["names"]), [int(i) for i in classes["ids"]]
+        # Of the first versions, or damaged: then its weights are not read either.
+        except (InputError, KeyError, TypeError, ValueError) as error:
+            log.debug("checkpoint %s records no classes: %s", number, error)
+    return None
+
+
+def classes_difference(now: tuple[list, list], trained: tuple[list, list]) -> str:
+    """Returns the first class, (name, category id), that differs, as text."""
+    rows = itertools.zip_longest(zip(*now, strict=True), zip(*trained, strict=True))
+    label, (a, b) = next((i, row) for i, row in enumerate(rows) if row[0] != row[1])
+    return f"{a} instead of {b} for label {label}"

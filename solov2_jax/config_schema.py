@@ -20,6 +20,7 @@ INT_MAX = 2**31 - 1  # of the devices' counters
 # Forms of a text: (regular expression, its description). No file's name has a \0.
 ANY_TEXT = (r"[^\0]*", "a text without control codes")
 NAME = (r"[^\0]+", "a text that is not empty")
+IMPORT_PATH = (r"[\w.]+:\w+", "an import path, 'package.module:name'")
 
 # Old names of keys, while a config file runs that may still set them.
 old_names: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("old", default=())

@@ -1,4 +1,4 @@
-"""Several processes, one for each host or accelerator: joining, agreeing, ending.
+"""Several processes, one for each host or accelerator: starting, agreeing, ending.
 
 All of them run the same program on one mesh of everybody's devices. A process that ends
 before the others leaves them waiting in an operation that it takes part in. So a
@@ -21,6 +21,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from solov2_jax.io import InputError
+
 log = logging.getLogger("solov2_jax")
 
 # Exit codes: an error here, and an operation that another process broke off.
@@ -29,7 +31,7 @@ FAILED, OTHERS_FAILED = 1, 3
 
 @dataclass(frozen=True)
 class Joining:
-    """How processes find each other; empty fields are found out by JAX.
+    """How processes find each other; JAX detects what is left empty.
 
     Attributes:
       mode: "auto", "on" or "off".
@@ -68,20 +70,25 @@ def find_cluster(environment: Mapping[str, str]) -> str:
 
 
 def initialize(joining: Joining) -> bool:
-    """Returns whether this process is one of several, which it has joined then.
+    """Returns whether this process is one of several, and connects it to them.
 
-    To be called before the first use of a device. Raises a ValueError where the
-    settings are incomplete, or nobody answers.
+    To be called before the first use of a device.
+
+    Raises:
+      InputError: where the settings are incomplete, or nobody answers.
     """
-    given = joining.coordinator, joining.num_processes, joining.process_id
-    if joining.mode == "off" and any(x not in ("", None) for x in given):
-        raise ValueError("--distributed=off contradicts --coordinator and the like")
-    if joining.coordinator and None in given:
-        raise ValueError("--coordinator needs --num_processes and --process_id (0, 1, ...) too")
-    found = "--coordinator" if joining.coordinator else find_cluster(os.environ)
-    if joining.mode == "off" or (joining.mode == "auto" and not found):
-        if any(x is not None for x in given[1:]):
-            raise ValueError(
+    ids = (joining.num_processes, joining.process_id)
+    has_ids = any(x is not None for x in ids)
+    if joining.mode == "off" and (joining.coordinator or has_ids):
+        raise InputError(
+            "--distributed=off contradicts --coordinator, --num_processes and --process_id"
+        )
+    if joining.coordinator and None in ids:
+        raise InputError("--coordinator needs --num_processes and --process_id (0, 1, ...) too")
+    cluster = "--coordinator" if joining.coordinator else find_cluster(os.environ)
+    if joining.mode == "off" or (joining.mode == "auto" and not cluster):
+        if has_ids:
+            raise InputError(
                 "--num_processes and --process_id need --coordinator=HOST:PORT, the "
                 "address of process 0"
             )
@@ -96,15 +103,19 @@ def initialize(joining: Joining) -> bool:
             heartbeat_timeout_seconds=joining.heartbeat_timeout,
         )
     except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"the processes did not find each other ({found or 'by --distributed=on'}):"
+        raise InputError(
+            f"the processes did not find each other ({cluster or 'by --distributed=on'}):"
             f" {' '.join(str(error).split())[:300]}. Give --coordinator, "
             "--num_processes and --process_id, or --distributed=off for one process"
         ) from error
     log.info(
         "process %d of %d, found by %s: %d of %d devices (%s)",
-        *(jax.process_index(), jax.process_count(), found or "--distributed=on"),
-        *(jax.local_device_count(), jax.device_count(), jax.devices()[0].platform),
+        jax.process_index(),
+        jax.process_count(),
+        cluster or "--distributed=on",
+        jax.local_device_count(),
+        jax.device_count(),
+        jax.devices()[0].platform,
     )
     return True
 
@@ -116,9 +127,9 @@ def is_primary() -> bool:
 
 @contextmanager
 def abort_together(user_errors: tuple[type[Exception], ...]) -> Iterator[None]:
-    """Ends this process for good if what is inside fails, so that the others end too.
+    """Ends this process at once if what is inside fails, so that the others end too.
 
-    An error inside is printed, as one line if its user can mend it; nothing is waited
+    An error inside is printed, as one line if the user can fix it; nothing is waited
     for, since the others may be stuck.
     """
     name = f"process {jax.process_index()} of {jax.process_count()}"
@@ -176,8 +187,8 @@ def broadcast_from_host0(make: Callable[[], Any]) -> Any:
     return gather(make() if is_primary() else None)[0]
 
 
-class Vote:
-    """Whether any process wants something, known to all at the same step.
+class AgreeOnStop:
+    """Whether any process wants to stop, known to all at the same step.
 
     Nobody waits for it: the answer is that to the previous call. A single process gets
     its own answer at once.
@@ -186,15 +197,15 @@ class Vote:
     def __init__(self, mesh: jax.sharding.Mesh):
         spec = jax.sharding.PartitionSpec
         self._split = jax.sharding.NamedSharding(mesh, spec("data"))
-        copied = jax.sharding.NamedSharding(mesh, spec())
-        self._any = jax.jit(lambda x: x.max(), out_shardings=copied)
+        replicated = jax.sharding.NamedSharding(mesh, spec())
+        self._any = jax.jit(lambda x: x.max(), out_shardings=replicated)
         self._latest: jax.Array | None = None
 
-    def __call__(self, wish: bool) -> bool:
-        """Returns whether any process wished so, one call ago."""
+    def __call__(self, wants_to_stop: bool) -> bool:
+        """Returns whether any process wanted to, one call ago."""
         if jax.process_count() == 1:
-            return wish
-        mine = np.full(jax.local_device_count(), wish, np.int32)
-        array = jax.make_array_from_process_local_data(self._split, mine)
-        before, self._latest = self._latest, self._any(array)
-        return before is not None and bool(before)
+            return wants_to_stop
+        own = np.full(jax.local_device_count(), wants_to_stop, np.int32)
+        array = jax.make_array_from_process_local_data(self._split, own)
+        previous, self._latest = self._latest, self._any(array)
+        return previous is not None and bool(jax.device_get(previous))

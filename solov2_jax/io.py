@@ -53,8 +53,11 @@ def atomic_path(path: Path, sync: bool = True) -> Iterator[pathlib.Path]:
                 os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp keeps others out
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            text = f"cannot be written: {error.strerror}"
+            raise OSError(error.errno, text, str(path)) from error
         raise
 
 

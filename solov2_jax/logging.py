@@ -1,4 +1,4 @@
-"""What a program sets up before it trains or predicts: its log, compiled programs.
+"""What a program sets up before it trains or predicts: console log, compilation cache.
 
 The commands do this by themselves; a notebook or a script calls `set_up`.
 """
@@ -18,12 +18,12 @@ _NAME = "solov2_jax console"
 
 
 def set_up(cache: str = CACHE) -> None:
-    """Shows the log on the console and keeps compiled programs, as the commands do.
+    """Shows the log on the console and sets the compilation cache, as the commands do.
 
     A second call changes nothing.
 
     Args:
-      cache: folder of compiled programs; "": they are not kept.
+      cache: folder of compiled programs; "": no cache.
     """
     show_log()
     # Libraries report errors by raising them; what they log goes to train.log.
@@ -36,9 +36,9 @@ def set_up(cache: str = CACHE) -> None:
 
 def show_log() -> None:
     """Shows what the package logs on standard output, in a notebook below the cell."""
-    known = next((h for h in log.handlers if h.get_name() == _NAME), None)
-    if isinstance(known, logging.StreamHandler):
-        known.setStream(sys.stdout)  # a notebook or a test may have replaced it
+    handler = next((h for h in log.handlers if h.get_name() == _NAME), None)
+    if isinstance(handler, logging.StreamHandler):
+        handler.setStream(sys.stdout)  # a notebook or a test may have replaced it
     else:
         log.addHandler(_console())
     log.setLevel(logging.INFO)
@@ -67,7 +67,7 @@ def _console() -> logging.Handler:
 
 
 def compilation_cache(cache: str) -> None:
-    """Keeps compiled programs in a folder, so that a second start is quick.
+    """Caches compiled programs in a folder, so that a second start is quick.
 
     JAX_COMPILATION_CACHE_DIR, where it is set, wins.
 
@@ -81,5 +81,5 @@ def compilation_cache(cache: str) -> None:
         folder = pathlib.Path(cache).expanduser() / socket.gethostname()
         jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # JAX keeps what took a second to compile; a start has a dozen quicker ones.
+        # JAX caches what took a second to compile; a start has a dozen quicker ones.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy
 
 from configs import base
 from solov2_jax.structs import Outputs
 from solov2_jax.training import optim, sharding
-from solov2_jax.training.build import build_loss, build_optimizer
+from solov2_jax.training.build import build_optimizer
+from solov2_jax.training.loss import build_loss
 from solov2_jax.training.state import state_of
 from solov2_jax.training.step import TrainStep
 
@@ -78,7 +78,7 @@ def run(parts, num_devices):
     _, tx = build_optimizer(config, trainable)
     mesh = sharding.make_mesh(num_devices)
     loss, key = build_loss(config, Network()), jax.random.key(0)
-    step = TrainStep(loss, tx, mesh, key, trainable, accumulate=parts)
+    step = TrainStep(loss=loss, tx=tx, mesh=mesh, key=key, trainable=trainable, accumulate=parts)
     state = jax.device_put(state_of({"params": params}, tx), sharding.replicated(mesh))
     metrics = []
     for seed in (0, 1):
@@ -109,13 +109,6 @@ def test_the_batch_must_be_divisible_by_devices_times_parts():
         sharding.check_batch_size(12, mesh, 4)
 
 
-def test_a_plain_loss_cannot_be_split():
-    task, mesh = toy.toy_task(toy.toy_config(), None), sharding.make_mesh(1)
-    given = task.loss_fn, task.tx, mesh, jax.random.key(0), task.trainable
-    with pytest.raises(ValueError, match="train.accumulate = 2: this loss cannot"):
-        TrainStep(*given, accumulate=2)
-
-
 def test_without_parts_the_program_has_no_loop():
     """What is off costs nothing: no scan, no sums that start at zero."""
     config, params = make_config(), make_params()
@@ -126,7 +119,9 @@ def test_without_parts_the_program_has_no_loop():
     state = state_of({"params": params}, tx)
     loops = []
     for parts in (1, 2):
-        step = TrainStep(loss, tx, mesh, key, trainable, accumulate=parts)
+        step = TrainStep(
+            loss=loss, tx=tx, mesh=mesh, key=key, trainable=trainable, accumulate=parts
+        )
         text = step.lower(state, make_batch()).as_text()
         loops.append(text.count("stablehlo.while"))
     assert loops[0] == loops[1] - 1

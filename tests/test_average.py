@@ -19,11 +19,17 @@ DECAY = 0.3  # reached at step 3: the warm-up and what comes after it are both s
 def test_it_follows_the_formula_and_skipped_steps_leave_it_alone():
     task = toy.toy_task(toy.toy_config(optim__warmup_steps=0), None)
     mesh, key = sharding.make_mesh(2), jax.random.key(0)
-    state = create_state(task.init, task.tx, key, mesh, average=True)
-    given = task.loss_fn, task.tx, mesh, key, task.trainable
-    step = TrainStep(*given, ema_decay=DECAY)
+    state = create_state(task.init, task.tx, key, mesh, ema=True)
+    step = TrainStep(
+        loss=task.loss,
+        tx=task.tx,
+        mesh=mesh,
+        key=key,
+        trainable=task.trainable,
+        ema_decay=DECAY,
+    )
     want = jax.device_get(state.variables)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.average), want)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.ema), want)
     for t in range(6):
         batch = toy.toy_batch(t)
         if t == 2:
@@ -35,18 +41,18 @@ def test_it_follows_the_formula_and_skipped_steps_leave_it_alone():
             now = jax.device_get(state.variables)
             want = jax.tree.map(lambda a, x, d=d: d * a + (1 - d) * x, want, now)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
-    jax.tree.map(close, jax.device_get(state.average), want)
-    frozen = [x["params"]["backbone"]["stem"] for x in (state.average, state.variables)]
+    jax.tree.map(close, jax.device_get(state.ema), want)
+    frozen = [x["params"]["backbone"]["stem"] for x in (state.ema, state.variables)]
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get(frozen))
 
 
 def test_without_it_nothing_is_kept(tmp_path):
     task, mesh = toy.toy_task(toy.toy_config(), None), sharding.make_mesh(1)
     state = create_state(task.init, task.tx, jax.random.key(0), mesh)
-    assert state.average is None
+    assert state.ema is None
     train(toy.toy_config(train__steps=1), tmp_path, toy.toy_task)
     names = {p.name for p in (tmp_path / "checkpoints" / "1").iterdir()}
-    assert {"variables", "optimizer", "position"} <= names and "average" not in names
+    assert {"variables", "optimizer", "position"} <= names and "ema" not in names
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from solov2_jax.models.layers import ConvNorm
 from solov2_jax.models.resnet import BasicBlock, ResNet
 from solov2_jax.structs import Outputs
 from solov2_jax.training import sharding
-from solov2_jax.training.objective import Solov2Objective
 from solov2_jax.training.optim import make_optimizer
 from solov2_jax.training.precise_bn import PreciseBN
 from solov2_jax.training.state import state_of
@@ -88,20 +87,19 @@ class Network(nn.Module):
         )
 
 
-def make_objective():
-    from solov2_jax.training.build import build_loss
+def make_loss():
+    from solov2_jax.training.loss import build_loss
 
     config = make_config()
     config.model.backbone.norm = "sync_bn"
-    objective = build_loss(config, Network())
-    assert isinstance(objective, Solov2Objective)
+    loss_fn = build_loss(config, Network())
     image = jax.ShapeDtypeStruct((1, H, W, 3), jnp.float32)
     variables = jax.jit(lambda k: Network().lazy_init(k, image))(jax.random.key(3))
-    return objective, dict(variables)
+    return loss_fn, dict(variables)
 
 
 def two_steps(num_devices, parts=1):
-    objective, variables = make_objective()
+    loss_fn, variables = make_loss()
     mesh, key = sharding.make_mesh(num_devices), jax.random.key(0)
     trainable = jax.tree.map(lambda _: True, variables["params"])
     tx = make_optimizer(
@@ -113,7 +111,7 @@ def two_steps(num_devices, parts=1):
         clip_norm=0.0,
         trainable=trainable,
     )
-    step = TrainStep(objective, tx, mesh, key, trainable, accumulate=parts)
+    step = TrainStep(loss=loss_fn, tx=tx, mesh=mesh, key=key, trainable=trainable, accumulate=parts)
     start = jax.tree.map(np.array, variables)  # the state is donated
     state = jax.device_put(state_of(variables, tx), sharding.replicated(mesh))
     metrics = []
@@ -150,7 +148,7 @@ def test_parts_have_their_own_statistics(one_device):
 
 
 def test_precise_statistics_are_those_of_all_images_together():
-    objective, variables = make_objective()
+    loss_fn, variables = make_loss()
     taken = []
 
     def batches(step):
@@ -159,12 +157,12 @@ def test_precise_statistics_are_those_of_all_images_together():
             yield make_batch(seed)
 
     run = make_run(step=5, total=5)
-    run.state = state_of(variables, _no_optimizer(), average=True)
-    PreciseBN(objective.moments, batches, 0, 3).after_step(run)
+    run.state = state_of(variables, _no_optimizer(), ema=True)
+    PreciseBN(loss_fn.moments, batches, 0, 3).after_step(run)
     assert taken == [0, 1, 2, 0, 1, 2], "for the weights and for their average"
     # Of one batch with all images, the block's first norm sees the same statistics.
     together = {k: jnp.concatenate([make_batch(i)[k] for i in range(3)]) for k in make_batch(0)}
-    want = objective.moments(variables, together)["backbone"]["conv1"]["norm"]
+    want = loss_fn.moments(variables, together)["backbone"]["conv1"]["norm"]
     got = run.state.model_state["batch_stats"]["backbone"]["conv1"]["norm"]
     np.testing.assert_allclose(got["mean"], want["mean"], rtol=1e-4, atol=1e-6)
     # Each batch's variance is divided by n - 1: here n is 8 x 16 x 24.
@@ -172,7 +170,7 @@ def test_precise_statistics_are_those_of_all_images_together():
     assert jax.tree.structure(run.state.model_state) == jax.tree.structure(
         {"batch_stats": variables["batch_stats"]}
     )
-    average = run.state.average["batch_stats"]["backbone"]["conv1"]["norm"]
+    average = run.state.ema["batch_stats"]["backbone"]["conv1"]["norm"]
     jax.tree.map(np.testing.assert_array_equal, average, got)
 
 

@@ -12,9 +12,9 @@ import pytest
 import toy
 
 from solov2_jax import checkpoint
-from solov2_jax.checkpoint import CheckpointManager, list_steps, restore_state, restore_variables
+from solov2_jax.checkpoint import CheckpointManager, list_steps, restore_parts, restore_variables
 from solov2_jax.training import sharding
-from solov2_jax.training.state import abstract, create_state
+from solov2_jax.training.state import TrainState, abstract, create_state
 
 pytestmark = pytest.mark.filterwarnings(
     # Orbax leaves a coroutine behind when TensorStore cannot read a file.
@@ -39,10 +39,18 @@ def at_step(state, step):
 def save_all(workdir, state, steps, keep=10, best=None):
     checkpoints = CheckpointManager(workdir, keep=keep)
     for step in steps:
-        checkpoints.save(at_step(state, step), {"next_step": step})
+        checkpoints.save(step, at_step(state, step).parts(), {"next_step": step})
         if step == best:
             checkpoints.record_best(step, "segm/AP", 0.5)
     checkpoints.close()
+
+
+def restored_state(workdir, abstract_state):
+    """Returns (state, position) as a run resumes, unreadable checkpoints moved aside."""
+    restored = restore_parts(workdir, abstract_state.parts())
+    for step in restored.unreadable:
+        checkpoint.move_aside(workdir, step)
+    return TrainState.from_parts(restored.parts), restored.position
 
 
 def assert_equal(a, b):
@@ -54,7 +62,7 @@ def test_restores_what_was_saved_on_any_number_of_devices(tmp_path, start):
     save_all(tmp_path, state, [3])
     for devices in (8, 1):
         target = sharding.make_mesh(devices)
-        restored, position = restore_state(tmp_path, abstract(state, target))
+        restored, position = restored_state(tmp_path, abstract(state, target))
         assert_equal(restored, at_step(state, 3))
         kernel = restored.params["ins_head"]["cate_pred"]["kernel"]
         assert kernel.sharding == sharding.replicated(target)
@@ -74,7 +82,7 @@ def test_keeps_the_newest_and_the_best(tmp_path, start):
 
 
 def test_nothing_to_restore(tmp_path, start):
-    assert restore_state(tmp_path, abstract(start[2], start[1])) is None
+    assert restore_parts(tmp_path, abstract(start[2], start[1]).parts()) is None
     with pytest.raises(ValueError, match="no checkpoint in checkpoints/"):
         restore_variables(tmp_path)
 
@@ -126,7 +134,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     workdir = tmp_path / "run"
     shutil.copytree(two_saves, workdir)
     DAMAGE[damage](workdir / "checkpoints" / "8")
-    restored, position = restore_state(workdir, abstract(start[2], start[1]))
+    restored, position = restored_state(workdir, abstract(start[2], start[1]))
     assert_equal(restored, at_step(start[2], 4))
     assert position["next_step"] == 4
     assert "checkpoints/8 is unreadable" in caplog.text
@@ -153,7 +161,7 @@ def test_no_readable_checkpoint_is_an_error(tmp_path, two_saves, start):
     for step in (4, 8):
         DAMAGE["data cut"](workdir / "checkpoints" / str(step))
     with pytest.raises(ValueError, match="no checkpoint is readable.*8: .*4: "):
-        restore_state(workdir, abstract(start[2], start[1]))
+        restore_parts(workdir, abstract(start[2], start[1]).parts())
     assert list_steps(workdir) == [4, 8], "nothing is moved when nothing is readable"
 
 

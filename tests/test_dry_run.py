@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import tiny_coco
+import toy
 from conftest import ROOT
 from tiny_network import tiny_config, tiny_variables
 
@@ -18,8 +19,7 @@ from solov2_jax.data.build import build_loss_batches, build_train_batches
 from solov2_jax.models import build_model
 from solov2_jax.tools.dry_run import batch_shapes, dry_run, format_rows
 from solov2_jax.tools.overfit import overfit_config, verdict
-from solov2_jax.training.build import build_loss
-from solov2_jax.training.objective import ValidationLoss
+from solov2_jax.training.loss import ValidationLoss, build_loss
 from solov2_jax.training.sharding import make_mesh, put_batch, replicated
 from solov2_jax.training.state import state_of
 from solov2_jax.training.step import TrainStep
@@ -82,7 +82,7 @@ def test_programs_are_bounded_by_the_buckets(tmp_path):
 
     params = {"fpn": jnp.float32(1)}
     tx = optax.sgd(0.1)
-    step = TrainStep(loss, tx, mesh, key, {"fpn": True})
+    step = TrainStep(loss=toy.plain_loss(loss), tx=tx, mesh=mesh, key=key, trainable={"fpn": True})
     state = jax.device_put(state_of({"params": params}, tx), replicated(mesh))
     for batch in batches:
         state, _ = step(state, put_batch(batch, mesh))
@@ -122,7 +122,7 @@ def test_overfit_trains_the_first_images_and_only_those(tmp_path):
 def test_the_verdict_is_one_line():
     assert verdict({"segm/AP50": 0.9}, 8) == (
         True,
-        "overfit 8: segm/AP50 0.900 on the images trained on: passed",
+        "overfit 8: segm/AP50 0.900 on the training images: passed",
     )
     passed, line = verdict({"segm/AP50": 0.1}, 8)
     assert not passed and "FAILED" in line and "\n" not in line

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import toy
 
-from solov2_jax.checkpoint import list_steps, restore_state, restore_variables
+from solov2_jax.checkpoint import list_steps, restore_parts, restore_variables
 from solov2_jax.training import sharding
 from solov2_jax.training.state import abstract, state_of
 
@@ -41,7 +41,7 @@ def assert_same_run(a, b):
         (x, step), (y, other) = (restore_variables(f, which) for f in (a, b))
         assert step == other
         jax.tree.map(np.testing.assert_array_equal, x, y)
-    for name in ("optimizer", "variables", "average"):
+    for name in ("optimizer", "variables", "ema"):
         sums = [position(f)["checksums"][name] for f in (a, b)]
         assert sums[0] == sums[1], name
     assert (a / "best.json").read_text() == (b / "best.json").read_text()
@@ -118,7 +118,7 @@ def test_a_run_goes_on_on_other_devices_with_a_longer_schedule(tmp_path):
     shapes = jax.eval_shape(lambda k: state_of(task.init(k), task.tx), jax.random.key(0))
     for devices in (8, 3):
         mesh = sharding.make_mesh(devices)
-        restored = restore_state(tmp_path / "moved", abstract(shapes, mesh))
+        restored = restore_parts(tmp_path / "moved", abstract(shapes, mesh).parts())
         assert restored is not None
-        kernel = restored[0].params["ins_head"]["cate_pred"]["kernel"]
+        kernel = restored.parts["variables"]["params"]["ins_head"]["cate_pred"]["kernel"]
         assert len(kernel.sharding.device_set) == devices

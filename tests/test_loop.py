@@ -13,6 +13,7 @@ import pytest
 import toy
 
 from solov2_jax.checkpoint import list_steps, read_position, restore_variables
+from solov2_jax.io import InputError
 from solov2_jax.training import sharding
 from solov2_jax.training import workdir as workdirs
 from solov2_jax.training.loop import train
@@ -42,6 +43,13 @@ def numbers_of(workdir):
     variables, step = restore_variables(workdir)
     leaves = json.dumps(np.sum([np.sum(x) for x in leaves_of(variables)]).item())
     return lines, leaves, step
+
+
+def contents_of(workdir):
+    """Returns {name: bytes} of everything in a workdir but the log and the lock."""
+    files = (p for p in Path(workdir).rglob("*") if p.is_file())
+    names = {str(p.relative_to(workdir)): p.read_bytes() for p in files}
+    return {n: data for n, data in names.items() if n not in ("train.log", ".lock")}
 
 
 def leaves_of(tree):
@@ -238,9 +246,17 @@ def test_checkpoints_without_a_config_are_an_error(tmp_path):
         train(config, tmp_path, toy.toy_task)
 
 
-def test_a_workdir_without_checkpoints_starts_again(tmp_path):
+@pytest.mark.parametrize("keep_folder", [True, False])
+def test_lost_checkpoints_stop_the_run_and_the_log_stays(tmp_path, keep_folder):
     train(toy.toy_config(train__steps=2), tmp_path, toy.toy_task)
     shutil.rmtree(tmp_path / "checkpoints")
+    if keep_folder:
+        (tmp_path / "checkpoints").mkdir()
+    before = contents_of(tmp_path)
+    with pytest.raises(InputError, match="checkpoints/ has no checkpoint, but this run"):
+        train(toy.toy_config(train__steps=3), tmp_path, toy.toy_task)
+    assert contents_of(tmp_path) == before
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "old.jsonl")  # as the message says
     train(toy.toy_config(train__steps=1, seed=1), tmp_path, toy.toy_task)
     assert [line["step"] for line in lines_of(tmp_path)] == [1]
 
@@ -265,12 +281,12 @@ def test_what_the_weights_lack_is_drawn_as_without_them(tmp_path):
     config = toy.toy_config(init_from=str(tmp_path / "part.safetensors"))
     task = toy.toy_task(config, tmp_path)
     mesh = sharding.make_mesh(2)
-    scratch, _ = restore(toy.toy_config(), tmp_path, task, mesh)
-    flat = dict(flatten_tree(jax.device_get(scratch.variables)))
+    scratch = restore(toy.toy_config(), tmp_path, task, mesh)
+    flat = dict(flatten_tree(jax.device_get(scratch.state.variables)))
     lacking = "params/ins_head/cate_pred/kernel"
     file = {name: leaf + 1 for name, leaf in flat.items() if name != lacking}
     save_weights(config.init_from, file, {})
-    state, _ = restore(config, tmp_path, task, mesh)
+    state = restore(config, tmp_path, task, mesh).state
     for name, leaf in flatten_tree(jax.device_get(state.variables)):
         np.testing.assert_array_equal(leaf, file.get(name, flat[name]))
 
@@ -311,7 +327,7 @@ def test_a_run_with_skipped_steps_resumes_and_ends(tmp_path):
     assert numbers_of(tmp_path / "a") == numbers_of(tmp_path / "b")
 
 
-def test_an_error_of_the_data_ends_the_run_and_keeps_the_checkpoint(tmp_path):
+def test_an_error_of_the_data_ends_the_run_with_its_last_step_saved(tmp_path):
     def batches(step, size, seed):
         for batch in toy.toy_batches(step, size, seed):
             if step == 6:
@@ -322,7 +338,8 @@ def test_an_error_of_the_data_ends_the_run_and_keeps_the_checkpoint(tmp_path):
     build = lambda c, w: toy.toy_task(c, w, batches=batches)  # noqa: E731
     with pytest.raises(ValueError, match="image 7 is broken"):
         train(toy.toy_config(), tmp_path, build)
-    assert list_steps(tmp_path) == [4]
+    assert list_steps(tmp_path) == [4, 6]
+    assert "the checkpoint of step 6 is saved" in (tmp_path / "train.log").read_text()
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, uninterrupted):

@@ -11,7 +11,8 @@ from plain_masks import quarters_of, spans_of
 
 from configs import base
 from solov2_jax.data.rasterize import mass_centers
-from solov2_jax.training.build import build_loss, build_optimizer
+from solov2_jax.training.build import build_optimizer
+from solov2_jax.training.loss import build_loss
 from solov2_jax.training.optim import trainable_mask
 from solov2_jax.weights.names import to_adelaidet
 

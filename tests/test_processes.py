@@ -230,8 +230,8 @@ def test_alone_nothing_is_waited_for():
     assert distributed.gather({"a": 1}) == [{"a": 1}]
     assert distributed.broadcast_from_host0(lambda: (1, 2)) == (1, 2)
     distributed.barrier("nobody else")
-    vote = distributed.Vote(sharding.make_mesh())
-    assert [vote(wish) for wish in (False, True, False)] == [False, True, False]
+    agree_on_stop = distributed.AgreeOnStop(sharding.make_mesh())
+    assert [agree_on_stop(wish) for wish in (False, True, False)] == [False, True, False]
 
 
 def test_rows_of_a_batch_follow_the_order_of_the_processes():

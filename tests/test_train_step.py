@@ -12,11 +12,12 @@ from solov2_jax.training.step import TrainStep
 
 
 def make(num_devices, loss_fn=toy.toy_loss, **changes):
-    task = toy.toy_task(toy.toy_config(**changes), None, loss_fn=loss_fn)
+    task = toy.toy_task(toy.toy_config(**changes), None, loss=toy.plain_loss(loss_fn))
     mesh = sharding.make_mesh(num_devices)
     key = jax.random.key(0)
     state = create_state(task.init, task.tx, key, mesh)
-    return mesh, state, TrainStep(loss_fn, task.tx, mesh, key, task.trainable)
+    step = TrainStep(loss=task.loss, tx=task.tx, mesh=mesh, key=key, trainable=task.trainable)
+    return mesh, state, step
 
 
 def five_losses(num_devices):

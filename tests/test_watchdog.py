@@ -4,9 +4,17 @@ import jax.numpy as jnp
 import pytest
 from test_hooks import make_run
 
-from solov2_jax.training.watchdog import Facts, LossWatchdog, explain
+from solov2_jax.training.watchdog import Facts, LossWatchdog, diagnose
 
-SOUND = Facts(3.0, 4, 100, lambda step: 0.01, 0.0, "gn", "", (1.0, 1.0, 1.0))
+SOUND = Facts(
+    dice_weight=3.0,
+    batch_size=4,
+    warmup_steps=100,
+    schedule=lambda step: 0.01,
+    norm="gn",
+    init_from="",
+    std=(1.0, 1.0, 1.0),
+)
 STUCK = {
     "loss_ins": 2.98,
     "mean_iou": 0.004,
@@ -31,7 +39,7 @@ STUCK = {
 )
 def test_the_likeliest_reason_is_named_with_figures(means, facts, step, reason):
     facts = Facts(**{**vars(SOUND), **facts})
-    line = explain(facts, step, {**STUCK, **means})
+    line = diagnose(facts, step, {**STUCK, **means})
     assert reason in line and "\n" not in line
     for figure in ("of at most 3", "mean IoU of pairs 0.004", "of 4 images", "0.01"):
         assert figure in line

@@ -15,6 +15,12 @@ from solov2_jax.training.loop import train
 from solov2_jax.training.writers import CsvWriter
 
 
+def opened(writer, workdir, step):
+    writer.check(workdir, step)
+    writer.open(workdir, step, {})
+    return writer
+
+
 def rows_of(path):
     with open(path, newline="") as file:
         return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
@@ -22,7 +28,7 @@ def rows_of(path):
 
 def test_csv_has_a_row_per_step_and_a_column_per_name(tmp_path):
     path = tmp_path / "metrics.csv"
-    writer = CsvWriter(path, 0)
+    writer = opened(CsvWriter(), tmp_path, 0)
     writer.write(1, {"loss": 0.5})
     writer.write(2, {"loss": 0.25})
     writer.write(2, {"segm/AP": 0.125})  # an evaluation joins its step's row
@@ -36,7 +42,7 @@ def test_csv_has_a_row_per_step_and_a_column_per_name(tmp_path):
     assert rows_of(path) == want
     with open(path, "a") as file:
         file.write("4,0.")  # a kill in the middle of a row
-    writer = CsvWriter(path, 2)
+    writer = opened(CsvWriter(), tmp_path, 2)
     assert rows_of(path) == want[:2]
     writer.write(3, {"loss": 2.0})
     writer.close()

@@ -85,6 +85,6 @@ def write_workdir(folder: Path, config: Any, steps: tuple[int, ...] = (3,)) -> s
             model_state={"batch_stats": variables["batch_stats"]},
             opt_state=optax.EmptyState(),
         )
-        checkpoints.save(state, {"next_step": step})
+        checkpoints.save(step, state.parts(), {"next_step": step})
     checkpoints.close()
     return str(folder)

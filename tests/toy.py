@@ -24,9 +24,10 @@ from solov2_jax.config_schema import number, text, whole
 from solov2_jax.tools.cli import app, shared
 from solov2_jax.tools.cli.flags import Flag
 from solov2_jax.training import optim
+from solov2_jax.training.build import Task
 from solov2_jax.training.loop import train
+from solov2_jax.training.loss import Loss
 from solov2_jax.training.optim import build_schedule
-from solov2_jax.training.task import Task
 
 WORKDIR = Flag("workdir", text(), "Folder of the run.", required=True)
 KILL_AT = Flag("kill_at", whole(-1, -1), "Step whose batch is never delivered.")
@@ -96,6 +97,16 @@ def toy_loss(params, model_state, batch, key):
     return loss, {"loss_cate": loss, "num_pairs": jnp.sum(batch["label"] > 0)}
 
 
+def plain_loss(loss_fn):
+    """Returns the loss of a function (params, model_state, batch, key) -> loss, metrics."""
+
+    def compute(params, model_state, batch, targets, key):
+        loss, metrics = loss_fn(params, model_state, batch, key)
+        return loss, (metrics, model_state)
+
+    return Loss(assign=lambda batch, key: ({}, key), compute=compute)
+
+
 def toy_batch(step, size=8, seed=0):
     """Returns the batch of a step."""
     rng = np.random.default_rng((seed, step))
@@ -153,7 +164,7 @@ def toy_task(config, workdir, *, batches=toy_batches, width=16, **replaced):
         "class_names": ("a", "b", "c"),
         "category_ids": (1, 5, 7),
         "init": init,
-        "loss_fn": toy_loss,
+        "loss": plain_loss(toy_loss),
         "tx": tx,
         "schedule": schedule,
         "trainable": trainable,

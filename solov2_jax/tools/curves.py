@@ -1,12 +1,14 @@
 """The numbers of a run's `metrics.jsonl` as curves over the steps."""
 
 import io
-import json
 import os
 import pathlib
 from typing import Any
 
 from PIL import Image
+
+from solov2_jax.io import InputError
+from solov2_jax.training.writers import read_metrics
 
 # Title -> names in metrics.jsonl; a chart without any of them is left out.
 CHARTS = {
@@ -19,27 +21,22 @@ COLORS = ("#24292f", "#2f6db5", "#d97a26", "#3d8f5f")
 
 
 def draw_curves(workdir: str | os.PathLike[str]) -> Image.Image:
-    """Returns the curves of a run so far, as a picture that a notebook shows."""
-    lines = read_metrics(workdir)
-    found = {}
+    """Returns the curves of a run so far, as a picture that a notebook shows.
+
+    Raises:
+      InputError: without a readable line of metrics.
+    """
+    lines = read_metrics(pathlib.Path(workdir) / "metrics.jsonl")
+    charts = {}
     for title, names in CHARTS.items():
         curves = {name: _points(lines, name) for name in names}
-        if shown := {name: curve for name, curve in curves.items() if curve[0]}:
-            found[title] = shown
-    if not found:
-        raise ValueError(
+        if nonempty := {name: curve for name, curve in curves.items() if curve[0]}:
+            charts[title] = nonempty
+    if not charts:
+        raise InputError(
             f"{workdir}: metrics.jsonl has no line yet; train for train.log_every steps"
         )
-    return _draw(found)
-
-
-def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Returns the lines of a run's metrics.jsonl: {"step": 20, "loss": 3.1, ...}."""
-    path = pathlib.Path(workdir) / "metrics.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no readable metrics of a run ({error})") from error
+    return _draw(charts)
 
 
 def _points(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

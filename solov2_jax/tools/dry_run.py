@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from solov2_jax.data.buckets import nominal_buckets, resize_of
 from solov2_jax.models import build_model
 from solov2_jax.training import sharding
-from solov2_jax.training.build import build_loss, build_optimizer, build_trainable
+from solov2_jax.training.build import build_optimizer, build_trainable
+from solov2_jax.training.loss import build_loss
 from solov2_jax.training.state import TrainState, abstract, state_of
 from solov2_jax.training.step import TrainStep
 
@@ -24,7 +25,7 @@ NUM_CLASSES, MAX_INSTANCES, PHOTOGRAPH = 80, 96, (480, 640)
 
 @dataclass(frozen=True)
 class Compiled:
-    """What compiling the train step for a padded shape told."""
+    """What compiling the train step for a padded shape shows."""
 
     shape: tuple[int, int]  # (height, width)
     seconds: float  # to trace and compile, or to read from the compilation cache
@@ -43,7 +44,7 @@ def dry_run(config: Any) -> tuple[list[Compiled], list[str]]:
             notes.append(f"model.num_classes is 0: {NUM_CLASSES} classes assumed")
         if config.data.max_instances == 0:
             config.data.max_instances = MAX_INSTANCES
-            notes.append(f"data.max_instances is 0: {MAX_INSTANCES} objects an image assumed")
+            notes.append(f"data.max_instances is 0: {MAX_INSTANCES} objects per image assumed")
     input_ = config.input
     resize = resize_of(
         input_.min_sizes_train,
@@ -61,11 +62,10 @@ def dry_run(config: Any) -> tuple[list[Compiled], list[str]]:
             f"{width} x {height} pixels assumed"
         )
     step, state, mesh = build_step(config)
-    size = config.train.batch_size, config.data.max_instances
-    rows = [
-        _compile(step, state, batch_shapes(*size, *shape, mesh), shape)
-        for shape in nominal_buckets(resize, height, width)
-    ]
+    rows = []
+    for h, w in nominal_buckets(resize, height, width):
+        batch = batch_shapes(config.train.batch_size, config.data.max_instances, h, w, mesh)
+        rows.append(_compile(step, state, batch, (h, w)))
     return rows, notes
 
 
@@ -73,8 +73,8 @@ def build_step(
     config: Any, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[TrainStep, TrainState, jax.sharding.Mesh]:
     """Returns the train step, the shapes of its state, and the mesh, as the loop's."""
-    mesh, parts = mesh or sharding.make_mesh(), config.train.accumulate
-    sharding.check_batch_size(config.train.batch_size, mesh, parts)
+    mesh, accumulate = mesh or sharding.make_mesh(), config.train.accumulate
+    sharding.check_batch_size(config.train.batch_size, mesh, accumulate)
     model = build_model(config, config.model.num_classes)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     key = jax.random.key(0)
@@ -82,13 +82,16 @@ def build_step(
     trainable = build_trainable(config, variables["params"])
     _, tx = build_optimizer(config, trainable)
     step = TrainStep(
-        build_loss(config, model),
-        *(tx, mesh, key, trainable),
-        accumulate=parts,
+        loss=build_loss(config, model),
+        tx=tx,
+        mesh=mesh,
+        key=key,
+        trainable=trainable,
+        accumulate=accumulate,
         ema_decay=config.optim.ema_decay,
     )
-    average = config.optim.ema_decay > 0
-    state = jax.eval_shape(lambda v: state_of(v, tx, average), variables)
+    ema = config.optim.ema_decay > 0
+    state = jax.eval_shape(lambda v: state_of(v, tx, ema=ema), variables)
     return step, abstract(state, mesh), mesh
 
 
@@ -125,11 +128,11 @@ def _compile(step, state, batch, shape) -> Compiled:
     # The new state lies where the old one was; only what does not is counted again.
     extra = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
-        shape,
-        seconds,
-        compiled.cost_analysis()["flops"],
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes + max(extra, 0),
+        shape=shape,
+        seconds=seconds,
+        flops=compiled.cost_analysis()["flops"],
+        state_bytes=memory.argument_size_in_bytes,
+        work_bytes=memory.temp_size_in_bytes + max(extra, 0),
     )
 
 
@@ -138,8 +141,8 @@ def format_rows(config: Any, rows: list[Compiled], notes: list[str]) -> str:
     devices = jax.devices()
     lines = [
         f"train step of {config.train.batch_size} images on {len(devices)} x "
-        f"{devices[0].device_kind}; figures of one device",
-        "shape        compiled s   GFLOPs   state GB   work GB   together GB",
+        f"{devices[0].device_kind}; numbers of one device",
+        "shape        compiled s   GFLOPs   state GB   work GB      total GB",
     ]
     for row in rows:
         name, gb = f"{row.shape[0]}x{row.shape[1]}", 2.0**30

@@ -1,0 +1,54 @@
+"""Training: `train(config, workdir)`, and what one derives from or builds on.
+
+    from solov2_jax.training import HookBase, WriterBase, train
+
+Imported when they are first asked for; start reading at `loop.py`, then `step.py`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from solov2_jax.training.build import Task, build_task
+    from solov2_jax.training.hooks import HookBase, Run
+    from solov2_jax.training.loop import train
+    from solov2_jax.training.loss import Loss, build_loss
+    from solov2_jax.training.state import TrainState
+    from solov2_jax.training.step import TrainStep
+    from solov2_jax.training.writers import WriterBase
+
+__all__ = [
+    "HookBase",
+    "Loss",
+    "Run",
+    "Task",
+    "TrainState",
+    "TrainStep",
+    "WriterBase",
+    "build_loss",
+    "build_task",
+    "train",
+]
+
+_MODULES = {
+    "HookBase": "hooks",
+    "Loss": "loss",
+    "Run": "hooks",
+    "Task": "build",
+    "TrainState": "state",
+    "TrainStep": "step",
+    "WriterBase": "writers",
+    "build_loss": "loss",
+    "build_task": "build",
+    "train": "loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'solov2_jax.training' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

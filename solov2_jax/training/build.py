@@ -1,10 +1,10 @@
 """From a config to a task: the one place in training that unpacks the config."""
 
-import functools
 import hashlib
 import logging
 import pathlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,29 +12,50 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from solov2_jax.io import import_object
 from solov2_jax.models import build_model
-from solov2_jax.targets import assign_targets
-from solov2_jax.training.objective import Solov2Objective, ValidationLoss
+from solov2_jax.training.loss import Loss, ValidationLoss, build_loss
 from solov2_jax.training.optim import build_schedule, describe_rate, make_optimizer, trainable_mask
-from solov2_jax.training.task import Task
 
 PyTree = Any
+Evaluate = Callable[[dict[str, PyTree]], Mapping[str, float | None]]
 
 log = logging.getLogger("solov2_jax")
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is trained: everything that the loop does not know by itself.
+
+    The loop knows this, and neither SOLOv2 nor COCO.
+    """
+
+    config: Any  # resolved: the number of classes is filled in
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    init: Callable[[jax.Array], dict[str, PyTree]]  # key -> variables
+    loss: Loss
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    trainable: PyTree
+    batches: Callable[[int], Generator[dict[str, np.ndarray], None, None]]  # from a step on
+    evaluate: Evaluate  # of variables
+    fingerprint: str  # of the training data's content
+    metric_names: tuple[str, ...] = ()  # that `evaluate` returns; (): not known beforehand
+
+
 def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False) -> Task:
-    """Returns the SOLOv2 task that a config describes.
+    """Returns the SOLOv2 task that a config describes; writes nothing.
 
     Args:
       val_is_train: evaluate on the training images instead of the validation's.
     """
     from solov2_jax.data.build import build_train_batches, load_datasets
-    from solov2_jax.tools.doctor.start import check_at_start
 
     train, val = load_datasets(config)
     val = train if val_is_train else val
-    check_at_start(config, train, val)
+    for path in config.train.checks:
+        import_object(path, "train.checks")(config, train, val)
     num_classes = len(train.class_names)
     config = config.copy_and_resolve_references()
     config.model.num_classes = num_classes
@@ -52,10 +73,10 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
     log.info("%s", describe_rate(config))
     schedule, tx = build_optimizer(config, trainable)
     shard = (jax.process_index(), jax.process_count())
-    loss_fn = build_loss(config, model)
+    loss = build_loss(config, model)
     evaluate = build_evaluate(config, model, val, workdir)
     if config.eval.loss_images:
-        evaluate = with_loss(evaluate, config, loss_fn, val, shard)
+        evaluate = with_validation_loss(evaluate, config, loss, val)
 
     def batches(step: int) -> Generator[dict[str, np.ndarray], None, None]:
         yield from build_train_batches(config, train, step, shard)
@@ -65,14 +86,14 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
         class_names=tuple(train.class_names),
         category_ids=tuple(train.category_ids),
         init=init,
-        loss_fn=loss_fn,
+        loss=loss,
         tx=tx,
         schedule=schedule,
         trainable=trainable,
         batches=batches,
         evaluate=evaluate,
         fingerprint=fingerprint(train),
-        moments=loss_fn.moments,
+        metric_names=metric_names(config, val),
     )
 
 
@@ -83,37 +104,10 @@ def build_trainable(config: Any, params: PyTree) -> PyTree:
 
 
 def log_trainable(params: PyTree, trainable: PyTree) -> None:
-    """Logs how many numbers are trained, and how many are not."""
-    sizes = jax.tree.map(lambda x, t: (x.size * t, x.size), params, trainable)
-    pairs = jax.tree.leaves(sizes, is_leaf=lambda x: isinstance(x, tuple))
-    trained, all_ = sum(t for t, _ in pairs), sum(n for _, n in pairs)
-    log.info("%s parameters, of which %s are trained", f"{all_:,}", f"{trained:,}")
-
-
-def build_loss(config: Any, model: Any) -> Solov2Objective:
-    """Returns loss_fn(params, model_state, batch, key) for batches of numpy fields."""
-    targets, loss, input_ = config.targets, config.loss, config.input
-    assign = functools.partial(
-        assign_targets,
-        num_grids=tuple(config.model.ins_head.num_grids),
-        scale_ranges=tuple(tuple(pair) for pair in targets.scale_ranges),
-        sigma=targets.sigma,
-        num_classes=config.model.num_classes,
-        max_pairs=targets.max_pairs,
-    )
-    return Solov2Objective(
-        model.apply,
-        lambda batch, key: assign(batch, key=key),
-        tuple(input_.mean),
-        tuple(input_.std),
-        {
-            "focal_alpha": loss.focal_alpha,
-            "focal_gamma": loss.focal_gamma,
-            "focal_weight": loss.focal_weight,
-            "dice_weight": loss.dice_weight,
-        },
-        ("batch_stats",) if config.model.backbone.norm == "sync_bn" else (),
-    )
+    """Logs how many numbers there are in the parameters, and how many are trained."""
+    sizes = jax.tree.leaves(jax.tree.map(lambda x: x.size, params))
+    trained = sum(n for n, train in zip(sizes, jax.tree.leaves(trainable), strict=True) if train)
+    log.info("%s parameters, of which %s are trained", f"{sum(sizes):,}", f"{trained:,}")
 
 
 def build_optimizer(
@@ -134,9 +128,7 @@ def build_optimizer(
     return schedule, tx
 
 
-def build_evaluate(
-    config: Any, model: Any, dataset: Any, workdir: pathlib.Path
-) -> Callable[[dict[str, PyTree]], dict[str, float]]:
+def build_evaluate(config: Any, model: Any, dataset: Any, workdir: pathlib.Path) -> Evaluate:
     """Returns variables -> metrics on the validation data."""
     from solov2_jax.data.build import build_eval_batches
     from solov2_jax.evaluation.evaluate import build_evaluator, build_reports, evaluate
@@ -146,8 +138,7 @@ def build_evaluate(
     # Before training: what is wrong with the ground truth is told now.
     evaluator, reports = build_evaluator(config, dataset), build_reports(config)
 
-    def evaluate_variables(variables: dict[str, PyTree]) -> dict[str, float]:
-
+    def evaluate_variables(variables: dict[str, PyTree]) -> Mapping[str, float | None]:
         # The state lives on every device; prediction runs on one.
         variables = jax.device_get(variables)
         predictor = build_predictor(
@@ -167,28 +158,35 @@ def build_evaluate(
     return evaluate_variables
 
 
-def with_loss(
-    evaluate: Callable[[dict[str, PyTree]], dict[str, float]],
-    config: Any,
-    loss_fn: Solov2Objective,
-    dataset: Any,
-    shard: tuple[int, int],
-) -> Callable[[dict[str, PyTree]], dict[str, float]]:
+def with_validation_loss(evaluate: Evaluate, config: Any, loss: Loss, dataset: Any) -> Evaluate:
     """Returns `evaluate` with the validation loss among its results."""
+    shard = (jax.process_index(), jax.process_count())
 
-    def batches() -> Any:
+    def batches() -> Iterator[dict[str, np.ndarray]]:
         from solov2_jax.data.build import build_loss_batches
 
-        return build_loss_batches(config, dataset, shard)
+        yield from build_loss_batches(config, dataset, shard)
 
-    loss = ValidationLoss(loss_fn, batches)
+    validation_loss = ValidationLoss(loss, batches)
 
-    def both(variables: dict[str, PyTree]) -> dict[str, float]:
-        values = loss(variables)
+    def both(variables: dict[str, PyTree]) -> Mapping[str, float | None]:
+        values = validation_loss(variables)
         log.info("%s", "  ".join(f"{k} {v:.4f}" for k, v in sorted(values.items())))
         return {**evaluate(variables), **values}
 
     return both
+
+
+def metric_names(config: Any, dataset: Any) -> tuple[str, ...]:
+    """Returns the names of the metrics that an evaluation of a run gives."""
+    from solov2_jax.evaluation import coco
+
+    limit = config.eval.max_detections
+    names = coco.metric_names(dataset.class_names, dataset.category_ids, limit)
+    if config.eval.loss_images:
+        names += [f"val/{name}" for name in ("loss", "loss_ins", "loss_cate", "mean_iou")]
+    raw = [f"raw/{name}" for name in names] if config.optim.ema_decay else []
+    return (*names, *raw)
 
 
 def fingerprint(dataset: Any) -> str:

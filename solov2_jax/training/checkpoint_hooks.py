@@ -3,16 +3,15 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import numpy as np
-
-from solov2_jax.checkpoint import CheckpointManager
+from solov2_jax.checkpoint import CheckpointManager, first_nonfinite
 from solov2_jax.config import suggest
+from solov2_jax.io import InputError
+from solov2_jax.training.build import Evaluate
 from solov2_jax.training.hooks import HookBase, Run
-from solov2_jax.training.writers import Writer
+from solov2_jax.training.writers import WriterBase, call_writers
 
 log = logging.getLogger("solov2_jax")
 
@@ -20,9 +19,14 @@ log = logging.getLogger("solov2_jax")
 class PeriodicCheckpoint(HookBase):
     """Saves every so many steps, at the end, and when the run is stopped.
 
+    Not while steps are being skipped: a run that has diverged would push out the
+    checkpoints from before. Such a save is made up for after the next good step.
+
     Args:
       position: what to save beside the arrays, a function of the run.
     """
+
+    transfer_guard = "disallow"
 
     def __init__(
         self,
@@ -31,10 +35,15 @@ class PeriodicCheckpoint(HookBase):
         position: Callable[[Run], dict[str, Any]],
     ):
         self.checkpoints, self._every, self._position = checkpoints, every, position
+        self._overdue = False
 
     def after_step(self, run: Run) -> None:
         self.checkpoints.check()
-        if run.due(self._every) or run.finished:
+        if not (run.due(self._every) or run.finished or self._overdue):
+            return
+        run.window.fetch()
+        self._overdue = bool(run.window.streak) and not run.finished
+        if not self._overdue:
             self.save(run)
 
     def after_train(self, run: Run) -> None:
@@ -42,54 +51,70 @@ class PeriodicCheckpoint(HookBase):
         self.checkpoints.wait()
 
     def save(self, run: Run) -> None:
-        """Saves the present state unless it is saved; never one that is not finite."""
+        """Saves the present state unless it is saved; never one that is not finite.
+
+        Raises:
+          FloatingPointError: if it is not, which skipping steps cannot repair.
+        """
         if run.step in self.checkpoints.steps():
             return
         run.window.fetch()
-        check_finite(run)
+        parts = run.state.parts()
+        if name := first_nonfinite(parts):
+            raise FloatingPointError(
+                f"step {run.step}: {name} is not finite after the update. The checkpoints "
+                "from before are kept, and nothing of this state was saved. Lower "
+                "optim.learning_rate, lengthen optim.warmup_steps or set "
+                "optim.clip_norm=35, in a new --workdir"
+            )
         log.info("saving the checkpoint of step %d", run.step)
-        self.checkpoints.save(run.state, self._position(run))
-
-
-def check_finite(run: Run) -> None:
-    """Raises if an update made a parameter infinite: skipping steps cannot mend that.
-
-    Only looked for when the latest step was skipped, which it is from then on.
-    """
-    if not run.window.streak:
-        return
-    leaves = jax.tree_util.tree_leaves_with_path(run.state.params)
-    bad = [path for path, x in leaves if not np.isfinite(jax.device_get(x)).all()]
-    if bad:
-        name = jax.tree_util.keystr(bad[0], simple=True, separator="/")
-        raise FloatingPointError(
-            f"step {run.step}: {len(bad)} parameters are not finite, the first is "
-            f"{name}. Nothing of it was saved. Lower optim.learning_rate, lengthen "
-            "optim.warmup_steps or set optim.clip_norm=35, in a new --workdir"
+        self.checkpoints.save(
+            run.step, parts, self._position(run), delete_older=not run.window.streak
         )
+
+    def save_after_error(self, run: Run) -> None:
+        """Saves what there is before an error ends the run; logs whether that worked."""
+        try:
+            self.after_train(run)
+        # Whatever goes wrong here, the error that ends the run is the one to report.
+        except Exception as error:
+            log.error(
+                "step %d could not be saved before the error below: %s",
+                run.step,
+                " ".join(str(error).split()),
+            )
+        else:
+            log.info("the checkpoint of step %d is saved: the same command continues", run.step)
+
+
+class StopEvaluation(BaseException):
+    """Raised by a signal in the middle of an evaluation, whose result is dropped."""
 
 
 class Evaluation(HookBase):
     """Evaluates every so many steps and at the end.
 
     Of a run with a moving average, the weights themselves are evaluated too, with
-    "raw/" before the names of their metrics.
+    "raw/" before the names of their metrics. A signal breaks an evaluation off; it is
+    made up for when the run resumes.
 
     Args:
       evaluate: variables -> {"segm/AP": ...}.
       written: the metrics line last written; an evaluation that was due at the step a
         run resumes from, and that is not in it, is made up for.
+      metric: named in the log where it is undefined.
     """
 
     def __init__(
         self,
-        evaluate: Callable[[dict[str, Any]], dict[str, float]],
+        evaluate: Evaluate,
         every: int,
-        writers: Sequence[Writer],
+        writers: Sequence[WriterBase],
         written: dict[str, Any],
+        metric: str = "segm/AP",
     ):
         self._evaluate, self._every, self._writers = evaluate, every, writers
-        self._written = written
+        self._written, self._metric = written, metric
 
     def before_train(self, run: Run) -> None:
         if run.step == 0 or not self._due(run):
@@ -101,7 +126,7 @@ class Evaluation(HookBase):
             self._run(run)
 
     def after_step(self, run: Run) -> None:
-        if self._due(run):
+        if self._due(run) and not run.interrupted:
             self._run(run)
 
     def _due(self, run: Run) -> bool:
@@ -111,19 +136,43 @@ class Evaluation(HookBase):
         run.window.fetch()
         log.info("evaluating at step %d", run.step)
         start = time.perf_counter()
-        run.results = self._evaluate(run.state.variables)
-        if run.state.average is not None:
-            # Last, so that the average's pictures and predictions are those on disk.
-            raw = {f"raw/{name}": value for name, value in run.results.items()}
-            run.results = {**raw, **self._evaluate(run.state.average)}
-        run.results_step = run.step
+        try:
+            run.evaluating = True
+            results = self._evaluate(run.state.variables)
+            if run.state.ema is not None:
+                # Last, so that the average's pictures and predictions are those on disk.
+                raw = {f"raw/{name}": value for name, value in results.items()}
+                results = {**raw, **self._evaluate(run.state.ema)}
+        except StopEvaluation:
+            log.info("the evaluation of step %d is broken off", run.step)
+            return
+        finally:
+            run.evaluating = False
+        run.results, run.results_step = defined(results), run.step
         log.info("evaluated in %.1f s", time.perf_counter() - start)
-        for writer in self._writers:
-            writer.write(run.step, run.results)
+        if self._metric in run.results and run.results[self._metric] is None:
+            log.warning(
+                "step %d: %s is undefined, because the validation data has no object to "
+                "compare with. It is neither the best nor compared with it, and null in "
+                "metrics.jsonl",
+                run.step,
+                self._metric,
+            )
+        call_writers(self._writers, "write", run.step, run.results)
+
+
+def defined(results: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Returns the results with None for -1 (COCO's "undefined") and what is not finite."""
+    return {
+        name: value if value is not None and math.isfinite(value) and value != -1.0 else None
+        for name, value in results.items()
+    }
 
 
 class BestCheckpoint(HookBase):
     """Keeps the checkpoint whose evaluation was best, besides the newest ones."""
+
+    transfer_guard = "disallow"
 
     def __init__(self, saver: PeriodicCheckpoint, metric: str):
         self._saver, self._metric = saver, metric
@@ -134,13 +183,9 @@ class BestCheckpoint(HookBase):
     def after_step(self, run: Run) -> None:
         if run.results_step != run.step:
             return
-        if self._metric not in run.results:
-            raise ValueError(
-                f"train.best_metric = {self._metric!r} is not among the evaluation's "
-                f"metrics{suggest(self._metric, run.results)}"
-            )
+        check_metric(self._metric, run.results)
         value, best = run.results[self._metric], self._saver.checkpoints.best
-        if value is None or not math.isfinite(value):
+        if value is None:
             return
         if best and best["metric"] == self._metric:
             sign = -1 if "loss" in self._metric else 1
@@ -151,16 +196,28 @@ class BestCheckpoint(HookBase):
         log.info("best %s so far: %.4f at step %d", self._metric, value, run.step)
 
 
+def check_metric(metric: str, names: Sequence[str] | Mapping[str, Any]) -> None:
+    """Raises an InputError if `train.best_metric` is not among the evaluation's names."""
+    if metric not in names:
+        raise InputError(
+            f"train.best_metric = {metric!r} is not among the evaluation's metrics"
+            f"{suggest(metric, names)}"
+        )
+
+
 class EarlyStop(HookBase):
     """Ends the run when no evaluation was the best for so many of them.
 
     Comes after `BestCheckpoint`. What it decides follows from the step of the best
-    checkpoint, so that a run that resumes decides the same.
+    checkpoint, so that a run that resumes decides the same. An undefined metric decides
+    nothing.
 
     Args:
       every: steps between evaluations.
       patience: evaluations; 0: never.
     """
+
+    transfer_guard = "disallow"
 
     def __init__(self, checkpoints: CheckpointManager, every: int, patience: int):
         self._checkpoints, self._every, self._patience = checkpoints, every, patience
@@ -172,11 +229,16 @@ class EarlyStop(HookBase):
         best = self._checkpoints.best
         if not self._patience or run.results_step != run.step or best is None:
             return
+        if run.results.get(best["metric"]) is None:
+            return
         if run.step - best["step"] >= self._patience * self._every and not run.finished:
             run.stop = "early stopping"
             log.info(
-                "early stopping after step %d: the best %s, %.4f, is that of step %d, "
+                "early stopping after step %d: the best %s is %.4f of step %d, "
                 "train.patience = %d evaluations ago",
-                *(run.step, best["metric"], best["value"], best["step"]),
+                run.step,
+                best["metric"],
+                best["value"],
+                best["step"],
                 self._patience,
             )

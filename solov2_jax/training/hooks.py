@@ -1,4 +1,4 @@
-"""What happens around the steps: the protocol, timing, logging.
+"""What happens around the steps: the base class of hooks, timing, logging.
 
 A hook sees host-side values of the run and changes nothing that is computed.
 Source: detectron2/engine/train_loop.py (HookBase) and hooks.py.
@@ -7,23 +7,23 @@ Source: detectron2/engine/train_loop.py (HookBase) and hooks.py.
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
 import optax
 
+from solov2_jax.io import InputError, reason
 from solov2_jax.training.metrics import MetricsWindow
 from solov2_jax.training.state import TrainState
 from solov2_jax.training.step import TrainStep
-from solov2_jax.training.writers import Writer
+from solov2_jax.training.writers import WriterBase, call_writers
 
 
 @dataclass
 class Run:
-    """A run as hooks see it; only the loop changes `state`, `step` and `stop`."""
+    """A run as hooks see it; only the loop changes `state` and `step`."""
 
     state: TrainState
     step: int  # steps done
@@ -32,12 +32,15 @@ class Run:
     step_fn: TrainStep
     window: MetricsWindow
     data_seconds: float = 0.0  # spent waiting for the latest batch
-    stop: str = ""  # why the run ends before its last step
+    # Why the run ends before its last step. A hook may set it: the run then ends after
+    # this step, with its checkpoint saved.
+    stop: str = ""
     interrupted: bool = False  # by a signal: the same command would continue
-    # What hooks found out since the last line was written.
+    evaluating: bool = False  # a signal ends an evaluation without waiting for it
+    # What hooks found out since the last line was written; `PeriodicWriter` writes it.
     scalars: dict[str, float] = field(default_factory=dict)
-    # Of the latest evaluation, and the step it belongs to.
-    results: dict[str, float] = field(default_factory=dict)
+    # Of the latest evaluation, and the step it belongs to. None: undefined.
+    results: Mapping[str, float | None] = field(default_factory=dict)
     results_step: int = -1
 
     def due(self, every: int) -> bool:
@@ -49,33 +52,52 @@ class Run:
         return self.step >= self.total_steps
 
 
-@runtime_checkable
-class Hook(Protocol):
-    """Called in the list's order; `after_train` only when nothing was raised."""
-
-    def before_train(self, run: Run) -> None: ...
-
-    def before_step(self, run: Run) -> None: ...
-
-    def after_step(self, run: Run) -> None: ...
-
-    def after_train(self, run: Run) -> None: ...
-
-
 class HookBase:
-    """Does nothing at any point; the hooks below fill in what they need."""
+    """Does nothing at any point: derive from it and override what you need.
+
+    `train(config, workdir, hooks=[MyHook()])` calls it after the hooks that are always
+    there, so it sees their results. What it raises ends the run, after a checkpoint.
+
+    Attributes:
+      transfer_guard: the loop runs under `jax.transfer_guard("disallow")`, which turns
+        a hidden copy between host and device into an error; a hook sets its own level.
+    """
+
+    transfer_guard = "allow"
 
     def before_train(self, run: Run) -> None:
-        """Called once, before the first step."""
+        """Called once, before the first step; `run.step` is above 0 in a resumed run."""
 
     def before_step(self, run: Run) -> None:
         """Called before the batch is fetched."""
 
     def after_step(self, run: Run) -> None:
-        """Called when the step is under way, not necessarily computed."""
+        """Called when step number `run.step` is under way, not necessarily computed.
+
+        `run.window.fetch()` waits for it; `run.window.values[-1]` then has its metrics.
+        """
 
     def after_train(self, run: Run) -> None:
-        """Called once, after the last step or an early stop."""
+        """Called once, after the last step or an early stop, not after an error."""
+
+
+def call_hooks(hooks: Iterable[HookBase], point: str, run: Run) -> None:
+    """Calls one of the four methods of each hook, in order.
+
+    Raises:
+      InputError: naming the hook, for an error that does not explain itself.
+    """
+    for hook in hooks:
+        try:
+            with jax.transfer_guard(hook.transfer_guard):
+                getattr(hook, point)(run)
+        except (ValueError, OSError, FloatingPointError, jax.errors.JaxRuntimeError):
+            raise  # these explain themselves, or are for whoever runs several processes
+        except Exception as error:
+            raise InputError(
+                f"the hook {type(hook).__name__} failed in {point} at step {run.step}: "
+                f"{reason(error)}. Its traceback is in train.log"
+            ) from error
 
 
 class IterationTimer(HookBase):
@@ -84,6 +106,8 @@ class IterationTimer(HookBase):
     Means over the steps since the last line. Compiling is not counted, nor what hooks
     that come after this one do (saving, evaluating).
     """
+
+    transfer_guard = "disallow"
 
     def __init__(self, every: int):
         self._every = every
@@ -134,7 +158,7 @@ class LearningRate(HookBase):
 class PeriodicWriter(HookBase):
     """Writes the means of the metrics and everything that earlier hooks found out."""
 
-    def __init__(self, writers: Sequence[Writer], every: int):
+    def __init__(self, writers: Sequence[WriterBase], every: int):
         self._writers, self._every = writers, every
 
     def after_step(self, run: Run) -> None:
@@ -146,10 +170,11 @@ class PeriodicWriter(HookBase):
             "recompiles": float(run.step_fn.recompiles),
             "skipped_steps": float(run.window.skipped),
         }
-        for writer in self._writers:
-            writer.write(run.step, {**run.window.means(), **run.scalars, **counts})
+        scalars = {**run.window.means(), **run.scalars, **counts}
+        # First: what a writer's error leaves for the next start is a new window.
         run.window.clear()
         run.scalars = {}
+        call_writers(self._writers, "write", run.step, scalars)
 
 
 def memory_gb() -> float:

@@ -7,209 +7,261 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from solov2_jax import distributed
-from solov2_jax import logging as session
+from solov2_jax import checkpoint, distributed
+from solov2_jax import logging as console
 from solov2_jax.checkpoint import CheckpointManager
-from solov2_jax.training import sharding, workdir
-from solov2_jax.training.build import build_task
+from solov2_jax.io import InputError, import_object
+from solov2_jax.training import sharding
+from solov2_jax.training.build import Task, build_task
 from solov2_jax.training.checkpoint_hooks import (
     BestCheckpoint,
     EarlyStop,
     Evaluation,
     PeriodicCheckpoint,
+    StopEvaluation,
+    check_metric,
 )
-from solov2_jax.training.hooks import Hook, IterationTimer, LearningRate, PeriodicWriter, Run
+from solov2_jax.training.hooks import (
+    HookBase,
+    IterationTimer,
+    LearningRate,
+    PeriodicWriter,
+    Run,
+    call_hooks,
+)
 from solov2_jax.training.metrics import MetricsWindow
 from solov2_jax.training.precise_bn import PreciseBN
 from solov2_jax.training.restore import restore
 from solov2_jax.training.step import TrainStep
-from solov2_jax.training.task import Task
 from solov2_jax.training.visualization_hooks import Histograms, Pictures, Profiler
 from solov2_jax.training.watchdog import Facts, LossWatchdog
-from solov2_jax.training.writers import (
-    ConsoleWriter,
-    CsvWriter,
-    JsonlWriter,
-    MlflowWriter,
-    TensorBoardWriter,
-    WandbWriter,
-    Writer,
+from solov2_jax.training.workdir import (
+    check_workdir,
+    describe_run,
+    locked,
+    logging_to,
+    make_workdir,
 )
+from solov2_jax.training.writers import JsonlWriter, WriterBase, make_writers
 
 log = logging.getLogger("solov2_jax")
 
 
 def train(
     config: Any,
-    folder: str | os.PathLike,
+    workdir: str | os.PathLike,
     build: Callable[[Any, pathlib.Path], Task] = build_task,
-) -> dict[str, float]:
+    *,
+    hooks: Sequence[HookBase] = (),
+    writers: Sequence[WriterBase] = (),
+) -> Mapping[str, float | None]:
     """Trains until `train.steps`, or resumes, and returns the final evaluation.
 
     The same call continues a run that was killed, with the same numbers. A run that is
     stopped by SIGTERM or SIGINT (Ctrl-C, a notebook's stop button) saves first and
-    returns {}. Where no logging is set up, the log is shown on standard output.
+    returns {}; one that an error ends saves too. Where no logging is set up, the log is
+    shown on standard output.
 
     Args:
       config: as `load_config` returns it.
-      folder: the workdir.
+      workdir: the run's folder; nothing in it changes before every check has passed.
       build: what is trained, on which data; tests pass something small.
+      hooks: called besides those that are always there, after them.
+      writers: get the metrics besides those of `train.writers`.
+
+    Raises:
+      InputError: if config, data, weights or workdir do not allow it.
+      FloatingPointError: if the run has diverged.
     """
-    path = workdir.make_workdir(folder)
+    path = make_workdir(workdir)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(workdir.locked(path))
+        stack.enter_context(locked(path))
         if distributed.is_primary():
-            stack.enter_context(session.console_logging())
-        stack.enter_context(workdir.logging_to(path / "train.log"))
-        return _train(config, path, build, stack)
+            stack.enter_context(console.console_logging())
+        stack.enter_context(logging_to(path / "train.log"))
+        return _train(config, path, build, hooks=hooks, writers=writers, stack=stack)
 
 
-def _train(config, path, build, stack) -> dict[str, float]:
+def _train(
+    config: Any,
+    path: pathlib.Path,
+    build: Callable[[Any, pathlib.Path], Task],
+    *,
+    hooks: Sequence[HookBase],
+    writers: Sequence[WriterBase],
+    stack: contextlib.ExitStack,
+) -> Mapping[str, float | None]:
+    # First everything that can refuse: it only reads.
     mesh = sharding.make_mesh()
-    parts = config.train.accumulate
-    sharding.check_batch_size(config.train.batch_size, mesh, parts)
+    accumulate = config.train.accumulate
+    sharding.check_batch_size(config.train.batch_size, mesh, accumulate)
     task = build(config, path)
     config = task.config
-    workdir.check_same_run(path, config)
-    workdir.describe_run(path, config, task.class_names, task.category_ids)
-    state, position = restore(config, path, task, mesh)
-    step = int(state.step)
+    if task.metric_names:
+        check_metric(config.train.best_metric, task.metric_names)
+    own_hooks = [*load_hooks(config.train.hooks), *hooks]
+    all_writers = [*make_writers(config.train.writers), *writers]
+    check_workdir(path, config, task.class_names, task.category_ids)
+    start = restore(config, path, task, mesh)
+    step = int(start.state.step)
+    if not distributed.is_primary():
+        all_writers = []  # the first process writes for all
+    for writer in all_writers:
+        writer.check(path, step)
+
+    # From here on the folder changes.
+    describe_run(path, config, task.class_names, task.category_ids)
+    start.record(path)
     if step >= config.train.steps:
         log.info("%d of %d steps are done: nothing to train", step, config.train.steps)
-
-    # 1: of the steps; `restore` draws the initial weights with 0.
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    given = task.loss_fn, task.tx, mesh, key, task.trainable
-    decay = config.optim.ema_decay
-    step_fn = TrainStep(*given, accumulate=parts, ema_decay=decay)
-    window = MetricsWindow(config.train.max_skipped, position)
-    size = config.train.batch_size
-    run = Run(state, step, config.train.steps, size, step_fn, window)
+    step_fn = TrainStep(
+        loss=task.loss,
+        tx=task.tx,
+        mesh=mesh,
+        # 1: of the steps; `restore` draws the initial weights with 0.
+        key=jax.random.fold_in(jax.random.key(config.seed), 1),
+        trainable=task.trainable,
+        accumulate=accumulate,
+        ema_decay=config.optim.ema_decay,
+    )
+    run = Run(
+        state=start.state,
+        step=step,
+        total_steps=config.train.steps,
+        batch_size=config.train.batch_size,
+        step_fn=step_fn,
+        window=MetricsWindow(config.train.max_skipped, start.position),
+    )
     checkpoints = CheckpointManager(path, keep=config.train.keep_checkpoints)
     stack.callback(checkpoints.close)
-    writers = make_writers(path, step, config, stack)
-    hooks = make_hooks(config, path, task, checkpoints, writers)
+    for writer in all_writers:
+        writer.open(path, step, config.to_dict())
+        stack.callback(writer.close)
+    saver = make_saver(config, task, checkpoints)
+    all_hooks = make_hooks(config, path, task, saver, all_writers) + own_hooks
     batches = stack.enter_context(contextlib.closing(task.batches(step)))
     with stop_on_signal(run):
-        train_steps(run, batches, mesh, hooks)
+        train_steps(run, batches, mesh, all_hooks, saver=saver)
     if run.interrupted:
         log.info(
             "stopped by %s after step %d of %d; the checkpoint is saved: the same "
             "command continues",
-            *(run.stop, run.step, run.total_steps),
+            run.stop,
+            run.step,
+            run.total_steps,
         )
         return {}
     return run.results
 
 
 def train_steps(
-    run: Run, batches: Iterator[dict[str, Any]], mesh: Any, hooks: Sequence[Hook]
+    run: Run,
+    batches: Iterator[dict[str, Any]],
+    mesh: Any,
+    hooks: Sequence[HookBase],
+    *,
+    saver: PeriodicCheckpoint,
 ) -> None:
-    """Runs the steps that are left, with the hooks around them."""
-    for hook in hooks:
-        hook.before_train(run)
+    """Runs the steps that are left, with the hooks around them.
+
+    An error ends the run after a checkpoint, except where the run has diverged or
+    other processes take part: they are not at this step.
+    """
+    try:
+        with jax.transfer_guard("disallow"):
+            call_hooks(hooks, "before_train", run)
+            _run_steps(run, batches, mesh, hooks)
+            call_hooks(hooks, "after_train", run)
+    except FloatingPointError:
+        raise
+    except Exception:
+        if jax.process_count() == 1:
+            saver.save_after_error(run)
+        raise
+
+
+def _run_steps(
+    run: Run, batches: Iterator[dict[str, Any]], mesh: Any, hooks: Sequence[HookBase]
+) -> None:
     previous: Any = ()
-    vote = distributed.Vote(mesh)
+    agree_on_stop = distributed.AgreeOnStop(mesh)
     while not run.finished:
-        if vote(bool(run.stop)):
+        if agree_on_stop(bool(run.stop)):
             if not run.stop:
                 run.stop, run.interrupted = "another process", True
             break
-        for hook in hooks:
-            hook.before_step(run)
+        call_hooks(hooks, "before_step", run)
         start = time.perf_counter()
         try:
             batch = next(batches)
         except Exception:
-            # Ctrl-C reaches the reading processes too: save all the same. Of several
-            # processes, the others are not at this step: no checkpoint then.
+            # Ctrl-C reaches the reading processes too: that is no error.
             if run.interrupted and jax.process_count() == 1:
                 break
             raise
         run.data_seconds = time.perf_counter() - start
-        arrays = sharding.put_batch(batch, mesh)
-        run.state, metrics = run.step_fn(run.state, arrays)
+        with jax.profiler.StepTraceAnnotation("train", step_num=run.step + 1):
+            arrays = sharding.put_batch(batch, mesh)
+            run.state, metrics = run.step_fn(run.state, arrays)
         # The host stays one step ahead of the devices and not further: each step that
         # waits holds a batch in their memory.
         jax.block_until_ready(previous)
         previous = metrics
         run.step += 1
         run.window.add(run.step, metrics, batch["image_id"])
-        for hook in hooks:
-            hook.after_step(run)
-    for hook in hooks:
-        hook.after_train(run)
+        call_hooks(hooks, "after_step", run)
 
 
-def make_writers(
-    path: pathlib.Path, step: int, config: Any, stack: contextlib.ExitStack
-) -> list[Writer]:
-    """Returns the writers of this process: only the first process has any.
+def load_hooks(paths: Sequence[str]) -> list[HookBase]:
+    """Returns a hook of each class that the import paths of `train.hooks` name."""
+    hooks = [import_object(path, "train.hooks")() for path in paths]
+    for path, hook in zip(paths, hooks, strict=True):
+        if not isinstance(hook, HookBase):
+            raise InputError(f"train.hooks: {path} is no class derived from training.HookBase")
+    return hooks
 
-    Args:
-      step: that the run resumes at.
-      stack: closes them.
-    """
-    if not distributed.is_primary():
-        return []
-    makers: dict[str, Callable[[], Writer]] = {
-        "tensorboard": lambda: TensorBoardWriter(path / "tensorboard", step),
-        "csv": lambda: CsvWriter(path / "metrics.csv", step),
-        "wandb": lambda: WandbWriter(path, config.to_dict()),
-        "mlflow": lambda: MlflowWriter(path, config.to_dict()),
-    }
-    writers: list[Writer] = []
-    for make in (
-        lambda: JsonlWriter(path / "metrics.jsonl", step),
-        lambda: ConsoleWriter(config.train.steps),
-        *(makers[name] for name in config.train.writers),
-    ):
-        writers.append(make())
-        stack.callback(writers[-1].close)
-    return writers
+
+def make_saver(config: Any, task: Task, checkpoints: CheckpointManager) -> PeriodicCheckpoint:
+    """Returns the hook that saves, with what a checkpoint says about its run."""
+
+    def position(run: Run) -> dict[str, Any]:
+        return {
+            "next_step": run.step,
+            "seed": config.seed,
+            "batch_size": config.train.batch_size,
+            "data": task.fingerprint,
+            **run.window.saved(),
+            "classes": checkpoint.classes_record(task.class_names, task.category_ids),
+        }
+
+    return PeriodicCheckpoint(checkpoints, config.train.checkpoint_every, position)
 
 
 def make_hooks(
     config: Any,
     path: pathlib.Path,
     task: Task,
-    checkpoints: CheckpointManager,
-    writers: Sequence[Writer],
-) -> list[Hook]:
+    saver: PeriodicCheckpoint,
+    writers: Sequence[WriterBase],
+) -> list[HookBase]:
     """Returns the default hooks, in the order they are called.
 
     The metrics are written before the checkpoint of the same step, so that a resumed
     run never lacks a line.
     """
     train = config.train
-
-    def position(run: Run) -> dict[str, Any]:
-        return {
-            "next_step": run.step,
-            "seed": config.seed,
-            "batch_size": train.batch_size,
-            "data": task.fingerprint,
-            **run.window.saved(),
-            "classes": {
-                "names": list(task.class_names),
-                "ids": [int(i) for i in task.category_ids],
-            },
-        }
-
     precise = []
-    if train.precise_bn and task.moments:
-        given = task.moments, task.batches, train.eval_every, train.precise_bn
-        precise = [PreciseBN(*given)]
+    if train.precise_bn and task.loss.moments:
+        precise = [PreciseBN(task.loss.moments, task.batches, train.eval_every, train.precise_bn)]
     # Only the first process has written any; all must evaluate, or none.
     written = distributed.broadcast_from_host0(
         lambda: next((w.last for w in writers if isinstance(w, JsonlWriter)), {})
     )
-    saver = PeriodicCheckpoint(checkpoints, train.checkpoint_every, position)
     return [
         Profiler(train.profile_steps, path / "profile"),
         IterationTimer(train.log_every),
@@ -218,19 +270,20 @@ def make_hooks(
         PeriodicWriter(writers, train.log_every),
         *precise,
         saver,
-        Evaluation(task.evaluate, train.eval_every, writers, written),
+        Evaluation(task.evaluate, train.eval_every, writers, written, train.best_metric),
         Pictures(path / "eval" / "pictures", writers),
         Histograms(writers, train.histogram_every),
         BestCheckpoint(saver, train.best_metric),
-        EarlyStop(checkpoints, train.eval_every, train.patience),
+        EarlyStop(saver.checkpoints, train.eval_every, train.patience),
     ]
 
 
 @contextlib.contextmanager
 def stop_on_signal(run: Run) -> Iterator[None]:
-    """Lets SIGTERM and SIGINT end the run after the present step.
+    """Lets SIGTERM and SIGINT end the run after the present step, or break off an evaluation.
 
-    A second one has its usual effect, for who cannot wait.
+    Of several processes, all finish the evaluation first: they compute it in common. A
+    second signal has its usual effect: the process ends at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may install handlers
@@ -240,8 +293,11 @@ def stop_on_signal(run: Run) -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         del frame
         run.stop, run.interrupted = signal.Signals(number).name, True
-        log.warning("%s: saving after this step; once more to stop now", run.stop)
-        signal.signal(number, usual[signal.Signals(number)])
+        log.warning("%s: saving a checkpoint; a second one ends at once", run.stop)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+        if run.evaluating and jax.process_count() == 1:
+            raise StopEvaluation
 
     for number in usual:
         signal.signal(number, stop)

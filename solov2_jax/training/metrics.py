@@ -67,7 +67,9 @@ class MetricsWindow:
             self.streak.append((step, np.ravel(image_ids).tolist()))
             log.warning(
                 "step %d is skipped: loss %s, gradient norm %s; image ids %s",
-                *(step, values["loss"], values["grad_norm"]),
+                step,
+                values["loss"],
+                values["grad_norm"],
                 _listed(self.streak[-1][1]),
             )
             if len(self.streak) >= self._max_skipped:
@@ -84,7 +86,7 @@ class MetricsWindow:
             f"{self._max_skipped} of them in a row end the run. Lower "
             "optim.learning_rate, lengthen optim.warmup_steps or set "
             "optim.clip_norm=35, in a new --workdir; if it is always the same image, "
-            "look at it and its annotations"
+            "look at it and its annotations. The checkpoints from before are kept"
         )
 
     def means(self) -> dict[str, float]:

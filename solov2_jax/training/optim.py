@@ -1,10 +1,9 @@
-"""Learning rates: pure functions of the step, warm-up times a falling curve.
+"""The learning rate by step, the optimiser as an optax chain, what it may change.
 
-The two are multiplied, so that a milestone counts from the first step and not from the
-end of the warm-up.
-
-
-The optimiser as an optax chain, and which parameters it may change."""
+Learning rates are pure functions of the step: warm-up times a falling curve. The two are
+multiplied, so that a milestone counts from the first step and not from the end of the
+warm-up.
+"""
 
 import fnmatch
 from collections.abc import Sequence
@@ -15,6 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from solov2_jax.config import suggest
+from solov2_jax.io import InputError
+
+PyTree = Any
 
 
 def build_schedule(config: Any) -> optax.Schedule:
@@ -30,7 +32,7 @@ def build_schedule(config: Any) -> optax.Schedule:
     elif optim.schedule == "fixed_gamma":
         milestones = equal_milestones(optim.num_decays, steps)
     else:
-        raise ValueError(
+        raise InputError(
             f"optim.schedule is {optim.schedule!r}; choose 'multistep', 'cosine' or 'fixed_gamma'"
         )
     return with_warmup(staircase(rate, milestones, optim.gamma), **warmup)
@@ -48,11 +50,11 @@ def describe_rate(config: Any) -> str:
     rate = optim.learning_rate * rate_scale(config)
     if optim.reference_batch_size:
         how = (
-            f"{optim.learning_rate:g} for {optim.reference_batch_size} images a step, "
+            f"{optim.learning_rate:g} for {optim.reference_batch_size} images per step, "
             f"scaled to {size}"
         )
     else:
-        how = f"as given, for {size} images a step"
+        how = f"as given, for {size} images per step"
     return f"learning rate {rate:g} ({how}), {optim.schedule}"
 
 
@@ -84,12 +86,12 @@ def staircase(rate: float, milestones: Sequence[int], gamma: float) -> optax.Sch
     return schedule
 
 
-def equal_milestones(number: int, steps: int) -> tuple[int, ...]:
-    """Returns the steps that divide `steps` into `number` + 1 equal parts.
+def equal_milestones(num_decays: int, steps: int) -> tuple[int, ...]:
+    """Returns the steps that divide `steps` into `num_decays` + 1 equal parts.
 
     Source: fvcore/common/param_scheduler.py, StepWithFixedGammaParamScheduler.
     """
-    return tuple(-(-i * steps // (number + 1)) for i in range(1, number + 1))
+    return tuple(-(-i * steps // (num_decays + 1)) for i in range(1, num_decays + 1))
 
 
 def cosine(rate: float, final: float, steps: int) -> optax.Schedule:
@@ -103,9 +105,6 @@ def cosine(rate: float, final: float, steps: int) -> optax.Schedule:
         return final + 0.5 * (rate - final) * (1.0 + jnp.cos(jnp.pi * done))
 
     return schedule
-
-
-PyTree = Any
 
 
 def trainable_mask(
@@ -122,7 +121,7 @@ def trainable_mask(
       patterns: of names such as "fpn/lateral2/kernel" that are not trained either.
 
     Raises:
-      ValueError: for a pattern that no name matches.
+      InputError: for a pattern that no name matches.
 
     Source: detectron2/modeling/backbone/resnet.py, ResNet.freeze.
     """
@@ -147,7 +146,7 @@ def _check_patterns(params: PyTree, patterns: Sequence[str]) -> None:
     names = ["/".join(_names(path)) for path, _ in leaves]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            raise ValueError(
+            raise InputError(
                 f"optim.freeze: no parameter's name matches {pattern!r}"
                 f"{suggest(pattern, names)} A * stands for anything, / included"
             )
@@ -177,7 +176,7 @@ def make_optimizer(
       trainable: tree of bools like the parameters.
 
     Raises:
-      ValueError: for another name.
+      InputError: for another name.
 
     Source: detectron2/solver/build.py (get_default_optimizer_params), torch.optim.SGD
     without Nesterov, torch.optim.AdamW.
@@ -191,7 +190,7 @@ def make_optimizer(
     elif name == "adamw":
         rule = [optax.scale_by_adam(b1=momentum), *decay]
     else:
-        raise ValueError(f"optim.name is {name!r}; choose 'sgd' or 'adamw'")
+        raise InputError(f"optim.name is {name!r}; choose 'sgd' or 'adamw'")
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm > 0 else []
     chain = optax.chain(*clip, *rule, optax.scale_by_learning_rate(schedule))
     frozen = jax.tree.map(lambda flag: not flag, trainable)

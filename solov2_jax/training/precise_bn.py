@@ -33,7 +33,7 @@ class PreciseBN(HookBase):
       batches: from a step on; always the first ones are taken, so that a run that
         resumes computes the same.
       every: steps between evaluations; 0: only at the end.
-      number: of batches.
+      num_batches: that the statistics are taken over.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class PreciseBN(HookBase):
         moments: Callable[[PyTree, PyTree], PyTree],
         batches: Callable[[int], Generator[dict[str, Any], None, None]],
         every: int,
-        number: int,
+        num_batches: int,
     ):
-        self._batches, self._every, self._number = batches, every, number
+        self._batches, self._every, self._num_batches = batches, every, num_batches
         self._mesh = sharding.make_mesh()
         copied, split = (
             sharding.replicated(self._mesh),
@@ -54,25 +54,25 @@ class PreciseBN(HookBase):
     def after_step(self, run: Run) -> None:
         if not (run.due(self._every) or run.finished):
             return
-        log.info("batch norms' statistics over %d batches", self._number)
+        log.info("batch norms' statistics over %d batches", self._num_batches)
         state = run.state
         precise = self._precise(state.variables)
         model_state = {name: precise[name] for name in state.model_state}
-        average = None if state.average is None else self._precise(state.average)
-        run.state = replace(state, model_state=model_state, average=average)
+        ema = None if state.ema is None else self._precise(state.ema)
+        run.state = replace(state, model_state=model_state, ema=ema)
 
     def _precise(self, variables: dict[str, PyTree]) -> dict[str, PyTree]:
         """Returns the variables with the statistics of their batch norms replaced."""
         total: PyTree = None
         with contextlib.closing(self._batches(0)) as batches:
-            for batch in itertools.islice(batches, self._number):
+            for batch in itertools.islice(batches, self._num_batches):
                 arrays = sharding.put_batch(batch, self._mesh)
                 sums = _sums(self._moments(variables, arrays))
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         stats: dict[tuple, Any] = {**flatten_dict(variables["batch_stats"])}
         flat: dict[tuple, Any] = {**flatten_dict(total)}
         for path, value in flat.items():
-            stats[path] = value / self._number
+            stats[path] = value / self._num_batches
         for path in [p for p in flat if p[-1] == "var"]:
             stats[path] = stats[path] - jnp.square(stats[(*path[:-1], "mean")])
         return {**variables, "batch_stats": unflatten_dict(stats)}

@@ -3,17 +3,18 @@
 import logging
 import pathlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from solov2_jax import distributed
-from solov2_jax.checkpoint import list_steps, read_run, restore_state
-from solov2_jax.io import write_json
+from solov2_jax.checkpoint import list_steps, move_aside, read_run, restore_parts
+from solov2_jax.io import InputError, write_json
 from solov2_jax.training import sharding
+from solov2_jax.training.build import Task
 from solov2_jax.training.state import TrainState, abstract, create_state, draw, state_of
-from solov2_jax.training.task import Task
 from solov2_jax.weights import convert
 from solov2_jax.weights.settings import check_settings
 from solov2_jax.weights.sources import read_weights
@@ -23,26 +24,43 @@ log = logging.getLogger("solov2_jax")
 PyTree = Any
 
 
-def restore(
-    config: Any, workdir: pathlib.Path, task: Task, mesh: Mesh
-) -> tuple[TrainState, dict[str, Any]]:
-    """Returns the state to start from and the data's position.
+@dataclass(frozen=True)
+class Start:
+    """The state to start from, and what is to be written down about it."""
+
+    state: TrainState
+    position: dict[str, Any]  # of the data, and of the metrics' window
+    unreadable: Sequence[int] = ()  # newer checkpoints that could not be read
+    report: convert.Report | None = None  # which weights of `init_from` went where
+
+    def record(self, workdir: pathlib.Path) -> None:
+        """Moves unreadable checkpoints aside and writes init_from.json."""
+        if not distributed.is_primary():
+            return
+        for step in self.unreadable:
+            move_aside(workdir, step)
+        if self.report is not None:
+            write_json(self.report.to_dict(), workdir / "init_from.json")
+
+
+def restore(config: Any, workdir: pathlib.Path, task: Task, mesh: Mesh) -> Start:
+    """Returns where to start from; writes nothing.
 
     1. The workdir has checkpoints: resume from the newest readable one.
     2. `init_from` is set: its weights, at step 0.
     3. Otherwise: random weights, at step 0.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    average = config.optim.ema_decay > 0
-    shapes = jax.eval_shape(lambda k: state_of(task.init(k), task.tx, average), key)
+    ema = config.optim.ema_decay > 0
+    shapes = jax.eval_shape(lambda k: state_of(task.init(k), task.tx, ema=ema), key)
     if distributed.broadcast_from_host0(lambda: list_steps(workdir)):
-        restored = restore_state(workdir, abstract(shapes, mesh))
+        restored = restore_parts(workdir, abstract(shapes, mesh).parts())
         assert restored is not None
-        state, position = restored
-        check_position(position, task, workdir)
-        log.info("start: resumed %s at step %d", workdir, int(state.step))
-        return state, position
-    start = {"window": []}
+        check_position(restored.position, task, workdir)
+        log.info("start: resumed %s at step %d", workdir, restored.step)
+        state = TrainState.from_parts(restored.parts)
+        return Start(state, restored.position, restored.unreadable)
+    position = {"window": []}
     if config.init_from:
 
         def init(names: Sequence[str]) -> dict[str, jax.Array]:
@@ -50,17 +68,15 @@ def restore(
             return draw(lambda k: _leaves(task.init(k), names), key, mesh)
 
         variables, report = initial_weights(config, shapes.variables, init)
-        if distributed.is_primary():
-            write_json(report.to_dict(), workdir / "init_from.json")
         state = jax.jit(
-            lambda v: state_of(v, task.tx, average),
+            lambda v: state_of(v, task.tx, ema=ema),
             out_shardings=sharding.replicated(mesh),
         )(sharding.copy_to_all(variables, mesh))
         log.info("start: weights of %s, step 0", config.init_from)
-        return state, start
-    state = create_state(task.init, task.tx, key, mesh, average)
+        return Start(state, position, report=report)
+    state = create_state(task.init, task.tx, key, mesh, ema=ema)
     log.info("start: random weights (seed %d), step 0", config.seed)
-    return state, start
+    return Start(state, position)
 
 
 def _leaves(variables: dict[str, PyTree], names: Sequence[str]) -> dict[str, jax.Array]:
@@ -88,7 +104,7 @@ def initial_weights(
     elif source.is_file():
         weights = read_weights(str(source))
     else:
-        raise ValueError(
+        raise InputError(
             f"init_from = {config.init_from!r}: no such file or folder; give a weights "
             "file or another run's workdir, or '' for random weights"
         )
@@ -98,8 +114,8 @@ def initial_weights(
 
 def check_position(position: dict[str, Any], task: Task, workdir: str | pathlib.Path) -> None:
     """Raises if the training data is not what the run was started with."""
-    if position["data"] != task.fingerprint:
-        raise ValueError(
+    if position.get("data") != task.fingerprint:
+        raise InputError(
             f"{workdir} was trained on other data: the images or annotations of "
             "data.train differ from those of its first start. Restore them, or give "
             f"another --workdir (with --config.init_from={workdir} to start from its "

@@ -7,6 +7,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from solov2_jax.io import InputError
+
 
 def make_mesh(num_devices: int | None = None) -> Mesh:
     """Returns a mesh with the one axis "data" over the first devices, or over all."""
@@ -26,19 +28,19 @@ def split_by_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P("data"))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
-    """Raises a ValueError if the global batch cannot be split evenly.
+def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
+    """Raises an InputError if the global batch cannot be split evenly.
 
     Args:
-      parts: of a batch that are computed one after the other, each on all devices.
+      microbatches: computed one after the other, each on all devices.
     """
     devices = mesh.devices.size
-    pieces = devices * parts
-    if batch_size % pieces:
-        below = batch_size - batch_size % pieces
-        options = [str(n) for n in (below, below + pieces) if n > 0]
-        times = f" times train.accumulate = {parts}" if parts > 1 else ""
-        raise ValueError(
+    divisor = devices * microbatches
+    if batch_size % divisor:
+        below = batch_size - batch_size % divisor
+        options = [str(n) for n in (below, below + divisor) if n > 0]
+        times = f" times train.accumulate = {microbatches}" if microbatches > 1 else ""
+        raise InputError(
             f"train.batch_size = {batch_size} cannot be split over {devices} devices"
             f"{times}: use {' or '.join(options)}"
         )

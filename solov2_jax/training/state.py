@@ -1,6 +1,6 @@
 """What a step changes and a checkpoint holds: arrays only, no functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,12 +22,32 @@ class TrainState:
     params: PyTree
     model_state: PyTree  # the model's other collections: {"batch_stats": ...} or {}
     opt_state: PyTree
-    average: PyTree = None  # moving average of `variables`; None: not kept
+    ema: PyTree = None  # exponential moving average of `variables`; None: there is none
 
     @property
     def variables(self) -> dict[str, PyTree]:
         """What `model.apply` takes."""
         return {"params": self.params, **self.model_state}
+
+    def parts(self) -> dict[str, PyTree]:
+        """Returns the state as the named parts of a checkpoint."""
+        parts = {
+            "variables": self.variables,
+            "optimizer": {"step": self.step, "opt_state": self.opt_state},
+        }
+        return parts if self.ema is None else {**parts, "ema": self.ema}
+
+    @classmethod
+    def from_parts(cls, parts: Mapping[str, PyTree]) -> "TrainState":
+        """Returns the state that a checkpoint's parts hold."""
+        variables, optimizer = parts["variables"], parts["optimizer"]
+        return cls(
+            step=optimizer["step"],
+            params=variables["params"],
+            model_state={k: v for k, v in variables.items() if k != "params"},
+            opt_state=optimizer["opt_state"],
+            ema=parts.get("ema"),
+        )
 
 
 def create_state(
@@ -35,16 +55,16 @@ def create_state(
     tx: optax.GradientTransformation,
     key: jax.Array,
     mesh: Mesh,
-    average: bool = False,
+    *,
+    ema: bool = False,
 ) -> TrainState:
     """Returns the state at step 0, made on the mesh by one program.
 
     Args:
       init_fn: key -> {"params": ..., other collections}.
-      average: whether it holds a moving average.
+      ema: whether it holds a moving average.
     """
-
-    return draw(lambda key: state_of(init_fn(key), tx, average), key, mesh)
+    return draw(lambda key: state_of(init_fn(key), tx, ema=ema), key, mesh)
 
 
 def draw(init_fn: Callable[[jax.Array], PyTree], key: jax.Array, mesh: Mesh) -> PyTree:
@@ -58,18 +78,19 @@ def draw(init_fn: Callable[[jax.Array], PyTree], key: jax.Array, mesh: Mesh) -> 
 
 
 def state_of(
-    variables: dict[str, PyTree],
-    tx: optax.GradientTransformation,
-    average: bool = False,
+    variables: dict[str, PyTree], tx: optax.GradientTransformation, *, ema: bool = False
 ) -> TrainState:
     """Returns the state at step 0 of given variables."""
     assert "transformed" not in variables, "kernels transformed for prediction do not train"
-    model_state = {name: tree for name, tree in variables.items() if name != "params"}
     params = variables["params"]
-    # A copy: the state is donated, and no array can be donated twice.
-    mean = jax.tree.map(jnp.copy, variables) if average else None
-    step = jnp.zeros((), jnp.int32)
-    return TrainState(step, params, model_state, tx.init(params), mean)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        model_state={name: tree for name, tree in variables.items() if name != "params"},
+        opt_state=tx.init(params),
+        # A copy: the state is donated, and no array can be donated twice.
+        ema=jax.tree.map(jnp.copy, variables) if ema else None,
+    )
 
 
 def abstract(state: TrainState, mesh: Mesh) -> TrainState:

@@ -1,12 +1,13 @@
-"""The loss and its gradient: of a batch at once, or summed up over parts of it.
+"""The train step, from the gradient to the moving average, in one compiled function.
 
-The compiled train step. Device layout is named here, never in models or losses."""
+Device layout is named here, never in models or losses.
+"""
 
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,131 +16,121 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from solov2_jax.training import sharding
+from solov2_jax.training.loss import Loss, Metrics
 from solov2_jax.training.state import TrainState
 
 PyTree = Any
-Metrics = dict[str, jax.Array]
-LossFn = Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[jax.Array, Metrics]]
-
-
-@runtime_checkable
-class Objective(Protocol):
-    """A loss whose sums over parts of a batch's images give the whole batch's.
-
-    Everything that needs the whole batch and no parameters (targets, what a sum is
-    divided by) is in `prepare`; the losses and metrics of `part` are then additive.
-    """
-
-    def prepare(self, batch: PyTree, key: jax.Array) -> tuple[PyTree, PyTree]:
-        """Returns (arrays with a row for each image, totals of the batch)."""
-        ...
-
-    def part(
-        self, params: PyTree, model_state: PyTree, rows: PyTree, totals: PyTree
-    ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
-        """Returns (loss, (metrics, model state after it)) of some of the rows."""
-        ...
-
-
-class Whole:
-    """The objective of a plain function (params, model_state, batch, key) -> loss."""
-
-    def __init__(self, loss_fn: LossFn):
-        self._loss_fn = loss_fn
-
-    def prepare(self, batch: PyTree, key: jax.Array) -> tuple[PyTree, PyTree]:
-        return batch, key
-
-    def part(self, params, model_state, rows, totals):
-        loss, metrics = self._loss_fn(params, model_state, rows, totals)
-        return loss, (metrics, model_state)
-
-
-def as_objective(loss: LossFn | Objective, parts: int) -> Objective:
-    """Returns `loss` as an objective that a batch can be split for.
-
-    Raises:
-      ValueError: for a plain function and more than one part.
-    """
-    if isinstance(loss, Objective):
-        return loss
-    if parts > 1:
-        raise ValueError(
-            f"train.accumulate = {parts}: this loss cannot be summed up over parts of "
-            "a batch; set it to 1"
-        )
-    return Whole(loss)
-
-
-def loss_and_gradient(
-    objective: Objective,
-    params: PyTree,
-    model_state: PyTree,
-    batch: PyTree,
-    key: jax.Array,
-    *,
-    trainable: PyTree,
-    parts: int,
-    mesh: jax.sharding.Mesh,
-) -> tuple[jax.Array, Metrics, PyTree, PyTree]:
-    """Returns (loss, metrics, model state, gradient) of the whole batch.
-
-    Args:
-      trainable: tree of bools; where it is False the gradient is 0.
-      parts: the batch's images are seen in so many parts, one after the other; 1: all
-        at once. Only the order of additions depends on it.
-    """
-    rows, totals = objective.prepare(batch, key)
-
-    def loss_of(params, model_state, rows):
-        # Stopped here, so that no gradient of a frozen stage is ever computed.
-        params = jax.tree.map(
-            lambda x, train: x if train else jax.lax.stop_gradient(x), params, trainable
-        )
-        return objective.part(params, model_state, rows, totals)
-
-    gradient = jax.value_and_grad(loss_of, has_aux=True)
-    if parts == 1:
-        (loss, (metrics, state)), grads = gradient(params, model_state, rows)
-        return loss, metrics, state, grads
-
-    def add(carry, rows):
-        sums, state = carry
-        (loss, (metrics, state)), grads = gradient(params, state, rows)
-        return (jax.tree.map(jnp.add, sums, (loss, metrics, grads)), state), None
-
-    rows = jax.tree.map(lambda x: _split(x, parts, mesh), rows)
-    first = jax.tree.map(lambda x: x[0], rows)
-    (loss, (metrics, _)), grads = jax.eval_shape(gradient, params, model_state, first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, metrics, grads))
-    (sums, state), _ = jax.lax.scan(add, (zeros, model_state), rows)
-    loss, metrics, grads = sums
-    return loss, metrics, state, grads
-
-
-def _split(x: jax.Array, parts: int, mesh: jax.sharding.Mesh) -> jax.Array:
-    """Returns [parts, B / parts, ...]; each device keeps the rows that it has."""
-    x = jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, "data")))
-
 
 log = logging.getLogger("solov2_jax")
+
+
+def make_update(
+    *,
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    trainable: PyTree,
+    accumulate: int,
+    ema_decay: float,
+) -> Callable[[TrainState, PyTree, jax.Array], tuple[TrainState, Metrics]]:
+    """Returns update(state, batch, key) -> (state after one step, metrics).
+
+    It sees the global batch, so its sums and means are global: the compiler places the
+    all-reduce, and no code of ours has an axis name. A step whose loss or gradient is
+    not finite changes `step` only, and its metric `skipped` is 1; the devices decide
+    that, the host does not wait. The arguments are those of `TrainStep`.
+    """
+
+    def update(state: TrainState, batch: PyTree, key: jax.Array) -> tuple[TrainState, Metrics]:
+        # Of the whole batch: the targets, and what the losses' sums are divided by.
+        targets, normalizers = loss.assign(batch, jax.random.fold_in(key, state.step))
+
+        def loss_of(params, model_state, batch, targets):
+            # Stopped here, so that no gradient of a frozen stage is ever computed.
+            params = jax.tree.map(
+                lambda x, train: x if train else jax.lax.stop_gradient(x), params, trainable
+            )
+            return loss.compute(params, model_state, batch, targets, normalizers)
+
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        params, model_state = state.params, state.model_state
+        if accumulate == 1:
+            result = gradient(params, model_state, batch, targets)
+            (value, (metrics, model_state)), grads = result
+        else:
+
+            def add(carry, microbatch):
+                sums, model_state = carry
+                (value, (metrics, model_state)), grads = gradient(params, model_state, *microbatch)
+                return (jax.tree.map(jnp.add, sums, (value, metrics, grads)), model_state), None
+
+            microbatches = jax.tree.map(lambda x: _split(x, accumulate, mesh), (batch, targets))
+            first = jax.tree.map(lambda x: x[0], microbatches)
+            (value, (metrics, _)), grads = jax.eval_shape(gradient, params, model_state, *first)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, metrics, grads))
+            carry, _ = jax.lax.scan(add, (zeros, model_state), microbatches)
+            (value, metrics, grads), model_state = carry
+
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+
+        def updated() -> TrainState:
+            with jax.named_scope("optimizer"):
+                updates, opt_state = tx.update(grads, state.opt_state, params)
+                new = replace(
+                    state,
+                    params=optax.apply_updates(params, updates),
+                    model_state=model_state,
+                    opt_state=opt_state,
+                )
+            with jax.named_scope("ema"):
+                return replace(new, ema=update_ema(state, new.variables, ema_decay))
+
+        # A branch: selecting each number would read and write the state once more.
+        new = jax.lax.cond(finite, updated, lambda: state)
+        skipped = 1.0 - finite.astype(jnp.float32)
+        metrics = {**metrics, "loss": value, "grad_norm": norm, "skipped": skipped}
+        return replace(new, step=state.step + 1), metrics
+
+    return update
+
+
+def update_ema(state: TrainState, variables: PyTree, decay: float) -> PyTree:
+    """Returns the state's moving average after a step to `variables`, None without.
+
+    At step t the decay is at most (1 + t) / (10 + t), so that the first steps, whose
+    weights are far from the last ones, are soon forgotten.
+
+    Source: tensorflow/python/training/moving_averages.py, ExponentialMovingAverage.
+    """
+    if state.ema is None:
+        return None
+    warm = (1.0 + state.step) / (10.0 + state.step)
+    rate = 1.0 - jnp.minimum(decay, warm)
+    # In this form what does not change keeps its bits.
+    return jax.tree.map(lambda a, x: a + rate * (x - a), state.ema, variables)
+
+
+def _split(x: jax.Array, microbatches: int, mesh: Mesh) -> jax.Array:
+    """Returns [microbatches, B / microbatches, ...]; each device keeps its own rows."""
+    x = jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, "data")))
 
 
 class TrainStep:
     """step(state, batch) -> (state, metrics), compiled once for each batch shape.
 
-    loss_fn(params, model_state, batch, key) sees the global batch, so its sums and
-    means are global: the compiler places the all-reduce, and no code of ours has an
-    axis name. The state is donated: the one passed in must not be used again.
+    The state is donated: the one passed in must not be used again.
 
     Args:
-      loss: a function, or an objective whose batches can be split.
-      accumulate: parts of a batch that are computed one after the other.
+      loss: what is minimised.
+      tx: the optimiser.
+      mesh: of the devices that share the batch.
+      key: of the steps' random numbers; each step folds its own number in.
+      trainable: tree of bools; where it is False the gradient is 0.
+      accumulate: microbatches that a batch is computed in, one after the other; only the
+        order of additions depends on it.
       ema_decay: of the moving average, where the state holds one.
-
-    A step whose loss or gradient is not finite changes `step` only, and its metric
-    `skipped` is 1; the devices decide that, the host does not wait.
 
     Attributes:
       compiles: compilations so far.
@@ -150,33 +141,30 @@ class TrainStep:
 
     def __init__(
         self,
-        loss: LossFn | Objective,
+        *,
+        loss: Loss,
         tx: optax.GradientTransformation,
         mesh: Mesh,
         key: jax.Array,
         trainable: PyTree,
-        *,
         accumulate: int = 1,
         ema_decay: float = 0.0,
     ):
         self.compiles = self.recompiles = 0
         self.compile_seconds = 0.0
         self._shapes: set[tuple] = set()
-
-        objective = as_objective(loss, accumulate)
-
-        def gradient(state: TrainState, batch: PyTree, key: jax.Array):
-            key = jax.random.fold_in(key, state.step)
-            given = objective, state.params, state.model_state, batch, key
-            options = {"trainable": trainable, "parts": accumulate, "mesh": mesh}
-            return loss_and_gradient(*given, **options)
+        update = make_update(
+            loss=loss,
+            tx=tx,
+            mesh=mesh,
+            trainable=trainable,
+            accumulate=accumulate,
+            ema_decay=ema_decay,
+        )
 
         def step(state: TrainState, batch: PyTree, key: jax.Array):
             self.compiles += 1  # runs when traced, not when executed
-            loss, metrics, model_state, grads = gradient(state, batch, key)
-            state, norm, skipped = _update(state, loss, model_state, grads, tx, ema_decay)
-            watched = {"loss": loss, "grad_norm": norm, "skipped": skipped}
-            return state, {**metrics, **watched}
+            return update(state, batch, key)
 
         copied, by_batch = sharding.replicated(mesh), sharding.split_by_batch(mesh)
         # An argument: as a constant, each seed would be another program to compile.
@@ -210,42 +198,3 @@ class TrainStep:
     def lower(self, state: PyTree, batch: PyTree) -> jax.stages.Lowered:
         """Returns the step before its compilation, for arrays or for their shapes."""
         return self._step.lower(state, batch, self._key)
-
-
-def _update(
-    state: TrainState,
-    loss: jax.Array,
-    model_state: PyTree,
-    grads: PyTree,
-    tx: optax.GradientTransformation,
-    ema_decay: float,
-) -> tuple[TrainState, jax.Array, jax.Array]:
-    """Returns (state after the step, norm of the gradient, 1.0 if it was skipped)."""
-
-    def updated() -> TrainState:
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        new = replace(state, params=params, opt_state=opt_state, model_state=model_state)
-        return replace(new, average=update_ema(state, new.variables, ema_decay))
-
-    norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    # A branch: selecting each number would read and write the state once more.
-    new = jax.lax.cond(finite, updated, lambda: state)
-    return replace(new, step=state.step + 1), norm, 1.0 - finite.astype(jnp.float32)
-
-
-def update_ema(state: TrainState, variables: PyTree, decay: float) -> PyTree:
-    """Returns the state's moving average after a step to `variables`, None without.
-
-    At step t the decay is at most (1 + t) / (10 + t), so that the first steps, whose
-    weights are far from the last ones, are soon forgotten.
-
-    Source: tensorflow/python/training/moving_averages.py, ExponentialMovingAverage.
-    """
-    if state.average is None:
-        return None
-    warm = (1.0 + state.step) / (10.0 + state.step)
-    rate = 1.0 - jnp.minimum(decay, warm)
-    # In this form what does not change keeps its bits.
-    return jax.tree.map(lambda a, x: a + rate * (x - a), state.average, variables)

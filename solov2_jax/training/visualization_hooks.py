@@ -1,4 +1,4 @@
-"""Hooks for the eye: pictures and histograms for the writers, traces of the devices."""
+"""Hooks that show what happens: pictures and histograms for the writers, device traces."""
 
 import logging
 import pathlib
@@ -8,8 +8,9 @@ import jax
 import numpy as np
 from PIL import Image
 
+from solov2_jax.io import reading
 from solov2_jax.training.hooks import HookBase, Run
-from solov2_jax.training.writers import Writer
+from solov2_jax.training.writers import WriterBase, call_writers
 
 log = logging.getLogger("solov2_jax")
 
@@ -23,22 +24,30 @@ class Pictures(HookBase):
       folder: where evaluations leave their pictures, as .jpg.
     """
 
-    def __init__(self, folder: pathlib.Path, writers: Sequence[Writer]):
+    transfer_guard = "disallow"
+
+    def __init__(self, folder: pathlib.Path, writers: Sequence[WriterBase]):
         self._folder, self._writers = folder, writers
 
     def after_step(self, run: Run) -> None:
         if run.results_step != run.step or not self._writers:
             return
         paths = sorted(self._folder.glob("*.jpg"))
-        images = {f"pictures/{p.stem}": np.asarray(Image.open(p)) for p in paths}
-        for writer in self._writers:
-            writer.write_images(run.step, images)
+        images = {f"pictures/{p.stem}": _read_picture(p) for p in paths}
+        call_writers(self._writers, "write_images", run.step, images)
+
+
+def _read_picture(path: pathlib.Path) -> np.ndarray:
+    with reading(path, "a picture of the evaluation"), Image.open(path) as image:
+        return np.asarray(image)
 
 
 class Histograms(HookBase):
     """Hands the parameters to the writers, by name."""
 
-    def __init__(self, writers: Sequence[Writer], every: int):
+    transfer_guard = "disallow"
+
+    def __init__(self, writers: Sequence[WriterBase], every: int):
         self._writers, self._every = writers, every
 
     def after_step(self, run: Run) -> None:
@@ -47,8 +56,7 @@ class Histograms(HookBase):
         leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(run.state.params))
         name = jax.tree_util.keystr
         arrays = {f"params/{name(k, simple=True, separator='/')}": x for k, x in leaves}
-        for writer in self._writers:
-            writer.write_histograms(run.step, arrays)
+        call_writers(self._writers, "write_histograms", run.step, arrays)
 
 
 class Profiler(HookBase):
@@ -58,6 +66,8 @@ class Profiler(HookBase):
       steps: (first, last) of the steps to trace, both included; (): none.
       folder: where the trace goes.
     """
+
+    transfer_guard = "disallow"
 
     def __init__(self, steps: Sequence[int], folder: pathlib.Path):
         self._first, self._last = steps or (0, 0)

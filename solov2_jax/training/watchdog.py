@@ -1,9 +1,10 @@
-"""Says why the mask loss does not fall, in one line with the figures that show it."""
+"""Says why the mask loss does not fall, in one line with the metrics that show it."""
 
 import logging
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 
@@ -13,21 +14,20 @@ log = logging.getLogger("solov2_jax")
 
 # A dice loss above this has not started to fall: masks overlap hardly at all.
 STUCK_DICE = 0.95
-# Below this share of images with a pair, most steps teach no mask.
+# Below this share of images with a pair, most steps train no mask.
 FEW_IMAGES = 0.25
-# The norm of a gradient that teaches nothing, and of one whose step is far too large.
+# The norm of a gradient that changes nothing, and of one whose step is far too large.
 SMALL_NORM, LARGE_NORM = 1e-4, 1e3
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the configuration says about why masks may not be learnt."""
+    """What the configuration says about why masks may not be learned."""
 
     dice_weight: float
-    batch_size: int  # images a step
+    batch_size: int  # images per step
     warmup_steps: int
     schedule: optax.Schedule
-    clip_norm: float  # 0: none
     norm: str  # of the backbone
     init_from: str
     std: tuple[float, ...]  # of the input's normalisation
@@ -36,14 +36,13 @@ class Facts:
     def of(cls, config: Any, schedule: optax.Schedule) -> "Facts":
         """Returns the facts of a config."""
         return cls(
-            config.loss.dice_weight,
-            config.train.batch_size,
-            config.optim.warmup_steps,
-            schedule,
-            config.optim.clip_norm,
-            config.model.backbone.norm,
-            config.init_from,
-            tuple(config.input.std),
+            dice_weight=config.loss.dice_weight,
+            batch_size=config.train.batch_size,
+            warmup_steps=config.optim.warmup_steps,
+            schedule=schedule,
+            norm=config.model.backbone.norm,
+            init_from=config.init_from,
+            std=tuple(config.input.std),
         )
 
 
@@ -57,6 +56,8 @@ class LossWatchdog(HookBase):
       log_every: steps that a window spans.
       patience: steps without progress before a line, and between two lines; 0: never.
     """
+
+    transfer_guard = "disallow"
 
     def __init__(self, facts: Facts, log_every: int, patience: int):
         self._facts, self._every, self._patience = facts, log_every, patience
@@ -75,26 +76,27 @@ class LossWatchdog(HookBase):
         if not stuck and means["num_pairs"] > 0:
             self._last_good = run.step
         elif run.step - (self._last_good or 0) >= self._patience:
-            log.warning("%s", explain(self._facts, run.step, means))
+            log.warning("%s", diagnose(self._facts, run.step, means))
             self._last_good = run.step  # the next line after another such time
 
 
-def explain(facts: Facts, step: int, means: dict[str, float]) -> str:
-    """Returns why masks are not learnt, the likeliest reason first, with the figures.
+def diagnose(facts: Facts, step: int, means: dict[str, float]) -> str:
+    """Returns why the masks are not learned, the likeliest reason first, with its metrics.
 
     Args:
       step: steps done.
       means: of the metrics over the latest steps.
     """
-    rate = float(np.asarray(facts.schedule(step - 1)))
-    figures = (
-        f"step {step}: masks are not learnt: loss_ins {means['loss_ins']:.3f} of at "
+    with jax.transfer_guard("allow"):
+        rate = float(np.asarray(facts.schedule(step - 1)))
+    metrics = (
+        f"step {step}: masks are not learned: loss_ins {means['loss_ins']:.3f} of at "
         f"most {facts.dice_weight:g}, mean IoU of pairs {means['mean_iou']:.3f}, "
-        f"{means['num_pairs']:.1f} pairs a step in {means['positive_images']:.1f} of "
+        f"{means['num_pairs']:.1f} pairs per step in {means['positive_images']:.1f} of "
         f"{facts.batch_size} images, gradient norm {means['grad_norm']:.3g}, learning "
         f"rate {rate:.3g}. "
     )
-    return figures + "Why: " + _reason(facts, step, means)
+    return metrics + "Why: " + _reason(facts, step, means)
 
 
 def _reason(facts: Facts, step: int, means: dict[str, float]) -> str:

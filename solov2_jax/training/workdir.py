@@ -22,9 +22,16 @@ import numpy as np
 
 import solov2_jax
 from solov2_jax import distributed
-from solov2_jax.checkpoint import list_steps
+from solov2_jax.checkpoint import (
+    classes_difference,
+    classes_record,
+    had_checkpoint,
+    list_steps,
+    read_best,
+    read_classes,
+)
 from solov2_jax.config import changed_keys, read_config, save_config
-from solov2_jax.io import write_json
+from solov2_jax.io import InputError, reason, write_json
 from solov2_jax.training.optim import build_schedule
 
 log = logging.getLogger("solov2_jax")
@@ -38,7 +45,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 _MAY_CHANGE = (
     *("train.steps", "train.log_every", "train.checkpoint_every", "train.eval_every"),
     *("train.keep_checkpoints", "train.best_metric", "train.max_skipped"),
-    *("train.patience", "train.watch_steps", "train.writers"),
+    *("train.patience", "train.watch_steps", "train.writers", "train.hooks", "train.checks"),
     *("train.histogram_every", "train.profile_steps"),
     "train.accumulate",
     *("init_from", "eval.", "test."),
@@ -60,7 +67,7 @@ def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"--workdir {workdir}: cannot be created ({error.strerror}); give a folder "
             "that you may write to"
         ) from error
@@ -77,7 +84,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(
+            raise InputError(
                 f"--workdir {workdir}: another process is training in it; wait for it, "
                 "stop it, or give another folder"
             ) from error
@@ -111,8 +118,11 @@ def logging_to(path: pathlib.Path) -> Iterator[None]:
         log.setLevel(level)
         log.removeHandler(handler)
         logging.getLogger("absl").removeHandler(libraries)
-        handler.close()
-        libraries.close()
+        for each in (handler, libraries):
+            try:
+                each.close()
+            except OSError as error:  # a full disk, which whatever it stops reports
+                log.warning("%s: its end could not be written (%s)", path, reason(error))
 
 
 def _record_of(error: BaseException) -> logging.LogRecord:
@@ -123,24 +133,74 @@ def _record_of(error: BaseException) -> logging.LogRecord:
     )
 
 
-def check_same_run(workdir: pathlib.Path, config: Any) -> None:
-    """Raises if the workdir holds checkpoints that another config made.
+def check_workdir(
+    workdir: pathlib.Path, config: Any, names: Sequence[str], ids: Sequence[int]
+) -> None:
+    """Raises unless this run may start or go on in the folder; only reads.
+
+    Args:
+      names, ids: of the training data's classes.
+
+    Raises:
+      InputError: for another config, other classes, lost checkpoints, files that cannot
+        be read, or folders that cannot be written to.
+    """
+    check_writable(workdir)
+    read_best(workdir)
+    if not list_steps(workdir):
+        check_nothing_lost(workdir)
+        return
+    check_same_config(workdir, config)
+    before, now = read_classes(workdir), (list(names), [int(i) for i in ids])
+    if before != now:
+        raise InputError(
+            f"{workdir} was trained with other classes than data.train has, such as "
+            f"{classes_difference(now, before)}. Restore the annotations, or give another "
+            f"--workdir (with --config.init_from={workdir} to start from its weights)"
+        )
+
+
+def check_writable(workdir: pathlib.Path) -> None:
+    """Raises an InputError if something in the folder is in the way of what a run writes."""
+    folders = ("checkpoints", "eval", "tensorboard", "profile")
+    files = ("config.json", "classes.json", "environment.json", "metrics.jsonl", "metrics.csv")
+    for path, is_folder in [(workdir / n, True) for n in folders] + [
+        (workdir / n, False) for n in files
+    ]:
+        if path.exists() and path.is_dir() != is_folder:
+            kind = "a folder" if is_folder else "a file"
+            raise InputError(f"{path} should be {kind}; move it away")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise InputError(f"{path}: you may not write to it; change its permissions")
+
+
+def check_nothing_lost(workdir: pathlib.Path) -> None:
+    """Raises an InputError if a run in this folder has lost its checkpoints."""
+    metrics = workdir / "metrics.jsonl"
+    if had_checkpoint(workdir) and metrics.is_file() and metrics.stat().st_size:
+        raise InputError(
+            f"{workdir}: checkpoints/ has no checkpoint, but this run had saved some, and "
+            "metrics.jsonl holds its metrics. Put the checkpoints back to resume it, or "
+            "give another --workdir. To start it anew here, move metrics.jsonl away"
+        )
+
+
+def check_same_config(workdir: pathlib.Path, config: Any) -> None:
+    """Raises an InputError if another config made the checkpoints of the workdir.
 
     Keys that do not change what is computed may differ; that is logged.
     """
-    steps = list_steps(workdir)
     path = workdir / "config.json"
-    if not steps:
-        return
     if not path.is_file():
-        raise ValueError(
-            f"{workdir} has checkpoints but no config.json: it cannot be known what "
-            "made them. Give another --workdir"
+        raise InputError(
+            f"{workdir} has checkpoints but no config.json, so it is unknown what made "
+            "them. Give another --workdir"
         )
     old = read_config(path)
     changed = changed_keys(old, config)
     rates = changed.keys() & _OF_RATES
-    free = rates if rates and _same_rates(steps[-1], old, config) else set()
+    last_step = list_steps(workdir)[-1]
+    free = rates if rates and _same_rates(last_step, old, config) else set()
     refused = {
         key: values
         for key, values in changed.items()
@@ -148,7 +208,7 @@ def check_same_run(workdir: pathlib.Path, config: Any) -> None:
     }
     if refused:
         keys = "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in refused.items())
-        raise ValueError(
+        raise InputError(
             f"{workdir} belongs to a run with another config: {keys}. Set these keys "
             "back to resume it, or give another --workdir (with "
             f"--config.init_from={workdir} to start from its weights)"
@@ -167,13 +227,12 @@ def _same_rates(steps: int, old: Any, new: Any) -> bool:
 def describe_run(
     workdir: pathlib.Path, config: Any, names: Sequence[str], ids: Sequence[int]
 ) -> None:
-    """Writes config.json, classes.json and environment.json, once for all distributed."""
+    """Writes config.json, classes.json and environment.json, once for all processes."""
     distributed.barrier("the config was compared")
     if not distributed.is_primary():
         return
     save_config(config, workdir / "config.json")
-    classes = {"names": list(names), "ids": [int(i) for i in ids]}
-    write_json(classes, workdir / "classes.json")
+    write_json(classes_record(names, ids), workdir / "classes.json")
     write_json(environment(), workdir / "environment.json")
 
 

@@ -1,11 +1,10 @@
-"""Where numbers go: the console, `metrics.jsonl`, `metrics.csv` and TensorBoard.
+"""Where metrics go: console, `metrics.jsonl`, `metrics.csv`, TensorBoard, trackers, your own.
 
-Experiment trackers, for who asks for them in `train.writers`: wandb and mlflow.
-
-Their packages are optional and imported when a run starts, so that nobody else needs
-them. Both get the scalars, the pictures and the histograms that a `Writer` gets.
+The packages of TensorBoard and of the experiment trackers (wandb, mlflow) are imported
+when a run asks for them, so that nobody else needs them.
 """
 
+import contextlib
 import csv
 import importlib
 import io
@@ -14,32 +13,45 @@ import logging
 import math
 import os
 import pathlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
+from solov2_jax.config import suggest
+from solov2_jax.io import InputError, import_object, reading, reason, write_text
+
 log = logging.getLogger("solov2_jax")
 
-
-@runtime_checkable
-class Writer(Protocol):
-    """Writes what a step gave; a second call for a step adds to the first."""
-
-    def write(self, step: int, scalars: dict[str, float]) -> None: ...
-
-    def write_images(self, step: int, images: dict[str, np.ndarray]) -> None: ...
-
-    def write_histograms(self, step: int, arrays: dict[str, np.ndarray]) -> None: ...
-
-    def close(self) -> None: ...
+Scalars = Mapping[str, float | None]
+PROJECT = "solov2_jax"
 
 
 class WriterBase:
-    """Writes nothing; the writers below fill in what they can show."""
+    """Writes nothing: derive from it and override what you need.
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Scalars by name; "a/b" is b in the group a."""
+    `train(config, workdir, writers=[MyWriter()])`, or `train.writers = ("pkg.mod:MyWriter",)`
+    in a config, which calls the class without arguments. Only the first process of a run
+    has writers. What a method raises ends the run, after a checkpoint.
+    """
+
+    def check(self, workdir: pathlib.Path, step: int) -> None:
+        """Called before the run changes anything: raises if it cannot write there.
+
+        Args:
+          step: that the run resumes at; 0: it starts.
+        """
+
+    def open(self, workdir: pathlib.Path, step: int, config: dict[str, Any]) -> None:
+        """Called once, before anything is written; drops what is beyond `step`."""
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        """Scalars by name; "a/b" is b in the group a. None: undefined.
+
+        A second call for a step adds to the first: an evaluation's metrics.
+        """
 
     def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
         """RGB pictures by name, uint8 [H, W, 3]."""
@@ -51,69 +63,118 @@ class WriterBase:
         """Called once, at the end, also after an error."""
 
 
+def make_writers(names: Sequence[str]) -> list[WriterBase]:
+    """Returns metrics.jsonl's and the console's writer, and those that `train.writers` names.
+
+    Args:
+      names: "tensorboard", "csv", "wandb", "mlflow", or import paths "module:Class".
+
+    Raises:
+      InputError: for another name, or where a package is missing.
+    """
+    known: dict[str, type[WriterBase]] = {
+        "tensorboard": TensorBoardWriter,
+        "csv": CsvWriter,
+        "wandb": WandbWriter,
+        "mlflow": MlflowWriter,
+    }
+    writers: list[WriterBase] = [JsonlWriter(), ConsoleWriter()]
+    for name in names:
+        if ":" not in name and name not in known:
+            raise InputError(
+                f"train.writers has {name!r}{suggest(name, known)}. Known: "
+                f"{', '.join(known)}; your own by its import path, 'module:Class'"
+            )
+        make = known[name] if name in known else import_object(name, "train.writers")
+        writers.append(make())
+        if not isinstance(writers[-1], WriterBase):
+            raise InputError(f"train.writers: {name} is no class derived from WriterBase")
+    return writers
+
+
+def call_writers(writers: Sequence[WriterBase], method: str, step: int, values: Any) -> None:
+    """Hands values of a step to each writer.
+
+    Raises:
+      InputError: naming the writer, for an error that does not explain itself.
+    """
+    for writer in writers:
+        try:
+            getattr(writer, method)(step, values)
+        except (ValueError, OSError):
+            raise
+        except Exception as error:
+            raise InputError(
+                f"the writer {type(writer).__name__} failed in {method} at step {step}: "
+                f"{reason(error)}. Its traceback is in train.log"
+            ) from error
+
+
 class ConsoleWriter(WriterBase):
     """One line for people: losses, rate, images/s, waiting for data, ETA, memory."""
 
-    def __init__(self, total_steps: int):
-        self._total = total_steps
+    def open(self, workdir: pathlib.Path, step: int, config: dict[str, Any]) -> None:
+        self._total = config["train"]["steps"]
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        if "learning_rate" not in scalars:
+    def write(self, step: int, scalars: Scalars) -> None:
+        values = _defined(scalars)
+        if "learning_rate" not in values:
             return  # an evaluation prints its own table
-        losses = [k for k in scalars if k.startswith("loss")]
+        losses = [k for k in values if k.startswith("loss")]
         text = [f"step {step}/{self._total}"]
-        text += [f"{k} {scalars[k]:.4f}" for k in sorted(losses)]
-        if "mean_iou" in scalars:
-            text.append(f"iou {scalars['mean_iou']:.3f}")
-        text.append(f"lr {scalars['learning_rate']:.3g}")
-        text.append(f"{scalars['images_per_second']:.2f} images/s")
-        step_time, wait = scalars["step_seconds"], scalars["data_seconds"]
-        text.append(f"step {step_time:.3f} s, of it data {wait:.3f} s")
-        text.append(f"eta {duration(scalars['eta_seconds'])}")
-        text.append(f"mem {scalars['memory_gb']:.1f} GB")
-        if scalars["skipped_steps"]:
-            text.append(f"SKIPPED {scalars['skipped_steps']:.0f}")
-        if scalars["recompiles"]:
-            text.append(f"RECOMPILES {scalars['recompiles']:.0f}")
+        text += [f"{k} {values[k]:.4f}" for k in sorted(losses)]
+        if "mean_iou" in values:
+            text.append(f"iou {values['mean_iou']:.3f}")
+        text.append(f"lr {values['learning_rate']:.3g}")
+        text.append(f"{values['images_per_second']:.2f} images/s")
+        text.append(f"step {values['step_seconds']:.3f} s (data {values['data_seconds']:.3f} s)")
+        text.append(f"eta {duration(values['eta_seconds'])}")
+        text.append(f"mem {values['memory_gb']:.1f} GB")
+        if values["skipped_steps"]:
+            text.append(f"SKIPPED {values['skipped_steps']:.0f}")
+        if values["recompiles"]:
+            text.append(f"RECOMPILES {values['recompiles']:.0f}")
         log.info("  ".join(text))
 
 
 class JsonlWriter(WriterBase):
     """`metrics.jsonl`: one JSON object per step, appended.
 
-    Opening it for a run that resumes cuts the lines beyond the resumed step, so each
-    step appears once. Numbers that JSON does not know (nan, inf) are written as null.
+    A run that resumes cuts the lines beyond the resumed step, so each step appears
+    once. What is undefined or not finite is written as null.
+
+    Attributes:
+      last: the line last written, of the run so far.
     """
 
-    def __init__(self, path: str | os.PathLike, resumed_step: int):
-        self._path = pathlib.Path(path)
-        kept = _lines_up_to(self._path, resumed_step)
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        temporary.write_text(text)
-        os.replace(temporary, self._path)
-        self._file = open(self._path, "r+")
-        self._file.seek(0, os.SEEK_END)
-        self.last = kept[-1] if kept else {}
-        self._start = len(text) - len(json.dumps(self.last) + "\n") if kept else 0
+    def check(self, workdir: pathlib.Path, step: int) -> None:
+        lines = read_metrics(workdir / "metrics.jsonl")
+        self._kept = [line for line in lines if line["step"] <= step]
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        if self.last and self.last["step"] == step:
-            self._file.seek(self._start)
-            self._file.truncate()
-            line = {**self.last, **scalars}
-        else:
-            self._start = self._file.tell()
-            line = {"step": step, **scalars}
-        self.last = {k: _finite_or_none(v) for k, v in line.items()}
-        try:
+    def open(self, workdir: pathlib.Path, step: int, config: dict[str, Any]) -> None:
+        self._path = workdir / "metrics.jsonl"
+        text = "".join(json.dumps(line) + "\n" for line in self._kept)
+        write_text(text, self._path)
+        self._file = open(self._path, "r+", encoding="utf-8")
+        self._file.seek(0, os.SEEK_END)
+        self.last = self._kept[-1] if self._kept else {}
+        self._start = len(text) - len(json.dumps(self.last) + "\n") if self._kept else 0
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        with writing(self._path):
+            if self.last and self.last["step"] == step:
+                self._file.seek(self._start)
+                self._file.truncate()
+                line = {**self.last, **scalars}
+            else:
+                self._start = self._file.tell()
+                line = {"step": step, **scalars}
+            self.last = {k: _finite_or_none(v) for k, v in line.items()}
             self._file.write(json.dumps(self.last) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise OSError(f"{self._path}: could not be written: {error}") from error
 
     def close(self) -> None:
-        self._file.close()
+        _close(self._file, self._path)
 
 
 class CsvWriter(WriterBase):
@@ -123,19 +184,17 @@ class CsvWriter(WriterBase):
     the first evaluation comes. Rows beyond the resumed step are dropped.
     """
 
-    def __init__(self, path: str | os.PathLike, resumed_step: int):
-        self._path = pathlib.Path(path)
-        self._rows: list[dict[str, Any]] = []
-        if self._path.is_file():
-            with open(self._path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row["step"].isdigit()]
-            self._rows = [row for row in rows if int(row["step"]) <= resumed_step]
+    def check(self, workdir: pathlib.Path, step: int) -> None:
+        rows = read_csv(workdir / "metrics.csv")
+        self._rows: list[dict[str, Any]] = [row for row in rows if int(row["step"]) <= step]
+
+    def open(self, workdir: pathlib.Path, step: int, config: dict[str, Any]) -> None:
+        self._path, self._file = workdir / "metrics.csv", None
         names = [name for row in self._rows for name, value in row.items() if value]
         self._names = list(dict.fromkeys(["step", *names]))
-        self._file = None
         self._rewrite()
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
+    def write(self, step: int, scalars: Scalars) -> None:
         finite = {k: _finite_or_none(v) for k, v in scalars.items()}
         if self._rows and int(self._rows[-1]["step"]) == step:
             self._rows[-1] |= finite
@@ -146,54 +205,208 @@ class CsvWriter(WriterBase):
         if new or len(self._rows[-1]) > len(scalars) + 1:
             self._rewrite()
         else:
-            self._append(self._rows[-1:])
+            with writing(self._path):
+                assert self._file is not None
+                self._file.write(self._text(self._rows[-1:]))
+                self._file.flush()
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            _close(self._file, self._path)
 
     def _rewrite(self) -> None:
         self.close()
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        temporary.write_text(",".join(self._names) + "\n")
-        os.replace(temporary, self._path)
-        self._file = open(self._path, "a", newline="")
-        self._append(self._rows)
+        write_text(",".join(self._names) + "\n" + self._text(self._rows), self._path)
+        self._file = open(self._path, "a", newline="", encoding="utf-8")
 
-    def _append(self, rows: list[dict[str, Any]]) -> None:
-        assert self._file is not None
+    def _text(self, rows: list[dict[str, Any]]) -> str:
         text = io.StringIO()
         csv.DictWriter(text, self._names, lineterminator="\n").writerows(rows)
-        self._file.write(text.getvalue())
-        self._file.flush()
+        return text.getvalue()
 
 
 class TensorBoardWriter(WriterBase):
-    """Event files in `tensorboard/`; events beyond the resumed step are hidden."""
+    """Event files in `tensorboard/`; events beyond the resumed step are hidden.
 
-    def __init__(self, folder: str | os.PathLike, resumed_step: int):
-        from tensorboardX import SummaryWriter
+    Without tensorboardX's `SummaryWriter`, whose thread dies on a full disk, after which
+    the run waits for it without end.
+    """
 
-        purge = resumed_step + 1 if resumed_step else None
-        self._writer = SummaryWriter(str(folder), purge_step=purge)
+    def __init__(self):
+        _import("tensorboardX", "tensorboard", "tensorboardX")
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        for name, value in scalars.items():
-            self._writer.add_scalar(_tag(name), value, step)
-        self._writer.flush()
+    def open(self, workdir: pathlib.Path, step: int, config: dict[str, Any]) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._folder, self._event = workdir / "tensorboard", Event
+        with writing(self._folder):
+            self._folder.mkdir(exist_ok=True)
+            suffix = f".{os.getpid()}.{step}"  # two starts in one second
+            self._events = EventsWriter(str(self._folder / "events"), suffix)
+            if step:
+                start = SessionLog(status=SessionLog.START)
+                self._events.write_event(Event(step=step + 1, session_log=start))
+            self._events.flush()
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        from tensorboardX import summary
+
+        values = _defined(scalars).items()
+        self._write(step, [summary.scalar(_tag(name), value) for name, value in values])
+
+    def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
+        from tensorboardX import summary
+
+        pictures = [summary.image(n, x, dataformats="HWC") for n, x in images.items()]
+        self._write(step, pictures)
+
+    def write_histograms(self, step: int, arrays: dict[str, np.ndarray]) -> None:
+        from tensorboardX import summary
+
+        edges = 1e-12 * 1.1 ** np.arange(774)  # TensorBoard's own: up to 1e20
+        bins = [*-edges[::-1], 0.0, *edges]
+        self._write(step, [summary.histogram(n, x, bins) for n, x in arrays.items()])
+
+    def close(self) -> None:
+        _close(self._events, self._folder)
+
+    def _write(self, step: int, summaries: Sequence[Any]) -> None:
+        with writing(self._folder):
+            for value in summaries:
+                event = self._event(step=step, wall_time=time.time(), summary=value)
+                self._events.write_event(event)
+            self._events.flush()
+
+
+class WandbWriter(WriterBase):
+    """Weights & Biases; where and as whom is said by its own WANDB_* variables."""
+
+    def __init__(self):
+        self._wandb = _import("wandb", "wandb", "wandb")
+
+    def open(self, workdir: pathlib.Path, step: int, config: dict[str, Any]) -> None:
+        run = _read_id(workdir, "wandb")
+        self._run = self._wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=workdir.name,
+            dir=str(workdir),
+            config=config,
+            id=run,
+            resume="allow" if run else None,
+        )
+        _write_id(workdir, "wandb", self._run.id)
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        self._run.log(_defined(scalars), step=step)
+
+    def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
+        pictures = {name: self._wandb.Image(image) for name, image in images.items()}
+        self._run.log(pictures, step=step)
+
+    def write_histograms(self, step: int, arrays: dict[str, np.ndarray]) -> None:
+        histograms = {name: self._wandb.Histogram(x) for name, x in arrays.items()}
+        self._run.log(histograms, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MlflowWriter(WriterBase):
+    """MLflow; where is said by its own MLFLOW_* variables. It has no histograms."""
+
+    def __init__(self):
+        self._mlflow = _import("mlflow", "mlflow", "mlflow-skinny")
+
+    def open(self, workdir: pathlib.Path, step: int, config: dict[str, Any]) -> None:
+        self._mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
+        run = _read_id(workdir, "mlflow")
+        started = self._mlflow.start_run(run_id=run, run_name=workdir.name)
+        if run is None:
+            self._mlflow.log_dict(config, "config.json")
+        _write_id(workdir, "mlflow", started.info.run_id)
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        self._mlflow.log_metrics(_defined(scalars), step=step)
 
     def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
         for name, image in images.items():
-            self._writer.add_image(name, image, step, dataformats="HWC")
-        self._writer.flush()
-
-    def write_histograms(self, step: int, arrays: dict[str, np.ndarray]) -> None:
-        for name, array in arrays.items():
-            self._writer.add_histogram(name, array, step)
-        self._writer.flush()
+            self._mlflow.log_image(image, key=name.replace("/", "_"), step=step)
 
     def close(self) -> None:
-        self._writer.close()
+        self._mlflow.end_run()
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics.jsonl, {"step": 20, "loss": 3.1, ...}; [] without one.
+
+    A last line that a kill cut short is left out.
+
+    Raises:
+      InputError: naming file and line, for any other that is not such an object.
+    """
+    text_lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    lines = []
+    for i, text in enumerate(text_lines, 1):
+        try:
+            with reading(f"{path}, line {i}", 'JSON such as {"step": 20}', _fix_line(path)):
+                line = json.loads(text.decode())
+                if type(line["step"]) is not int:
+                    raise TypeError("step is not a whole number")
+        except InputError:
+            if i < len(text_lines) or text.endswith(b"\n"):
+                raise
+            log.warning("%s: dropped the last line, which is incomplete", path)
+        else:
+            lines.append(line)
+    return lines
+
+
+def read_csv(path: pathlib.Path) -> list[dict[str, str]]:
+    """Returns the rows of a metrics.csv, {"step": "20", ...}; [] without one.
+
+    A last row that a kill cut short is left out.
+
+    Raises:
+      InputError: naming file and line, for a step that is not a whole number, or text
+        that is not UTF-8.
+    """
+    data = path.read_bytes() if path.is_file() else b""
+    if data and not data.endswith(b"\n"):
+        log.warning("%s: dropped the last row, which is incomplete", path)
+        data = data[: data.rfind(b"\n") + 1]
+    lines = []
+    for i, text in enumerate(data.splitlines(), 1):
+        with reading(f"{path}, line {i}", "a row of metrics", _fix_line(path)):
+            lines.append(text.decode())
+    rows = list(csv.DictReader(lines))
+    for i, row in enumerate(rows, 2):
+        with reading(f"{path}, line {i}", "a row of metrics", _fix_line(path)):
+            if None in row or not row["step"].isdigit():
+                raise ValueError("the first column is no step, or there are too many columns")
+    return rows
+
+
+def _fix_line(path: pathlib.Path) -> str:
+    return f"Delete that line, or move {path.name} away"
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Names the file in whatever goes wrong while it is written to."""
+    try:
+        yield
+    except OSError as error:
+        text = f"{path}: cannot be written ({reason(error)}). Free space or fix the folder"
+        raise OSError(text) from error
+
+
+def _close(file: Any, path: pathlib.Path) -> None:
+    """Closes a file; after a full disk only says so, as the write before has raised."""
+    try:
+        file.close()
+    except OSError as error:
+        log.warning("%s: its end could not be written (%s)", path, reason(error))
 
 
 def _tag(name: str) -> str:
@@ -208,17 +421,8 @@ def _finite_or_none(value: float | int | None) -> float | int | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _lines_up_to(path: pathlib.Path, step: int) -> list[dict]:
-    """Returns the whole lines of a metrics file up to a step."""
-    kept = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            values = json.loads(line)
-            if values["step"] <= step:
-                kept.append(values)
-        except (ValueError, KeyError, TypeError):
-            log.warning("%s: dropped an incomplete line", path)
-    return kept
+def _defined(scalars: Scalars) -> dict[str, float]:
+    return {name: value for name, value in scalars.items() if value is not None}
 
 
 def duration(seconds: float) -> str:
@@ -232,68 +436,11 @@ def duration(seconds: float) -> str:
     return (f"{days} d " if days else "") + (clock or f"{minute}:{second:02}")
 
 
-PROJECT = "solov2_jax"
-
-
-class WandbWriter(WriterBase):
-    """Weights & Biases; where and as whom is said by its own WANDB_* variables."""
-
-    def __init__(self, folder: pathlib.Path, config: dict[str, Any]):
-        self._wandb = _import("wandb", "wandb")
-        run = _read_id(folder, "wandb")
-        self._run = self._wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=folder.name,
-            dir=str(folder),
-            config=config,
-            id=run,
-            resume="allow" if run else None,
-        )
-        _write_id(folder, "wandb", self._run.id)
-
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        self._run.log(scalars, step=step)
-
-    def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
-        shown = {name: self._wandb.Image(image) for name, image in images.items()}
-        self._run.log(shown, step=step)
-
-    def write_histograms(self, step: int, arrays: dict[str, np.ndarray]) -> None:
-        shown = {name: self._wandb.Histogram(x) for name, x in arrays.items()}
-        self._run.log(shown, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class MlflowWriter(WriterBase):
-    """MLflow; where is said by its own MLFLOW_* variables. It has no histograms."""
-
-    def __init__(self, folder: pathlib.Path, config: dict[str, Any]):
-        self._mlflow = _import("mlflow", "mlflow-skinny")
-        self._mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
-        run = _read_id(folder, "mlflow")
-        started = self._mlflow.start_run(run_id=run, run_name=folder.name)
-        if run is None:
-            self._mlflow.log_dict(config, "config.json")
-        _write_id(folder, "mlflow", started.info.run_id)
-
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        self._mlflow.log_metrics(scalars, step=step)
-
-    def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
-        for name, image in images.items():
-            self._mlflow.log_image(image, key=name.replace("/", "_"), step=step)
-
-    def close(self) -> None:
-        self._mlflow.end_run()
-
-
-def _import(name: str, package: str) -> ModuleType:
+def _import(module: str, name: str, package: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(
+        raise InputError(
             f"train.writers has {name!r}, but its package cannot be imported "
             f"({error}): pip install {package}, or take it out of train.writers"
         ) from error
@@ -310,4 +457,4 @@ def _read_id(folder: pathlib.Path, name: str) -> str | None:
 
 
 def _write_id(folder: pathlib.Path, name: str, run: str) -> None:
-    _id_file(folder, name).write_text(run)
+    write_text(run, _id_file(folder, name))
