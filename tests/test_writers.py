@@ -172,7 +172,7 @@ def test_a_trace_of_the_chosen_steps_is_written(tmp_path, caplog):
 def test_impossible_values_are_errors():
     from solov2_jax.config import check_config
 
-    with pytest.raises(ValueError, match="train.writers = .*'tensorbord' is none of them"):
+    with pytest.raises(ValueError, match="train.writers = .*'tensorbord' must be one of"):
         check_config(toy.toy_config(train__writers=("tensorbord",)))
     for steps in ((3,), (5, 4), (0, 2)):
         with pytest.raises(ValueError, match="train.profile_steps"):
