@@ -142,7 +142,7 @@ def test_files_and_links_exist(path):
 
 def test_a_wrong_name_is_found():
     assert resolves("targets.assign_targets") and resolves("models.build_model")
-    assert resolves("training.hooks.Hook.after_step")
+    assert resolves("training.hooks.HookBase.after_step")
     assert not resolves("targets.assign") and not resolves("models.nothing.Model")
     assert is_key("data.generated.*") and not is_key("optim.rate")
 

@@ -73,7 +73,9 @@ class PeriodicCheckpoint(HookBase):
         )
 
     def save_after_error(self, run: Run) -> None:
-        """Saves what there is before an error ends the run; logs whether that worked."""
+        """Saves the steps done before an error ends the run; logs whether that worked."""
+        if run.step == 0:
+            return
         try:
             self.after_train(run)
         # Whatever goes wrong here, the error that ends the run is the one to report.

@@ -15,7 +15,7 @@ import jax
 from solov2_jax import checkpoint, distributed
 from solov2_jax import logging as console
 from solov2_jax.checkpoint import CheckpointManager
-from solov2_jax.io import InputError, import_object
+from solov2_jax.io import InputError, import_object, reason
 from solov2_jax.training import sharding
 from solov2_jax.training.build import Task, build_task
 from solov2_jax.training.checkpoint_hooks import (
@@ -199,11 +199,17 @@ def _run_steps(
         start = time.perf_counter()
         try:
             batch = next(batches)
-        except Exception:
+        except Exception as error:
             # Ctrl-C reaches the reading processes too: that is no error.
             if run.interrupted and jax.process_count() == 1:
                 break
-            raise
+            if isinstance(error, (ValueError, OSError)):
+                raise  # names the image or annotation
+            raise InputError(
+                f"no batch could be read after step {run.step} ({reason(error)}). If a "
+                "reading process was killed for want of memory, lower data.num_workers or "
+                "data.prefetch. The traceback is in train.log"
+            ) from error
         run.data_seconds = time.perf_counter() - start
         with jax.profiler.StepTraceAnnotation("train", step_num=run.step + 1):
             arrays = sharding.put_batch(batch, mesh)
