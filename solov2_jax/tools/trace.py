@@ -1,0 +1,117 @@
+r"""Prints where a traced step spends its time, by named scope.
+
+    python -m solov2_jax.tools.trace runs/quickstart/profile
+
+The folder is what `train.profile_steps` writes. A row is a scope that the sources name
+with `jax.named_scope` or a flax module, forward and backward apart; its time is that of
+its compiled operations, summed over devices and threads and divided by the steps.
+"""
+
+import pathlib
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+
+from solov2_jax.io import InputError, reading
+
+_STEP = "train"  # of the loop's `StepTraceAnnotation`
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
+    """Yields (number, value) of a serialised protocol buffer's fields."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
+            if byte < 128:
+                return value
+
+    while at < len(data):
+        key = varint()
+        if key & 7 == 0:
+            yield key >> 3, varint()
+            continue
+        size = varint() if key & 7 == 2 else {1: 8, 5: 4}[key & 7]
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
+def _walk(data: bytes, path: tuple[int, ...]) -> Iterator[bytes]:
+    """Yields the messages at a path of field numbers."""
+    if not path:
+        yield data
+        return
+    for number, value in _fields(data):
+        if number == path[0] and isinstance(value, bytes):
+            yield from _walk(value, path[1:])
+
+
+def scopes_of_operations(xspace: bytes) -> dict[tuple[str, str], str]:
+    """Returns {(program, compiled operation): its name in the sources} of a trace.
+
+    Source: tsl/profiler/protobuf/xplane.proto, xla/service/hlo.proto.
+    """
+    names = {}
+    # planes / event_metadata / value / stats / bytes / hlo_module
+    for module in _walk(xspace, (1, 4, 2, 5, 6, 1)):
+        program = dict(_fields(module)).get(1)
+        for instruction in _walk(module, (3, 2)):  # computations / instructions
+            fields = dict(_fields(instruction))
+            metadata = dict(_fields(fields[7])) if isinstance(fields.get(7), bytes) else {}
+            texts = (program, fields.get(1), metadata.get(2))
+            if all(isinstance(text, bytes) for text in texts):
+                module_name, name, scope = (bytes(text).decode() for text in texts)
+                names[module_name, name] = scope
+    return names
+
+
+def scope_of(op_name: str, depth: int) -> str:
+    """Returns the first parts of an operation's name, without the transformations' names."""
+    backward = "transpose(" in op_name
+    parts = re.sub(r"\b(jit|jvp|transpose|vmap|remat|checkpoint)\(([^()]*)\)", r"\2", op_name)
+    parts = re.sub(r"\b(jvp|transpose|vmap)\(([^()]*)\)", r"\2", parts).split("/")
+    names = [p for p in parts[1:-1] if p and p not in ("cond", "branch_1_fun", "while", "body")]
+    scope = "/".join(names[:depth]) or "(no scope)"
+    return f"{scope} (backward)" if backward else scope
+
+
+def read_trace(folder: pathlib.Path, depth: int = 1) -> tuple[Counter[str], int]:
+    """Returns (nanoseconds by scope, number of steps) of the newest trace in a folder."""
+    import jax  # slow
+
+    paths = sorted(folder.rglob("*.xplane.pb"), key=lambda p: p.stat().st_mtime)
+    if not paths:
+        raise InputError(f"{folder}: no trace (*.xplane.pb); set train.profile_steps")
+    spent: Counter[str] = Counter()
+    steps = set()
+    with reading(paths[-1], "a trace of jax.profiler"):
+        data = paths[-1].read_bytes()
+        names = scopes_of_operations(data)
+        for plane in jax.profiler.ProfileData.from_serialized_xspace(data).planes:
+            for line in plane.lines:
+                for event in line.events:
+                    stats = dict(event.stats)
+                    if event.name == _STEP and "step_num" in stats:
+                        steps.add(stats["step_num"])
+                    elif "hlo_op" in stats and not event.name.startswith("end:"):
+                        operation = (str(stats.get("hlo_module")), str(stats["hlo_op"]))
+                        spent[scope_of(names.get(operation, ""), depth)] += int(event.duration_ns)
+    return spent, max(len(steps), 1)
+
+
+def format_table(spent: Counter[str], steps: int) -> str:
+    """Returns a Markdown table: scope, milliseconds per step, share."""
+    total = max(sum(spent.values()), 1)
+    rows = [f"| `{n}` | {t / steps / 1e6:.1f} | {t / total:.1%} |" for n, t in spent.most_common()]
+    return "\n".join(["| scope | ms per step | share |", "|---|---:|---:|", *rows])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    print(format_table(*read_trace(pathlib.Path(sys.argv[1]), int((*sys.argv, "1")[2]))))

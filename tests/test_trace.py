@@ -1,0 +1,46 @@
+"""Where a traced step spends its time, read back from the trace's file."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from solov2_jax.io import InputError
+from solov2_jax.tools.trace import format_table, read_trace, scope_of
+
+
+def test_named_scopes_are_read_from_a_trace(tmp_path):
+    def loss(x):
+        with jax.named_scope("sines"):
+            y = jnp.sin(x) @ x
+        with jax.named_scope("cosines"):
+            return jnp.sum(jnp.cos(y) @ y)
+
+    step = jax.jit(jax.grad(loss))
+    x = jnp.ones((300, 300))
+    jax.block_until_ready(step(x))
+    jax.profiler.start_trace(str(tmp_path))
+    for number in range(2):
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            jax.block_until_ready(step(x))
+    jax.profiler.stop_trace()
+    spent, steps = read_trace(tmp_path)
+    assert steps == 2 and all(time >= 0 for time in spent.values())
+    assert {"sines", "cosines (backward)"} <= spent.keys(), spent
+    table = format_table(spent, steps).splitlines()
+    assert table[0] == "| scope | ms per step | share |" and len(table) == 2 + len(spent)
+
+
+def test_names_of_transformations_are_left_out():
+    name = "jit(step)/jvp(backbone)/res2_0/conv1/conv_general_dilated"
+    assert scope_of(name, 1) == "backbone" and scope_of(name, 2) == "backbone/res2_0"
+    back = "jit(step)/transpose(jvp(backbone))/res2_0/conv1/conv_general_dilated"
+    assert scope_of(back, 1) == "backbone (backward)"
+    assert scope_of("", 1) == "(no scope)"
+
+
+def test_a_folder_without_a_trace_and_a_damaged_one(tmp_path):
+    with pytest.raises(InputError, match="no trace .*train.profile_steps"):
+        read_trace(tmp_path)
+    (tmp_path / "a.xplane.pb").write_bytes(b"\x0a\xff\xff\xff")
+    with pytest.raises(InputError, match="a.xplane.pb: cannot be read as a trace"):
+        read_trace(tmp_path)
