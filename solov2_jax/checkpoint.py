@@ -175,10 +175,12 @@ def _leaves_finite(leaves: list[jax.Array]) -> list[jax.Array]:
 def first_nonfinite(tree: PyTree) -> str:
     """Returns the name of the first leaf with a NaN or infinity, "" if all are finite.
 
-    The devices look; one bool per leaf comes back.
+    A device looks, at its own copy; one bool per leaf comes back.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    finite = jax.device_get(_leaves_finite([leaf for _, leaf in leaves]))
+    # Copies of this process alone: the others may not be at this step.
+    copies = [x.addressable_data(0) if isinstance(x, jax.Array) else x for _, x in leaves]
+    finite = jax.device_get(_leaves_finite(copies))
     bad = [path for (path, _), good in zip(leaves, finite, strict=True) if not good]
     return jax.tree_util.keystr(bad[0], simple=True, separator="/") if bad else ""
 
