@@ -7,29 +7,9 @@ data side imports this package too, and knows no JAX.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from solov2_jax.config import load_config
-    from solov2_jax.data.coco import load_coco
-    from solov2_jax.inference.predictor import Predictor
-    from solov2_jax.logging import set_up
-    from solov2_jax.models import SOLOv2
-    from solov2_jax.tools.report.evaluate_run import evaluate_run
-    from solov2_jax.tools.report.evaluate_run import evaluate_run as evaluate
-    from solov2_jax.training.loop import train
+from typing import Any
 
 __version__ = "0.1.0"
-__all__ = [
-    "Predictor",
-    "SOLOv2",
-    "evaluate",
-    "evaluate_run",
-    "load_coco",
-    "load_config",
-    "set_up",
-    "train",
-]
 
 _HOMES = {
     "Predictor": "solov2_jax.inference.predictor:Predictor",

@@ -11,7 +11,6 @@ The parts are trees of arrays by name; what trains knows how to make them. Below
 the folder of a run says about its network: config and classes.
 """
 
-import itertools
 import logging
 import os
 import pathlib
@@ -21,11 +20,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from solov2_jax import distributed
+from solov2_jax.classes import Classes, read_classes_file
 from solov2_jax.config import load_config, read_config
 from solov2_jax.io import InputError, read_json, reading, write_json, write_text
 from solov2_jax.weights.convert import flatten_tree
@@ -165,24 +164,6 @@ def checksum(tree: PyTree) -> int:
     for leaf in jax.tree.leaves(tree):
         crc = zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)).tobytes(), crc)
     return crc
-
-
-@jax.jit
-def _leaves_finite(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.isfinite(x).all() for x in leaves]
-
-
-def first_nonfinite(tree: PyTree) -> str:
-    """Returns the name of the first leaf with a NaN or infinity, "" if all are finite.
-
-    A device looks, at its own copy; one bool per leaf comes back.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    # Copies of this process alone: the others may not be at this step.
-    copies = [x.addressable_data(0) if isinstance(x, jax.Array) else x for _, x in leaves]
-    finite = jax.device_get(_leaves_finite(copies))
-    bad = [path for (path, _), good in zip(leaves, finite, strict=True) if not good]
-    return jax.tree_util.keystr(bad[0], simple=True, separator="/") if bad else ""
 
 
 def list_steps(workdir: str | os.PathLike) -> list[int]:
@@ -398,14 +379,7 @@ def load_workdir_config(workdir: str | os.PathLike[str], overrides: Sequence[str
     return load_config(str(path), overrides)
 
 
-def classes_record(names: Sequence[str], ids: Sequence[int]) -> dict[str, list]:
-    """Returns the classes as classes.json and a checkpoint's position hold them."""
-    return {"names": list(names), "ids": [int(i) for i in ids]}
-
-
-def read_classes(
-    workdir: str | os.PathLike[str], step: int | None = None
-) -> tuple[list[str], list[int]]:
+def read_classes(workdir: str | os.PathLike[str], step: int | None = None) -> Classes:
     """Returns the class names and category ids that a run's weights were trained with.
 
     They stand in each checkpoint (not in those of the first versions) and in
@@ -417,43 +391,21 @@ def read_classes(
     Raises:
       InputError: if neither is readable, or they differ.
     """
-    path = pathlib.Path(workdir) / "classes.json"
-    recorded = _recorded_classes(workdir, step)
+    folder = pathlib.Path(workdir)
+    path, config = folder / "classes.json", folder / "config.json"
+    recorded = _recorded_classes(folder, step)
     if recorded and not path.exists():
         log.warning("%s is missing: taking the classes that the checkpoint records", path)
         return recorded
-    kind = 'classes, {"names": [...], "ids": [...]} of equal length, no id twice'
-    fix = "Start train.py again with the same --workdir, which writes it"
-    if recorded:
-        fix = "Delete the file: the checkpoint records its classes too"
-    content = read_json(path, kind, fix)
-    with reading(path, kind, fix):
-        names, ids = list(content["names"]), list(content["ids"])
-        if not all(isinstance(n, str) for n in names) or not all(type(i) is int for i in ids):
-            raise TypeError("a name is no text, or an id no whole number")
-        if not names or len(names) != len(ids) or len(set(ids)) != len(ids):
-            raise ValueError(f"{len(names)} names, {len(ids)} ids, {len(set(ids))} different")
-        expected = _num_classes(workdir)
-        if expected and len(names) != expected:
-            raise ValueError(f"{len(names)} classes, and config.json says {expected}")
-    if recorded and (names, ids) != recorded:
-        raise InputError(
-            f"{path} names other classes than the checkpoint was trained with, such as "
-            f"{classes_difference((names, ids), recorded)}. Delete the file, and the classes that "
-            "the checkpoint records are taken"
-        )
-    return names, ids
+    num_classes = 0
+    if config.is_file():
+        values = read_json(config, "a config.json")
+        with reading(config, "a config.json"):
+            num_classes = values["model"]["num_classes"]
+    return read_classes_file(path, recorded, num_classes)
 
 
-def _num_classes(workdir: str | os.PathLike) -> int:
-    """Returns the number of classes in the run's config, 0 where it does not say it."""
-    path = pathlib.Path(workdir) / "config.json"
-    return read_config(path).model.num_classes if path.is_file() else 0
-
-
-def _recorded_classes(
-    workdir: str | os.PathLike, step: int | None
-) -> tuple[list[str], list[int]] | None:
+def _recorded_classes(workdir: str | os.PathLike, step: int | None) -> Classes | None:
     for number in [step] if step is not None else reversed(list_steps(workdir)):
         try:
             classes = read_position(workdir, number)["classes"]
@@ -462,10 +414,3 @@ def _recorded_classes(
         except (InputError, KeyError, TypeError, ValueError) as error:
             log.debug("checkpoint %s records no classes: %s", number, error)
     return None
-
-
-def classes_difference(now: tuple[list, list], trained: tuple[list, list]) -> str:
-    """Returns the first class, (name, category id), that differs, as text."""
-    rows = itertools.zip_longest(zip(*now, strict=True), zip(*trained, strict=True))
-    label, (a, b) = next((i, row) for i, row in enumerate(rows) if row[0] != row[1])
-    return f"{a} instead of {b} for label {label}"

@@ -24,6 +24,7 @@ LAYERS = {
     "io": 0,
     "structs": 0,
     "logging": 1,
+    "classes": 1,
     "distributed": 1,
     "config_schema": 1,
     "rle": 1,

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from solov2_jax.io import InputError
-from solov2_jax.training.writers import read_metrics
+from solov2_jax.training.metric_files import read_metrics
 
 # Title -> names in metrics.jsonl; a chart without any of them is left out.
 CHARTS = {

@@ -1,10 +1,11 @@
 r"""Prints where a traced step spends its time, by named scope.
 
-    python -m solov2_jax.tools.trace runs/quickstart/profile
+    python -m solov2_jax.tools.trace runs/quickstart/profile 2
 
 The folder is what `train.profile_steps` writes. A row is a scope that the sources name
 with `jax.named_scope` or a flax module, forward and backward apart; its time is that of
-its compiled operations, summed over devices and threads and divided by the steps.
+its compiled operations, summed over devices and threads and divided by the steps. 2: two
+names deep (the default is 1).
 """
 
 import pathlib
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from solov2_jax.io import InputError, reading
 
 _STEP = "train"  # of the loop's `StepTraceAnnotation`
+_CONTROL_FLOW = re.compile(r"cond|while|body|closed_call|branch_\d+_fun")
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
@@ -75,7 +77,7 @@ def scope_of(op_name: str, depth: int) -> str:
     backward = "transpose(" in op_name
     parts = re.sub(r"\b(jit|jvp|transpose|vmap|remat|checkpoint)\(([^()]*)\)", r"\2", op_name)
     parts = re.sub(r"\b(jvp|transpose|vmap)\(([^()]*)\)", r"\2", parts).split("/")
-    names = [p for p in parts[1:-1] if p and p not in ("cond", "branch_1_fun", "while", "body")]
+    names = [p for p in parts[1:-1] if p and not _CONTROL_FLOW.fullmatch(p)]
     scope = "/".join(names[:depth]) or "(no scope)"
     return f"{scope} (backward)" if backward else scope
 
@@ -105,9 +107,11 @@ def read_trace(folder: pathlib.Path, depth: int = 1) -> tuple[Counter[str], int]
 
 
 def format_table(spent: Counter[str], steps: int) -> str:
-    """Returns a Markdown table: scope, milliseconds per step, share."""
+    """Returns a Markdown table: scope, milliseconds per step, share; below 0.1 % together."""
     total = max(sum(spent.values()), 1)
-    rows = [f"| `{n}` | {t / steps / 1e6:.1f} | {t / total:.1%} |" for n, t in spent.most_common()]
+    large = {name: time for name, time in spent.most_common() if time >= total / 1000}
+    large["others"] = sum(spent.values()) - sum(large.values())
+    rows = [f"| `{n}` | {t / steps / 1e6:.1f} | {t / total:.1%} |" for n, t in large.items()]
     return "\n".join(["| scope | ms per step | share |", "|---|---:|---:|", *rows])
 
 

@@ -6,29 +6,7 @@ Imported when they are first asked for; start reading at `loop.py`, then `step.p
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from solov2_jax.training.build import Task, build_task
-    from solov2_jax.training.hooks import HookBase, Run
-    from solov2_jax.training.loop import train
-    from solov2_jax.training.loss import Loss, build_loss
-    from solov2_jax.training.state import TrainState
-    from solov2_jax.training.step import TrainStep
-    from solov2_jax.training.writers import WriterBase
-
-__all__ = [
-    "HookBase",
-    "Loss",
-    "Run",
-    "Task",
-    "TrainState",
-    "TrainStep",
-    "WriterBase",
-    "build_loss",
-    "build_task",
-    "train",
-]
+from typing import Any
 
 _MODULES = {
     "HookBase": "hooks",

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from solov2_jax.checkpoint import CheckpointManager, first_nonfinite
+from solov2_jax.checkpoint import CheckpointManager
 from solov2_jax.config import suggest
 from solov2_jax.io import InputError
 from solov2_jax.training.build import Evaluate
 from solov2_jax.training.hooks import HookBase, Run
+from solov2_jax.training.state import first_nonfinite
 from solov2_jax.training.writers import WriterBase, call_writers
 
 log = logging.getLogger("solov2_jax")

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from solov2_jax import checkpoint, distributed
+from solov2_jax import distributed
 from solov2_jax import logging as console
 from solov2_jax.checkpoint import CheckpointManager
+from solov2_jax.classes import classes_record
 from solov2_jax.io import InputError, import_object, reason
 from solov2_jax.training import sharding
 from solov2_jax.training.build import Task, build_task
@@ -36,7 +38,7 @@ from solov2_jax.training.hooks import (
 )
 from solov2_jax.training.metrics import MetricsWindow
 from solov2_jax.training.precise_bn import PreciseBN
-from solov2_jax.training.restore import restore
+from solov2_jax.training.restore import Start, restore
 from solov2_jax.training.step import TrainStep
 from solov2_jax.training.visualization_hooks import Histograms, Pictures, Profiler
 from solov2_jax.training.watchdog import Facts, LossWatchdog
@@ -98,8 +100,7 @@ def _train(
 ) -> Mapping[str, float | None]:
     # First everything that can refuse: it only reads.
     mesh = sharding.make_mesh()
-    accumulate = config.train.accumulate
-    sharding.check_batch_size(config.train.batch_size, mesh, accumulate)
+    sharding.check_batch_size(config.train.batch_size, mesh, config.train.accumulate)
     task = build(config, path)
     config = task.config
     if task.metric_names:
@@ -119,24 +120,7 @@ def _train(
     start.record(path)
     if step >= config.train.steps:
         log.info("%d of %d steps are done: nothing to train", step, config.train.steps)
-    step_fn = TrainStep(
-        loss=task.loss,
-        tx=task.tx,
-        mesh=mesh,
-        # 1: of the steps; `restore` draws the initial weights with 0.
-        key=jax.random.fold_in(jax.random.key(config.seed), 1),
-        trainable=task.trainable,
-        accumulate=accumulate,
-        ema_decay=config.optim.ema_decay,
-    )
-    run = Run(
-        state=start.state,
-        step=step,
-        total_steps=config.train.steps,
-        batch_size=config.train.batch_size,
-        step_fn=step_fn,
-        window=MetricsWindow(config.train.max_skipped, start.position),
-    )
+    run = make_run(config, task, start, mesh)
     checkpoints = CheckpointManager(path, keep=config.train.keep_checkpoints)
     stack.callback(checkpoints.close)
     for writer in all_writers:
@@ -162,7 +146,7 @@ def _train(
 def train_steps(
     run: Run,
     batches: Iterator[dict[str, Any]],
-    mesh: Any,
+    mesh: Mesh,
     hooks: Sequence[HookBase],
     *,
     saver: PeriodicCheckpoint,
@@ -186,7 +170,7 @@ def train_steps(
 
 
 def _run_steps(
-    run: Run, batches: Iterator[dict[str, Any]], mesh: Any, hooks: Sequence[HookBase]
+    run: Run, batches: Iterator[dict[str, Any]], mesh: Mesh, hooks: Sequence[HookBase]
 ) -> None:
     previous: Any = ()
     agree_on_stop = distributed.AgreeOnStop(mesh)
@@ -223,6 +207,28 @@ def _run_steps(
         call_hooks(hooks, "after_step", run)
 
 
+def make_run(config: Any, task: Task, start: Start, mesh: Mesh) -> Run:
+    """Returns the run as hooks see it, with its compiled step."""
+    step_fn = TrainStep(
+        loss=task.loss,
+        tx=task.tx,
+        mesh=mesh,
+        # 1: of the steps; `restore` draws the initial weights with 0.
+        key=jax.random.fold_in(jax.random.key(config.seed), 1),
+        trainable=task.trainable,
+        accumulate=config.train.accumulate,
+        ema_decay=config.optim.ema_decay,
+    )
+    return Run(
+        state=start.state,
+        step=int(start.state.step),
+        total_steps=config.train.steps,
+        batch_size=config.train.batch_size,
+        step_fn=step_fn,
+        window=MetricsWindow(config.train.max_skipped, start.position),
+    )
+
+
 def load_hooks(paths: Sequence[str]) -> list[HookBase]:
     """Returns a hook of each class that the import paths of `train.hooks` name."""
     hooks = [import_object(path, "train.hooks")() for path in paths]
@@ -242,7 +248,7 @@ def make_saver(config: Any, task: Task, checkpoints: CheckpointManager) -> Perio
             "batch_size": config.train.batch_size,
             "data": task.fingerprint,
             **run.window.saved(),
-            "classes": checkpoint.classes_record(task.class_names, task.category_ids),
+            "classes": classes_record(task.class_names, task.category_ids),
         }
 
     return PeriodicCheckpoint(checkpoints, config.train.checkpoint_every, position)

@@ -97,3 +97,21 @@ def abstract(state: TrainState, mesh: Mesh) -> TrainState:
     """Returns shapes, types and shardings of a state on a mesh."""
     copied = sharding.replicated(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=copied), state)
+
+
+@jax.jit
+def _leaves_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(x).all() for x in leaves]
+
+
+def first_nonfinite(tree: PyTree) -> str:
+    """Returns the name of the first leaf with a NaN or infinity, "" if all are finite.
+
+    A device looks, at its own copy; one bool per leaf comes back.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    # Copies of this process alone: the others may not be at this step.
+    copies = [x.addressable_data(0) if isinstance(x, jax.Array) else x for _, x in leaves]
+    finite = jax.device_get(_leaves_finite(copies))
+    bad = [path for (path, _), good in zip(leaves, finite, strict=True) if not good]
+    return jax.tree_util.keystr(bad[0], simple=True, separator="/") if bad else ""

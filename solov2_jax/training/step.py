@@ -35,10 +35,9 @@ def make_update(
 ) -> Callable[[TrainState, PyTree, jax.Array], tuple[TrainState, Metrics]]:
     """Returns update(state, batch, key) -> (state after one step, metrics).
 
-    It sees the global batch, so its sums and means are global: the compiler places the
-    all-reduce, and no code of ours has an axis name. A step whose loss or gradient is
-    not finite changes `step` only, and its metric `skipped` is 1; the devices decide
-    that, the host does not wait. The arguments are those of `TrainStep`.
+    It sees the global batch: the compiler places the all-reduce. A step whose loss or
+    gradient is not finite changes `step` only, and its metric `skipped` is 1; the devices
+    decide that, the host does not wait. The arguments are those of `TrainStep`.
     """
 
     def update(state: TrainState, batch: PyTree, key: jax.Array) -> tuple[TrainState, Metrics]:
@@ -46,17 +45,13 @@ def make_update(
         targets, normalizers = loss.assign(batch, jax.random.fold_in(key, state.step))
 
         def loss_of(params, model_state, batch, targets):
-            # Stopped here, so that no gradient of a frozen stage is ever computed.
-            params = jax.tree.map(
-                lambda x, train: x if train else jax.lax.stop_gradient(x), params, trainable
-            )
+            params = _freeze(params, trainable)
             return loss.compute(params, model_state, batch, targets, normalizers)
 
         gradient = jax.value_and_grad(loss_of, has_aux=True)
         params, model_state = state.params, state.model_state
         if accumulate == 1:
-            result = gradient(params, model_state, batch, targets)
-            (value, (metrics, model_state)), grads = result
+            (value, (metrics, model_state)), grads = gradient(params, model_state, batch, targets)
         else:
 
             def add(carry, microbatch):
@@ -77,12 +72,8 @@ def make_update(
         def updated() -> TrainState:
             with jax.named_scope("optimizer"):
                 updates, opt_state = tx.update(grads, state.opt_state, params)
-                new = replace(
-                    state,
-                    params=optax.apply_updates(params, updates),
-                    model_state=model_state,
-                    opt_state=opt_state,
-                )
+                new = replace(state, model_state=model_state, opt_state=opt_state)
+                new = replace(new, params=optax.apply_updates(params, updates))
             with jax.named_scope("ema"):
                 return replace(new, ema=update_ema(state, new.variables, ema_decay))
 
@@ -109,6 +100,12 @@ def update_ema(state: TrainState, variables: PyTree, decay: float) -> PyTree:
     rate = 1.0 - jnp.minimum(decay, warm)
     # In this form what does not change keeps its bits.
     return jax.tree.map(lambda a, x: a + rate * (x - a), state.ema, variables)
+
+
+def _freeze(params: PyTree, trainable: PyTree) -> PyTree:
+    """Returns the parameters; no gradient of a frozen stage is ever computed."""
+    stop = jax.lax.stop_gradient
+    return jax.tree.map(lambda x, train: x if train else stop(x), params, trainable)
 
 
 def _split(x: jax.Array, microbatches: int, mesh: Mesh) -> jax.Array:

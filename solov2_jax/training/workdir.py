@@ -23,13 +23,12 @@ import numpy as np
 import solov2_jax
 from solov2_jax import distributed
 from solov2_jax.checkpoint import (
-    classes_difference,
-    classes_record,
     had_checkpoint,
     list_steps,
     read_best,
     read_classes,
 )
+from solov2_jax.classes import classes_difference, classes_record
 from solov2_jax.config import changed_keys, read_config, save_config
 from solov2_jax.io import InputError, reason, write_json
 from solov2_jax.training.optim import build_schedule
