@@ -113,14 +113,30 @@ def test_notebooks_are_pages():
     assert shown == {f"notebooks/{p.name}" for p in ROOT.glob("notebooks/*.ipynb")}
 
 
+def test_the_written_pages_are_plain_markdown(tmp_path):
+    site_pages.write_pages(tmp_path / "pages")
+    pages = {p.relative_to(tmp_path / "pages").as_posix() for p in tmp_path.rglob("*.md")}
+    assert {"index.md", "benchmarks.md", "changelog.md", "notebooks/predict.md"} <= pages
+    text = (tmp_path / "pages" / "configuration.md").read_text("utf-8")
+    assert "| `train.steps`{ #train.steps } |" in text and "<!-- every key" not in text
+    assert (tmp_path / "pages" / "notebooks" / "predict.ipynb").is_file()
+    assert not list(tmp_path.rglob("*.py"))
+
+
+def test_a_finished_page_that_loads_from_elsewhere_is_an_error(tmp_path, capsys):
+    (tmp_path / "a.html").write_text("<p>1 / 2</p>")
+    assert site_pages.finish(tmp_path) == 0
+    (tmp_path / "b.html").write_text('<script src="https://x.org/a.js"></script>')
+    assert site_pages.finish(tmp_path) == 1
+    assert "b.html loads from elsewhere" in capsys.readouterr().err
+
+
 def test_long_names_may_break():
     assert site_pages.breakable("a" * 40) == f"{'a' * 16}<wbr>{'a' * 16}<wbr>{'a' * 8}"
     assert site_pages.breakable("data/train/a.json") == "data/<wbr>train/<wbr>a.json"
     html = f"<td><code id='k'>{'b' * 41}</code></td><code>short</code>"
-    broken = site_pages.on_page_content(html, None, None, None)
-    assert site_pages.on_page_content("<td>9 / 10</td>", None, None, None) == (
-        "<td>9&nbsp;/&nbsp;10</td>"
-    )
+    broken = site_pages.breakable_html(html)
+    assert site_pages.breakable_html("<td>9 / 10</td>") == "<td>9&nbsp;/&nbsp;10</td>"
     assert broken.count("<wbr>") == 2 and broken.replace("<wbr>", "") == html
 
 

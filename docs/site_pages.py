@@ -1,30 +1,31 @@
-"""What the site makes of the Markdown files: their links, pictures and generated parts.
+"""Builds the documentation's site: `python docs/site_pages.py build` or `serve`.
 
-The files are written to be read in the repository, too. Links that leave `docs/` become
-links to pages of the site, or the build fails. Notebooks are pages with their cells.
+The files are written to be read in the repository, too. This writes what a site
+generator needs into build/pages, plain Markdown: links that leave `docs/` become links to
+pages of the site, notebooks are pages with their cells, the configuration's tables are
+filled in. Then mkdocs makes build/site of it; any generator that takes Markdown could.
 """
 
 import json
-import logging
 import pathlib
 import posixpath
 import re
+import shutil
+import subprocess
 import sys
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
-from mkdocs.structure.files import File, Files
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))  # `mkdocs` alone does not look there
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 import config_keys  # noqa: E402
 
-log = logging.getLogger("mkdocs.hooks.site_pages")
-
+PAGES, SITE = ROOT / "build" / "pages", ROOT / "build" / "site"
 # Files of the repository outside of docs/ that are pages.
 OUTSIDE = {
     "benchmarks/README.md": "benchmarks.md",
     "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
     "notebooks/from_detectron2.ipynb": "notebooks/from_detectron2.md",
     "notebooks/predict.ipynb": "notebooks/predict.md",
     "notebooks/train_on_your_data.ipynb": "notebooks/train_on_your_data.md",
@@ -47,34 +48,50 @@ LOADS = re.compile(
 )
 
 
-def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages that lie outside of docs/, and the notebooks beside theirs."""
+def main(command: str, options: list[str]) -> int:
+    """Returns the exit code of `build` or `serve`."""
+    write_pages(PAGES)
+    mkdocs = [sys.executable, "-m", "mkdocs", command, "--config-file", str(ROOT / "mkdocs.yml")]
+    code = subprocess.call([*mkdocs, *options], cwd=ROOT)
+    if code or command != "build":
+        return code
+    return finish(SITE)
+
+
+def write_pages(folder: pathlib.Path) -> None:
+    """Writes every page, and the files that pages show, into a new folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    ignored = shutil.ignore_patterns("*.py", "__pycache__")
+    shutil.copytree(ROOT / "docs", folder, ignore=ignored)
+    for page in folder.rglob("*.md"):
+        name = page.relative_to(folder).as_posix()
+        page.write_text(convert(page.read_text("utf-8"), name), "utf-8")
     for source, page in OUTSIDE.items():
-        path = ROOT / source
-        if path.suffix == ".ipynb":
-            text = notebook_page(json.loads(path.read_text("utf-8")), path.name)
-            files.append(File.generated(config, page, content=text))
-            page = source
-        files.append(File.generated(config, page, abs_src_path=str(path)))
-    return files
+        text = (ROOT / source).read_text("utf-8")
+        target_file = folder / page
+        target_file.parent.mkdir(parents=True, exist_ok=True)
+        if source.endswith(".ipynb"):
+            text = notebook_page(json.loads(text), posixpath.basename(source))
+            shutil.copy(ROOT / source, target_file.parent)  # the page links to it
+        target_file.write_text(convert(text, page), "utf-8")
 
 
-def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Returns a page's Markdown as the site shows it."""
-    return convert(markdown, page.file.src_uri)
+def finish(site: pathlib.Path) -> int:
+    """Lets long names of the built pages break; returns 1 if a page loads from elsewhere."""
+    code = 0
+    for page in sorted(site.rglob("*.html")):
+        html = page.read_text("utf-8")
+        page.write_text(breakable_html(html), "utf-8")
+        if match := LOADS.search(html):
+            print(f"{page.relative_to(site)} loads from elsewhere: {match[0]}", file=sys.stderr)
+            code = 1
+    return code
 
 
-def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    """Returns a page's HTML in which long names may break, and pairs of numbers not."""
+def breakable_html(html: str) -> str:
+    """Returns a page in which long names may break, and pairs of numbers may not."""
     html = _PAIR.sub(lambda match: match[0].replace(" ", "&nbsp;"), html)
     return _LONG.sub(lambda match: f"<code{match[1]}>{breakable(match[2])}</", html)
-
-
-def on_post_page(output: str, page: Any, config: Any) -> str:
-    """Warns of a page that loads anything from another host."""
-    if found := LOADS.search(output):
-        log.warning("%s loads from elsewhere: %s", page.file.src_uri, found[0])
-    return output
 
 
 def convert(markdown: str, page: str) -> str:
@@ -132,3 +149,7 @@ def _picture(title: str, path: str) -> str:
     label = f'<svg role="img" aria-label={quoteattr(title)}'
     svg = re.sub(r"\n\s*\n", "\n", svg.replace("<svg", label, 1)).strip()
     return f"<div>\n{svg}\n</div>"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else "build", sys.argv[2:]))

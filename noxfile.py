@@ -1,0 +1,102 @@
+"""What a change must pass; `.ci/run` and the public workflow run these sessions.
+
+    nox -l                     # the sessions
+    nox -s lint types          # some of them
+    nox -s tests -- tests/test_cli.py -x
+
+lint, types, docs and tests share one environment, made from requirements.txt and
+requirements-dev.txt. `tests_newest` is the newest Python of this machine with the newest
+JAX; `wheel` is the built package as its user gets it.
+"""
+
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["lint", "types", "docs", "tests", "tests_newest"]
+nox.options.reuse_existing_virtualenvs = True
+nox.options.default_venv_backend = "venv"
+
+SHARED = ".nox/environment"
+NEWEST = next(
+    (v for v in ("3.14", "3.13", "3.12") if shutil.which(f"python{v}")), "the newest Python"
+)
+# What runs no array code, or only starts commands that other files' tests cover: slow and
+# the same with every version.
+VERSION_FREE = (
+    "test_architecture test_benchmark_data test_benchmarks test_docs test_examples test_faults "
+    "test_gallery test_importers test_notebooks test_report test_serve_command test_site"
+).split()
+
+
+def install(session: nox.Session) -> None:
+    """Installs the tested versions and the package itself, as a newcomer would."""
+    pip = ("--quiet", "--disable-pip-version-check")
+    session.install(*pip, "-r", "requirements.txt", "-r", "requirements-dev.txt")
+    session.install(*pip, "--no-deps", ".")
+    session.run("python", "-m", "pip", "check", *pip[1:])
+
+
+@nox.session(venv_location=SHARED)
+def lint(session: nox.Session) -> None:
+    """Lint, import order, formatting."""
+    install(session)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(venv_location=SHARED)
+def types(session: nox.Session) -> None:
+    """Types, by pyright."""
+    install(session)
+    session.run("pyright")
+
+
+@nox.session(venv_location=SHARED)
+def docs(session: nox.Session) -> None:
+    """The documentation's site; a warning is an error."""
+    install(session)
+    session.run(
+        "python", "docs/site_pages.py", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"}
+    )
+
+
+@nox.session(venv_location=SHARED)
+def tests(session: nox.Session) -> None:
+    """All tests that are not marked slow, and the installed commands."""
+    install(session)
+    check_installed(session)
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(python=NEWEST)
+def tests_newest(session: nox.Session) -> None:
+    """The tests that depend on versions, on the newest Python and JAX."""
+    install(session)
+    check_installed(session)
+    left_out = [f"--ignore=tests/{name}.py" for name in VERSION_FREE]
+    session.run("pytest", *(session.posargs or left_out))
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Builds the package, checks its description, and runs every command of the wheel."""
+    session.install("--quiet", "build", "twine")
+    dist = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(dist), ".", silent=True)
+    session.run("twine", "check", "--strict", *map(str, dist.iterdir()))
+    session.run("bash", ".ci/wheel", str(next(dist.glob("*.whl"))), external=True)
+
+
+def check_installed(session: nox.Session) -> None:
+    """The installed package finds its configs and commands outside of the sources."""
+    folder = session.create_tmp()
+    with session.chdir(folder):
+        session.run(
+            "python", "-c", "from solov2_jax.config import load_config as f; f('quickstart')"
+        )
+        session.run("solov2", "--version")
+        for command in ("train", "evaluate", "predict", "export", "convert", "serve"):
+            session.run(f"solov2-{command}", "--help", silent=True)
