@@ -32,17 +32,20 @@ import harness
 import numpy as np
 from absl import flags
 from harness import ROOT, Stages, Work
+from PIL import Image
 from pycocotools import mask as coco_mask
 from tables import halves
 
 from solov2_jax.data import buckets, pipeline, rasterize, sampler, transforms
-from solov2_jax.data.batch import ArrayDict, TrainBatchMaker, expand_masks
+from solov2_jax.data.augment import Sample
+from solov2_jax.data.batch import ArrayDict, BatchMaker, expand_masks
 from solov2_jax.data.coco import CocoDataset, load_coco
-from solov2_jax.data.images import open_sized, reuse_memory
+from solov2_jax.data.images import reuse_memory
 from solov2_jax.data.outlines import MIN_BOX_SIDE
 from solov2_jax.data.shared_memory import New, in_memory
+from solov2_jax.data.transforms import Affine, AffineImage
 from solov2_jax.tools.synthetic.shapes import ShapesSettings, write_shapes
-from tests.plain_masks import plain_center, plain_quarter
+from tests.plain_masks import plain_center, plain_stride4
 
 PROGRAMS = ("ours", "plain")
 CACHE = ROOT / ".cache" / "data_benchmark"
@@ -50,7 +53,7 @@ SOAK = {"sizes": (96, 112, 128, 192), "batch": 2, "workers": 2}
 GROWTH = 0.05  # of the second half's largest memory over the first half's, at most
 
 
-class TimedBatchMaker(TrainBatchMaker):
+class TimedBatchMaker(BatchMaker):
     """Our batch maker with a clock around its stages."""
 
     stages = Stages()
@@ -58,27 +61,30 @@ class TimedBatchMaker(TrainBatchMaker):
     def __call__(self, step: int, new: New = in_memory) -> ArrayDict:
         return expand_masks(super().__call__(step, new))
 
-    def read(self, index: int, size: tuple[int, int], flip: bool, out: np.ndarray) -> None:
-        data = self.dataset
-        h, w = int(data.heights[index]), int(data.widths[index])
+    def read(self, index: int) -> Image.Image:
         with self.stages("decode"):
-            image = open_sized(data.path(index), h, w, data.annotation_file)
-        with self.stages("resize"):
-            transforms.write_image(image, out[: size[0], : size[1]], flip, self.bgr)
-            out[size[0] :] = 0
-            out[: size[0], size[1] :] = 0
+            return super().read(index)
 
-    def fill_objects(self, *args: Any) -> int:
+    def write_pixels(self, view: AffineImage, out: np.ndarray) -> None:
+        with self.stages("resize"):
+            super().write_pixels(view, out)
+
+    def sample(self, view: AffineImage, index: int) -> Sample:
         with self.stages("rasterise"):
-            return super().fill_objects(*args)
+            return super().sample(view, index)
+
+    def write_objects(self, row: ArrayDict, sample: Sample) -> tuple[int, int]:
+        with self.stages("rasterise"):
+            return super().write_objects(row, sample)
 
 
 class PlainBatchMaker(TimedBatchMaker):
     """The plain form, with the same clock."""
 
     def __call__(self, step: int, new: New = in_memory) -> ArrayDict:
-        h, w = self.plan.buckets[self.plan.bucket[step]]
-        images, epochs = (x[step].tolist() for x in (self.plan.image, self.plan.epoch))
+        schedule = self.schedule
+        h, w = schedule.buckets[schedule.bucket[step]]
+        images, epochs = (x[step].tolist() for x in (schedule.image, schedule.epoch))
         b, g = len(images), self.slots
         batch = {
             "image": np.zeros((b, h, w, 3), np.uint8),
@@ -91,37 +97,36 @@ class PlainBatchMaker(TimedBatchMaker):
             "image_id": self.dataset.image_ids[images].astype(np.int32),
         }
         for row, (index, epoch) in enumerate(zip(images, epochs, strict=True)):
-            scale = int(sampler.scale_index(self.seed, epoch, index, self.sizes.shape[1]))
-            size = batch["image_size"][row] = self.sizes[index, scale]
-            flip = sampler.is_flipped(self.seed, epoch, index, self.flip_prob)
-            self.read(index, tuple(size.tolist()), flip, batch["image"][row])
+            scale = int(sampler.scale_index(self.seed, epoch, index, len(self.resize.shorts)))
+            original = int(self.dataset.heights[index]), int(self.dataset.widths[index])
+            affine = Affine(original, original, np.eye(2, 3))
+            affine = affine.resized(self.resize.size(original, scale))
+            if sampler.is_flipped(self.seed, epoch, index, self.flip_prob):
+                affine = affine.flipped()
+            batch["image_size"][row] = affine.size
+            self.fill_image(index, affine, batch["image"][row])
             with self.stages("rasterise"):
-                of_row = {key: value[row] for key, value in batch.items()}
-                self.fill_objects(of_row, index, tuple(size.tolist()), flip)
+                self.fill_objects({k: v[row] for k, v in batch.items()}, index, affine)
         return batch
 
-    def read(self, index: int, size: tuple[int, int], flip: bool, out: np.ndarray) -> None:
-        data = self.dataset
-        h, w = int(data.heights[index]), int(data.widths[index])
-        with self.stages("decode"):
-            image = np.asarray(open_sized(data.path(index), h, w, data.annotation_file))
+    def fill_image(self, index: int, affine: Affine, out: np.ndarray) -> None:
+        image, size = np.asarray(self.read(index)), affine.size
         with self.stages("resize"):
             image = transforms.resize_image(image, *size)
-            image = image[:, ::-1] if flip else image
+            image = image[:, ::-1] if affine.mirrored else image
             out[: size[0], : size[1]] = image[..., ::-1] if self.bgr else image
 
-    def fill_objects(self, row: ArrayDict, index: int, size: tuple[int, int], flip: bool) -> int:
+    def fill_objects(self, row: ArrayDict, index: int, affine: Affine) -> int:
         data, slot = self.dataset, 0
-        old = int(data.heights[index]), int(data.widths[index])
         objects = np.arange(data.start[index], data.start[index + 1])
-        boxes = transforms.transform_boxes(data.boxes[objects], old, size, flip)
+        boxes = affine.boxes(data.boxes[objects])
         for item, box in zip(objects.tolist(), boxes, strict=True):
             if not (box[2:] - box[:2] > MIN_BOX_SIDE).all() or slot == self.slots:
                 continue
-            mask = self.whole_mask(item, old, size, flip)
+            mask = self.whole_mask(item, affine)
             if not mask.any():
                 continue
-            small = plain_quarter(mask)
+            small = plain_stride4(mask)
             row["masks"][slot, : small.shape[0], : small.shape[1]] = small
             row["centers"][slot] = plain_center(mask)
             row["boxes"][slot], row["labels"][slot] = box, data.labels[item]
@@ -129,11 +134,9 @@ class PlainBatchMaker(TimedBatchMaker):
             slot += 1
         return slot
 
-    def whole_mask(
-        self, item: int, old: tuple[int, int], size: tuple[int, int], flip: bool
-    ) -> np.ndarray:
+    def whole_mask(self, item: int, affine: Affine) -> np.ndarray:
         """Returns an object's mask in the resized image, uint8 [h, w]."""
-        height, width = size
+        (height, width), old, flip = affine.size, affine.original, affine.mirrored
         polygons = []
         for polygon in self.dataset.segmentations.polygons(item):
             x, y = polygon[0::2] * (width / old[1]), polygon[1::2] * (height / old[0])
@@ -142,12 +145,8 @@ class PlainBatchMaker(TimedBatchMaker):
             rle: Any = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
             return coco_mask.decode(rle)
         # Few data sets have run lengths: as ours.
-        crop = rasterize.rasterize(self.dataset.segmentations, item, old, size, flip)
-        mask = np.zeros(size, np.uint8)
-        if crop is not None:
-            h, w = crop.pixels.shape
-            mask[crop.top :, crop.left :][:h, :w] = crop.pixels
-        return mask
+        spans = rasterize.draw_spans(self.dataset.segmentations, [item], affine)
+        return rasterize.spans_to_masks(spans, 1, affine.size)[0].view(np.uint8)
 
 
 def main() -> None:
@@ -226,7 +225,7 @@ def batches_of(
 
 def make_batch_maker(batches: pipeline.Batches, program: str) -> TimedBatchMaker:
     """Returns a program's batch maker: step -> batch."""
-    maker: Any = batches._loader
+    maker: Any = batches.maker
     values = {f.name: getattr(maker, f.name) for f in dataclasses.fields(maker)}
     return {"ours": TimedBatchMaker, "plain": PlainBatchMaker}[program](**values)
 

@@ -33,6 +33,7 @@ _PADDED = several((32, 32), whole(32, 32, _PIXELS, multiple=32), 2)
 _WRITERS = ("tensorboard", "csv", "wandb", "mlflow")
 _WRITER = (f"{'|'.join(_WRITERS)}|{IMPORT_PATH[0]}", f"one of {_WRITERS} or {IMPORT_PATH[1]}")
 _OUTLINES = ("ellipse", "rectangle", "triangle", "star", "ring")
+_IMPORT_PATH = (r"[\w.]+:\w+", 'an import path such as "package.module:name"')
 # When keys are used.
 _FILES, _SHAPES = only("data.name", ""), only("data.name", "shapes")
 _MATRIX, _GAUSSIAN = only("test.nms_type", "matrix"), only("test.nms_kernel", "gaussian")
@@ -231,9 +232,13 @@ def keys() -> Section:
     augment.jitter_size = several(
         (1024, 1024), whole(1, 1, _PIXELS), 2, used=unless("augment.jitter_scale", ())
     )
-    # Images that get objects of another image, each of its objects with probability
-    # 0.5. Wants `jitter_scale`, as in the paper, but works without.
+    # Images that get objects of another training image, each of its objects with
+    # probability 0.5. Wants `jitter_scale`, as in the paper, but works without.
     augment.paste_prob = share(0.0)
+    # Your own augmentations: import paths such as ("mypackage.aug:cutout",) of functions
+    # that get a `solov2_jax.data.augment.Sample` and return it changed, called one after
+    # another on the otherwise finished image; see docs/data.md.
+    augment.custom = several((), text("", form=_IMPORT_PATH), (1, 100))
 
     config.data = data = Section()
     data.train = Section()

@@ -1,17 +1,10 @@
-"""Masks of single objects as pixels of their own rectangle, and COCO's run lengths.
+"""COCO's run-length encoding (RLE): masks <-> run lengths <-> compressed strings.
 
-The values are those of the whole image's mask. Masks for training are never made as
-pixels of the full size: see `spans.py`.
-
-
-Masks -> COCO's compressed run lengths, from the pixels inside each object's box.
-
-Equal, character for character, to pycocotools' `encode` of the whole image's mask; an
-object that covers a fiftieth of its image costs about a fiftieth of the time. The way
-back is in `rle.py`.
-
-
-A COCO segmentation of any form as one form: compressed run lengths."""
+A mask is run through column by column, zeros first. `counts` is COCO's compressed string
+of these lengths. Encoding and parsing are equal, character for character, to pycocotools,
+but cost what an object's own rectangle costs instead of the whole image. Masks for
+training never become pixels of the full size: see `data/rasterize.py`.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,6 +13,20 @@ from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
+
+Size = tuple[int, int]  # (height, width)
+
+
+class InvalidRLE(ValueError):
+    """Run lengths that are no mask of their image.
+
+    Attributes:
+      position: of the object among those decoded together; the caller knows its name.
+    """
+
+    def __init__(self, why: str, position: int = 0):
+        super().__init__(f"run lengths are damaged: {why}")
+        self.position = position
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,32 +61,24 @@ def rle_from_strings(counts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     first = first[: len(ends)]
     whole = last[stops[stops > 0] - 1].all()
     if not whole or place.max() > 7 or code.min() < 0 or code.max() > 63:
-        raise ValueError("run lengths are damaged: not COCO's compressed string")
+        raise InvalidRLE("not COCO's compressed string")
     values = np.add.reduceat((code & 0x1F) << (5 * place), first)
     negative = (code[ends] & 0x10) != 0
     values = values - np.where(negative, np.int64(1) << (5 * (place[ends] + 1)), 0)
     lengths = np.diff(np.searchsorted(ends, stops), prepend=0)
-    number = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    odd = number & 1 == 1
-    _add_up(values, np.flatnonzero(odd), number)
-    _add_up(values, np.flatnonzero(~odd & (number > 0)), number)
+    rank = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    odd = rank & 1 == 1
+    for every_second in (np.flatnonzero(odd), np.flatnonzero(~odd & (rank > 0))):
+        # Differences become values within each string, whose first of these runs is its
+        # second or third.
+        sums = np.cumsum(values[every_second])
+        begin = np.flatnonzero(rank[every_second] <= 2)
+        base = sums[begin] - values[every_second[begin]]
+        values[every_second] = sums - np.repeat(base, np.diff(begin, append=len(every_second)))
     return values, lengths
 
 
-def _add_up(values: np.ndarray, where: np.ndarray, number: np.ndarray) -> None:
-    """Turns differences into values, in place, within each string.
-
-    Args:
-      where: every second run; the first of a string is its second or third.
-      number: of each run in its string.
-    """
-    sums = np.cumsum(values[where])
-    begin = np.flatnonzero(number[where] <= 2)
-    base = sums[begin] - values[where[begin]]
-    values[where] = sums - np.repeat(base, np.diff(begin, append=len(where)))
-
-
-def rle_decode(runs: np.ndarray, size: tuple[int, int]) -> Crop | None:
+def rle_decode(runs: np.ndarray, size: Size) -> Crop | None:
     """Returns the mask of run lengths (column by column, zeros first); None if empty.
 
     Args:
@@ -88,7 +87,7 @@ def rle_decode(runs: np.ndarray, size: tuple[int, int]) -> Crop | None:
     height = size[0]
     ends = np.cumsum(runs)
     if np.any(runs < 0) or not len(ends) or ends[-1] != height * size[1]:
-        raise ValueError(f"run lengths are damaged: they do not cover {height} x {size[1]} pixels")
+        raise InvalidRLE(f"they do not cover {height} x {size[1]} pixels")
     start, stop = ends[0::2][: len(ends) // 2], ends[1::2]
     full = stop > start
     start, stop = start[full], stop[full]
@@ -120,7 +119,7 @@ def nearest_table(old: int, new: int) -> np.ndarray:
     return np.minimum(np.cumsum(position).astype(np.int64), old - 1)
 
 
-def resize_nearest(crop: Crop, old_size: tuple[int, int], new_size: tuple[int, int]) -> Crop | None:
+def resize_nearest(crop: Crop, old_size: Size, new_size: Size) -> Crop | None:
     """Returns the mask after PIL's nearest resize of the image; None if empty."""
     if old_size == new_size:
         return crop
@@ -147,13 +146,13 @@ def rle_encode(masks: np.ndarray, boxes: np.ndarray) -> list[str]:
     for i, (mask, box) in enumerate(zip(masks, boxes, strict=True)):
         x0, y0 = np.maximum(np.floor(box[:2]), 0).astype(int).tolist()
         x1, y1 = np.ceil(box[2:]).astype(int).tolist()
-        found = rle_of_crop(mask[y0:y1, x0:x1], y0, x0, size)
-        if found[1::2].sum() != np.count_nonzero(mask):
+        lengths = rle_of_crop(mask[y0:y1, x0:x1], y0, x0, size)
+        if lengths[1::2].sum() != np.count_nonzero(mask):
             raise ValueError(
                 f"detection {i}: its mask has pixels outside of its box {box.tolist()} "
                 "(x0, y0, x1, y1); boxes must hold the whole mask"
             )
-        runs.append(found)
+        runs.append(lengths)
     return rle_to_strings(runs)
 
 
@@ -185,54 +184,25 @@ def rle_of_crop(crop: np.ndarray, top: int, left: int, size: tuple[int, ...]) ->
     return np.diff(place, prepend=0)
 
 
-def rle_to_strings(runs: list[np.ndarray]) -> list[str]:
-    """Returns COCO's string of each list of run lengths.
-
-    Five bits and a continuation flag per character, lowest bits first, sign-extended;
-    from the fourth run on, a run is stored as the difference to the one two before it.
-    Source: pycocotools maskApi.c, rleToString.
-    """
-    if not runs:
-        return []
-    lengths = np.array([len(r) for r in runs])
-    ends = np.cumsum(lengths)
-    values = np.concatenate(runs)
-    place = np.arange(len(values)) - np.repeat(ends - lengths, lengths)
-    later = np.flatnonzero(place > 2)
-    stored = values.copy()
-    stored[later] -= values[later - 2]
-    digits, counts = [], np.ones(len(stored), np.int64)
-    rest = stored
-    while True:
-        digit = rest & 0x1F
-        rest = rest >> 5
-        more = rest != np.where(digit & 0x10, -1, 0)
-        digits.append(digit + np.where(more, 0x20, 0) + 48)
-        if not more.any():
-            break
-        # A finished value's later digits have no `more` either: 0 or 31 all along.
-        counts += more
-    table = np.stack(digits, axis=1).astype(np.uint8)
-    text = table[np.arange(len(digits)) < counts[:, None]].tobytes().decode("ascii")
-    stops = np.cumsum(counts)[ends - 1].tolist()
-    return [text[a:b] for a, b in zip([0, *stops[:-1]], stops, strict=True)]
+def rle_to_strings(runs: Sequence[np.ndarray]) -> list[str]:
+    """Returns COCO's compressed string of each list of run lengths."""
+    records: Any = [{"size": [1, 1], "counts": lengths.tolist()} for lengths in runs]
+    return [coco_mask.frPyObjects(record, 1, 1)["counts"].decode() for record in records]  # pyright: ignore
 
 
-def segmentation_to_rle(segmentation: Any, size: tuple[int, int]) -> str:
-    """Returns polygons or run lengths as COCO's string; "" without a usable outline.
+def segmentation_to_rle(segmentation: Any, size: Size) -> dict[str, Any] | None:
+    """Returns {"size": [h, w], "counts": bytes} of polygons, RLE or uncompressed RLE.
+
+    None without a usable outline: a polygon needs three points.
 
     Args:
       size: (height, width) of the image.
     """
     if isinstance(segmentation, dict):
         counts = segmentation["counts"]
-        if isinstance(counts, str):
-            return counts
-        whole: Any = segmentation
-        runs: Any = coco_mask.frPyObjects(whole, *size)
-        return runs["counts"].decode()
+        if isinstance(counts, list):
+            return coco_mask.frPyObjects(segmentation, *size)  # pyright: ignore
+        encoded = counts.encode() if isinstance(counts, str) else counts
+        return {"size": list(size), "counts": encoded}
     polygons: Any = [p for p in segmentation or () if len(p) >= 6 and len(p) % 2 == 0]
-    if not polygons:
-        return ""
-    runs = coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
-    return runs["counts"].decode()
+    return coco_mask.merge(coco_mask.frPyObjects(polygons, *size)) if polygons else None

@@ -1,4 +1,4 @@
-"""Quarter-size masks and mass centres in the plain form: from whole masks' pixels."""
+"""Stride-4 masks and mass centres in the plain form: from whole masks' pixels."""
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -7,7 +7,7 @@ from solov2_jax.data import rasterize
 from solov2_jax.data.rasterize import stride4_masks
 
 
-def plain_quarter(mask: np.ndarray) -> np.ndarray:
+def plain_stride4(mask: np.ndarray) -> np.ndarray:
     """Returns OpenCV's bilinear resize of a uint8 mask to a quarter, fixed point.
 
     Source: OpenCV resize.cpp: weights in 1/2048, rounded after the columns and after
@@ -41,7 +41,7 @@ def spans_of(masks: np.ndarray) -> rasterize.Spans:
     return rasterize.spans_from_rle(counts, masks.shape[1:])
 
 
-def quarters_of(found: rasterize.Spans, number: int, size: tuple[int, int]) -> np.ndarray:
+def stride4_of(found: rasterize.Spans, number: int, size: tuple[int, int]) -> np.ndarray:
     """Returns what `stride4_masks` yields as whole masks, uint8 [n, h4, w4]."""
     out = np.zeros((number, *(int(s * 0.25 + 0.5) for s in size)), np.uint8)
     for i, crop in stride4_masks(found, size):

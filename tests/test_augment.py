@@ -1,6 +1,7 @@
 """Augmentations: picture, masks, boxes and points stay together, whatever is drawn."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -12,13 +13,14 @@ from pycocotools import mask as coco_mask
 
 from configs import base
 from solov2_jax.data import augment as changes
-from solov2_jax.data import build, pipeline, rasterize, transforms
+from solov2_jax.data import build, pipeline, rasterize, sampler, transforms
 from solov2_jax.data.augment import Augment
 from solov2_jax.data.buckets import Resize
 from solov2_jax.data.coco import load_coco
+from solov2_jax.io import InputError
 from solov2_jax.tools.fcpose import batches as pose
 
-OFF = Augment(0.0, 30.0, (), True, 0.0, 0.0, 0.0, (), (96, 96), 0.0)
+OFF = Augment(jitter_size=(96, 96))
 SETTINGS = [
     {"rotate_prob": 1.0},
     {"crop_size": (0.5, 0.4)},
@@ -87,7 +89,7 @@ def scenes(tmp_path_factory):
     return load_coco(str(folder), str(folder / "x.json"))
 
 
-def loader_of(data, seed=0, flip_prob=0.5, shorts=(64, 80, 96), **values):
+def maker_of(data, seed=0, flip_prob=0.5, shorts=(64, 80, 96), **values):
     batches = pipeline.train_batches(
         data,
         seed=seed,
@@ -95,9 +97,9 @@ def loader_of(data, seed=0, flip_prob=0.5, shorts=(64, 80, 96), **values):
         batch_size=2,
         resize=Resize(shorts, 128),
         flip_prob=flip_prob,
-        augment=dataclasses.replace(OFF, **values).check(),
+        augment=dataclasses.replace(OFF, **values),
     )
-    return batches._loader
+    return batches.maker
 
 
 def class_pixels(picture: np.ndarray, label: int, strict: bool) -> np.ndarray:
@@ -108,16 +110,11 @@ def class_pixels(picture: np.ndarray, label: int, strict: bool) -> np.ndarray:
     return own - others > (170 if strict else 40)
 
 
-def masks_of(scene):
-    """Returns every object's mask, bool [n, h, w]."""
-    masks = np.zeros((len(scene.labels), *scene.view.size), bool)
-    for i in range(len(masks)):
-        found = scene.outlines.take(np.flatnonzero(scene.outlines.owner == i))
-        crop = rasterize.spans_to_crop(found)
-        if crop is not None:
-            h, w = crop.pixels.shape
-            masks[i, crop.top : crop.top + h, crop.left : crop.left + w] = crop.pixels
-    return masks
+def sample_of(maker, index, epoch=0, room=(128, 128)):
+    """Returns a sample, and the map that led to it."""
+    rng = sampler.random_generator(maker.seed, sampler.LOOK, epoch, index)
+    view = maker.view(index, rng, scale=epoch % 3, flip=epoch % 2 == 1, room=room)
+    return maker.sample(view, index), view.affine
 
 
 def grown(mask: np.ndarray, by: int) -> np.ndarray:
@@ -126,13 +123,12 @@ def grown(mask: np.ndarray, by: int) -> np.ndarray:
     return np.any([np.roll(out, s, (0, 1)) for s in shifts], axis=0)[by:-by, by:-by]
 
 
-def assert_together(scene, *others):
+def assert_together(sample, *affines):
     """Masks and colours agree, but for a pixel of the original along the outlines."""
-    picture, masks = np.asarray(scene.view.picture), masks_of(scene)
-    linear = [s.view.matrix[:, :2] for s in (scene, *others)]
-    by = 1 + int(np.ceil(max(np.linalg.norm(m, 2) for m in linear)))
+    picture, masks = sample.image, sample.masks
+    by = 1 + int(np.ceil(max(np.linalg.norm(a.matrix[:, :2], 2) for a in affines)))
     for label in range(3):
-        mask = masks[scene.labels == label].any(axis=0)
+        mask = masks[sample.labels == label].any(axis=0)
         inside = ~grown(~mask, by)
         edge = np.zeros_like(mask)
         edge[[0, -1]] = edge[:, [0, -1]] = True
@@ -144,24 +140,25 @@ def assert_together(scene, *others):
 @given(st.integers(0, 7), st.integers(0, 10_000))
 @settings(max_examples=15)
 def test_picture_and_masks_move_together(scenes, values, index, epoch):
-    loader = loader_of(scenes, **values)
+    maker = maker_of(scenes, **values)
     room = (96, 96) if values.get("jitter_scale") else (128, 128)
-    scene = loader.scene(index, epoch, room, 0)
-    assert scene.view.size[0] <= room[0] and scene.view.size[1] <= room[1]
-    assert_together(scene)
-    other = loader.scene((index + 3) % 8, epoch, scene.view.size, 1)
-    both = changes.copy_paste(scene, other, np.random.default_rng(epoch))
-    assert_together(both, other)
-    assert (masks_of(both).sum(axis=0) <= 1).all()
+    sample, affine = sample_of(maker, index, epoch, room)
+    assert sample.size[0] <= room[0] and sample.size[1] <= room[1]
+    assert sample.masks.shape == (len(sample.labels), *sample.size)
+    assert_together(sample, affine)
+    other, guest = sample_of(maker, (index + 3) % 8, epoch + 1, None)
+    both = changes.copy_paste(sample, other, sample.size, np.random.default_rng(epoch))
+    assert_together(both, affine, guest)
+    assert (both.masks.sum(axis=0) <= 1).all()
 
 
 @pytest.mark.parametrize("values", SETTINGS, ids=lambda v: "+".join(v))
 def test_batches_are_a_function_of_seed_and_step(scenes, values):
-    loader = loader_of(scenes, **values)
-    again, other = loader_of(scenes, **values), loader_of(scenes, seed=1, **values)
+    maker = maker_of(scenes, **values)
+    again, other = maker_of(scenes, **values), maker_of(scenes, seed=1, **values)
     seen = set()
     for step in (11, 3):
-        batch, same, different = loader(step), again(step), other(step)
+        batch, same, different = maker(step), again(step), other(step)
         for key in batch:
             np.testing.assert_array_equal(batch[key], same[key])
         seen.add(bool((batch["image"].shape != different["image"].shape)
@@ -211,19 +208,21 @@ def test_points_move_with_the_picture(degrees, size, flip, seed):
     view = transforms.rotate(transforms.affine_image(picture), degrees)
     view = transforms.crop(view, (2, 1, view.size[1] - 3, view.size[0] - 4))
     view = transforms.resize(view, (size[0] + 60, size[1] + 60))
-    view = transforms.hflip(view) if flip else view
-    assert view.mirrored == flip
-    weight = np.asarray(view.picture)[..., 0].astype(float)
+    affine = view.affine.flipped() if flip else view.affine
+    assert affine.mirrored == flip
+    weight = transforms.AffineImage(view.picture, affine).pixels()[..., 0].astype(float)
     rows, columns = np.indices(weight.shape) + 0.5
     center = [(weight * v).sum() / weight.sum() for v in (columns, rows)]
-    np.testing.assert_allclose(view.points(xy[None])[0], center, atol=0.3)
+    np.testing.assert_allclose(affine.points(xy[None])[0], center, atol=0.3)
+    back = affine.inverse()
+    np.testing.assert_allclose(back[:, :2] @ affine.points(xy) + back[:, 2], xy)
 
 
 @given(st.integers(0, 2**32 - 1))
 def test_polygons_end_at_the_border(seed):
     rng = np.random.default_rng(seed)
     outline = random_outline(rng, 40, 60).reshape(-1, 2) * 2 - 20
-    found = transforms.clipped(outline, (40, 60))
+    found = rasterize.clip_polygon(outline, (40, 60))
     assert (found >= 0).all() and (found <= (60, 40)).all()
     frame = np.zeros((120, 160), np.uint8)
     for points in (outline, found):
@@ -254,7 +253,7 @@ def test_a_crop_holds_an_object_and_may_spare_all(seed):
     for spare in (False, True):
         augment = dataclasses.replace(OFF, crop_size=(0.2, 0.3), crop_objects=not spare)
         found = changes.random_crop_with_instance(view, boxes, augment, np.random.default_rng(seed))
-        moved = found.points(boxes.reshape(-1, 2, 2)).reshape(-1, 4)
+        moved = found.affine.points(boxes.reshape(-1, 2, 2)).reshape(-1, 4)
         h, w = found.size
         if not spare:
             assert h >= 8 and w >= 18
@@ -270,33 +269,98 @@ def test_a_crop_holds_an_object_and_may_spare_all(seed):
 
 
 def test_large_scale_jitter_has_one_shape_and_the_whole_range(scenes):
-    loader = loader_of(scenes, jitter_scale=(0.25, 2.0))
-    assert loader.plan.buckets == ((96, 96),)
-    sizes = np.concatenate([loader(step)["image_size"] for step in range(30)])
+    maker = maker_of(scenes, jitter_scale=(0.25, 2.0))
+    assert maker.schedule.buckets == ((96, 96),)
+    sizes = np.concatenate([maker(step)["image_size"] for step in range(30)])
     assert sizes.max() == 96 and sizes.min() < 30
 
 
 def test_pasted_objects_hide_what_is_below(scenes):
-    loader = loader_of(scenes, flip_prob=0.0, paste_prob=1.0)
-    big, small = loader.scene(3, 0, (128, 128), 0), loader.scene(7, 0, (64, 64), 1)
+    maker = maker_of(scenes, flip_prob=0.0, paste_prob=1.0)
+    big, small = (sample_of(maker, index, room=room)[0] for index, room in PAIR)
     assert len(big.labels) == len(scenes.labels[scenes.start[3] : scenes.start[4]]) > 0
-    everything = changes.copy_paste(big, small, np.random.default_rng(0), share=1.1)
+    paste = functools.partial(changes.copy_paste, big, small, big.size)
+    everything = paste(np.random.default_rng(0), share=1.1)
     number = len(big.labels)
     np.testing.assert_array_equal(everything.labels[:number], big.labels)
     np.testing.assert_array_equal(everything.labels[number:], small.labels)
-    masks, before = masks_of(everything), masks_of(big)
+    masks, before = everything.masks, big.masks
     above = masks[number:].any(axis=0)
-    assert above.sum() == masks_of(small).any(axis=0).sum() > 0
+    assert above.sum() == small.masks.any(axis=0).sum() > 0
     np.testing.assert_array_equal(masks[:number], before & ~above)
-    nothing = changes.copy_paste(big, small, np.random.default_rng(0), share=0.0)
-    np.testing.assert_array_equal(masks_of(nothing), before)
-    pixels = np.asarray(nothing.view.picture), np.asarray(big.view.picture)
-    np.testing.assert_array_equal(*pixels)
+    np.testing.assert_array_equal(everything.image[~above], big.image[~above])
+    nothing = paste(np.random.default_rng(0), share=0.0)
+    np.testing.assert_array_equal(nothing.masks, before)
+    np.testing.assert_array_equal(nothing.image, big.image)
+
+
+PAIR = ((3, (128, 128)), (7, (64, 64)))
+
+
+def test_pasted_objects_keep_their_scale(scenes):
+    """A small host gets objects as large as they would be as hosts, in its padding too."""
+    maker = maker_of(scenes, flip_prob=0.0, paste_prob=1.0, jitter_scale=(1.0, 1.0))
+    host, _ = sample_of(maker, 3, room=(20, 20))
+    guest, _ = sample_of(maker, 7, room=None)
+    assert max(guest.size) == 96 and max(host.size) == 20
+    sizes = set()
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        both = changes.copy_paste(host, guest, (96, 96), rng, share=1.1)
+        pasted = both.masks[len(host.labels) :]
+        assert pasted.sum() == guest.masks.sum() > 0
+        assert_together(both, transforms.Affine((9, 9), (9, 9), np.eye(2, 3) * 2))
+        sizes.add(both.size)
+    assert max(h for h, _ in sizes) > 50 and all(h <= 96 and w <= 96 for h, w in sizes)
+    # Where guests are larger than the canvas, they are cut off and not shrunk.
+    cut = changes.copy_paste(guest, host, guest.size, np.random.default_rng(0), share=0.0)
+    large = dataclasses.replace(guest, rng=guest.rng)
+    small = changes.copy_paste(host, large, host.size, np.random.default_rng(1), share=1.1)
+    assert cut.size == guest.size and small.size == host.size
+    assert_together(small, transforms.Affine((9, 9), (9, 9), np.eye(2, 3) * 2))
+
+
+@pytest.mark.parametrize("options", [{"max_images": 3}, {"keep_empty": False}])
+def test_guests_are_training_images(scenes, options):
+    """Copy-paste takes objects of no image that is left out."""
+    batches = pipeline.train_batches(
+        scenes,
+        seed=0,
+        num_steps=40,
+        batch_size=2,
+        resize=Resize((64,), 128),
+        flip_prob=0.5,
+        augment=dataclasses.replace(OFF, paste_prob=1.0),
+        **options,
+    )
+    looked_at = set()
+    read = type(batches.maker).read
+
+    class Spy(type(batches.maker)):
+        def read(self, index):
+            looked_at.add(index)
+            return read(self, index)
+
+    maker = batches.maker
+    spy = Spy(**{f.name: getattr(maker, f.name) for f in dataclasses.fields(maker)})
+    for step in range(40):
+        spy(step)
+    allowed = np.arange(3) if "max_images" in options else np.flatnonzero(scenes.objects_per_image)
+    assert looked_at == set(allowed.tolist())
+    np.testing.assert_array_equal(maker.images, allowed)
+
+
+def test_no_two_purposes_share_a_stream():
+    first = {
+        float(sampler.random_generator(5, purpose, 1, 2).random())
+        for purpose in (sampler.LOOK, sampler.PASTE, sampler.GUEST, sampler.CUSTOM)
+    }
+    assert len(first) == 4
 
 
 def test_colours_change_the_picture_only(scenes):
     values = {"brightness": 0.5, "contrast": 0.5, "saturation": 0.5}
-    plain, vivid = loader_of(scenes, crop_size=(1.0, 1.0)), loader_of(scenes, **values)
+    plain, vivid = maker_of(scenes, crop_size=(1.0, 1.0)), maker_of(scenes, **values)
     changed = 0
     for step in range(4):
         a, b = plain(step), vivid(step)
@@ -306,13 +370,11 @@ def test_colours_change_the_picture_only(scenes):
     assert changed == 4
 
 
-def test_nothing_is_the_plain_loader(scenes):
-    assert type(loader_of(scenes)).__name__ == "TrainLoader"
-    whole = loader_of(scenes, crop_size=(1.0, 1.0))
-    assert type(whole).__name__ == "AugmentedLoader"
-    # The same pictures, and masks but for polygons that scale in another order.
+def test_one_maker_with_and_without_augmentation(scenes):
+    plain, moved = maker_of(scenes), maker_of(scenes, crop_size=(1.0, 1.0))
+    # The same pictures, and masks but for run lengths that are moved in another way.
     for step in range(5):
-        a, b = loader_of(scenes)(step), whole(step)
+        a, b = plain(step), moved(step)
         np.testing.assert_array_equal(a["image"], b["image"])
         np.testing.assert_array_equal(a["labels"], b["labels"])
         np.testing.assert_allclose(a["boxes"], b["boxes"], atol=2)
@@ -322,8 +384,7 @@ def test_a_config_says_what_happens(scenes):
     config = base.get_config()
     config.train.steps, config.train.batch_size = 2, 2
     config.input.min_sizes_train, config.input.max_size_train = (64,), 128
-    plain = build.build_train_batches(config, scenes)
-    assert type(plain._loader).__name__ == "TrainLoader"
+    assert not build.build_train_batches(config, scenes).maker.augment.active
     config.augment.jitter_scale = (0.5, 1.5)
     config.augment.jitter_size = (90, 64)
     config.augment.paste_prob = 0.5
@@ -331,23 +392,6 @@ def test_a_config_says_what_happens(scenes):
     batches = build.build_train_batches(config, scenes)
     assert batches.buckets == ((96, 64),)
     assert [b["image"].shape for b in batches] == [(2, 96, 64, 3)] * 2
-    assert batches._loader.slots == 8
-    with pytest.raises(ValueError, match="follow resize and flip only; set every key"):
-        pose.build_pose_batches(config, scenes, None)
-    config.augment.brightness = 2.0
-    with pytest.raises(ValueError, match="augment.brightness is 2.0"):
-        build.build_train_batches(config, scenes)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"rotate_prob": 1.5}, "augment.rotate_prob is 1.5; it must be in 0..1"),
-        ({"crop_size": (0.9,)}, r"augment.crop_size is \(0.9,\); use \(\)"),
-        ({"jitter_scale": (2.0, 1.0)}, r"augment.jitter_scale is \(2.0, 1.0\)"),
-        ({"jitter_size": (0, 9)}, r"augment.jitter_size is \(0, 9\)"),
-    ],
-)
-def test_wrong_settings_are_an_error(values, message):
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(OFF, **values).check()
+    assert batches.maker.slots == 8
+    with pytest.raises(InputError, match="augment.custom do not reach basis_sem"):
+        pose.build_pose_batches(config, scenes, None, basis="anywhere")

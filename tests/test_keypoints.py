@@ -8,8 +8,9 @@ import pytest
 from tiny_coco import annotation, content, write
 
 from configs import base
-from solov2_jax.data.keypoints import load_keypoints, mirror_order, move_points
+from solov2_jax.data.transforms import Affine, Keypoints
 from solov2_jax.tools.fcpose.batches import build_pose_batches, read_basis
+from solov2_jax.tools.fcpose.keypoints import load_keypoints, mirror_order
 
 COCO = (
     "nose left_eye right_eye left_ear right_ear "
@@ -50,19 +51,26 @@ def test_points_are_read_in_the_objects_order(tmp_path):
     assert not keypoints.points[:, 3:].any()  # not annotated: zeros, not 0.5
 
 
+def whole(size) -> Affine:
+    return Affine(size, size, np.eye(2, 3))
+
+
 def test_points_move_with_the_image():
     points = np.zeros((1, 17, 3), np.float32)
     points[0, 1] = [10, 20, 2]
     points[0, 16] = [63.9, 40, 1]
-    order = mirror_order(COCO)
-    moved = move_points(points, (48, 64), (96, 128), order)
+    order, chosen = mirror_order(COCO), np.array([0])
+    larger = whole((48, 64)).resized((96, 128)).flipped()
+    moved = Keypoints(tuple(COCO), order, points).moved(chosen, larger)
     np.testing.assert_allclose(moved[0, 2], [128 - 20, 40, 2])
     np.testing.assert_allclose(moved[0, 15], [128 - 127.8, 80, 1], rtol=1e-4)
-    again = move_points(moved, (96, 128), (48, 64), order)
+    back = whole((96, 128)).resized((48, 64)).flipped()
+    again = Keypoints(tuple(COCO), order, moved).moved(chosen, back)
     np.testing.assert_allclose(again, points, atol=1e-5)
     outside = points.copy()
     outside[0, 1, 0] = 65
-    assert not move_points(outside, (48, 64), (48, 64), None)[0, 1].any()
+    same = Keypoints(tuple(COCO), order, outside).moved(chosen, whole((48, 64)))
+    assert not same[0, 1].any()
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
@@ -134,14 +142,14 @@ def test_a_json_without_key_points_is_one_clear_error(tmp_path):
 
 def test_a_bad_semantic_mask_is_named(tmp_path):
     path = str(tmp_path / "a.npz")
-    with pytest.raises(ValueError, match="a.npz: no such semantic mask"):
+    with pytest.raises(ValueError, match="a.npz: no such file. There must be"):
         read_basis(path, (4, 5))
     np.savez(path, other=np.zeros(3))
-    with pytest.raises(ValueError, match="a.npz: has no array `mask`"):
+    with pytest.raises(ValueError, match="a.npz: cannot be read as a semantic mask .*array `mask`"):
         read_basis(path, (4, 5))
     np.savez(path, mask=np.zeros((4, 6), np.uint8))
     with pytest.raises(ValueError, match=r"uint8 \(4, 6\); it must be"):
         read_basis(path, (4, 5))
     Path(path).write_text(json.dumps({}))
-    with pytest.raises(ValueError, match="a.npz: has no array"):
+    with pytest.raises(ValueError, match="a.npz: cannot be read as a semantic mask"):
         read_basis(path, (4, 5))

@@ -7,13 +7,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from plain_masks import plain_center, plain_quarter, quarters_of, spans_of
+from plain_masks import plain_center, plain_stride4, spans_of, stride4_of
 from pycocotools import mask as coco_mask
 from tiny_coco import whole
 
 from solov2_jax import rle
 from solov2_jax.data import rasterize
 from solov2_jax.data.outlines import Segmentations
+from solov2_jax.data.transforms import Affine
+
+
+def resizing(old, new, flip=False) -> Affine:
+    """Returns the map of a resize, maybe mirrored."""
+    affine = Affine(old, old, np.eye(2, 3)).resized(new)
+    return affine.flipped() if flip else affine
+
+
+def draw(segmentations, index, old, new, flip=False):
+    """Returns one object's mask after a resize, as pixels; None if empty."""
+    affine = resizing(old, new, flip)
+    return rasterize.spans_to_crop(rasterize.draw_spans(segmentations, [index], affine))
 
 
 def of_polygons(polygons) -> Segmentations:
@@ -92,14 +105,14 @@ def test_polygons_are_drawn_as_pycocotools_does(golden):
     polygons = json.loads(str(arrays["json_polygons"]))
     size = tuple(polygons["hw"])
     for name, parts in polygons["polys"].items():
-        mask = whole(rasterize.rasterize(of_polygons(parts), 0, size, size, False), size)
+        mask = whole(rasterize.draw_object(of_polygons(parts), 0, size), size)
         expected = np.unpackbits(arrays[f"poly_{name}"], axis=-1)[:, : size[1]]
         np.testing.assert_array_equal(mask, expected, err_msg=name)
         assert mask.sum() == areas[name]
 
 
 @pytest.mark.parametrize("size", ["256x320", "250x310", "243x333", "61x59"])
-def test_quarter_equals_opencv(golden, size):
+def test_stride_4_equals_opencv(golden, size):
     arrays = golden("data")
 
     def read(name):
@@ -108,10 +121,10 @@ def test_quarter_equals_opencv(golden, size):
 
     full, small = read(f"imrescale_in_{size}"), read(f"imrescale_out_{size}")
     full, small = full.transpose(2, 0, 1), small.transpose(2, 0, 1)
-    out = quarters_of(spans_of(full), len(full), full.shape[1:])
+    out = stride4_of(spans_of(full), len(full), full.shape[1:])
     np.testing.assert_array_equal(out, small)
     for mask, expected in zip(full, small, strict=True):
-        np.testing.assert_array_equal(plain_quarter(mask), expected)
+        np.testing.assert_array_equal(plain_stride4(mask), expected)
 
 
 @given(
@@ -130,15 +143,15 @@ def test_objects_together_are_the_plain_masks(sizes, seed, flip, multiples):
     objects = random_objects(np.random.default_rng(seed), old)
     number = len(objects)
     every = joined(objects) if objects else of_mask(np.zeros((1, 1), np.uint8))
-    found = rasterize.draw_spans(every, range(number), old, new, flip)
+    found = rasterize.draw_spans(every, range(number), resizing(old, new, flip))
     centers, present = rasterize.mass_centers(found, number)
-    small = quarters_of(found, number, new)
+    small = stride4_of(found, number, new)
     for i, one in enumerate(objects):
         expected = plain_mask(one, old, new, flip)
-        crop = rasterize.rasterize(every, i, old, new, flip)
+        crop = draw(every, i, old, new, flip)
         np.testing.assert_array_equal(whole(crop, new), expected)
         assert present[i] == (crop is not None) == expected.any()
-        np.testing.assert_array_equal(small[i], plain_quarter(expected))
+        np.testing.assert_array_equal(small[i], plain_stride4(expected))
         if present[i]:
             np.testing.assert_array_equal(centers[i], plain_center(expected))
 
@@ -164,7 +177,7 @@ def test_run_lengths_are_resized_as_pil_does(sizes, seed, flip):
     mask = (np.random.default_rng(seed).random(old) < 0.3).astype(np.uint8)
     image = Image.fromarray(mask).resize(new[::-1], Image.Resampling.NEAREST)
     expected = np.asarray(image)[:, ::-1] if flip else np.asarray(image)
-    crop = rasterize.rasterize(of_mask(mask), 0, old, new, flip)
+    crop = draw(of_mask(mask), 0, old, new, flip)
     np.testing.assert_array_equal(whole(crop, new), expected)
     assert (crop is None) == (not expected.any())
 
@@ -202,14 +215,14 @@ def test_the_damaged_object_is_named(counts):
     bad = Segmentations(np.zeros(0), none[:1], none, runs, np.array([0, len(runs)]))
     polygon = of_polygons([[2, 2, 8, 2, 8, 6]])
     every = joined([sound, polygon, bad, sound])
-    with pytest.raises(rasterize.InvalidRLE) as caught:
-        rasterize.draw_spans(every, [1, 0, 2], (40, 50), (40, 50), False)
+    with pytest.raises(rle.InvalidRLE) as caught:
+        rasterize.draw_spans(every, [1, 0, 2], resizing((40, 50), (40, 50)))
     assert caught.value.position == 2
 
 
 def test_polygons_are_flipped_before_they_are_drawn():
     half = of_polygons([[2.5, 2.5, 8.5, 2.5, 8.5, 6.5]])
-    flipped = whole(rasterize.rasterize(half, 0, (20, 20), (20, 20), True), (20, 20))
+    flipped = whole(draw(half, 0, (20, 20), (20, 20), True), (20, 20))
     other = of_polygons([[17.5, 2.5, 11.5, 2.5, 11.5, 6.5]])
-    plain = whole(rasterize.rasterize(other, 0, (20, 20), (20, 20), False), (20, 20))
+    plain = whole(draw(other, 0, (20, 20), (20, 20), False), (20, 20))
     np.testing.assert_array_equal(flipped, plain)

@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 from golden_weights import golden_model
-from plain_masks import quarters_of, spans_of
+from plain_masks import spans_of, stride4_of
 
 from configs import base
 from solov2_jax.data.rasterize import mass_centers
@@ -52,7 +52,7 @@ def make_batch(arrays, images):
         fields["boxes"][row, :count] = arrays[f"gt_boxes_{number}"]
         fields["labels"][row, :count] = arrays[f"gt_classes_{number}"]
         found = spans_of(masks)
-        small = quarters_of(found, count, (h, w))
+        small = stride4_of(found, count, (h, w))
         fields["masks"][row, :count, : small.shape[1], : small.shape[2]] = small
         fields["centers"][row, :count] = mass_centers(found, count)[0]
         fields["valid"][row, :count] = True

@@ -1,7 +1,6 @@
 """The order and content of batches: a pure function of the seed and the step."""
 
 import dataclasses
-import os
 import pickle
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from tiny_coco import annotation, content, load, square, write
 from configs import base
 from solov2_jax.data import buckets as sizes
 from solov2_jax.data import build, pipeline, sampler, shared_memory
-from solov2_jax.data.batch import TrainBatchMaker
+from solov2_jax.data.batch import BatchMaker
 from solov2_jax.data.coco import load_coco
 
 RESIZE = sizes.Resize((32, 40, 48), 64)
@@ -134,30 +133,30 @@ def test_the_reference_schedule_is_planned_in_seconds():
 
 
 def test_one_size_gets_exactly_its_shape():
-    sizes = np.tile([100, 130], (50, 1, 1))
-    assert sampler.derive_buckets(sizes, 5, 0.05) == ((128, 160),)
+    images = np.tile([100, 130], (50, 1, 1))
+    assert sizes.derive_buckets(images, 5, 0.05) == ((128, 160),)
 
 
 def test_few_derived_buckets_hold_every_size():
     rng = np.random.default_rng(0)
     h, w = rng.integers(200, 700, (2, 300))
-    sizes = sampler.all_sizes(h, w, (640, 672, 704, 736, 768, 800), 1333)
-    buckets = sampler.derive_buckets(sizes, 5, 0.05)
+    images = sizes.Resize((640, 672, 704, 736, 768, 800), 1333).sizes(h, w)
+    buckets = sizes.derive_buckets(images, 5, 0.05)
     assert 1 < len(buckets) <= 5
     names = np.array([str(i) for i in range(300)])
-    assigned = sampler.assign_buckets(sizes, buckets, names, "key")
+    assigned = sizes.assign_buckets(images, buckets, names, "key")
     shapes = np.array(buckets)[assigned]
-    assert (shapes >= sizes).all() and (shapes % 32 == 0).all()
+    assert (shapes >= images).all() and (shapes % 32 == 0).all()
     # Better than one shape for landscape and one for portrait.
-    one = np.where((sizes[..., :1] > sizes[..., 1:]), [1344, 800], [800, 1344])
+    one = np.where((images[..., :1] > images[..., 1:]), [1344, 800], [800, 1344])
     assert shapes.prod(axis=-1).sum() < one.prod(axis=-1).sum()
 
 
 def test_the_smallest_bucket_is_taken():
-    sizes = np.array([[[30, 30]], [[30, 50]], [[50, 30]]])
+    images = np.array([[[30, 30]], [[30, 50]], [[50, 30]]])
     names = np.array(["a", "b", "c"])
     buckets = ((64, 64), (32, 64), (32, 32))
-    assert sampler.assign_buckets(sizes, buckets, names, "k").ravel().tolist() == [2, 1, 0]
+    assert sizes.assign_buckets(images, buckets, names, "k").ravel().tolist() == [2, 1, 0]
 
 
 def test_buckets_that_do_not_fit_are_an_error(tmp_path):
@@ -166,8 +165,6 @@ def test_buckets_that_do_not_fit_are_an_error(tmp_path):
         train(data, resize=sizes.Resize((48,), 64, ((48 // 32 * 32, 64),)))
     with pytest.raises(ValueError, match=r"buckets_train: .50, 64. is not"):
         train(data, resize=sizes.Resize((48,), 64, ((50, 64),)))
-    with pytest.raises(ValueError, match="min_sizes_train.*must be positive"):
-        sizes.resize_of((), 64, (), "input.min_sizes_train")
 
 
 # Training batches
@@ -245,7 +242,7 @@ def test_the_largest_objects_are_kept(tmp_path, caplog):
 
 def test_flipping_mirrors_everything(tmp_path):
     data = load(tmp_path)
-    resize = buckets.Resize((48,), 64)
+    resize = sizes.Resize((48,), 64)
     plain, mirrored = (list(train(data, resize=resize, flip_prob=p)) for p in (0.0, 1.0))
     for a, b in zip(plain, mirrored, strict=True):
         w = a["image_size"][0, 1]
@@ -262,7 +259,7 @@ def test_channel_order(tmp_path):
     data = load(tmp_path)
     rgb, bgr = (next(iter(train(data, channel_order=o))) for o in ("RGB", "BGR"))
     np.testing.assert_array_equal(rgb["image"][..., ::-1], bgr["image"])
-    with pytest.raises(ValueError, match="input.channel_order is 'GBR'"):
+    with pytest.raises(KeyError):
         train(data, channel_order="GBR")
 
 
@@ -272,7 +269,7 @@ def test_channel_order(tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_evaluation_sees_each_image_once(tmp_path, batch_size):
     data = load(tmp_path)
-    resize = buckets.Resize((48,), 64)
+    resize = sizes.Resize((48,), 64)
     for workers in (0, 2) if batch_size == 2 else (0,):
         batches = pipeline.eval_batches(
             data,
@@ -345,42 +342,7 @@ def test_own_modules_run_without_jax(tmp_path):
     )
 
 
-def test_ctrl_c_reaches_the_reader_and_no_worker(tmp_path):
-    """Neither while they start nor later; a terminal sends it to the whole group."""
-    script = f"""
-        import os, signal, threading
-        import pathlib
-        from test_pipeline import load, pipeline, train
-
-        if __name__ == "__main__":
-            seen = []
-            signal.signal(signal.SIGINT, lambda *_: seen.append("SIGINT"))
-            interrupt = lambda: os.killpg(0, signal.SIGINT)
-            threading.Timer(0.3, interrupt).start()  # Python itself takes longer
-            data = load(pathlib.Path({str(tmp_path)!r}))
-            reading = pipeline.Reading(num_workers=2, num_threads=1, prefetch=1)
-            for step, batch in enumerate(train(data, reading=reading)):
-                if step == 3:
-                    assert seen == ["SIGINT"], "it was not lost"
-                    interrupt()
-            assert step == 11 and len(seen) == 2
-            print("all batches")
-    """
-    root = Path(__file__).resolve().parent.parent
-    program = tmp_path / "program.py"
-    program.write_text(textwrap.dedent(script))
-    done = subprocess.run(
-        [sys.executable, str(program)],
-        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"},
-        capture_output=True,
-        text=True,
-        start_new_session=True,
-        timeout=900,
-    )
-    assert done.stdout == "all batches\n" and done.stderr == "", done.stderr
-
-
-class _Spy(TrainBatchMaker):
+class _Spy(BatchMaker):
     """Replaces the image ids by what a worker process has loaded."""
 
     def __call__(self, step, new=None):
@@ -388,6 +350,7 @@ class _Spy(TrainBatchMaker):
         started = 0 if jax is None else len(jax._backends)
         ours = [m for m in sys.modules if m.startswith("solov2_jax.")]
         light = ("solov2_jax.data", "solov2_jax.io", "solov2_jax.rle")
+        light += ("solov2_jax.config_schema",)  # of this file, through configs/base.py
         heavy = sum(not m.startswith(light) for m in ours)
         return {"seen": np.array([started, heavy, "flax" in sys.modules])}
 
@@ -395,23 +358,23 @@ class _Spy(TrainBatchMaker):
 def test_workers_start_no_device_and_load_no_model(tmp_path):
     data = load(tmp_path)
     batches = train(data, reading=pipeline.Reading(num_workers=1))
-    fields = [f.name for f in dataclasses.fields(TrainBatchMaker)]
-    batches._loader = _Spy(*(getattr(batches._loader, f) for f in fields))
+    fields = [f.name for f in dataclasses.fields(BatchMaker)]
+    batches.maker = _Spy(**{f: getattr(batches.maker, f) for f in fields})
     assert next(iter(batches))["seen"].tolist() == [0, 0, 0]
 
 
 def test_large_data_is_mapped_not_copied(tmp_path, monkeypatch):
     monkeypatch.setattr(shared_memory, "_SMALL", 0)
     data = load(tmp_path)
-    shared = shared_memory.MmapPickle(train(data)._loader)
+    shared = shared_memory.MmapPickle(train(data).maker)
     text = pickle.dumps(shared)
     other = pickle.loads(text)
     assert_equal([shared(3)], [other(3)])
-    loader = other._function
-    assert not loader.dataset.boxes.flags.owndata
-    assert not loader.dataset.boxes.flags.writeable
-    path = Path(shared._path)
-    assert path.exists()
+    maker = other._function
+    assert not maker.dataset.boxes.flags.owndata
+    assert not maker.dataset.boxes.flags.writeable
+    path = Path(shared.__reduce__()[1][0])
+    assert path.exists() and "(deleted)" in str(path.readlink()), "it has no name"
     del shared
     assert not path.exists()
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from plain_masks import plain_center, plain_quarter
+from plain_masks import plain_center, plain_stride4
 
 from solov2_jax.data import images, transforms
 from solov2_jax.data.buckets import Resize
@@ -105,10 +105,10 @@ def test_whole_mapper(mapper, name, short, flip):
 
 
 def check_masks(batch, full):
-    """Quarter masks and centres are those of the reference's full masks."""
+    """Stride-4 masks and centres are those of the reference's full masks."""
     for i in range(len(full)):
         expected = np.zeros(batch["masks"].shape[2:], np.uint8)
-        small = plain_quarter(full[i])
+        small = plain_stride4(full[i])
         expected[: small.shape[0], : small.shape[1]] = small
         np.testing.assert_array_equal(batch["masks"][0, i], expected)
         np.testing.assert_array_equal(batch["centers"][0, i], plain_center(full[i]))

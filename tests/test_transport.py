@@ -16,7 +16,7 @@ if not hasattr(os, "memfd_create"):
     pytest.skip("this system has no files in memory", allow_module_level=True)
 
 
-def loader(step, new=lambda shape: np.empty(shape, np.uint8)):
+def maker(step, new=lambda shape: np.empty(shape, np.uint8)):
     """Returns a batch with two arrays that may lie in a slot, and one that does not."""
     if step < 0:
         raise ValueError("a bad image")
@@ -26,33 +26,33 @@ def loader(step, new=lambda shape: np.empty(shape, np.uint8)):
 
 
 def test_a_batch_arrives_without_a_copy_and_its_slot_comes_back():
-    arena = SharedMemoryPool(2, 100)
-    other = pickle.loads(pickle.dumps(PoolSender(loader, arena)))  # as a worker has it
+    pool = SharedMemoryPool(2, 100)
+    other = pickle.loads(pickle.dumps(PoolSender(maker, pool)))  # as a worker has it
     sent = [pickle.loads(pickle.dumps(other(step))) for step in (7, 9)]
     assert sent[0]["image"] == PoolBlock(0, 0, (2, 3, 5))
     assert sent[1]["masks"] == PoolBlock(1, 30, (3, 5))
-    batches = [receive(batch, arena) for batch in sent]
+    batches = [receive(batch, pool) for batch in sent]
     for batch, step in zip(batches, (7, 9), strict=True):
         assert batch["image"].shape == (2, 3, 5) and (batch["image"] == step).all()
         assert batch["masks"].shape == (3, 5) and (batch["masks"] == step + 1).all()
         assert batch["valid"].tolist() == [True, False]
-    other.arena.array(0)[0] = 200
+    other.pool.array(0)[0] = 200
     assert batches[0]["image"][0, 0, 0] == 200
     # No slot is free: the batch is one of plain arrays, and nobody waits.
-    full = receive(other(5), arena)
+    full = receive(other(5), pool)
     assert (full["image"] == 5).all()
     part = batches[0]["masks"][1:, 2]
     batches.pop(0)
     gc.collect()
-    assert other.arena.take() is None, "a view of the batch is still in use"
+    assert other.pool.take() is None, "a view of the batch is still in use"
     assert (part == 8).all()
     del part, batch
     gc.collect()
-    assert other.arena.take() == 0
+    assert other.pool.take() == 0
 
 
-def test_a_failing_loader_gives_its_slot_back():
-    sender = PoolSender(loader, SharedMemoryPool(1, 100))
+def test_a_failing_maker_gives_its_slot_back():
+    sender = PoolSender(maker, SharedMemoryPool(1, 100))
     for _ in range(3):
         with pytest.raises(ValueError, match="a bad image"):
             sender(-1)
@@ -60,8 +60,8 @@ def test_a_failing_loader_gives_its_slot_back():
 
 
 def test_no_slot_is_taken_twice():
-    arena = SharedMemoryPool(64, 1)
-    mappings = [arena, pickle.loads(pickle.dumps(arena))]
+    pool = SharedMemoryPool(64, 1)
+    mappings = [pool, pickle.loads(pickle.dumps(pool))]
     taken = []
 
     def take(mapping):
@@ -73,7 +73,7 @@ def test_no_slot_is_taken_twice():
     for thread in threads:
         thread.join()
     assert sorted(taken) == list(range(64))
-    assert arena.take() is None
+    assert pool.take() is None
 
 
 def test_workers_deliver_the_same_with_one_slot_and_with_none(tmp_path, monkeypatch):
@@ -82,8 +82,8 @@ def test_workers_deliver_the_same_with_one_slot_and_with_none(tmp_path, monkeypa
     resize = buckets.Resize((32, 40, 48), 64)
     expected = list(pipeline.train_batches(data, resize=resize, **options))
     size = 1 << 20
-    for arena in (SharedMemoryPool(1, size), None):
-        monkeypatch.setattr(pipeline.Batches, "_make_arena", lambda self, a=arena: a)
+    for pool in (SharedMemoryPool(1, size), None):
+        monkeypatch.setattr(pipeline.Batches, "_make_pool", lambda self, a=pool: a)
         reading = pipeline.Reading(num_workers=1)
         found = pipeline.train_batches(data, resize=resize, reading=reading, **options)
         for a, b in zip(found, expected, strict=True):

@@ -1,82 +1,122 @@
-"""Augmentations of training images: what may happen, and one image with all of it.
+"""Augmentations of training images: the built-in ones and the user's own.
 
-Each is a function of (view, random generator). Their order: colours, rotation, crop,
-scale, flip; the outlines are drawn once, at the end, and other images' objects pasted
-last.
+First what changes the picture and where its points are, functions of (view, settings,
+random generator): colours, rotation, crop, large-scale jitter. Then, on the finished
+`Sample`, other images' objects are pasted and the functions of `augment.custom` called.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import ImageEnhance
 
 from solov2_jax.data import rasterize
-from solov2_jax.data.rasterize import Size, Spans
+from solov2_jax.data.rasterize import Spans
 from solov2_jax.data.transforms import AffineImage, crop, resize, rotate
+from solov2_jax.io import InputError, import_object, reason
+from solov2_jax.rle import Size
 
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
     """What may happen beyond the resize and the flip; see `configs/base.py`."""
 
-    rotate_prob: float
-    rotate_degrees: float
-    crop_size: tuple[float, ...]  # (), or smallest (height, width) over the image's
-    crop_objects: bool
-    brightness: float
-    contrast: float
-    saturation: float
-    jitter_scale: tuple[float, ...]  # (), or (lowest, highest)
-    jitter_size: tuple[int, ...]  # (height, width)
-    paste_prob: float
+    rotate_prob: float = 0.0
+    rotate_degrees: float = 30.0
+    crop_size: tuple[float, ...] = ()  # (), or smallest (height, width) over the image's
+    crop_objects: bool = True
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    jitter_scale: tuple[float, ...] = ()  # (), or (lowest, highest)
+    jitter_size: tuple[int, ...] = (1024, 1024)  # (height, width)
+    paste_prob: float = 0.0
+    custom: tuple[str, ...] = ()  # import paths of functions from Sample to Sample
 
     @property
     def active(self) -> bool:
         """Whether anything may happen."""
-        strengths = (self.brightness, self.contrast, self.saturation)
-        lists = (self.crop_size, self.jitter_scale)
-        return bool(any(map(len, lists)) or any(strengths)) or (
-            self.rotate_prob > 0 or self.paste_prob > 0
+        return any((self.rotate_prob, self.crop_size, self.jitter_scale, self.adds_objects)) or any(
+            (self.brightness, self.contrast, self.saturation)
         )
 
-    def check(self) -> "Augment":
-        """Returns itself, or raises naming the config's key."""
-        for key in (
-            "rotate_prob",
-            "paste_prob",
-            "brightness",
-            "contrast",
-            "saturation",
-        ):
-            value = getattr(self, key)
-            if not 0 <= value <= 1:
-                raise ValueError(f"augment.{key} is {value}; it must be in 0..1.")
-        if self.crop_size and not (
-            len(self.crop_size) == 2 and all(0 < v <= 1 for v in self.crop_size)
-        ):
-            raise ValueError(
-                f"augment.crop_size is {self.crop_size}; use (), or two shares of the "
-                "image (height, width) in 0..1."
-            )
-        if self.jitter_scale and not (
-            len(self.jitter_scale) == 2 and 0 < self.jitter_scale[0] <= self.jitter_scale[1]
-        ):
-            raise ValueError(
-                f"augment.jitter_scale is {self.jitter_scale}; use (), or (lowest, "
-                "highest), positive."
-            )
-        if len(self.jitter_size) != 2 or min(self.jitter_size) < 1:
-            raise ValueError(f"augment.jitter_size is {self.jitter_size}; use (height, width).")
-        return self
+    @property
+    def adds_objects(self) -> bool:
+        """Whether an image may get more objects than are annotated, or other pixels than
+        moved ones."""
+        return self.paste_prob > 0 or bool(self.custom)
 
 
 @dataclasses.dataclass(frozen=True)
-class Scene:
-    """An augmented image with its objects."""
+class Outlines:
+    """Masks of an image's objects that are no pixels yet."""
 
-    view: AffineImage
-    outlines: Spans  # `owner` counts the objects
-    labels: np.ndarray  # int32 [n]
+    spans: Spans  # `owner` counts the objects
+    num_objects: int
+    size: Size  # (height, width) of the image
+
+    def pixels(self) -> np.ndarray:
+        """Returns the masks, bool [n, h, w]."""
+        return rasterize.spans_to_masks(self.spans, self.num_objects, self.size)
+
+
+class _Pixels:
+    """A field of `Sample` whose pixels are made when it is first read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, sample: "Sample | None", owner: type | None = None) -> Any:
+        if sample is None:
+            raise AttributeError(self.name)  # so that the dataclass has no default for it
+        value = vars(sample)[self.name]
+        if isinstance(value, Outlines | AffineImage):
+            value = vars(sample)[self.name] = value.pixels()
+        return value
+
+    def __set__(self, sample: "Sample", value: Any) -> None:
+        vars(sample)[self.name] = value
+
+
+@dataclasses.dataclass(eq=False)
+class Sample:
+    """One training image with its n objects, at the network's size, before padding.
+
+    It is what a function of `augment.custom` gets and returns: change the fields in
+    place, assign new arrays, or return another Sample (`dataclasses.replace`).
+    Coordinates are pixels of `image`, (0, 0) its upper left corner.
+    """
+
+    image: Any = _Pixels()  # uint8 [h, w, 3], RGB
+    masks: Any = _Pixels()  # bool [n, h, w]
+    # float32 [n, 4], (x0, y0, x1, y1). Left as they are, they become the masks' boxes.
+    boxes: np.ndarray
+    labels: np.ndarray  # int32 [n], 0..K-1: the class's place among the sorted ids
+    # float32 [n, J, 3]: x, y, and 0 not annotated, 1 hidden, 2 visible; None where the
+    # data has none.
+    keypoints: np.ndarray | None
+    # Draw everything random from it: it is a function of the seed, the epoch and the
+    # image, so that a resumed run sees the same.
+    rng: np.random.Generator
+
+    @property
+    def size(self) -> Size:
+        """(height, width) of the image."""
+        return self.view.size if self.view else (self.image.shape[0], self.image.shape[1])
+
+    @property
+    def view(self) -> AffineImage | None:
+        """The picture while it is no array yet."""
+        value = vars(self)["image"]
+        return value if isinstance(value, AffineImage) else None
+
+    def outlines(self) -> Spans:
+        """Returns the masks as spans."""
+        value = vars(self)["masks"]
+        return value.spans if isinstance(value, Outlines) else rasterize.spans_from_masks(value)
 
 
 def color_jitter(view: AffineImage, augment: Augment, rng: np.random.Generator) -> AffineImage:
@@ -182,55 +222,135 @@ def fitted(size: Size, room: Size) -> Size:
     return height, width
 
 
-def copy_paste(scene: Scene, other: Scene, rng: np.random.Generator, share: float = 0.5) -> Scene:
-    """Returns a scene with some of another's objects on top, at a random place.
+def copy_paste(
+    host: Sample, guest: Sample, canvas: Size, rng: np.random.Generator, share: float = 0.5
+) -> Sample:
+    """Returns the host with some of the guest's objects on top, at a random place.
 
-    What they hide is cut from the objects below; one that is hidden has no span left.
+    What they hide is cut from the objects below; one that is hidden has no mask left.
+    Each object keeps the scale that its image was drawn at; what reaches beyond the
+    canvas is cut off. Where pasted objects lie beyond the host's picture, the image grows
+    to hold them, black between.
     Source: Ghiasi et al. 2021, "Simple Copy-Paste", without blending.
 
     Args:
-      other: no larger than `scene`.
-      share: of the other's objects, each by itself.
+      canvas: (height, width) that the objects are pasted into, at least the host's.
+      share: of the guest's objects, each by itself.
     """
-    number = len(other.labels)
-    chosen = np.flatnonzero(rng.random(number) < share)
-    free = np.array(scene.view.size) - other.view.size
-    top, left = (rng.random(2) * (free + 1)).astype(int).tolist()
-    cover = np.zeros(scene.view.size, np.uint8)
-    pieces = []
-    for i in chosen.tolist():
-        own = other.outlines.take(np.flatnonzero(other.outlines.owner == i))
-        moved = Spans(own.owner, own.column + left, own.top + top, own.bottom + top)
-        pieces.append(moved)
-        if (crop := rasterize.spans_to_crop(moved)) is not None:
-            h, w = crop.pixels.shape
-            cover[crop.top : crop.top + h, crop.left : crop.left + w] |= crop.pixels
-    canvas = np.array(scene.view.picture)
-    patch = np.asarray(other.view.picture)
-    h, w = patch.shape[:2]
-    hidden = cover[top : top + h, left : left + w].astype(bool)
-    canvas[top : top + h, left : left + w][hidden] = patch[hidden]
-    below = [_uncovered(scene.outlines, i, cover) for i in range(len(scene.labels))]
-    above = [
-        dataclasses.replace(piece, owner=np.full(len(piece.owner), len(below) + n))
-        for n, piece in enumerate(pieces)
-    ]
-    return Scene(
-        dataclasses.replace(scene.view, picture=Image.fromarray(canvas)),
-        rasterize.concatenate_spans([*below, *above]),
-        np.concatenate([scene.labels, other.labels[chosen]]),
+    chosen = np.flatnonzero(rng.random(len(guest.labels)) < share)
+    free = np.array(canvas) - guest.size
+    low, high = np.minimum(free, 0), np.maximum(free, 0)
+    top, left = (low + (rng.random(2) * (high - low + 1)).astype(int)).tolist()
+    above = rasterize.select_spans(guest.outlines(), chosen, len(guest.labels))
+    above = rasterize.shift_spans(above, top, left, canvas)
+    size = host.size
+    if len(above.owner):
+        size = max(size[0], int(above.bottom.max())), max(size[1], int(above.column.max()) + 1)
+    image = np.zeros((*size, 3), np.uint8)
+    image[: host.size[0], : host.size[1]] = host.image
+    cover = rasterize.spans_to_masks(above, len(chosen), size).any(axis=0)
+    rows, columns = np.nonzero(cover)
+    image[rows, columns] = guest.image[rows - top, columns - left]
+    below = rasterize.subtract_cover(host.outlines(), cover)
+    num_host, num_objects = len(host.labels), len(host.labels) + len(chosen)
+    above = dataclasses.replace(above, owner=above.owner + num_host)
+    spans = rasterize.concatenate_spans([below, above])
+    keypoints = host.keypoints
+    if keypoints is not None and guest.keypoints is not None:
+        moved = guest.keypoints[chosen]
+        moved[..., :2] += np.float32([left, top])
+        inside = (moved[..., :2] >= 0) & (moved[..., :2] <= np.float32(size[::-1]))
+        moved[~inside.all(axis=-1) | (moved[..., 2] == 0)] = 0
+        keypoints = np.concatenate([keypoints, moved])
+    return dataclasses.replace(
+        host,
+        image=image,
+        masks=Outlines(spans, num_objects, size),
+        boxes=rasterize.bounding_boxes(spans, num_objects),
+        labels=np.concatenate([host.labels, guest.labels[chosen]]),
+        keypoints=keypoints,
     )
 
 
-def _uncovered(outlines: Spans, number: int, cover: np.ndarray) -> Spans:
-    """Returns an object's spans without the pixels where `cover` is 1."""
-    own = outlines.take(np.flatnonzero(outlines.owner == number))
-    crop = rasterize.spans_to_crop(own)
-    if crop is None:
-        return own
-    h, w = crop.pixels.shape
-    hidden = cover[crop.top : crop.top + h, crop.left : crop.left + w]
-    if not (crop.pixels & hidden).any():
-        return own
-    left = rasterize.spans_from_pixels(crop.pixels & (1 - hidden), number)
-    return Spans(left.owner, left.column + crop.left, left.top + crop.top, left.bottom + crop.top)
+Augmentation = Callable[[Sample], Sample]
+
+
+@functools.lru_cache(maxsize=64)
+def custom_function(path: str) -> Augmentation:
+    """Returns what a path of `augment.custom` names; each process imports it once."""
+    function = import_object(path, "augment.custom")
+    if not callable(function):
+        raise InputError(
+            f"augment.custom: {path!r} is a {type(function).__name__}; name a function "
+            "that takes a Sample and returns it changed."
+        )
+    return function
+
+
+def apply_custom(
+    sample: Sample, paths: Sequence[str], *, room: Size, num_classes: int, where: str
+) -> Sample:
+    """Returns the sample as the functions of `augment.custom` leave it, one after another.
+
+    Args:
+      room: (height, width) of the padded shape, the image's size at most.
+      where: the image's name, for messages.
+
+    Raises:
+      InputError: naming the function's path, if it fails or returns what is no training
+        image.
+    """
+    for path in paths:
+        boxes = sample.boxes.copy()
+        try:
+            changed = custom_function(path)(sample)
+        except Exception as error:
+            raise InputError(
+                f"augment.custom: {path} failed for {where} ({reason(error)}); correct it."
+            ) from error
+        if wrong := _wrong_sample(changed, room, num_classes):
+            raise InputError(f"augment.custom: {path} returned, for {where}, {wrong}.")
+        if changed.boxes.shape == boxes.shape and (changed.boxes == boxes).all():
+            tight = rasterize.bounding_boxes(changed.outlines(), len(changed.labels))
+            changed.boxes = tight
+        sample = changed
+    return sample
+
+
+def _wrong_sample(sample: Any, room: Size, num_classes: int) -> str:
+    """Returns what is wrong with the value that a custom augmentation returned, or ""."""
+    if not isinstance(sample, Sample):
+        return f"a {type(sample).__name__}; return the Sample that it got, changed"
+    arrays = {f.name: getattr(sample, f.name) for f in dataclasses.fields(sample)[:4]}
+    n, image = len(np.atleast_1d(sample.labels)), sample.image
+    size = image.shape[:2] if isinstance(image, np.ndarray) else ()
+    wanted = {
+        "image": ("uint8", "u1", (*size, 3)),
+        "masks": ("bool", "b1", (n, *size)),
+        "boxes": ("float", "f", (n, 4)),
+        "labels": ("int", "i", (n,)),
+    }
+    if sample.keypoints is not None:
+        arrays["keypoints"] = sample.keypoints
+        wanted["keypoints"] = ("float", "f", (n, *np.shape(sample.keypoints)[1:2], 3))
+    for name, (kind, code, shape) in wanted.items():
+        array = arrays[name]
+        if not isinstance(array, np.ndarray):
+            return f"`{name}` of type {type(array).__name__}; it must be a numpy array"
+        if not array.dtype.str[1:].startswith(code) or array.shape != shape:
+            return (
+                f"`{name}` {array.dtype} {list(array.shape)}; it must be {kind} {list(shape)}, "
+                f"as there are {n} labels and the image is {list(size)}"
+            )
+        if kind == "float" and not np.isfinite(array).all():
+            return f"`{name}` with a value that is not finite"
+    if min(size) < 1 or size[0] > room[0] or size[1] > room[1]:
+        return (
+            f"an image of {size[0]} x {size[1]} (height x width); the padded shape that was "
+            f"planned for it holds 1 x 1 to {room[0]} x {room[1]}"
+        )
+    if (sample.boxes[:, 2:] < sample.boxes[:, :2]).any():
+        return "`boxes` whose x1 or y1 is less than x0 or y0"
+    if ((sample.labels < 0) | (sample.labels >= num_classes)).any():
+        return f"`labels` outside of 0..{num_classes - 1}"
+    return ""

@@ -1,68 +1,116 @@
-"""Making one padded batch of a plan: read, resize, flip, rasterise, place.
-
-Training batches of augmented images, which the plan's padded shapes still hold."""
+"""The dataset mapper: one padded batch of a schedule, read, moved, rasterised, placed."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 
 import numpy as np
+from PIL import Image
 
 from solov2_jax.data import augment as changes
 from solov2_jax.data import rasterize, sampler, transforms
-from solov2_jax.data.augment import Augment, Scene
+from solov2_jax.data.augment import Augment, Outlines, Sample
 from solov2_jax.data.buckets import Resize
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.images import open_sized
 from solov2_jax.data.outlines import MIN_BOX_SIDE
-from solov2_jax.data.rasterize import Size, stride4_masks
+from solov2_jax.data.rasterize import stride4_masks
 from solov2_jax.data.shared_memory import New, in_memory
+from solov2_jax.data.transforms import Affine, AffineImage, Keypoints
+from solov2_jax.io import InputError
+from solov2_jax.rle import InvalidRLE, Size
 
 ArrayDict = dict[str, np.ndarray]
 
+_UNUSED = np.random.default_rng(0)  # until a sample meets custom augmentations
+
+
+# Makes a further uint8 [h, w] of an image, moved as the image is; pickled into workers.
+PixelMap = Callable[[CocoDataset, int, Affine], np.ndarray]
+
 
 @dataclasses.dataclass(frozen=True)
-class BatchMaker:
-    """Makes batch t of a plan."""
+class EvalBatchMaker:
+    """Makes batch t of an evaluation's schedule."""
 
     dataset: CocoDataset
-    plan: sampler.BatchSchedule
-    sizes: np.ndarray  # int32 [N, S, 2], (height, width) after the resize
+    schedule: sampler.BatchSchedule
+    resize: Resize  # with one size
     bgr: bool
 
     def batch_bytes(self, height: int, width: int) -> int:
         """Returns what `new` is asked for, for a batch of this padded shape."""
-        return self.plan.image.shape[1] * height * width * 3
+        return self.schedule.image.shape[1] * height * width * 3
 
-    def read(self, index: int, size: tuple[int, int], flip: bool, out: np.ndarray) -> None:
-        """Writes an image, resized and maybe flipped, into uint8 [H, W, 3]."""
+    def read(self, index: int) -> Image.Image:
+        """Returns an image as it is on disk, upright, RGB."""
         data = self.dataset
-        old = int(data.heights[index]), int(data.widths[index])
-        image = open_sized(data.path(index), *old, data.annotation_file)
-        transforms.write_image(image, out[: size[0], : size[1]], flip, self.bgr)
-        out[size[0] :] = 0
-        out[: size[0], size[1] :] = 0
+        size = int(data.heights[index]), int(data.widths[index])
+        return open_sized(data.path(index), *size, data.annotation_file)
+
+    def write_pixels(self, view: AffineImage, out: np.ndarray) -> None:
+        """Writes an image into uint8 [H, W, 3], with zeros beyond it."""
+        view.write(out, self.bgr)
+
+    def __call__(self, step: int, new: New = in_memory) -> ArrayDict:
+        """Returns image, image_size, image_id and original_size for one step."""
+        h, w = self.schedule.buckets[self.schedule.bucket[step]]
+        b = self.schedule.image.shape[1]
+        batch = {
+            "image": new((b, h, w, 3)),
+            "image_size": np.tile(np.array([h, w], np.int32), (b, 1)),
+            "image_id": np.full(b, -1, np.int32),
+            "original_size": np.tile(np.array([h, w], np.int32), (b, 1)),
+        }
+        for row, index in enumerate(self.schedule.image[step].tolist()):
+            if index < 0:
+                batch["image"][row] = 0
+                continue
+            view = transforms.affine_image(self.read(index))
+            affine = view.affine.resized(self.resize.size(view.size))
+            self.write_pixels(AffineImage(view.picture, affine), batch["image"][row])
+            batch["image_size"][row] = affine.size
+            batch["image_id"][row] = self.dataset.image_ids[index]
+            batch["original_size"][row] = affine.original
+        return batch
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainBatchMaker(BatchMaker):
-    """Makes training batches."""
+class BatchMaker(EvalBatchMaker):
+    """Makes batch t of a training's schedule; its random part is a function of (seed,
+    epoch, index).
 
+    Resize, flip, crop, rotation and jitter compose into one affine map, by which picture,
+    outlines and key points move. Without augmentation, boxes are the annotated ones, with
+    any they are those of the masks, as in the reference where it crops. An image whose
+    shape has changed is shrunk until the padded shape of the unchanged image holds it:
+    the reference pads a batch to whatever comes.
+    """
+
+    images: np.ndarray  # indices of the images that are trained on, increasing
     seed: int
     flip_prob: float
-    slots: int
+    slots: int  # padded objects per image
+    augment: Augment = Augment()
+    keypoints: Keypoints | None = None
+    pixel_maps: Mapping[str, PixelMap] = dataclasses.field(default_factory=dict)
 
     def batch_bytes(self, height: int, width: int) -> int:
         """Returns what `new` is asked for, for a batch of this padded shape."""
-        masks = self.plan.image.shape[1] * self.slots * (height // 4) * (width // 4)
+        masks = self.schedule.image.shape[1] * self.slots * (height // 4) * (width // 4)
         return super().batch_bytes(height, width) + masks
 
     def __call__(self, step: int, new: New = in_memory) -> ArrayDict:
-        """Returns `Batch`'s fields for one step, `masks` as `expand_masks` takes it.
+        """Returns `Batch`'s fields for one step, for `expand_masks` to finish.
+
+        With key points also `keypoints`, float32 [B, G, J, 3]: x, y in input pixels and
+        the flag, zeros on padding; each of `pixel_maps` is uint8 [B, h, w], 0 on padding.
+        `left_out` is how many objects had no slot, int [].
 
         Args:
           new: makes the large arrays.
         """
-        h, w = self.plan.buckets[self.plan.bucket[step]]
-        b, g = self.plan.image.shape[1], self.slots
+        h, w = self.schedule.buckets[self.schedule.bucket[step]]
+        b, g = self.schedule.image.shape[1], self.slots
         batch = {
             "image": new((b, h, w, 3)),
             "image_size": np.zeros((b, 2), np.int32),
@@ -73,101 +121,154 @@ class TrainBatchMaker(BatchMaker):
             "valid": np.zeros((b, g), bool),
             "image_id": np.zeros(b, np.int32),
         }
-        filled = 0
+        if self.keypoints is not None:
+            batch["keypoints"] = np.zeros((b, g, len(self.keypoints), 3), np.float32)
+        batch |= {name: np.zeros((b, h, w), np.uint8) for name in self.pixel_maps}
+        num_masks = left_out = 0
         for row in range(b):
-            index = int(self.plan.image[step, row])
-            epoch = int(self.plan.epoch[step, row])
+            index, epoch = int(self.schedule.image[step, row]), int(self.schedule.epoch[step, row])
             batch["image_id"][row] = self.dataset.image_ids[index]
             of_row = {k: v[row] for k, v in batch.items() if k != "masks"}
-            of_row["masks"] = batch["masks"][filled:]
-            filled += self.fill_row(of_row, index, epoch)
-        return batch | {"masks": batch["masks"][:filled]}
+            of_row["masks"] = batch["masks"][num_masks:]
+            num_valid, without_slot = self.fill_row(of_row, index, epoch)
+            num_masks, left_out = num_masks + num_valid, left_out + without_slot
+        return batch | {"masks": batch["masks"][:num_masks], "left_out": np.array(left_out)}
 
-    def fill_row(self, row: ArrayDict, index: int, epoch: int) -> int:
-        """Writes an image with its objects into a batch's row, and returns how many
-        objects there are."""
-        scale = int(sampler.scale_index(self.seed, epoch, index, self.sizes.shape[1]))
-        size = int(self.sizes[index, scale, 0]), int(self.sizes[index, scale, 1])
-        flip = sampler.is_flipped(self.seed, epoch, index, self.flip_prob)
-        self.read(index, size, flip, row["image"])
-        row["image_size"][:] = size
-        return self.fill_objects(row, index, size, flip)
+    def fill_row(self, row: ArrayDict, index: int, epoch: int) -> tuple[int, int]:
+        """Writes an image with its objects into a batch's row; returns how many objects
+        it has there, and how many found no slot."""
+        room = row["image"].shape[0], row["image"].shape[1]
+        rng = sampler.random_generator(self.seed, sampler.LOOK, epoch, index)
+        view = self.view(
+            index,
+            rng,
+            scale=int(sampler.scale_index(self.seed, epoch, index, len(self.resize.shorts))),
+            flip=sampler.is_flipped(self.seed, epoch, index, self.flip_prob),
+            room=room,
+        )
+        sample = self.sample(view, index)
+        for name, pixel_map in self.pixel_maps.items():
+            row[name][: view.size[0], : view.size[1]] = pixel_map(self.dataset, index, view.affine)
+        if self.augment.adds_objects:
+            sample = self.augmented(sample, index, epoch, room)
+        if sample.view:
+            self.write_pixels(sample.view, row["image"])
+        else:
+            h, w = sample.size
+            row["image"][:] = 0
+            row["image"][:h, :w] = sample.image[..., ::-1] if self.bgr else sample.image
+        row["image_size"][:] = sample.size
+        return self.write_objects(row, sample)
 
-    def fill_objects(self, row: ArrayDict, index: int, size: tuple[int, int], flip: bool) -> int:
-        """Writes the objects of an image, in the json's order, into a batch's row, and
-        returns how many there are.
+    def view(
+        self, index: int, rng: np.random.Generator, *, scale: int, flip: bool, room: Size | None
+    ) -> AffineImage:
+        """Returns an image as it is augmented, its last resize and flip only in the map.
 
-        Source: detectron2 data/detection_utils.py, filter_empty_instances: an object
-        without a box or without a pixel after the resize is left out.
+        Args:
+          scale: which size of `resize.shorts`.
+          room: (height, width) that the image is shrunk to fit into, if need be.
         """
-        data = self.dataset
-        old = int(data.heights[index]), int(data.widths[index])
-        objects = np.arange(data.start[index], data.start[index + 1])
-        boxes = transforms.transform_boxes(data.boxes[objects], old, size, flip)
-        keep = self.choose(boxes)
-        outlines = self._draw(objects[keep], old, size, flip)
-        labels = data.labels[objects[keep]]
-        return self.write_objects(row, outlines, boxes[keep], labels, size)
+        augment, data = self.augment, self.dataset
+        view = transforms.affine_image(self.read(index))
+        if augment.active:
+            view = changes.color_jitter(view, augment, rng)
+            view = changes.random_rotate(view, augment, rng)
+            boxes = view.affine.boxes(data.boxes[data.start[index] : data.start[index + 1]])
+            view = changes.random_crop_with_instance(view, boxes, augment, rng)
+        if augment.jitter_scale:
+            view = changes.large_scale_jitter(view, augment, rng)
+        size = view.size if augment.jitter_scale else self.resize.size(view.size, scale)
+        affine = view.affine.resized(changes.fitted(size, room) if room else size)
+        return AffineImage(view.picture, affine.flipped() if flip else affine)
 
-    def choose(self, boxes: np.ndarray) -> np.ndarray:
-        """Returns which objects have an extent and a slot, the largest boxes first to
-        get one, in order."""
+    def sample(self, view: AffineImage, index: int) -> Sample:
+        """Returns an image with its objects, in the json's order, moved as the image is."""
+        data, affine = self.dataset, view.affine
+        objects = np.arange(data.start[index], data.start[index + 1])
+        try:
+            outlines = rasterize.draw_spans(data.segmentations, objects.tolist(), affine)
+        except InvalidRLE as error:
+            raise InputError(
+                f"{data.annotation_file}: annotation "
+                f"{data.annotation_ids[objects[error.position]]}: `segmentation`: {error}; "
+                "encode the mask again."
+            ) from None
+        if self.augment.active:
+            boxes = rasterize.bounding_boxes(outlines, len(objects))
+        else:
+            boxes = affine.boxes(data.boxes[objects])
+        return Sample(
+            image=view,
+            masks=Outlines(outlines, len(objects), view.size),
+            boxes=boxes,
+            labels=data.labels[objects],
+            keypoints=None if self.keypoints is None else self.keypoints.moved(objects, affine),
+            rng=_UNUSED,
+        )
+
+    def augmented(self, sample: Sample, index: int, epoch: int, room: Size) -> Sample:
+        """Returns the sample with another image's objects, if it is its turn, and as the
+        custom augmentations leave it."""
+        augment, data = self.augment, self.dataset
+        rng = sampler.random_generator(self.seed, sampler.PASTE, epoch, index)
+        if rng.random() < augment.paste_prob:
+            guest = int(self.images[rng.integers(len(self.images))])
+            look = sampler.random_generator(self.seed, sampler.GUEST, epoch, index, guest)
+            view = self.view(
+                guest,
+                look,
+                scale=int(look.integers(len(self.resize.shorts))),
+                flip=bool(look.random() < self.flip_prob),
+                room=None,
+            )
+            h, w = augment.jitter_size if augment.jitter_scale else sample.size
+            sample = changes.copy_paste(sample, self.sample(view, guest), (h, w), rng)
+        sample.rng = sampler.random_generator(self.seed, sampler.CUSTOM, epoch, index)
+        return changes.apply_custom(
+            sample,
+            augment.custom,
+            room=room,
+            num_classes=len(data.class_names),
+            where=str(data.file_names[index]),
+        )
+
+    def write_objects(self, row: ArrayDict, sample: Sample) -> tuple[int, int]:
+        """Writes the objects that have an extent, a pixel and a slot, the largest boxes
+        first to get one, in order; returns their number and that of those without a slot.
+
+        Source: detectron2 data/detection_utils.py, filter_empty_instances.
+        """
+        outlines, boxes, labels = sample.outlines(), sample.boxes, sample.labels
         sides = boxes[:, 2:] - boxes[:, :2]
         keep = np.flatnonzero((sides > MIN_BOX_SIDE).all(axis=1))
-        if len(keep) > self.slots:
+        without_slot = max(len(keep) - self.slots, 0)
+        if without_slot:
             largest = np.argsort(-sides[keep].prod(axis=1), kind="stable")
             keep = keep[np.sort(largest[: self.slots])]
-        return keep
-
-    def write_objects(
-        self,
-        row: ArrayDict,
-        outlines: rasterize.Spans,
-        boxes: np.ndarray,
-        labels: np.ndarray,
-        size: tuple[int, int],
-    ) -> int:
-        """Writes the objects that have a pixel, and returns how many these are."""
-        centers, present = rasterize.mass_centers(outlines, len(labels))
-        number = int(present.sum())
-        row["masks"][:number] = 0
+        if len(keep) < len(labels):
+            outlines = rasterize.select_spans(outlines, keep, len(labels))
+        centers, present = rasterize.mass_centers(outlines, len(keep))
+        num_valid, keep = int(present.sum()), keep[present]
+        row["masks"][:num_valid] = 0
         slot = np.cumsum(present) - 1
-        for i, small in stride4_masks(outlines, size):
+        for i, small in stride4_masks(outlines, sample.size):
             h, w = small.pixels.shape
             row["masks"][slot[i], small.top : small.top + h, small.left : small.left + w] = (
                 small.pixels
             )
-        row["centers"][:number] = centers[present]
-        row["boxes"][:number] = boxes[present]
-        row["labels"][:number] = labels[present]
-        row["valid"][:number] = True
-        return number
-
-    def _draw(
-        self,
-        objects: np.ndarray,
-        old: tuple[int, int],
-        size: tuple[int, int],
-        flip: bool,
-    ) -> rasterize.Spans:
-        outlines = self.dataset.segmentations
-        try:
-            return rasterize.draw_spans(outlines, objects.tolist(), old, size, flip)
-        except rasterize.InvalidRLE as error:
-            raise self.damaged(objects, error) from None
-
-    def damaged(self, objects: np.ndarray, error: rasterize.InvalidRLE) -> ValueError:
-        """Returns the error that names the annotation."""
-        data = self.dataset
-        return ValueError(
-            f"{data.annotation_file}: annotation "
-            f"{data.annotation_ids[objects[error.position]]}: `segmentation`: {error}; "
-            "encode the mask again."
-        )
+        row["centers"][:num_valid] = centers[present]
+        row["boxes"][:num_valid] = boxes[keep]
+        row["labels"][:num_valid] = labels[keep]
+        row["valid"][:num_valid] = True
+        if sample.keypoints is not None:
+            row["keypoints"][:num_valid] = sample.keypoints[keep]
+        return num_valid, without_slot
 
 
 def expand_masks(batch: ArrayDict) -> ArrayDict:
-    """Returns a batch whose `masks` are [b, g, h, w], zero where `valid` is False.
+    """Returns a training batch whose `masks` are [b, g, h, w], zero where `valid` is
+    False; one of evaluation as it is.
 
     Args:
       batch: `masks` are those of the valid objects only, [n, h, w], which are few: all
@@ -178,111 +279,4 @@ def expand_masks(batch: ArrayDict) -> ArrayDict:
     masks, valid = batch["masks"], batch["valid"]
     full = np.zeros((*valid.shape, *masks.shape[1:]), np.uint8)
     full[valid] = masks
-    return batch | {"masks": full}
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalBatchMaker(BatchMaker):
-    """Makes evaluation batches."""
-
-    def __call__(self, step: int, new: New = in_memory) -> ArrayDict:
-        """Returns image, image_size, image_id and original_size for one step."""
-        h, w = self.plan.buckets[self.plan.bucket[step]]
-        b = self.plan.image.shape[1]
-        batch = {
-            "image": new((b, h, w, 3)),
-            "image_size": np.tile(np.array([h, w], np.int32), (b, 1)),
-            "image_id": np.full(b, -1, np.int32),
-            "original_size": np.tile(np.array([h, w], np.int32), (b, 1)),
-        }
-        for row, index in enumerate(self.plan.image[step].tolist()):
-            if index < 0:
-                batch["image"][row] = 0
-                continue
-            size = int(self.sizes[index, 0, 0]), int(self.sizes[index, 0, 1])
-            self.read(index, size, False, batch["image"][row])
-            batch["image_size"][row] = size
-            batch["image_id"][row] = self.dataset.image_ids[index]
-            batch["original_size"][row] = (
-                self.dataset.heights[index],
-                self.dataset.widths[index],
-            )
-        return batch
-
-
-_OWN, _GUEST = range(2)  # what an image is drawn for
-
-
-@dataclasses.dataclass(frozen=True)
-class AugmentedBatchMaker(TrainBatchMaker):
-    """Makes training batches, all that is random in them from (seed, epoch, index).
-
-    Boxes are those of the masks, as in the reference where it crops. An image whose
-    shape has changed is shrunk until the padded shape of the unchanged image holds it:
-    the reference pads a batch to whatever comes.
-    """
-
-    augment: Augment
-    resize: Resize
-
-    def fill_row(self, row: ArrayDict, index: int, epoch: int) -> int:
-        """Writes an image with its objects into a batch's row, and returns how many
-        objects there are."""
-        h, w = row["image"].shape[:2]
-        scene = self.scene(index, epoch, (h, w), _OWN)
-        rng = self.random(index, epoch, _GUEST)
-        guest = int(rng.integers(len(self.dataset)))
-        if rng.random() < self.augment.paste_prob:
-            size = scene.view.size
-            other = self.scene(guest, epoch, size, _GUEST)
-            scene = changes.copy_paste(scene, other, rng)
-        size = scene.view.size
-        out = row["image"]
-        transforms.write_image(scene.view.picture, out[: size[0], : size[1]], False, self.bgr)
-        out[size[0] :] = 0
-        out[: size[0], size[1] :] = 0
-        row["image_size"][:] = size
-        boxes = rasterize.bounding_boxes(scene.outlines, len(scene.labels))
-        keep = self.choose(boxes)
-        outlines = rasterize.select_spans(scene.outlines, keep, len(scene.labels))
-        return self.write_objects(row, outlines, boxes[keep], scene.labels[keep], size)
-
-    def random(self, index: int, epoch: int, purpose: int) -> np.random.Generator:
-        """Returns the generator of an image in an epoch."""
-        bits = sampler.random_bits(self.seed, sampler.AUGMENT, epoch, index, purpose)
-        return np.random.Generator(np.random.PCG64(int(bits)))
-
-    def scene(self, index: int, epoch: int, room: Size, purpose: int) -> Scene:
-        """Returns an augmented image.
-
-        Args:
-          room: its size at most.
-        """
-        data, augment = self.dataset, self.augment
-        rng = self.random(index, epoch, purpose)
-        old = int(data.heights[index]), int(data.widths[index])
-        picture = open_sized(data.path(index), *old, data.annotation_file)
-        objects = np.arange(data.start[index], data.start[index + 1])
-        view = changes.color_jitter(transforms.affine_image(picture), augment, rng)
-        view = changes.random_rotate(view, augment, rng)
-        boxes = view.boxes(data.boxes[objects])
-        view = changes.random_crop_with_instance(view, boxes, augment, rng)
-        if augment.jitter_scale:
-            view = changes.large_scale_jitter(view, augment, rng)
-            size = changes.fitted(view.size, room)
-        else:
-            shorts = self.resize.shorts
-            scale = sampler.scale_index(self.seed, epoch, index, len(shorts))
-            size = transforms.shortest_edge_sizes(
-                *view.size, shorts[int(scale)], self.resize.max_size
-            )
-            size = changes.fitted((int(size[0]), int(size[1])), room)
-        if size != view.size:
-            view = transforms.resize(view, size)
-        if sampler.is_flipped(self.seed, epoch, index, self.flip_prob):
-            view = transforms.hflip(view)
-        try:
-            outlines = transforms.draw_view(data.segmentations, objects.tolist(), old, view)
-        except rasterize.InvalidRLE as error:
-            raise self.damaged(objects, error) from None
-        return Scene(view, outlines, data.labels[objects])
+    return {k: v for k, v in batch.items() if k != "left_out"} | {"masks": full}

@@ -6,9 +6,11 @@ from typing import Any
 
 from solov2_jax.data import records
 from solov2_jax.data.augment import Augment
-from solov2_jax.data.buckets import resize_of
+from solov2_jax.data.batch import PixelMap
+from solov2_jax.data.buckets import Resize
 from solov2_jax.data.coco import CocoDataset, load_coco
 from solov2_jax.data.pipeline import Batches, Reading, eval_batches, train_batches
+from solov2_jax.data.transforms import Keypoints
 from solov2_jax.io import InputError, import_object
 
 
@@ -62,34 +64,33 @@ def build_train_batches(
     dataset: CocoDataset,
     start_step: int = 0,
     shard: tuple[int, int] = (0, 1),
+    *,
+    keypoints: Keypoints | None = None,
+    pixel_maps: Mapping[str, PixelMap] | None = None,
 ) -> Batches:
     """Returns the batches of steps `start_step` to `train.steps`.
 
     Args:
       shard: (i, n) fetches the i-th of n slices of each global batch.
+      keypoints, pixel_maps: for further fields, see `train_batches`.
     """
-    input_ = config.input
     return train_batches(
         dataset,
         seed=config.seed,
         num_steps=config.train.steps,
         batch_size=config.train.batch_size,
-        resize=resize_of(
-            input_.min_sizes_train,
-            input_.max_size_train,
-            input_.buckets_train,
-            "input.min_sizes_train",
-            input_.size_sampling,
-        ),
-        flip_prob=input_.flip_prob,
+        resize=train_resize(config),
+        flip_prob=config.input.flip_prob,
         max_instances=config.data.max_instances,
         keep_empty=config.data.keep_empty,
         repeat_threshold=config.data.repeat_threshold,
         max_images=config.data.train.max_images,
-        channel_order=input_.channel_order,
+        channel_order=config.input.channel_order,
         start_step=start_step,
         shard=shard,
         augment=_augment(config),
+        keypoints=keypoints,
+        pixel_maps=pixel_maps or {},
         reading=_reading(config),
     )
 
@@ -101,21 +102,15 @@ def build_loss_batches(
 
     The same ones each time, `eval.loss_images` of them in whole batches, not mirrored.
     """
-    input_, size = config.input, config.train.batch_size
-    wanted = min(config.eval.loss_images, len(dataset))
+    size = config.train.batch_size
     return train_batches(
         dataset,
         seed=config.seed,
-        num_steps=-(-wanted // size),
+        num_steps=-(-min(config.eval.loss_images, len(dataset)) // size),
         batch_size=size,
-        resize=resize_of(
-            (input_.min_size_test,),
-            input_.max_size_test,
-            input_.buckets_test,
-            "input.min_size_test",
-        ),
+        resize=_test_resize(config),
         flip_prob=0.0,
-        channel_order=input_.channel_order,
+        channel_order=config.input.channel_order,
         shard=shard,
         reading=_reading(config),
     )
@@ -129,38 +124,36 @@ def build_eval_batches(
     Args:
       shard: (i, n) gives the i-th of n parts.
     """
-    input_ = config.input
-    resize = resize_of(
-        (input_.min_size_test,),
-        input_.max_size_test,
-        input_.buckets_test,
-        "input.min_size_test",
-    )
     return eval_batches(
         dataset,
         batch_size=config.eval.batch_size,
-        resize=dataclasses.replace(resize, exact=config.eval.exact_padding),
-        channel_order=input_.channel_order,
+        resize=dataclasses.replace(_test_resize(config), exact=config.eval.exact_padding),
+        channel_order=config.input.channel_order,
         max_images=config.eval.max_images,
         shard=shard,
         reading=_reading(config),
     )
 
 
+def train_resize(config: Any) -> Resize:
+    """Returns the sizes of training images."""
+    values = config.input
+    shorts = values.min_sizes_train
+    if values.size_sampling == "range":
+        shorts = range(min(shorts), max(shorts) + 1)
+    return Resize(tuple(shorts), values.max_size_train, tuple(values.buckets_train))
+
+
+def _test_resize(config: Any) -> Resize:
+    values = config.input
+    return Resize((values.min_size_test,), values.max_size_test, tuple(values.buckets_test))
+
+
 def _augment(config: Any) -> Augment:
-    values = config.augment
-    return Augment(
-        rotate_prob=values.rotate_prob,
-        rotate_degrees=values.rotate_degrees,
-        crop_size=tuple(values.crop_size),
-        crop_objects=values.crop_objects,
-        brightness=values.brightness,
-        contrast=values.contrast,
-        saturation=values.saturation,
-        jitter_scale=tuple(values.jitter_scale),
-        jitter_size=tuple(values.jitter_size),
-        paste_prob=values.paste_prob,
-    ).check()
+    names = [field.name for field in dataclasses.fields(Augment)]
+    values = {name: getattr(config.augment, name) for name in names}
+    lists = {k: tuple(v) for k, v in values.items() if isinstance(v, tuple | list)}
+    return Augment(**(values | lists))
 
 
 def _reading(config: Any) -> Reading:

@@ -1,14 +1,12 @@
 """From a data set on disk to padded batches: numpy, worker processes, no jax.
 
-The order is a `BatchPlan`; grain only fetches its batches, in threads or processes.
+The order is a `BatchSchedule`; grain only fetches its batches, in threads or processes.
 grain itself imports jax in a worker, if it is installed; nothing starts a device.
 
-
-Ctrl-C is for the process that reads: its workers go on until it closes them.
-
-A terminal and a notebook's stop button signal the whole group of processes. The reader
-decides what becomes of the run; a worker that died of it would print a traceback, and
-could not give the batches that are still wanted.
+Workers live and die with the process that reads. Ctrl-C and SIGTERM are for that process
+alone, although a terminal, a notebook and a batch system signal the whole group: it
+decides what becomes of the run, and may still want batches. A worker that is killed is an
+error of the reader; a reader that is killed takes its workers along.
 """
 
 import atexit
@@ -17,9 +15,13 @@ import dataclasses
 import functools
 import gc
 import logging
+import multiprocessing
+import os
 import signal
+import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
+from multiprocessing import connection, resource_tracker
 from typing import Any
 
 import grain
@@ -27,14 +29,8 @@ import numpy as np
 from absl import flags
 
 from solov2_jax.data import sampler
-from solov2_jax.data.augment import Augment
-from solov2_jax.data.batch import (
-    ArrayDict,
-    AugmentedBatchMaker,
-    EvalBatchMaker,
-    TrainBatchMaker,
-    expand_masks,
-)
+from solov2_jax.data.augment import Augment, custom_function
+from solov2_jax.data.batch import ArrayDict, BatchMaker, EvalBatchMaker, PixelMap, expand_masks
 from solov2_jax.data.buckets import Resize, choose_buckets
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.images import reuse_memory
@@ -45,11 +41,20 @@ from solov2_jax.data.shared_memory import (
     make_pool,
     receive,
 )
+from solov2_jax.data.transforms import Keypoints
+from solov2_jax.io import InputError
 
 log = logging.getLogger(__name__)
 
 _IN_USE = 4  # batches that the reader may hold before they travel more slowly
 _PIPED = 1 << 16  # bytes of an array that goes through a worker's pipe at most
+_PLAIN = Augment()
+_NO_MAPS: dict[str, PixelMap] = {}
+_IS_BGR = {"RGB": False, "BGR": True}
+_PLAIN = Augment()
+_NO_MAPS: dict[str, PixelMap] = {}
+_IS_BGR = {"RGB": False, "BGR": True}
+_SMALL_ARRAYS = 1 << 20  # bytes of a slot for what is neither image nor masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,25 +67,19 @@ class Reading:
 
 
 class Batches:
-    """An iterable of `len` dicts of arrays; each iteration starts from the front."""
+    """An iterable of `len` dicts of arrays; each iteration starts from the front.
 
-    def __init__(
-        self,
-        loader: TrainBatchMaker | EvalBatchMaker,
-        plan: sampler.BatchSchedule,
-        start: int,
-        reading: Reading,
-    ):
-        self.buckets = plan.buckets
-        self._start, self._stop = start, len(plan)
-        self._loader, self._reading = loader, reading
+    Attributes:
+      maker: makes the batch of a step; may be replaced.
+    """
+
+    def __init__(self, maker: EvalBatchMaker, start: int, reading: Reading):
+        self.maker, self.reading = maker, reading
+        self.buckets = maker.schedule.buckets
+        self._start, self._stop = start, len(maker.schedule)
 
     def __len__(self) -> int:
         return max(self._stop - self._start, 0)
-
-    def replace_loader(self, make: Callable[[Any], Any]) -> None:
-        """Lets another loader, made from the present one, make the batches."""
-        self._loader = make(self._loader)
 
     def __iter__(self) -> Iterator[ArrayDict]:
         generator = self._fetch()
@@ -94,65 +93,137 @@ class Batches:
     def _fetch(self) -> Generator[ArrayDict, None, None]:
         if not len(self):
             return
-        reading = self._reading
-        if not flags.FLAGS.is_parsed():
-            # grain reads absl flags in its processes, also outside of an absl app.
-            flags.FLAGS.mark_as_parsed()
-        if not reading.num_workers:
-            reuse_memory()
-        arena = self._make_arena()
-        loader = self._loader if arena is None else PoolSender(self._loader, arena)
-        batches = grain.MapDataset.range(self._start, self._stop)
-        stream = batches.map(MmapPickle(loader)).to_iter_dataset(
-            grain.ReadOptions(
-                num_threads=reading.num_threads,
-                prefetch_buffer_size=max(reading.prefetch, reading.num_threads),
-            )
-        )
-        if reading.num_workers:
-            # Each small array would otherwise get shared memory of its own.
-            options = grain.experimental.DatasetOptions(min_shm_size=_PIPED)
-            stream = grain.experimental.WithOptionsIterDataset(stream, options)
-            stream = stream.mp_prefetch(
-                grain.MultiprocessingOptions(
-                    num_workers=min(reading.num_workers, len(self)),
-                    per_worker_buffer_size=reading.prefetch,
-                ),
-                worker_init_fn=_start_worker,
-            )
-        iterator = iter(stream)
+        pool = self._make_pool()
+        iterator = iter(self._stream(pool))
+        told = False
         try:
-            with kept_from_children(bool(reading.num_workers)):
-                batch = next(iterator, None)  # starts the processes
+            with _signals_held_back(bool(self.reading.num_workers)):
+                batch = _next(iterator)  # starts the processes
             while batch is not None:
-                yield expand_masks(receive(batch, arena))
-                batch = next(iterator, None)
+                arrays = receive(batch, pool)
+                told = told or self._tell_left_out(arrays)
+                yield expand_masks(arrays)
+                batch = _next(iterator)
         finally:
             iterator.close()
             # grain's last batches hang in reference cycles with its StopIteration.
             gc.collect()
 
-    def _make_arena(self) -> SharedMemoryPool | None:
+    def _stream(self, pool: SharedMemoryPool | None) -> Any:
+        """Returns grain's stream of what `receive` takes."""
+        reading = self.reading
+        if not flags.FLAGS.is_parsed():
+            # grain reads absl flags in its processes, also outside of an absl app.
+            flags.FLAGS.mark_as_parsed()
+        if not reading.num_workers:
+            reuse_memory()
+        maker = self.maker if pool is None else PoolSender(self.maker, pool)
+        steps = grain.MapDataset.range(self._start, self._stop)
+        stream = steps.map(MmapPickle(maker)).to_iter_dataset(
+            grain.ReadOptions(
+                num_threads=reading.num_threads,
+                prefetch_buffer_size=max(reading.prefetch, reading.num_threads),
+            )
+        )
+        if not reading.num_workers:
+            return stream
+        # Each small array would otherwise get shared memory of its own.
+        options = grain.experimental.DatasetOptions(min_shm_size=_PIPED)
+        stream = grain.experimental.WithOptionsIterDataset(stream, options)
+        return stream.mp_prefetch(
+            grain.MultiprocessingOptions(
+                num_workers=min(reading.num_workers, len(self)),
+                per_worker_buffer_size=reading.prefetch,
+            ),
+            worker_init_fn=_start_worker,
+        )
+
+    def _make_pool(self) -> SharedMemoryPool | None:
         """Returns memory for the batches on their way and some that are in use."""
-        reading = self._reading
+        reading = self.reading
         if not reading.num_workers:
             return None
         ahead = reading.prefetch + max(reading.prefetch, reading.num_threads) + 1
-        largest = max(self._loader.batch_bytes(h, w) for h, w in self.buckets)
-        return make_pool(reading.num_workers * ahead + _IN_USE, largest)
+        largest = max(self.maker.batch_bytes(h, w) for h, w in self.buckets)
+        slots = reading.num_workers * ahead + _IN_USE
+        return make_pool(slots, largest + largest // 4 + _SMALL_ARRAYS)
+
+    def _tell_left_out(self, batch: ArrayDict) -> bool:
+        """Logs that augmentation made more objects than fit, and returns whether it did."""
+        maker, left_out = self.maker, int(batch.get("left_out", 0))
+        if not left_out or not isinstance(maker, BatchMaker) or not maker.augment.adds_objects:
+            return False
+        log.warning(
+            "with what augment.paste_prob and augment.custom add, images have more than "
+            "data.max_instances = %d objects; the smallest are left out, %d in this batch. "
+            "Raise data.max_instances to train on all.",
+            maker.slots,
+            left_out,
+        )
+        return True
+
+
+def _next(iterator: Any) -> Any:
+    """Returns the next batch, None after the last one.
+
+    Raises:
+      InputError: where a worker process was killed.
+    """
+    try:
+        return next(iterator, None)
+    except RuntimeError as error:
+        text = str(error)
+        if "Worker process was terminated" not in text:
+            raise
+        code = text.partition("exit code ")[2].partition(".")[0]
+        raise InputError(
+            f"a process that reads training data ended unexpectedly (exit code {code}; -9 is "
+            "a kill, mostly by the system for want of memory): lower data.num_workers, "
+            "data.prefetch or train.batch_size, or give the machine more memory."
+        ) from error
 
 
 def _start_worker(number: int, count: int) -> None:
     """Prepares a worker process."""
     del number, count
-    ignore()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     reuse_memory()
+
+
+def _end_with_parent() -> None:
+    """Waits until the process that reads is gone, however it ended, and ends this one."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _close(generator: "weakref.ref[Generator[ArrayDict, None, None]]") -> None:
     """Ends a generator that still exists."""
     if (alive := generator()) is not None:
         alive.close()
+
+
+@contextlib.contextmanager
+def _signals_held_back(wanted: bool) -> Iterator[None]:
+    """Holds SIGINT and SIGTERM back inside `with`, for what this thread starts: for good.
+
+    Threads and processes inherit what is held back, so a worker is safe from its first
+    instruction on. In the present thread a signal arrives when the block ends.
+
+    Args:
+      wanted: False: nothing is held back.
+    """
+    if not wanted or not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    # It would start with the first worker, and lets the signals through when it does.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def train_batches(
@@ -170,8 +241,10 @@ def train_batches(
     channel_order: str = "RGB",
     start_step: int = 0,
     shard: tuple[int, int] = (0, 1),
-    augment: Augment | None = None,
-    reading: Reading | None = None,
+    augment: Augment = _PLAIN,
+    keypoints: Keypoints | None = None,
+    pixel_maps: Mapping[str, PixelMap] = _NO_MAPS,
+    reading: Reading = Reading(),
 ) -> Batches:
     """Returns the batches of steps `start_step` to `num_steps`, keys as in `Batch`.
 
@@ -183,90 +256,108 @@ def train_batches(
         Of more objects, the ones with the largest boxes are kept.
       keep_empty: train on images without objects too.
       repeat_threshold: show images of classes that fewer than this share of the images
-        have more often, see `plan.repeat_factors`; 0: every image once an epoch.
+        have more often, see `sampler.repeat_factors`; 0: every image once an epoch.
       max_images: train on the first ones only; 0 for all.
       channel_order: "RGB" or "BGR".
-      augment: what may happen to an image beyond resize and flip; None: nothing. Where
-        objects are pasted and `max_instances` is 0, there is room for twice as many.
+      augment: what may happen to an image beyond resize and flip. Where objects are
+        pasted and `max_instances` is 0, there is room for twice as many.
+      keypoints: of the data set's objects, for a field `keypoints`.
+      pixel_maps: further fields, uint8 [B, h, w], by name.
     """
     index, count = shard
     if batch_size % count or not 0 <= index < count:
-        raise ValueError(
+        raise InputError(
             f"train.batch_size {batch_size} cannot be split into {count} equal slices "
             f"(slice {index}); make it a multiple of the number of processes."
         )
-    sizes = sampler.all_sizes(dataset.heights, dataset.widths, resize.shorts, resize.max_size)
-    if augment is not None and augment.jitter_scale:
-        sizes = np.full((len(dataset), 1, 2), augment.jitter_size, np.int32)
-    chosen = np.arange(len(dataset)) if keep_empty else np.flatnonzero(dataset.objects_per_image)
-    if max_images:
-        chosen = chosen[chosen < max_images]
-    if not len(chosen):
-        raise ValueError(
-            f"{dataset.annotation_file}: no image has an object to train on, and "
-            "data.keep_empty is False; annotate some or set it to True."
+    if pixel_maps and augment.adds_objects:
+        raise InputError(
+            "augment.paste_prob and augment.custom do not reach "
+            f"{', '.join(pixel_maps)}; set them back to 0 and ()."
         )
-    buckets, assigned = choose_buckets(dataset, sizes, chosen, resize, "train")
-    _report_negatives(dataset, keep_empty)
-    plan = sampler.train_schedule(
-        chosen,
+    for path in augment.custom:
+        custom_function(path)  # an error before anything is read
+    if augment.jitter_scale:
+        sizes = np.full((len(dataset), 1, 2), augment.jitter_size, np.int32)
+    else:
+        sizes = resize.sizes(dataset.heights, dataset.widths)
+    images = _training_images(dataset, keep_empty, max_images)
+    buckets, assigned = choose_buckets(dataset, sizes, images, resize, "train")
+    schedule = sampler.train_schedule(
+        images,
         buckets,
         assigned,
         seed=seed,
         num_steps=num_steps,
         batch_size=batch_size,
-        repeats=_repeats(dataset, chosen, repeat_threshold),
+        repeats=_repeats(dataset, images, repeat_threshold),
     )
-    part = slice(index * batch_size // count, (index + 1) * batch_size // count)
-    plan = dataclasses.replace(
-        plan, image=plan.image[:, part].copy(), epoch=plan.epoch[:, part].copy()
+    rows = slice(index * batch_size // count, (index + 1) * batch_size // count)
+    maker = BatchMaker(
+        dataset=dataset,
+        schedule=schedule.part(rows=rows),
+        resize=resize,
+        bgr=_IS_BGR[channel_order],
+        images=images,
+        seed=seed,
+        flip_prob=flip_prob,
+        slots=_slots(dataset.objects_per_image[images], max_instances, augment),
+        augment=augment,
+        keypoints=keypoints,
+        pixel_maps=pixel_maps,
     )
-    number = dataset.objects_per_image[chosen]
-    most = int(number.max()) * (2 if augment is not None and augment.paste_prob else 1)
-    slots = max_instances or max(8, -(-most // 8) * 8)
-    if (crowded := number > slots).any():
-        log.warning(
-            "%d images have more than data.max_instances = %d objects; their %d "
-            "smallest are left out",
-            crowded.sum(),
-            slots,
-            (number[crowded] - slots).sum(),
+    return Batches(maker, start_step, reading)
+
+
+def _training_images(dataset: CocoDataset, keep_empty: bool, max_images: int) -> np.ndarray:
+    """Returns the indices of the images to train on, increasing, and logs how many images
+    have no object."""
+    num_objects = dataset.objects_per_image
+    images = np.arange(len(dataset)) if keep_empty else np.flatnonzero(num_objects)
+    if max_images:
+        images = images[images < max_images]
+    if not len(images):
+        raise InputError(
+            f"{dataset.annotation_file}: no image has an object to train on, and "
+            "data.keep_empty is False; annotate some or set it to True."
         )
-    fields = dataset, plan, sizes, _is_bgr(channel_order), seed, flip_prob, slots
-    loader = TrainBatchMaker(*fields)
-    if augment is not None and augment.active:
-        loader = AugmentedBatchMaker(*fields, augment, resize)
-    return Batches(loader, plan, start_step, reading or Reading())
-
-
-def _report_negatives(dataset: CocoDataset, keep_empty: bool) -> None:
-    """Logs how many images have no object, and what becomes of them."""
-    number = int((dataset.objects_per_image == 0).sum())
-    fate = "trained on as negatives" if keep_empty else "left out"
+    num_empty = int((num_objects == 0).sum())
     log.info(
         "%d of %d images (%.1f %%) have no object; they are %s (data.keep_empty)",
-        number,
+        num_empty,
         len(dataset),
-        100 * number / len(dataset),
-        fate,
+        100 * num_empty / len(dataset),
+        "trained on as negatives" if keep_empty else "left out",
     )
+    return images
 
 
-def _repeats(dataset: CocoDataset, chosen: np.ndarray, threshold: float) -> np.ndarray | None:
-    """Returns how often each chosen image is shown in an epoch; None: once."""
-    if not 0 <= threshold <= 1:
-        raise ValueError(
-            f"data.repeat_threshold is {threshold}; it is a share of the images, 0..1."
+def _slots(num_objects: np.ndarray, max_instances: int, augment: Augment) -> int:
+    """Returns the padded objects of an image, and logs what that leaves out."""
+    most = int(num_objects.max()) * (2 if augment.paste_prob else 1)
+    slots = max_instances or max(8, -(-most // 8) * 8)
+    if (crowded := num_objects > slots).any():
+        log.warning(
+            "%d images have more than data.max_instances = %d objects; their %d "
+            "smallest are left out. Raise data.max_instances to train on all.",
+            crowded.sum(),
+            slots,
+            (num_objects[crowded] - slots).sum(),
         )
+    return slots
+
+
+def _repeats(dataset: CocoDataset, images: np.ndarray, threshold: float) -> np.ndarray | None:
+    """Returns how often each image is shown in an epoch; None: once."""
     if not threshold:
         return None
-    factors = sampler.repeat_factors(dataset.labels, dataset.start, threshold)[chosen]
+    factors = sampler.repeat_factors(dataset.labels, dataset.start, images, threshold)
     log.info(
         "data.repeat_threshold %g: %d of %d images are shown more than once an epoch, "
         "at most %.1f times; an epoch has %.0f images",
         threshold,
         (factors > 1).sum(),
-        len(chosen),
+        len(images),
         factors.max(),
         factors.sum(),
     )
@@ -281,7 +372,7 @@ def eval_batches(
     channel_order: str = "RGB",
     max_images: int = 0,
     shard: tuple[int, int] = (0, 1),
-    reading: Reading | None = None,
+    reading: Reading = Reading(),
 ) -> Batches:
     """Returns every image once: image, image_size, image_id, original_size [B, 2].
 
@@ -293,49 +384,11 @@ def eval_batches(
       shard: (i, n) gives every n-th batch from the i-th on; together, n such parts hold
         each image once.
     """
-    sizes = sampler.all_sizes(dataset.heights, dataset.widths, resize.shorts[:1], resize.max_size)
-    chosen = np.arange(len(dataset))[: max_images or None]
-    buckets, assigned = choose_buckets(dataset, sizes, chosen, resize, "test")
-    plan = sampler.eval_schedule(assigned[chosen, 0], buckets, batch_size)
-    index, count = shard
-    part = slice(index, None, count)
-    plan = dataclasses.replace(
-        plan, image=plan.image[part], epoch=plan.epoch[part], bucket=plan.bucket[part]
-    )
-    loader = EvalBatchMaker(dataset, plan, sizes, _is_bgr(channel_order))
-    return Batches(loader, plan, 0, reading or Reading())
-
-
-def _is_bgr(channel_order: str) -> bool:
-    if channel_order not in ("RGB", "BGR"):
-        raise ValueError(f'input.channel_order is {channel_order!r}; use "RGB" or "BGR".')
-    return channel_order == "BGR"
-
-
-def ignore() -> None:
-    """Lets SIGINT pass this process by."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-@contextlib.contextmanager
-def kept_from_children(wanted: bool) -> Iterator[None]:
-    """Holds SIGINT back inside `with`, for what this thread starts: for good.
-
-    Threads and processes inherit what is held back, so a worker is safe from its first
-    instruction on. In the present thread the signal arrives when the block ends.
-
-    Args:
-      wanted: False: nothing is held back.
-    """
-    if not wanted or not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    from multiprocessing import resource_tracker
-
-    # It would start with the first worker, and lets the signal through when it does.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    resize = dataclasses.replace(resize, shorts=resize.shorts[:1])
+    images = np.arange(len(dataset))[: max_images or None]
+    sizes = resize.sizes(dataset.heights, dataset.widths)
+    buckets, assigned = choose_buckets(dataset, sizes, images, resize, "test")
+    schedule = sampler.eval_schedule(assigned[images, 0], buckets, batch_size)
+    part = schedule.part(steps=slice(shard[0], None, shard[1]))
+    maker = EvalBatchMaker(dataset, part, resize, _IS_BGR[channel_order])
+    return Batches(maker, 0, reading)

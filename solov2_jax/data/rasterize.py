@@ -1,11 +1,9 @@
-"""Masks of an image's objects as vertical spans: outlines -> spans -> what is learnt.
+"""Masks of an image's objects as vertical spans: outlines -> spans -> stride-4 masks.
 
 A span is a piece of a column that an object covers. All objects of an image are kept
 in one set of arrays, so that a crowd costs hardly more calls than one object, and
-pixels are made only where the loss looks: a quarter-size mask reads a quarter of them.
-
-
-Spans -> masks at a quarter of the size, the resolution that the loss looks at."""
+pixels are made only where the loss looks: a stride-4 mask reads a quarter of them.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -15,9 +13,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from solov2_jax.data.outlines import Segmentations
-from solov2_jax.rle import Crop, nearest_table, rle_from_strings
-
-Size = tuple[int, int]  # (height, width)
+from solov2_jax.data.transforms import Affine
+from solov2_jax.rle import Crop, InvalidRLE, Size, nearest_table, rle_from_strings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,130 +39,149 @@ class Spans:
         )
 
 
-class InvalidRLE(ValueError):
-    """Run lengths that are no mask of their image.
+def draw_spans(segmentations: Segmentations, indices: Sequence[int], affine: Affine) -> Spans:
+    """Returns the masks of objects in the image that an affine map leads to.
 
-    Attributes:
-      position: of the object among those asked for.
-    """
-
-    def __init__(self, position: int, why: str):
-        super().__init__(why)
-        self.position = position
-
-
-def draw_spans(
-    segmentations: Segmentations,
-    indices: Sequence[int],
-    old_size: Size,
-    new_size: Size,
-    flip: bool,
-) -> Spans:
-    """Returns the masks of objects in the resized, maybe flipped image.
-
-    Polygons are scaled, flipped and then drawn at the new size; run lengths are drawn
-    at the old size and resized by nearest neighbour.
+    Points of polygons are moved and then drawn at the new size; run lengths are drawn at
+    the old size and moved by nearest neighbour.
     Source: detectron2 data/detection_utils.py, transform_instance_annotations.
 
     Args:
       indices: of the objects; `owner` counts them.
-      old_size, new_size: of the image before and after the resize.
+
+    Raises:
+      InvalidRLE: with the position among `indices`.
     """
-    height, width = new_size
-    scale = np.array([width / old_size[1], height / old_size[0]])
     polygons: list[np.ndarray] = []
     drawn: list[tuple[int, int]] = []  # object's position, number of its polygons
     pieces = []
     for position, index in enumerate(indices):
         outline = segmentations.polygons(index)
         if not outline:
-            runs = segmentations.run_lengths(index)
-            found = resize_spans(spans_of_rle(runs, position, old_size), old_size, new_size)
-            if flip:
-                found = dataclasses.replace(found, column=width - 1 - found.column)
-            pieces.append(found)
+            try:
+                spans = spans_from_rle([segmentations.run_lengths(index)], affine.original)
+            except InvalidRLE as error:
+                error.position = position
+                raise
+            moved = _move_spans(spans, affine)
+            pieces.append(dataclasses.replace(moved, owner=np.full(len(moved.owner), position)))
             continue
-        drawn.append((position, len(outline)))
-        for polygon in outline:
-            points = polygon.reshape(-1, 2) * scale
-            if flip:
-                points[:, 0] = width - points[:, 0]
-            polygons.append(points.ravel())
+        parts = [part.reshape(-1, 2) for part in outline]
+        if not affine.only_resized:
+            parts = [clip_polygon(part, affine.original) for part in parts]
+            parts = [part for part in parts if len(part) > 2]
+        if parts:
+            drawn.append((position, len(parts)))
+            polygons += parts
     if polygons:
-        pieces.append(draw_polygons(polygons, drawn, new_size))
+        moved = affine.points(np.concatenate(polygons)).ravel()
+        edges = np.cumsum([2 * len(part) for part in polygons]).tolist()
+        parts = [moved[a:b] for a, b in zip([0, *edges[:-1]], edges, strict=True)]
+        pieces.append(_draw_polygons(parts, drawn, affine.size))
     return concatenate_spans(pieces)
 
 
-_EMPTY = Spans(*[np.zeros(0, np.int64)] * 4)
-
-
-def rasterize(
-    segmentations: Segmentations,
-    index: int,
-    old_size: Size,
-    new_size: Size,
-    flip: bool,
-) -> Crop | None:
-    """Returns one object's mask as pixels of the size after the resize, as `draw_spans`
-    draws it; None if empty."""
-    return spans_to_crop(draw_spans(segmentations, [index], old_size, new_size, flip))
-
-
-def draw_polygons(polygons: list[np.ndarray], drawn: list[tuple[int, int]], size: Size) -> Spans:
-    """Returns the spans of objects that are unions of polygons, in pixels of `size`.
-
-    Args:
-      drawn: of each object, its number and that of its polygons.
-    """
+def _draw_polygons(polygons: list[np.ndarray], drawn: list[tuple[int, int]], size: Size) -> Spans:
+    """Returns the spans of objects that are unions of polygons, in pixels of `size`."""
     parts = coco_mask.frPyObjects(polygons, *size)  # pyright: ignore
     counts, start = [], 0
-    for _, number in drawn:
-        own = parts[start : start + number]
-        counts.append((own[0] if number == 1 else coco_mask.merge(own))["counts"])  # pyright: ignore
-        start += number
+    for _, num_polygons in drawn:
+        own = parts[start : start + num_polygons]
+        counts.append((own[0] if num_polygons == 1 else coco_mask.merge(own))["counts"])  # pyright: ignore
+        start += num_polygons
     spans = spans_from_rle(counts, size)
     positions = np.array([position for position, _ in drawn])
     return dataclasses.replace(spans, owner=positions[spans.owner])
 
 
-def spans_of_rle(counts: bytes, position: int, size: Size) -> Spans:
-    """Returns the spans of one object that is given by run lengths.
+def _move_spans(spans: Spans, affine: Affine) -> Spans:
+    """Returns the mask of one object of the original in the new image."""
+    if affine.only_resized:
+        moved = resize_spans(spans, affine.original, affine.size)
+        if affine.mirrored:
+            moved = dataclasses.replace(moved, column=affine.size[1] - 1 - moved.column)
+        return moved
+    mask = spans_to_masks(spans, 1, affine.original)[0]
+    return spans_from_pixels(affine.move_nearest(mask.view(np.uint8)), 0)
 
-    Args:
-      position: becomes its owner.
+
+def clip_polygon(points: np.ndarray, size: Size) -> np.ndarray:
+    """Returns the part of a polygon within the image, float64 [m, 2].
+
+    What annotators drew beyond the border must not come into sight by a rotation.
+    Source: Sutherland and Hodgman 1974.
     """
-    try:
-        spans = spans_from_rle([counts], size)
-    except ValueError as error:
-        raise InvalidRLE(position, str(error)) from None
-    return dataclasses.replace(spans, owner=np.full(len(spans.owner), position))
+    for axis, limit, sign in ((0, 0, -1.0), (0, size[1], 1.0), (1, 0, -1.0), (1, size[0], 1.0)):
+        beyond = sign * (points[:, axis] - limit) > 0
+        if not beyond.any():
+            continue
+        after = np.roll(points, -1, axis=0)
+        crossing = beyond != np.roll(beyond, -1)
+        run = np.where(crossing, after[:, axis] - points[:, axis], 1)
+        share = (limit - points[:, axis]) / run
+        met = points + share[:, None] * (after - points)
+        met[:, axis] = limit
+        both = np.stack([points, met], axis=1).reshape(-1, 2)
+        points = both[np.stack([~beyond, crossing], axis=1).ravel()]
+        if not len(points):
+            break
+    return points
+
+
+def draw_object(segmentations: Segmentations, index: int, size: Size) -> Crop | None:
+    """Returns one object's mask in its image of this size; None if it is empty."""
+    affine = Affine(size, size, np.eye(2, 3))
+    return spans_to_crop(draw_spans(segmentations, [index], affine))
 
 
 def concatenate_spans(pieces: Sequence[Spans]) -> Spans:
     """Returns the spans of several sets, sorted by object."""
+    if not pieces:
+        return Spans(*[np.zeros(0, np.int64)] * 4)
     if len(pieces) == 1:
         return pieces[0]
-    fields = zip(*(dataclasses.astuple(piece) for piece in pieces), strict=True)
-    every = Spans(*(np.concatenate(f) for f in fields)) if pieces else _EMPTY
-    return every.take(np.argsort(every.owner, kind="stable"))
+    columns = [(piece.owner, piece.column, piece.top, piece.bottom) for piece in pieces]
+    joined = Spans(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+    return joined.take(np.argsort(joined.owner, kind="stable"))
 
 
-def select_spans(spans: Spans, chosen: np.ndarray, number: int) -> Spans:
+def select_spans(spans: Spans, chosen: np.ndarray, num_objects: int) -> Spans:
     """Returns the spans of some of the objects, which are counted anew.
 
     Args:
       chosen: the objects, in order.
-      number: of all objects.
+      num_objects: before the choice.
     """
-    position = np.full(number, -1)
+    position = np.full(num_objects, -1)
     position[chosen] = np.arange(len(chosen))
     owner = position[spans.owner]
     kept = spans.take(np.flatnonzero(owner >= 0))
     return dataclasses.replace(kept, owner=owner[owner >= 0])
 
 
+def shift_spans(spans: Spans, top: int, left: int, size: Size) -> Spans:
+    """Returns the spans moved, without what leaves an image of this size."""
+    column = spans.column + left
+    upper, lower = np.maximum(spans.top + top, 0), np.minimum(spans.bottom + top, size[0])
+    inside = np.flatnonzero((column >= 0) & (column < size[1]) & (lower > upper))
+    return Spans(spans.owner[inside], column[inside], upper[inside], lower[inside])
+
+
+def subtract_cover(spans: Spans, cover: np.ndarray) -> Spans:
+    """Returns the spans without the pixels where `cover`, bool [h, w], is True."""
+    length = spans.bottom - spans.top + 1  # a row that is not visible ends every span
+    span = np.repeat(np.arange(len(length)), length)
+    row = np.arange(len(span)) - (np.cumsum(length) - length - spans.top)[span]
+    visible = row < spans.bottom[span]
+    visible[visible] = ~cover[row[visible], spans.column[span[visible]]]
+    edges = np.flatnonzero(np.diff(visible.view(np.int8), prepend=0))
+    begin, end = edges[::2], edges[1::2]
+    kept = span[begin]
+    return Spans(spans.owner[kept], spans.column[kept], row[begin], row[end])
+
+
 def spans_from_pixels(mask: np.ndarray, owner: int) -> Spans:
-    """Returns the spans of one object's mask, uint8 [h, w]."""
+    """Returns the spans of one object's mask, bool or uint8 [h, w]."""
     h, w = mask.shape
     # A row of zeros on both sides ends every column.
     columns = np.zeros((w, h + 2), np.int8)
@@ -176,10 +192,10 @@ def spans_from_pixels(mask: np.ndarray, owner: int) -> Spans:
     return Spans(np.full(len(edges) // 2, owner), column[::2], row[::2], row[1::2])
 
 
-def bounding_boxes(spans: Spans, number: int) -> np.ndarray:
+def bounding_boxes(spans: Spans, num_objects: int) -> np.ndarray:
     """Returns (x0, y0, x1, y1) around each object's pixels, float32 [n, 4]; zeros for
     one that has none."""
-    boxes = np.zeros((number, 4), np.float32)
+    boxes = np.zeros((num_objects, 4), np.float32)
     if len(spans.owner):
         begin = np.flatnonzero(np.diff(spans.owner, prepend=-1))
         boxes[spans.owner[begin]] = np.stack(
@@ -198,7 +214,7 @@ def spans_from_rle(counts: Sequence[bytes], size: Size) -> Spans:
     """Returns the spans of COCO's compressed run lengths, one string per object.
 
     Raises:
-      ValueError: they do not cover exactly the image.
+      InvalidRLE: they do not cover exactly the image.
     """
     height, width = size
     runs, lengths = rle_from_strings(counts)
@@ -207,9 +223,9 @@ def spans_from_rle(counts: Sequence[bytes], size: Size) -> Spans:
     last = np.cumsum(lengths) - 1
     expected = np.arange(1, len(counts) + 1) * (height * width)
     if (lengths == 0).any() or (runs < 0).any() or (stops[last] != expected).any():
-        raise ValueError(f"run lengths are damaged: they do not cover {height} x {width} pixels")
-    number = np.arange(len(runs)) - np.repeat(last + 1 - lengths, lengths)
-    ones = np.flatnonzero((number & 1 == 1) & (runs > 0))
+        raise InvalidRLE(f"they do not cover {height} x {width} pixels")
+    rank = np.arange(len(runs)) - np.repeat(last + 1 - lengths, lengths)
+    ones = np.flatnonzero((rank & 1 == 1) & (runs > 0))
     stop = stops[ones]
     start = stop - runs[ones]
     first, final = start // height, (stop - 1) // height
@@ -245,7 +261,7 @@ def resize_spans(spans: Spans, old_size: Size, new_size: Size) -> Spans:
     return Spans(owner, left, top, bottom)
 
 
-def mass_centers(spans: Spans, number: int) -> tuple[np.ndarray, np.ndarray]:
+def mass_centers(spans: Spans, num_objects: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the mean (x, y) of each object's pixel indices, float32 [n, 2], and
     which objects have a pixel, bool [n].
 
@@ -255,7 +271,7 @@ def mass_centers(spans: Spans, number: int) -> tuple[np.ndarray, np.ndarray]:
     length = spans.bottom - spans.top
     x = spans.column * length
     y = (spans.top + spans.bottom - 1) * length // 2
-    area, x, y = (np.bincount(spans.owner, v, number) for v in (length, x, y))
+    area, x, y = (np.bincount(spans.owner, v, num_objects) for v in (length, x, y))
     sums = np.stack([x, y], axis=-1).astype(np.float32)
     present = area > 0
     return sums / np.where(present, area, 1).astype(np.float32)[:, None], present
@@ -277,9 +293,26 @@ def spans_to_crop(spans: Spans) -> Crop | None:
     return Crop(np.ascontiguousarray(pixels), y0, x0)
 
 
+def spans_to_masks(spans: Spans, num_objects: int, size: Size) -> np.ndarray:
+    """Returns whole masks of the image's size (height, width), bool [n, h, w]."""
+    masks = np.zeros((num_objects, *size), bool)
+    edges = np.searchsorted(spans.owner, np.arange(num_objects + 1))
+    for mask, start, stop in zip(masks, edges[:-1], edges[1:], strict=True):
+        if (crop := spans_to_crop(spans.take(np.arange(start, stop)))) is not None:
+            h, w = crop.pixels.shape
+            mask[crop.top : crop.top + h, crop.left : crop.left + w] = crop.pixels
+    return masks
+
+
+def spans_from_masks(masks: np.ndarray) -> Spans:
+    """Returns the spans of whole masks, bool [n, h, w]."""
+    pieces = [spans_from_pixels(mask, i) for i, mask in enumerate(masks)]
+    return concatenate_spans(pieces)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Axis:
-    """How one side is scaled to a quarter, by two neighbours per target pixel."""
+    """How one side is scaled by 1/4, by two neighbours per target pixel."""
 
     rank: np.ndarray  # int64 [side + 1], how many pixels before this one are read
     first: np.ndarray  # int32 [new], the weight of the first neighbour, in 1/2048
@@ -308,7 +341,7 @@ def _axis(side: int) -> _Axis:
 
 
 def stride4_masks(spans: Spans, size: Size) -> Iterator[tuple[int, Crop]]:
-    """Yields (object, mask scaled to a quarter), sides int(side / 4 + 0.5).
+    """Yields (object, its mask at a quarter of the size), sides int(side / 4 + 0.5).
 
     Equal, bit for bit, to OpenCV's bilinear resize of the whole image's uint8 mask. An
     object of which no pixel is read is left out: its small mask is empty.
@@ -341,8 +374,7 @@ def stride4_masks(spans: Spans, size: Size) -> Iterator[tuple[int, Crop]]:
     pixels = np.cumsum(steps, dtype=np.int8).view(np.uint8)
     exact = size[0] % 4 == 0 and size[1] % 4 == 0
     boxes = np.stack([owner[begin], starts, ends, tall, x0, x1, y0, y1], axis=-1)
-    for number, a, b, height, *box in boxes.tolist():
-        left, right, upper, lower = box
+    for index, a, b, height, left, right, upper, lower in boxes.tolist():
         part = pixels[a:b].reshape(-1, height)
         if exact:
             # Equal weights: at least two of the four pixels in the middle.
@@ -351,7 +383,7 @@ def stride4_masks(spans: Spans, size: Size) -> Iterator[tuple[int, Crop]]:
         else:
             x, y = slice(left, right), slice(upper, lower)
             small = _weigh(part, columns, x, rows, y)
-        yield number, Crop(small.view(np.uint8).T, upper, left)
+        yield index, Crop(small.view(np.uint8).T, upper, left)
 
 
 def _weigh(part: np.ndarray, columns: _Axis, x: slice, rows: _Axis, y: slice) -> np.ndarray:

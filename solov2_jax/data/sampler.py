@@ -5,17 +5,12 @@ index, and neither the number of workers nor of devices changes it.
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
-from solov2_jax.data.annotations import describe
-from solov2_jax.data.transforms import shortest_edge_sizes
+from solov2_jax.data.buckets import Bucket
 
-Bucket = tuple[int, int]
-
-STRIDE = 32  # of the coarsest feature level: sides of a bucket are its multiples
-_CHUNK = 1 << 20  # images planned at once; changes nothing but memory
+_CHUNK = 1 << 20  # images scheduled at once; changes nothing but memory
 
 
 def random_bits(seed: int, stream: int, *keys: np.ndarray | int) -> np.ndarray:
@@ -38,7 +33,10 @@ def random_bits(seed: int, stream: int, *keys: np.ndarray | int) -> np.ndarray:
 
 
 # Streams of random_bits.
-_ORDER, _SCALE, _FLIP, _REPEAT, AUGMENT = range(5)
+_ORDER, _SCALE, _FLIP, _REPEAT = range(4)
+# Of `random_generator`: an image's look; which guest is pasted and where; the look of
+# a guest; custom augmentations.
+LOOK, PASTE, GUEST, CUSTOM = range(4, 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,93 +53,34 @@ class BatchSchedule:
     def __len__(self) -> int:
         return len(self.image)
 
+    def part(self, steps: slice = slice(None), rows: slice = slice(None)) -> "BatchSchedule":
+        """Returns some of the batches, or some rows of each."""
+        image, epoch = self.image[steps, rows].copy(), self.epoch[steps, rows].copy()
+        return BatchSchedule(image, epoch, self.bucket[steps], self.buckets)
+
 
 def scale_index(
-    seed: int, epoch: np.ndarray | int, image: np.ndarray | int, number: int
+    seed: int, epoch: np.ndarray | int, image: np.ndarray | int, num_scales: int
 ) -> np.ndarray:
-    """Returns which of `number` scales an image gets in an epoch, int64."""
+    """Returns which of the scales an image gets in an epoch, int64."""
     bits = random_bits(seed, _SCALE, epoch, image)
-    return np.asarray(bits % np.uint64(number), np.int64)
+    return np.asarray(bits % np.uint64(num_scales), np.int64)
 
 
 def is_flipped(seed: int, epoch: int, image: int, probability: float) -> bool:
     """Returns whether an image is mirrored in an epoch."""
-    bits = random_bits(seed, _FLIP, epoch, image) >> np.uint64(11)
-    return float(bits) * 2.0**-53 < probability
+    return bool(_uniform(random_bits(seed, _FLIP, epoch, image)) < probability)
 
 
-def all_sizes(
-    heights: np.ndarray, widths: np.ndarray, shorts: Sequence[int], max_size: int
-) -> np.ndarray:
-    """Returns the (height, width) of every image at every scale, int32 [N, S, 2]."""
-    short = np.asarray(shorts)
-    return shortest_edge_sizes(heights[:, None], widths[:, None], short, max_size)
+def _uniform(bits: np.ndarray) -> np.ndarray:
+    """Returns the bits as numbers in [0, 1), float64."""
+    return np.asarray((bits >> np.uint64(11)).astype(float) * 2.0**-53)
 
 
-def derive_buckets(sizes: np.ndarray, limit: int, tolerance: float) -> tuple[Bucket, ...]:
-    """Returns at most `limit` padded shapes that hold the sizes with little padding.
-
-    Starts from every shape that occurs, rounded up to multiples of 32, and joins the
-    two whose union costs the fewest padded pixels, until there are few enough and the
-    next union would cost more than `tolerance` of all pixels. A data set of one size
-    thus gets exactly that size.
-
-    Args:
-      sizes: (height, width), int [..., 2].
-    """
-    cells = -(-sizes.reshape(-1, 2).astype(np.int64) // STRIDE)
-    keys, weights = np.unique(cells[:, 0] << 32 | cells[:, 1], return_counts=True)
-    shapes = np.stack([keys >> 32, keys & 0xFFFFFFFF], axis=-1) * STRIDE
-    total = int((weights * shapes.prod(axis=1)).sum())
-    while len(shapes) > 1:
-        union = np.maximum(shapes[:, None], shapes[None])
-        own = weights * shapes.prod(axis=1)
-        both = weights[:, None] + weights[None]
-        cost = both * union.prod(axis=-1) - own[:, None] - own[None]
-        cost[np.tril_indices(len(shapes))] = np.iinfo(np.int64).max
-        i, j = np.unravel_index(int(cost.argmin()), cost.shape)
-        if len(shapes) <= limit and cost[i, j] > tolerance * total:
-            break
-        shapes[i], weights[i] = union[i, j], both[i, j]
-        shapes, weights = np.delete(shapes, j, axis=0), np.delete(weights, j)
-    return tuple(sorted((int(h), int(w)) for h, w in shapes))
-
-
-def check_buckets(buckets: Sequence[Sequence[int]], key: str) -> tuple[Bucket, ...]:
-    """Returns the buckets as tuples, or raises naming the config's key."""
-    for bucket in buckets:
-        if len(bucket) != 2 or any(s < STRIDE or s % STRIDE for s in bucket):
-            raise ValueError(
-                f"{key}: {tuple(bucket)} is not a (height, width) of positive "
-                f"multiples of {STRIDE}; round it up."
-            )
-    return tuple((int(h), int(w)) for h, w in buckets)
-
-
-def assign_buckets(
-    sizes: np.ndarray, buckets: Sequence[Bucket], names: np.ndarray, key: str
-) -> np.ndarray:
-    """Returns the smallest bucket that holds each size, int16 [...].
-
-    Args:
-      sizes: (height, width) after the resize, int [..., 2]; the first axis is images.
-      names: of the images, for the message.
-      key: the config's key, for the message.
-    """
-    shapes = np.array(buckets, np.int64)
-    order = np.argsort(shapes.prod(axis=1), kind="stable")
-    result = np.full(sizes.shape[:-1], -1, np.int16)
-    for b in order[::-1]:
-        result[(sizes <= shapes[b]).all(axis=-1)] = b
-    if (bad := np.argwhere(result < 0)).size:
-        largest = sizes[tuple(bad[0])].tolist()
-        raise ValueError(
-            f"{key}: no shape in {[tuple(b) for b in buckets]} holds "
-            f"{describe(names[np.unique(bad[:, 0])].tolist())}; {names[bad[0][0]]} is "
-            f"{largest} (height, width) after the resize. Add a shape that does, or "
-            "leave the key empty to have shapes derived."
-        )
-    return result
+def random_generator(seed: int, purpose: int, *keys: int) -> np.random.Generator:
+    """Returns the generator of one purpose of augmentation, such as of an image's own
+    look in an epoch: no two purposes share a stream."""
+    return np.random.Generator(np.random.PCG64(int(random_bits(seed, purpose, *keys))))
 
 
 def train_schedule(
@@ -187,7 +126,8 @@ def train_schedule(
         bucket = image_buckets[chosen, scales]
         stream = np.stack([chosen, key], axis=-1).astype(np.int32)
         if repeats is not None:
-            shown = _is_shown(seed, block, images, copy, repeats)
+            # Of an image's copies all whole ones, the last one at random.
+            shown = _uniform(random_bits(seed, _REPEAT, block, images)) < repeats - copy
             shown = np.take_along_axis(shown, order, axis=1)
             bucket, stream = bucket[shown], stream[shown]
         bucket, stream = bucket.ravel(), stream.reshape(-1, 2)
@@ -200,20 +140,10 @@ def train_schedule(
     return BatchSchedule(items[..., 0], items[..., 1], owner, buckets)
 
 
-def _is_shown(
-    seed: int,
-    epoch: np.ndarray,
-    image: np.ndarray,
-    copy: np.ndarray,
-    repeats: np.ndarray,
+def repeat_factors(
+    labels: np.ndarray, start: np.ndarray, images: np.ndarray, threshold: float
 ) -> np.ndarray:
-    """Returns which copies an epoch has: all whole ones, the last one at random."""
-    bits = random_bits(seed, _REPEAT, epoch, image) >> np.uint64(11)
-    return bits.astype(float) * 2.0**-53 < repeats - copy
-
-
-def repeat_factors(labels: np.ndarray, start: np.ndarray, threshold: float) -> np.ndarray:
-    """Returns how often to show each image in an epoch, float [N], at least 1.
+    """Returns how often to show each of `images` in an epoch, float [n], at least 1.
 
     The larger of 1 and sqrt(threshold / share) of the image's rarest class, where the
     share is that of the images that have the class.
@@ -223,14 +153,16 @@ def repeat_factors(labels: np.ndarray, start: np.ndarray, threshold: float) -> n
     Args:
       labels: of the objects, sorted by image.
       start: the objects of image i are start[i]:start[i + 1].
+      images: indices of those that are trained on, increasing, int [n]; others do not
+        count.
     """
-    number = len(start) - 1
-    image = np.repeat(np.arange(number), np.diff(start))
-    pairs = np.unique(np.stack([image, labels], axis=-1), axis=0).reshape(-1, 2)
-    share = np.bincount(pairs[:, 1]) / number
-    factors = np.ones(number)
-    wanted = np.sqrt(threshold / share[pairs[:, 1]])
-    np.maximum.at(factors, pairs[:, 0], wanted)
+    image = np.repeat(np.arange(len(start) - 1), np.diff(start))
+    used = np.isin(image, images)
+    rows = np.searchsorted(images, image[used])
+    pairs = np.unique(np.stack([rows, labels[used]], axis=-1), axis=0).reshape(-1, 2)
+    share = np.bincount(pairs[:, 1]) / len(images)
+    factors = np.ones(len(images))
+    np.maximum.at(factors, pairs[:, 0], np.sqrt(threshold / share[pairs[:, 1]]))
     return factors
 
 
@@ -245,15 +177,15 @@ def _group(
     """
     batches, owners, completed = [], [], []
     for b in range(len(pending)):
-        where = np.flatnonzero(bucket == b)
-        waiting = len(pending[b])
-        queue = np.concatenate([pending[b], stream[where]])
-        number = len(queue) // batch_size
-        batches.append(queue[: number * batch_size].reshape(number, batch_size, 2))
-        owners.append(np.full(number, b, np.int16))
-        last = np.arange(1, number + 1) * batch_size - 1 - waiting
-        completed.append(where[last])
-        pending[b] = queue[number * batch_size :]
+        arrivals = np.flatnonzero(bucket == b)
+        num_waiting = len(pending[b])
+        queue = np.concatenate([pending[b], stream[arrivals]])
+        full = len(queue) // batch_size  # batches
+        batches.append(queue[: full * batch_size].reshape(full, batch_size, 2))
+        owners.append(np.full(full, b, np.int16))
+        last = np.arange(1, full + 1) * batch_size - 1 - num_waiting
+        completed.append(arrivals[last])
+        pending[b] = queue[full * batch_size :]
     order = np.argsort(np.concatenate(completed), kind="stable")
     return np.concatenate(batches)[order], np.concatenate(owners)[order]
 

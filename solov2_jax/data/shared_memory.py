@@ -6,8 +6,9 @@ again as soon as the reader has dropped their arrays. The file has no name: it i
 with the last process that has it open, however that one ends. Where the system has no
 such files (it is Linux's), or all slots are in use, a batch travels as grain sends it.
 
-
-Handing a large read-only object to worker processes through one mapped file."""
+The other way, `MmapPickle` hands a large read-only object to the workers through one
+mapped file.
+"""
 
 import dataclasses
 import math
@@ -23,7 +24,8 @@ from typing import Any
 import numpy as np
 
 _PAGE = mmap.PAGESIZE
-
+# Below this, a copy per process is cheaper than a file.
+_SMALL = 32 << 20
 
 # Makes an uint8 array of a shape, with whatever was in memory.
 New = Callable[[tuple[int, ...]], np.ndarray]
@@ -74,7 +76,7 @@ class SharedMemoryPool:
 
     def take(self) -> int | None:
         """Returns a slot that is now in use, or None: nobody waits for the reader."""
-        import fcntl  # not on every system, but wherever an arena can be made
+        import fcntl  # not on every system, but wherever a pool can be made
 
         # A file's lock keeps processes apart, but not the threads of one.
         with self._lock:
@@ -107,69 +109,76 @@ class SharedMemoryPool:
 
 @dataclasses.dataclass(frozen=True)
 class PoolBlock:
-    """Where in an arena an array lies: what travels through the queue instead."""
+    """Where in a pool an array lies: what travels through the queue instead."""
 
     slot: int
     start: int  # byte in the slot
-    shape: tuple[int, ...]  # of uint8
+    shape: tuple[int, ...]
+    dtype: str = "|u1"
+    small: bool = False  # the reader copies it, and keeps no slot for it
 
 
 @dataclasses.dataclass(frozen=True)
 class PoolSender:
-    """A loader, called in worker processes, whose large arrays stay where they are."""
+    """A batch maker, called in worker processes, whose arrays stay where they are.
 
-    loader: Callable[..., dict[str, np.ndarray]]
-    arena: SharedMemoryPool
+    A message of places alone is short enough to be written at once, so that a worker
+    that is killed never leaves half a message, for the rest of which a reader would wait.
+    """
+
+    maker: Callable[..., dict[str, np.ndarray]]
+    pool: SharedMemoryPool
 
     def __call__(self, step: int) -> dict[str, Any]:
-        """Returns the loader's batch, in which `PoolBlock` stands for what is in a slot."""
-        slot = self.arena.take()
+        """Returns the maker's batch, in which `PoolBlock` stands for what is in a slot."""
+        slot = self.pool.take()
         if slot is None:
-            return self.loader(step)
-        place, end = self.arena.array(slot), 0
+            return self.maker(step)
+        memory, end = self.pool.array(slot), 0
 
         def new(shape: tuple[int, ...]) -> np.ndarray:
             nonlocal end
             start, end = end, end + math.prod(shape)
-            return place[start:end].reshape(shape)
+            return memory[start:end].reshape(shape)
 
+        sent: dict[str, Any] = {}
         try:
-            batch = self.loader(step, new)
+            for key, value in self.maker(step, new).items():
+                start = value.ctypes.data - memory.ctypes.data
+                if 0 <= start < memory.nbytes:
+                    sent[key] = PoolBlock(slot, start, value.shape)
+                    continue
+                start, sent[key] = end + _padding(end), value
+                if start + value.nbytes <= memory.nbytes:
+                    end = start + value.nbytes
+                    memory[start:end] = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+                    sent[key] = PoolBlock(slot, start, value.shape, value.dtype.str, small=True)
         except BaseException:
-            self.arena.give_back(slot)
+            self.pool.give_back(slot)
             raise
-        return {key: _packed(value, slot, place) for key, value in batch.items()}
+        return sent
 
 
-def _packed(value: np.ndarray, slot: int, place: np.ndarray) -> np.ndarray | PoolBlock:
-    """Returns where in the slot a value lies, or a value that lies elsewhere."""
-    start = value.ctypes.data - place.ctypes.data
-    inside = 0 <= start < place.nbytes
-    return PoolBlock(slot, start, value.shape) if inside else value
-
-
-def receive(batch: dict[str, Any], arena: SharedMemoryPool | None) -> dict[str, np.ndarray]:
-    """Returns the arrays of a batch; those in a slot stay there until dropped."""
-    pieces = [p for p in batch.values() if isinstance(p, PoolBlock)]
-    if not pieces or arena is None:
-        # What grain sends has a segment of shared memory, and a file, for each array.
-        return {key: np.array(value) for key, value in batch.items()}
-    place = arena.open(pieces[0].slot)
-    return {
-        key: place[v.start : v.start + math.prod(v.shape)].reshape(v.shape)
-        if isinstance(v, PoolBlock)
-        else np.array(v)
-        for key, v in batch.items()
-    }
+def receive(batch: dict[str, Any], pool: SharedMemoryPool | None) -> dict[str, np.ndarray]:
+    """Returns the arrays of a batch; large ones in a slot stay there until dropped."""
+    slots = {value.slot for value in batch.values() if isinstance(value, PoolBlock)}
+    memory = pool.open(slots.pop()) if slots and pool is not None else None
+    arrays = {}
+    for key, value in batch.items():
+        if isinstance(value, PoolBlock) and memory is not None:
+            size = math.prod(value.shape) * np.dtype(value.dtype).itemsize
+            block = memory[value.start : value.start + size].view(value.dtype)
+            block = block.reshape(value.shape)
+            arrays[key] = block.copy() if value.small else block
+        else:
+            # What grain sends has a segment of shared memory, and a file, for each array.
+            arrays[key] = np.array(value)
+    return arrays
 
 
 def make_pool(slots: int, size: int) -> SharedMemoryPool | None:
-    """Returns an arena, None where the system has no files in memory."""
+    """Returns a pool, None where the system has no files in memory."""
     return SharedMemoryPool(slots, size) if hasattr(os, "memfd_create") else None
-
-
-# Below this, a copy per process is cheaper than a file.
-_SMALL = 32 << 20
 
 
 class MmapPickle:
@@ -190,16 +199,16 @@ class MmapPickle:
         buffers: list[pickle.PickleBuffer] = []
         head = pickle.dumps(self._function, 5, buffer_callback=buffers.append)
         sizes = [b.raw().nbytes for b in buffers]
-        if sum(sizes) < _SMALL:
+        if sum(sizes) < _SMALL or not os.path.isdir("/proc/self/fd"):
             return MmapPickle, (self._function,)
-        if not hasattr(self, "_path"):
-            handle, self._path = tempfile.mkstemp(prefix="solov2_jax-", suffix=".data")
-            with os.fdopen(handle, "wb") as file:
-                for buffer in buffers:
-                    file.write(buffer.raw())
-                    file.write(b"\0" * _padding(buffer.raw().nbytes))
-            weakref.finalize(self, os.unlink, self._path)
-        return _open, (self._path, head, sizes)
+        if not hasattr(self, "_file"):
+            self._file = tempfile.TemporaryFile()  # without a name: no kill leaves it behind
+            weakref.finalize(self, self._file.close)
+            for buffer in buffers:
+                self._file.write(buffer.raw())
+                self._file.write(b"\0" * _padding(buffer.raw().nbytes))
+            self._file.flush()
+        return _open, (f"/proc/{os.getpid()}/fd/{self._file.fileno()}", head, sizes)
 
 
 def _padding(size: int) -> int:

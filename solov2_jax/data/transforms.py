@@ -1,19 +1,19 @@
-"""Resizing and flipping images and boxes, as the reference's loader does.
+"""Resize, flip, crop and rotation, which compose into one affine map of an image.
 
-Pictures moved by affine maps, and the outlines and points that move with them.
+`Affine` says where the points of the original are; `AffineImage` is a picture with its
+map. Outlines, boxes and key points follow by the map, once, at the end.
 
 Coordinates are continuous: pixel (0, 0) covers 0..1, as in polygons and boxes.
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
-from solov2_jax.data import rasterize
-from solov2_jax.data.outlines import Segmentations
-from solov2_jax.data.rasterize import Size, Spans
+from solov2_jax.rle import Size
+
+_BILINEAR = Image.Resampling.BILINEAR
 
 
 def shortest_edge_sizes(
@@ -62,80 +62,112 @@ def write_image(image: Image.Image, out: np.ndarray, flip: bool, bgr: bool) -> N
     """
     height, width = out.shape[:2]
     if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        image = image.resize((width, height), _BILINEAR)
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = image.tobytes("raw", "BGR" if bgr else "RGB")
     out[...] = np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
 
 
-def transform_boxes(
-    boxes: np.ndarray,
-    old_size: tuple[int, int],
-    new_size: tuple[int, int],
-    flip: bool,
-) -> np.ndarray:
-    """Returns boxes of the resized, maybe flipped image, clipped to it, float32 [n, 4].
-
-    Source: detectron2 data/detection_utils.py, transform_instance_annotations. There a
-    box of four integers is cut to integers again after the resize; not here.
-
-    Args:
-      boxes: (x0, y0, x1, y1) in the original image.
-      old_size, new_size: (height, width).
-    """
-    scale = np.array([new_size[1] / old_size[1], new_size[0] / old_size[0]] * 2)
-    out = boxes * scale
-    if flip:
-        out[:, [0, 2]] = new_size[1] - out[:, [2, 0]]
-    limit = [new_size[1], new_size[0]] * 2
-    return np.clip(out, 0, limit).astype(np.float32)
-
-
-_BILINEAR = Image.Resampling.BILINEAR
-
-
 @dataclasses.dataclass(frozen=True)
-class AffineImage:
-    """A picture, and where the original's points are in it."""
+class Affine:
+    """Where the points of an original image are in the image made from it."""
 
-    picture: Image.Image  # RGB
-    matrix: np.ndarray  # float64 [2, 3], (x, y, 1) of the original -> (x, y) here
-    # Left and right have changed places: of keypoints, and of classes, if any, that
+    original: Size  # (height, width)
+    size: Size  # (height, width) of the new image
+    matrix: np.ndarray  # float64 [2, 3], (x, y, 1) of the original -> (x, y)
+    # Left and right have changed places: of key points, and of classes, if any, that
     # have sides.
     mirrored: bool = False
-
-    @property
-    def size(self) -> Size:
-        """(height, width)."""
-        return self.picture.height, self.picture.width
+    only_resized: bool = True  # and mirrored: neither cropped nor rotated
 
     def points(self, xy: np.ndarray) -> np.ndarray:
         """Returns where points (x, y) of the original are, float64 [..., 2]."""
-        return xy @ self.matrix[:, :2].T + self.matrix[:, 2]
+        linear, shift = self.matrix[:, :2], self.matrix[:, 2]
+        if linear[0, 1] == 0 == linear[1, 0]:
+            return xy * linear.diagonal() + shift
+        return xy @ linear.T + shift
 
     def boxes(self, boxes: np.ndarray) -> np.ndarray:
-        """Returns boxes around the moved corners, cut to the picture, float64 [n, 4].
+        """Returns boxes around the moved corners, cut to the image, float32 [n, 4].
+
+        Source: detectron2 data/detection_utils.py, transform_instance_annotations. There
+        a box of four integers is cut to integers again after the resize; not here.
 
         Args:
           boxes: (x0, y0, x1, y1) in the original.
         """
         corners = self.points(boxes[:, [0, 1, 2, 1, 0, 3, 2, 3]].reshape(-1, 4, 2))
-        found = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=-1)
-        return np.clip(found, 0, [*self.size[::-1]] * 2)
+        moved = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=-1)
+        return np.clip(moved, 0, [*self.size[::-1]] * 2).astype(np.float32)
+
+    def resized(self, size: Size, box: tuple[float, ...] | None = None) -> "Affine":
+        """Returns the map to the image, or its part (x0, y0, x1, y1), at another size."""
+        x0, y0, x1, y1 = box or (0.0, 0.0, float(self.size[1]), float(self.size[0]))
+        sx, sy = size[1] / (x1 - x0), size[0] / (y1 - y0)
+        step = np.array([[sx, 0, -x0 * sx], [0, sy, -y0 * sy]])
+        return self.then(step, size, only_resized=self.only_resized and box is None)
+
+    def flipped(self) -> "Affine":
+        """Returns the map to the image with left and right exchanged."""
+        step = np.array([[-1.0, 0, self.size[1]], [0, 1, 0]])
+        moved = self.then(step, self.size, self.only_resized)
+        return dataclasses.replace(moved, mirrored=not self.mirrored)
+
+    def then(self, step: np.ndarray, size: Size, only_resized: bool = False) -> "Affine":
+        """Returns this map followed by one more, [2, 3]."""
+        matrix = step[:, :2] @ self.matrix
+        matrix[:, 2] += step[:, 2]
+        return dataclasses.replace(self, size=size, matrix=matrix, only_resized=only_resized)
+
+    def inverse(self) -> np.ndarray:
+        """Returns where the new image's points come from, float64 [2, 3]."""
+        linear = np.linalg.inv(self.matrix[:, :2])
+        return np.concatenate([linear, -(linear @ self.matrix[:, 2])[:, None]], axis=1)
+
+    def move_nearest(self, values: np.ndarray) -> np.ndarray:
+        """Returns the original's values in the new image, by nearest neighbour, uint8
+        [h, w]; zero outside of the original."""
+        picture, (height, width) = Image.fromarray(values), self.size
+        if self.only_resized:
+            moved = np.asarray(picture.resize((width, height), Image.Resampling.NEAREST))
+            return moved[:, ::-1] if self.mirrored else moved
+        affine, back = Image.Transform.AFFINE, self.inverse().ravel().tolist()
+        return np.asarray(
+            picture.transform((width, height), affine, back, Image.Resampling.NEAREST)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class AffineImage:
+    """A picture and its map; a last resize and flip may be in the map only."""
+
+    picture: Image.Image  # RGB, not mirrored
+    affine: Affine
+
+    @property
+    def size(self) -> Size:
+        """(height, width) that the map leads to."""
+        return self.affine.size
+
+    def write(self, out: np.ndarray, bgr: bool = False) -> None:
+        """Writes the image into uint8 [H, W, 3], with zeros beyond it."""
+        h, w = self.size
+        write_image(self.picture, out[:h, :w], self.affine.mirrored, bgr)
+        out[h:] = 0
+        out[:h, w:] = 0
+
+    def pixels(self) -> np.ndarray:
+        """Returns the image, uint8 [h, w, 3]."""
+        image = np.empty((*self.size, 3), np.uint8)
+        self.write(image)
+        return image
 
 
 def affine_image(picture: Image.Image) -> AffineImage:
-    """Returns the unmoved view."""
-    return AffineImage(picture, np.eye(2, 3))
-
-
-def _then(view: AffineImage, picture: Image.Image, step: np.ndarray) -> AffineImage:
-    """Returns the view after one more map [2, 3], which gave this picture."""
-    linear, shift = step[:, :2], step[:, 2]
-    moved = linear @ view.matrix
-    moved[:, 2] += shift
-    return dataclasses.replace(view, picture=picture, matrix=moved)
+    """Returns the picture as it is."""
+    size = picture.height, picture.width
+    return AffineImage(picture, Affine(size, size, np.eye(2, 3)))
 
 
 def rotate(view: AffineImage, degrees: float) -> AffineImage:
@@ -156,110 +188,50 @@ def rotate(view: AffineImage, degrees: float) -> AffineImage:
     picture = view.picture.transform(
         (width, height), Image.Transform.AFFINE, back.ravel().tolist(), _BILINEAR
     )
-    return _then(view, picture, np.concatenate([linear, shift[:, None]], axis=1))
+    step = np.concatenate([linear, shift[:, None]], axis=1)
+    return AffineImage(picture, view.affine.then(step, (height, width)))
 
 
 def crop(view: AffineImage, box: tuple[int, int, int, int]) -> AffineImage:
     """Returns the part (x0, y0, x1, y1) of the picture."""
-    step = np.array([[1.0, 0, -box[0]], [0, 1, -box[1]]])
-    return _then(view, view.picture.crop(box), step)
+    x0, y0, x1, y1 = box
+    if box == (0, 0, view.size[1], view.size[0]):
+        return view
+    step = np.array([[1.0, 0, -x0], [0, 1, -y0]])
+    return AffineImage(view.picture.crop(box), view.affine.then(step, (y1 - y0, x1 - x0)))
 
 
 def resize(
     view: AffineImage, size: Size, box: tuple[float, float, float, float] | None = None
 ) -> AffineImage:
     """Returns the picture, or the part (x0, y0, x1, y1) of it, at another size."""
-    h, w = view.size
-    x0, y0, x1, y1 = box or (0.0, 0.0, float(w), float(h))
-    sx, sy = size[1] / (x1 - x0), size[0] / (y1 - y0)
-    step = np.array([[sx, 0, -x0 * sx], [0, sy, -y0 * sy]])
-    picture = view.picture.resize((size[1], size[0]), _BILINEAR, (x0, y0, x1, y1))
-    return _then(view, picture, step)
+    picture = view.picture.resize((size[1], size[0]), _BILINEAR, box)
+    return AffineImage(picture, view.affine.resized(size, box))
 
 
-def hflip(view: AffineImage) -> AffineImage:
-    """Returns the picture with left and right exchanged."""
-    picture = view.picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    step = np.array([[-1.0, 0, view.size[1]], [0, 1, 0]])
-    moved = _then(view, picture, step)
-    return dataclasses.replace(moved, mirrored=not view.mirrored)
+@dataclasses.dataclass(frozen=True)
+class Keypoints:
+    """The J key points of a data set's A objects, which move with their image."""
 
+    names: tuple[str, ...]
+    mirrored: np.ndarray  # int [J]: point j of the mirrored image is mirrored[j]
+    points: np.ndarray  # float32 [A, J, 3], x, y in pixels, and 0 not annotated,
+    # 1 hidden, 2 visible
 
-def draw_view(
-    segmentations: Segmentations,
-    indices: Sequence[int],
-    old_size: Size,
-    view: AffineImage,
-) -> Spans:
-    """Returns the masks of objects in a view.
+    def __len__(self) -> int:
+        return len(self.names)
 
-    The points of polygons are moved, then drawn; run lengths are drawn in the original
-    and moved by nearest neighbour.
+    def moved(self, objects: np.ndarray, affine: Affine) -> np.ndarray:
+        """Returns the points of objects in the image that a map leads to, float32 [n, J, 3].
 
-    Args:
-      indices: of the objects; `owner` counts them.
-      old_size: of the original.
-    """
-    polygons: list[np.ndarray] = []
-    drawn: list[tuple[int, int]] = []
-    pieces = []
-    for position, index in enumerate(indices):
-        outline = segmentations.polygons(index)
-        if outline:
-            parts = [clipped(p.reshape(-1, 2), old_size) for p in outline]
-            parts = [view.points(p).ravel() for p in parts if len(p) > 2]
-            drawn += [(position, len(parts))] if parts else []
-            polygons += parts
-            continue
-        runs = segmentations.run_lengths(index)
-        found = rasterize.spans_of_rle(runs, position, old_size)
-        pieces.append(_move(found, position, old_size, view))
-    if polygons:
-        pieces.append(rasterize.draw_polygons(polygons, drawn, view.size))
-    return rasterize.concatenate_spans(pieces)
-
-
-def clipped(points: np.ndarray, size: Size) -> np.ndarray:
-    """Returns the part of a polygon within the picture, float64 [m, 2].
-
-    What annotators drew beyond the border must not come into sight by a rotation.
-    Source: Sutherland and Hodgman 1974.
-    """
-    for axis, limit, sign in (
-        (0, 0, -1.0),
-        (0, size[1], 1.0),
-        (1, 0, -1.0),
-        (1, size[0], 1.0),
-    ):
-        beyond = sign * (points[:, axis] - limit) > 0
-        if not beyond.any():
-            continue
-        after = np.roll(points, -1, axis=0)
-        crossing = beyond != np.roll(beyond, -1)
-        run = np.where(crossing, after[:, axis] - points[:, axis], 1)
-        share = (limit - points[:, axis]) / run
-        met = points + share[:, None] * (after - points)
-        met[:, axis] = limit
-        both = np.stack([points, met], axis=1).reshape(-1, 2)
-        points = both[np.stack([~beyond, crossing], axis=1).ravel()]
-        if not len(points):
-            break
-    return points
-
-
-def _move(found: Spans, owner: int, old_size: Size, view: AffineImage) -> Spans:
-    """Returns the mask of one object of the original in a view."""
-    crop = rasterize.spans_to_crop(found)
-    whole = np.zeros(old_size, np.uint8)
-    if crop is not None:
-        h, w = crop.pixels.shape
-        whole[crop.top : crop.top + h, crop.left : crop.left + w] = crop.pixels
-    linear = np.linalg.inv(view.matrix[:, :2])
-    back = np.concatenate([linear, -(linear @ view.matrix[:, 2])[:, None]], axis=1)
-    mask = Image.fromarray(whole).transform(
-        (view.size[1], view.size[0]),
-        Image.Transform.AFFINE,
-        back.ravel().tolist(),
-        Image.Resampling.NEAREST,
-    )
-    return rasterize.spans_from_pixels(np.asarray(mask), owner)
+        Left and right change places in a mirrored image. A point that leaves the image is
+        no longer annotated; such points are zeros.
+        Source: detectron2 data/detection_utils.py, transform_keypoint_annotations.
+        """
+        points = self.points[objects].astype(np.float64)
+        points[..., :2] = affine.points(points[..., :2])
+        if affine.mirrored:
+            points = points[:, self.mirrored]
+        inside = ((points[..., :2] >= 0) & (points[..., :2] <= affine.size[::-1])).all(axis=-1)
+        points[~inside | (points[..., 2] == 0)] = 0
+        return points.astype(np.float32)

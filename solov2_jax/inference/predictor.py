@@ -20,7 +20,7 @@ import numpy as np
 
 from solov2_jax.checkpoint import load_workdir_config, read_classes, restore_variables
 from solov2_jax.config import load_config
-from solov2_jax.data.sampler import Bucket, check_buckets
+from solov2_jax.data.buckets import Bucket, check_buckets
 from solov2_jax.inference.prediction import MaskCrops, Prediction, pack
 from solov2_jax.inference.preprocess import InputOptions, make_batches, make_example, padded_shape
 from solov2_jax.inference.programs import (

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from solov2_jax.data.buckets import STRIDE, Bucket, assign_buckets
 from solov2_jax.data.images import read_image
-from solov2_jax.data.sampler import STRIDE, Bucket, assign_buckets
 from solov2_jax.data.transforms import resize_image, shortest_edge_sizes
 from solov2_jax.inference.programs import round_up
 

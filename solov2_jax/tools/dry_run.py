@@ -10,8 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from solov2_jax.data.buckets import nominal_buckets, resize_of
+from solov2_jax.data.buckets import (
+    DERIVED,
+    Bucket,
+    Resize,
+    check_buckets,
+    derive_buckets,
+)
+from solov2_jax.data.build import train_resize
 from solov2_jax.models import build_model
 from solov2_jax.training import sharding
 from solov2_jax.training.build import build_optimizer, build_trainable
@@ -45,14 +53,7 @@ def dry_run(config: Any) -> tuple[list[Compiled], list[str]]:
         if config.data.max_instances == 0:
             config.data.max_instances = MAX_INSTANCES
             notes.append(f"data.max_instances is 0: {MAX_INSTANCES} objects per image assumed")
-    input_ = config.input
-    resize = resize_of(
-        input_.min_sizes_train,
-        input_.max_size_train,
-        input_.buckets_train,
-        "input.min_sizes_train",
-        input_.size_sampling,
-    )
+    resize = train_resize(config)
     height, width = PHOTOGRAPH
     if config.data.name == "shapes":
         height, width = config.data.generated.image_size
@@ -67,6 +68,18 @@ def dry_run(config: Any) -> tuple[list[Compiled], list[str]]:
         batch = batch_shapes(config.train.batch_size, config.data.max_instances, h, w, mesh)
         rows.append(_compile(step, state, batch, (h, w)))
     return rows, notes
+
+
+def nominal_buckets(resize: Resize, height: int, width: int) -> tuple[Bucket, ...]:
+    """Returns the padded training shapes where no data set is known.
+
+    They are the configured ones, or else those of images of one size, upright and
+    lying.
+    """
+    if resize.buckets:
+        return check_buckets(resize.buckets, "input.buckets_train")
+    sides = np.array([height, width])
+    return derive_buckets(resize.sizes(sides, sides[::-1]), *DERIVED["train"])
 
 
 def build_step(

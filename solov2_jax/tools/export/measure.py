@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from solov2_jax.data.buckets import Bucket
 from solov2_jax.data.images import read_image
-from solov2_jax.data.sampler import Bucket
 from solov2_jax.evaluation.coco import CocoEvaluator, json_metrics
 from solov2_jax.evaluation.evaluate import evaluate
 from solov2_jax.inference.preprocess import make_batches, make_example

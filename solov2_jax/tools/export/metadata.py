@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 import solov2_jax
-from solov2_jax.data.sampler import STRIDE, Bucket
+from solov2_jax.data.buckets import STRIDE, Bucket
 from solov2_jax.data.transforms import shortest_edge_sizes
 from solov2_jax.inference.preprocess import InputOptions
 from solov2_jax.inference.programs import DetectOptions

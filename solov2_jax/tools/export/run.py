@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from solov2_jax.data.sampler import Bucket, check_buckets
+from solov2_jax.data.buckets import Bucket, check_buckets
 from solov2_jax.io import write_json
 from solov2_jax.tools.export.exported import ExportedPredictor, format_module
 from solov2_jax.tools.export.measure import calibration, measure_parity

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from solov2_jax.data.sampler import Bucket
+from solov2_jax.data.buckets import Bucket
 from solov2_jax.inference.predictor import Predictor
 from solov2_jax.tools.multiview.merge import NmsOptions
 from solov2_jax.tools.multiview.tiling import TiledPredictor, TileOptions

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from solov2_jax.data.sampler import STRIDE
+from solov2_jax.data.buckets import STRIDE
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.predictor import Predictor
 from solov2_jax.inference.preprocess import InputOptions, load_image, make_example

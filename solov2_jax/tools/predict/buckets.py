@@ -5,8 +5,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from solov2_jax.data.buckets import Bucket, derive_buckets
 from solov2_jax.data.images import read_header
-from solov2_jax.data.sampler import Bucket, derive_buckets
 from solov2_jax.tools.predict.sources import ImageFiles, Source, VideoFile
 
 # Share of all pixels that padding may add for one shape less.

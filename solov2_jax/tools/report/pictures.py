@@ -8,7 +8,7 @@ from PIL import Image
 
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.images import read_image
-from solov2_jax.data.rasterize import rasterize
+from solov2_jax.data.rasterize import draw_object
 from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.evaluation.evaluate import FinishedEvaluation
 from solov2_jax.inference.draw import draw_prediction, enlarge
@@ -149,7 +149,7 @@ def annotated_objects(dataset: CocoDataset, index: int) -> Prediction:
     size = (int(dataset.heights[index]), int(dataset.widths[index]))
     crops, labels = [], []
     for i in range(dataset.start[index], dataset.start[index + 1]):
-        crop = rasterize(dataset.segmentations, i, size, size, False)
+        crop = draw_object(dataset.segmentations, i, size)
         if crop is not None:
             crops.append(crop)
             labels.append(int(dataset.labels[i]))

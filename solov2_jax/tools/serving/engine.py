@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from solov2_jax.data.sampler import Bucket
+from solov2_jax.data.buckets import Bucket
 from solov2_jax.inference.draw import draw_prediction, shrink
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.preprocess import make_batches

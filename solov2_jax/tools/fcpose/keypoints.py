@@ -1,9 +1,8 @@
-"""Key points of a person_keypoints json, moved with their image.
+"""Key points of a person_keypoints json.
 
 Source: detectron2 data/datasets/coco.py and data/detection_utils.py.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,19 +10,8 @@ import numpy as np
 
 from solov2_jax.data.annotations import annotation_ids, read_content, read_instances
 from solov2_jax.data.coco import CocoDataset, dataset_of
-
-
-@dataclasses.dataclass(frozen=True)
-class Keypoints:
-    """The J key points of a data set's A objects."""
-
-    names: tuple[str, ...]
-    mirrored: np.ndarray  # int [J]: point j of the mirrored image is mirrored[j]
-    points: np.ndarray  # float32 [A, J, 3], x, y in pixels, and 0 not annotated,
-    # 1 hidden, 2 visible
-
-    def __len__(self) -> int:
-        return len(self.names)
+from solov2_jax.data.transforms import Keypoints
+from solov2_jax.io import InputError
 
 
 def load_keypoints(images: str, annotations: str) -> tuple[CocoDataset, Keypoints]:
@@ -49,7 +37,7 @@ def load_keypoints(images: str, annotations: str) -> tuple[CocoDataset, Keypoint
             with_point.add(record.get("image_id"))
     kept = [i for i in content["images"] if i.get("id") in with_point]
     if not kept:
-        raise ValueError(
+        raise InputError(
             f"{annotations}: no annotation has a key point; FCPose's data needs a "
             "person_keypoints json (COCO's is person_keypoints_train2017.json)."
         )
@@ -65,13 +53,13 @@ def _names(content: dict[str, Any], path: str) -> tuple[str, ...]:
     lists = {tuple(c["keypoints"]) for c in content["categories"] if c.get("keypoints")}
     has = any("keypoints" in r for r in content["annotations"])
     if len(lists) > 1:
-        raise ValueError(
+        raise InputError(
             f"{path}: `categories` have {len(lists)} different lists of `keypoints`; "
             "one data set has one."
         )
     if not lists or not has:
         what = "annotations have no `keypoints`" if lists else "categories name none"
-        raise ValueError(
+        raise InputError(
             f"{path}: the {what}: it is no person_keypoints json. FCPose's data needs "
             "one (COCO's is person_keypoints_train2017.json); SOLOv2 needs none."
         )
@@ -86,7 +74,7 @@ def _points(record: dict[str, Any], number: int, where: str) -> np.ndarray:
     except (TypeError, ValueError):
         points = np.full((number, 3), np.nan, np.float32)
     if not np.isfinite(points).all() or not np.isin(points[:, 2], (0, 1, 2)).all():
-        raise ValueError(
+        raise InputError(
             f"{where}: `keypoints` must be x, y and a flag 0, 1 or 2 for each of the "
             f"{number} points that the category names; correct it."
         )
@@ -104,29 +92,3 @@ def mirror_order(names: Sequence[str]) -> np.ndarray:
             if a in name and name.replace(a, b) in place:
                 order[j] = place[name.replace(a, b)]
     return order
-
-
-def move_points(
-    points: np.ndarray,
-    old: tuple[int, int],
-    new: tuple[int, int],
-    mirrored: np.ndarray | None,
-) -> np.ndarray:
-    """Returns the points in the resized, maybe mirrored image, float32 [..., J, 3].
-
-    A point that leaves the image is no longer annotated; such points are zeros.
-    Source: detectron2 data/detection_utils.py, transform_keypoint_annotations.
-
-    Args:
-      old, new: (height, width) before and after.
-      mirrored: the order of the points if the image is mirrored, else None.
-    """
-    moved = points.astype(np.float64)
-    moved[..., :2] *= [new[1] / old[1], new[0] / old[0]]
-    if mirrored is not None:
-        moved[..., 0] = new[1] - moved[..., 0]
-        moved = moved[..., mirrored, :]
-    inside = (moved[..., :2] >= 0) & (moved[..., :2] <= [new[1], new[0]])
-    moved[..., 2] *= inside.all(axis=-1)
-    moved[moved[..., 2] == 0] = 0
-    return moved.astype(np.float32)
