@@ -4,21 +4,21 @@
     nox -s lint types          # some of them
     nox -s tests -- tests/test_cli.py -x
 
-lint, types, docs and tests share one environment, made from requirements.txt and
-requirements-dev.txt. `tests_newest` is the newest Python of this machine with the newest
-JAX; `wheel` is the built package as its user gets it.
+Environments are made from requirements.txt and requirements-dev.txt; with `--no-venv` the
+sessions run in the one that is there. `tests_newest` is the newest Python of this machine
+with the newest JAX; `wheel` is the built package as its user gets it.
 """
 
 import shutil
 from pathlib import Path
 
 import nox
+from nox.virtualenv import PassthroughEnv
 
 nox.options.sessions = ["lint", "types", "docs", "tests", "tests_newest"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.default_venv_backend = "venv"
 
-SHARED = ".nox/environment"
 NEWEST = next(
     (v for v in ("3.14", "3.13", "3.12") if shutil.which(f"python{v}")), "the newest Python"
 )
@@ -32,28 +32,32 @@ VERSION_FREE = (
 
 def install(session: nox.Session) -> None:
     """Installs the tested versions and the package itself, as a newcomer would."""
+    if isinstance(session.virtualenv, PassthroughEnv):
+        return
     pip = ("--quiet", "--disable-pip-version-check")
     session.install(*pip, "-r", "requirements.txt", "-r", "requirements-dev.txt")
     session.install(*pip, "--no-deps", ".")
     session.run("python", "-m", "pip", "check", *pip[1:])
 
 
-@nox.session(venv_location=SHARED)
+@nox.session
 def lint(session: nox.Session) -> None:
-    """Lint, import order, formatting."""
-    install(session)
+    """Lint, import order, formatting; the dev requirements' ruff."""
+    if not isinstance(session.virtualenv, PassthroughEnv):
+        lines = Path("requirements-dev.txt").read_text().splitlines()
+        session.install("--quiet", *(line for line in lines if line.startswith("ruff==")))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
 
 
-@nox.session(venv_location=SHARED)
+@nox.session
 def types(session: nox.Session) -> None:
     """Types, by pyright."""
     install(session)
     session.run("pyright")
 
 
-@nox.session(venv_location=SHARED)
+@nox.session
 def docs(session: nox.Session) -> None:
     """The documentation's site; a warning is an error."""
     install(session)
@@ -62,7 +66,7 @@ def docs(session: nox.Session) -> None:
     )
 
 
-@nox.session(venv_location=SHARED)
+@nox.session
 def tests(session: nox.Session) -> None:
     """All tests that are not marked slow, and the installed commands."""
     install(session)
