@@ -20,11 +20,9 @@ from harness import ROOT
 from jax.sharding import Mesh
 
 from solov2_jax.config import load_config, save_config, split_overrides
-from solov2_jax.data import rasterize
 from solov2_jax.data.images import read_image
 from solov2_jax.data.transforms import resize_image
 from solov2_jax.models import build_model
-from solov2_jax.rle import rle_encode
 from solov2_jax.structs import Batch
 from solov2_jax.targets import assign_targets
 from solov2_jax.tools import dry_run
@@ -33,6 +31,7 @@ from solov2_jax.training import sharding
 from solov2_jax.weights import names
 from solov2_jax.weights.names import fill, match, skeleton
 from tests.golden_weights import golden_weight
+from tests.plain_masks import plain_center, plain_quarter
 
 CACHE = ROOT / ".cache" / "benchmarks"
 NUM_CLASSES = 80  # where the config counts them from annotations
@@ -174,12 +173,8 @@ def make_objects(config: Any, size: tuple[int, int], batch: int) -> dict[str, np
     for i in np.ndindex(shape):
         (cx, cy), (rx, ry) = corner[i] + side[i] / 2, side[i] / 2
         full[i] = ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 <= 1
-        (rle,) = rle_encode(full[i].astype(bool)[None], np.array([[0, 0, w, h]]))
-        outline = rasterize.spans_from_rle([rle.encode()], (h, w))
-        centers[i] = rasterize.mass_centers(outline, 1)[0][0]
-        for _, part in rasterize.stride4_masks(outline, (h, w)):
-            ph, pw = part.pixels.shape
-            small[i][part.top : part.top + ph, part.left : part.left + pw] = part.pixels
+        scaled, centers[i] = plain_quarter(full[i]), plain_center(full[i])
+        small[i][: scaled.shape[0], : scaled.shape[1]] = scaled
     return {
         "boxes": np.concatenate([corner, corner + side], -1).astype(np.float32),
         "labels": rng.integers(0, config.model.num_classes, shape).astype(np.int32),

@@ -79,11 +79,7 @@ def mean_sizes(*outputs: Any) -> dict[str, float]:
 
 
 class _NoOperators(types.ModuleType):
-    """In place of `mmcv._ext`: every operator exists, and none can be called.
-
-    mmcv-lite has no compiled operators, and this network calls none; mmdetection
-    imports their module all the same.
-    """
+    """In place of `mmcv._ext`, which mmdetection imports, and mmcv-lite and SOLOv2 lack."""
 
     __file__ = "<no operators>"  # what asks for a module's source wants a name
 
@@ -137,9 +133,8 @@ def _copy_settings(settings: Any, config: Any) -> None:
         norm_eval=True,
         style="caffe" if deep and backbone["stride_in_1x1"] else "pytorch",
     )
-    settings.neck.out_channels = channels
-    if not deep:
-        settings.neck.in_channels = [64, 128, 256, 512]
+    inputs = settings.neck.in_channels if deep else [64, 128, 256, 512]
+    settings.neck.update(in_channels=inputs, out_channels=channels)
     settings.mask_head.update(
         num_classes=network["num_classes"],
         in_channels=channels,
@@ -174,8 +169,7 @@ def samples(arrays: Any, training: bool = False) -> list[Any]:
 
     made = []
     for i, (h, w) in enumerate(arrays["image_size"].tolist()):
-        sample = DetDataSample()
-        sample.set_metainfo({"img_shape": (h, w), "ori_shape": (h, w), "img_id": i})
+        sample = DetDataSample(metainfo={"img_shape": (h, w), "ori_shape": (h, w), "img_id": i})
         if training:
             sample.gt_instances = InstanceData(
                 bboxes=torch.from_numpy(arrays["boxes"][i]),
@@ -371,8 +365,8 @@ def export(case: Case) -> None:
             return *flat, feat
 
     (image, _), path = preprocess(case, model), case.folder / "network.onnx"
-    names = list(FIELDS)
-    torch.onnx.export(Network().eval(), (image,), path, output_names=names, dynamo=False)
+    options = {"output_names": list(FIELDS), "dynamo": False}
+    torch.onnx.export(Network().eval(), (image,), path, **options)
     np.save(case.folder / "network_input.npy", image.numpy())
 
 
