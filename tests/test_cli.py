@@ -101,6 +101,11 @@ def test_every_command_has_its_names():
         (["import", "yolo", "--void=3", "--output=x"], 2, "--void is not for yolo"),
         (["tfds", "--config.seed=1"], 2, "--name is missing"),
         (["summary", "--config=r50_3x", "--depth=nan"], 2, "--depth=nan must be a whole number"),
+        (
+            ["export", "--workdir=x", "--format=stablehlo", "--config.optim.gamma=0.5"],
+            2,
+            "--config.optim.gamma=0.5 has no effect: this command does not train",
+        ),
         (["predict", "--input=x", "--output=y", "--score=nan"], 2, "--score=nan must be finite"),
     ],
 )

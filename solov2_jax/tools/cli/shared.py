@@ -19,6 +19,9 @@ WORKDIR = Flag("workdir", text(), "Folder of a training run.")
 CHECKPOINT = Flag("checkpoint", text("last"), "Of the workdir: last, best or a step.")
 CONFIG = Flag("config", text(), "Config file or a shipped config's name, with --weights.")
 WEIGHTS = Flag("weights", text(), "Weights file, with --config.")
+# Keys and groups that nothing reads but training.
+_OF_TRAINING = ("augment.", "data.train.", "init_from=", "loss.", "optim.", "seed=", "train.")
+_OF_TRAINING += ("targets.", "input.min_sizes_train", "input.max_size_train", "input.flip_prob")
 MODEL = (WORKDIR, CHECKPOINT, CONFIG, WEIGHTS)
 
 TILE = Flag(
@@ -68,6 +71,9 @@ def load_predictor(overrides: list[str]) -> "Predictor":
     from solov2_jax.inference.predictor import Predictor
 
     check_model()
+    for override in overrides:
+        if override.removeprefix("--config.").startswith(_OF_TRAINING):
+            raise InputError(f"{override} has no effect: this command does not train")
     if WORKDIR.value:
         return Predictor.from_workdir(WORKDIR.value, CHECKPOINT.value, overrides)
     return Predictor.from_weights(WEIGHTS.value, CONFIG.value, overrides)
