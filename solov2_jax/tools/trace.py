@@ -43,6 +43,12 @@ def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
         at += size
 
 
+def _field(data: bytes, number: int) -> bytes:
+    """Returns the bytes of one field, b"" without it."""
+    value = dict(_fields(data)).get(number)
+    return value if isinstance(value, bytes) else b""
+
+
 def _walk(data: bytes, path: tuple[int, ...]) -> Iterator[bytes]:
     """Yields the messages at a path of field numbers."""
     if not path:
@@ -61,14 +67,10 @@ def scopes_of_operations(xspace: bytes) -> dict[tuple[str, str], str]:
     names = {}
     # planes / event_metadata / value / stats / bytes / hlo_module
     for module in _walk(xspace, (1, 4, 2, 5, 6, 1)):
-        program = dict(_fields(module)).get(1)
+        program = _field(module, 1).decode()
         for instruction in _walk(module, (3, 2)):  # computations / instructions
-            fields = dict(_fields(instruction))
-            metadata = dict(_fields(fields[7])) if isinstance(fields.get(7), bytes) else {}
-            texts = (program, fields.get(1), metadata.get(2))
-            if all(isinstance(text, bytes) for text in texts):
-                module_name, name, scope = (bytes(text).decode() for text in texts)
-                names[module_name, name] = scope
+            name, metadata = _field(instruction, 1).decode(), _field(instruction, 7)
+            names[program, name] = _field(metadata, 2).decode()
     return names
 
 

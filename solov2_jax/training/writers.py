@@ -238,7 +238,7 @@ class TensorBoardWriter(WriterBase):
 
     def open(self, workdir: pathlib.Path, step: int, config: dict[str, Any]) -> None:
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
 
         self._folder, self._event = workdir / "tensorboard", Event
         with writing(self._folder):
