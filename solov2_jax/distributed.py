@@ -187,6 +187,13 @@ def broadcast_from_host0(make: Callable[[], Any]) -> Any:
     return gather(make() if is_primary() else None)[0]
 
 
+def put_rows(rows: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Returns this process's rows as a part of a global array."""
+    # Of several processes, JAX takes this for a hidden copy, which it is not.
+    with jax.transfer_guard("allow"):
+        return jax.make_array_from_process_local_data(sharding, rows)
+
+
 class AgreeOnStop:
     """Whether any process wants to stop, known to all at the same step.
 
@@ -206,6 +213,5 @@ class AgreeOnStop:
         if jax.process_count() == 1:
             return wants_to_stop
         own = np.full(jax.local_device_count(), wants_to_stop, np.int32)
-        array = jax.make_array_from_process_local_data(self._split, own)
-        previous, self._latest = self._latest, self._any(array)
+        previous, self._latest = self._latest, self._any(put_rows(own, self._split))
         return previous is not None and bool(jax.device_get(previous))

@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from solov2_jax.distributed import put_rows
 from solov2_jax.io import InputError
 
 
@@ -66,6 +67,6 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
 
     def put(array: np.ndarray) -> jax.Array:
         array = np.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype))
-        return jax.make_array_from_process_local_data(sharding, array)
+        return put_rows(array, sharding)
 
     return {name: put(array) for name, array in batch.items()}
