@@ -190,19 +190,13 @@ def rle_to_strings(runs: Sequence[np.ndarray]) -> list[str]:
     return [coco_mask.frPyObjects(record, 1, 1)["counts"].decode() for record in records]  # pyright: ignore
 
 
-def segmentation_to_rle(segmentation: Any, size: Size) -> dict[str, Any] | None:
-    """Returns {"size": [h, w], "counts": bytes} of polygons, RLE or uncompressed RLE.
+def polygons_to_rle(polygons: Sequence[np.ndarray], size: Size) -> dict[str, Any]:
+    """Returns {"size": [h, w], "counts": bytes} of the union of polygons, at least one,
+    each of three points or more."""
+    parts: Any = coco_mask.frPyObjects(list(polygons), *size)  # pyright: ignore
+    return parts[0] if len(parts) == 1 else coco_mask.merge(parts)
 
-    None without a usable outline: a polygon needs three points.
 
-    Args:
-      size: (height, width) of the image.
-    """
-    if isinstance(segmentation, dict):
-        counts = segmentation["counts"]
-        if isinstance(counts, list):
-            return coco_mask.frPyObjects(segmentation, *size)  # pyright: ignore
-        encoded = counts.encode() if isinstance(counts, str) else counts
-        return {"size": list(size), "counts": encoded}
-    polygons: Any = [p for p in segmentation or () if len(p) >= 6 and len(p) % 2 == 0]
-    return coco_mask.merge(coco_mask.frPyObjects(polygons, *size)) if polygons else None
+def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:
+    """Returns {"size": [h, w], "counts": bytes} of a whole mask, bool or uint8 [h, w]."""
+    return coco_mask.encode(np.asfortranarray(mask, np.uint8))  # pyright: ignore

@@ -15,7 +15,7 @@ from solov2_jax.data.augment import Augment, Sample
 from solov2_jax.data.buckets import Resize
 from solov2_jax.data.transforms import Keypoints
 from solov2_jax.io import InputError
-from solov2_jax.tools import browse_batches
+from solov2_jax.tools.cli import view
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "data.md"
 FUNCTIONS = '''
@@ -229,14 +229,14 @@ def test_a_function_that_is_missing_or_fails(user, tmp_path, path, message):
         list(build.build_train_batches(config, objects(tmp_path)))
 
 
-def test_browse_batches_shows_it(user, tmp_path):
+def test_solov2_view_shows_it(user, tmp_path):
     images, path = write(tmp_path)
     flags = ["--config=configs/quickstart.py", "--config.data.name=", "--batches=1"]
     flags += [f"--config.data.train.images={images}", f"--config.data.train.annotations={path}"]
     sizes = {}
     for name, custom in (("plain", "()"), ("own", "('mypackage.more:darker',)")):
         out = tmp_path / name
-        browse_batches.main([*flags, f"--output={out}", f"--config.augment.custom={custom}"])
+        view.run([*flags, f"--output={out}", f"--config.augment.custom={custom}"])
         sizes[name] = [file.read_bytes() for file in sorted(out.iterdir())]
     assert len(sizes["plain"]) == len(sizes["own"]) == 4
     assert all(a != b for a, b in zip(sizes["plain"], sizes["own"], strict=True))

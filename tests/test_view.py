@@ -80,7 +80,7 @@ def test_cells_have_their_objects_colour(tmp_path):
         middle = (np.arange(grid) * 2 + 1) * np.array([[h], [w]]) // (2 * grid)
         at_cells = found[middle[0]][:, middle[1]]
         np.testing.assert_array_equal(at_cells, sharing.owner[level] == 0)
-    text = browse_batches.describe(fields, config, data.class_names, "x")
+    text = browse_batches.list_objects(fields, config, data.class_names, "x")
     levels = np.flatnonzero(cells.hit[:, 0]) + 1
     assert f"levels {levels.tolist()}" in text and "NOT TRAINED" not in text
 

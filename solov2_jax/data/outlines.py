@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from solov2_jax.io import InputError
-from solov2_jax.rle import rle_from_strings
+from solov2_jax.rle import polygons_to_rle, rle_from_strings, rle_to_strings
 
 # Shortest side of a box that still counts, in pixels.
 # Source: detectron2 data/detection_utils.py, filter_empty_instances.
@@ -53,7 +52,7 @@ class Segmentations:
         """
         if counts := self.run_lengths(index):
             return {"size": list(size), "counts": counts}
-        return polygons_to_rle(self.polygons(index), size)
+        return usable_rle(self.polygons(index), size)
 
     def extents(self, rows: np.ndarray) -> np.ndarray:
         """Returns (x0, y0, x1, y1) of increasing objects with polygons, float64 [n, 4]."""
@@ -194,15 +193,14 @@ def _run_lengths(
     elif sum(counts) != pixels:
         why = f"has `counts` that add up to {sum(counts)}, not to {size[0]} x {size[1]} = {pixels}"
     else:
-        whole: Any = {"size": list(size), "counts": counts}
-        return coco_mask.frPyObjects(whole, *size)["counts"]  # pyright: ignore
+        return rle_to_strings([np.array(counts)])[0].encode()
     raise InputError(f"{name()}: `segmentation` {why}; encode the mask again.")
 
 
-def polygons_to_rle(polygons: Sequence[np.ndarray], size: tuple[int, int]) -> dict | None:
-    """Returns the union of the usable polygons as pycocotools' RLE, None without one."""
-    usable: Any = [p for p in polygons if is_polygon(p)]
-    return coco_mask.merge(coco_mask.frPyObjects(usable, *size)) if usable else None
+def usable_rle(polygons: Sequence[np.ndarray], size: tuple[int, int]) -> dict | None:
+    """Returns the union of the usable polygons as RLE, None without one."""
+    usable = [p for p in polygons if is_polygon(p)]
+    return polygons_to_rle(usable, size) if usable else None
 
 
 def rle_areas(

@@ -8,6 +8,7 @@ pixels are made only where the loss looks: a stride-4 mask reads a quarter of th
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -83,11 +84,11 @@ def draw_spans(segmentations: Segmentations, indices: Sequence[int], affine: Aff
 
 def _draw_polygons(polygons: list[np.ndarray], drawn: list[tuple[int, int]], size: Size) -> Spans:
     """Returns the spans of objects that are unions of polygons, in pixels of `size`."""
-    parts = coco_mask.frPyObjects(polygons, *size)  # pyright: ignore
+    parts: Any = coco_mask.frPyObjects(polygons, *size)  # pyright: ignore
     counts, start = [], 0
     for _, num_polygons in drawn:
         own = parts[start : start + num_polygons]
-        counts.append((own[0] if num_polygons == 1 else coco_mask.merge(own))["counts"])  # pyright: ignore
+        counts.append((own[0] if num_polygons == 1 else coco_mask.merge(own))["counts"])
         start += num_polygons
     spans = spans_from_rle(counts, size)
     positions = np.array([position for position, _ in drawn])

@@ -24,9 +24,9 @@ from solov2_jax.data.coco import find_files
 from solov2_jax.data.outlines import (
     are_numbers,
     as_json,
-    polygons_to_rle,
     read_outline,
     rle_areas,
+    usable_rle,
 )
 from solov2_jax.io import InputError, read_json
 
@@ -169,7 +169,7 @@ def _ids(field: Fields, key: str, known: Mapping[int, Any], source: str) -> list
 def _mask(segmentation: Any, size: tuple[int, int], name: str) -> dict[str, Any]:
     """Returns the RLE of a result."""
     polygons, counts = read_outline(segmentation, size, lambda: name)
-    mask = {"size": list(size), "counts": counts} if counts else polygons_to_rle(polygons, size)
+    mask = {"size": list(size), "counts": counts} if counts else usable_rle(polygons, size)
     if mask is None:
         raise InputError(f"{name}: `segmentation` has no polygon of 3 points or more")
     return mask

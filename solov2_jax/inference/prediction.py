@@ -12,10 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as rle
 
 from solov2_jax.io import atomic_path
-from solov2_jax.rle import rle_decode, rle_encode, rle_from_string, rle_of_crop, rle_to_strings
+from solov2_jax.rle import (
+    mask_to_rle,
+    rle_decode,
+    rle_encode,
+    rle_from_string,
+    rle_of_crop,
+    rle_to_strings,
+)
 
 # (y0, x0, y1, x1) in pixels, the last two exclusive.
 Rectangle = tuple[int, int, int, int]
@@ -54,10 +60,9 @@ def pack(mask: np.ndarray, top: int = 0, left: int = 0) -> PackedMask | None:
     if not len(rows):
         return None
     y0, y1, x0, x1 = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    tight = np.asfortranarray(mask[y0:y1, x0:x1], dtype=np.uint8)
-    coded: Any = rle.encode(tight)
+    tight = mask[y0:y1, x0:x1]
     rectangle = (int(y0) + top, int(x0) + left, int(y1) + top, int(x1) + left)
-    return PackedMask(rectangle, coded["counts"], int(tight.sum(dtype=np.int64)))
+    return PackedMask(rectangle, mask_to_rle(tight)["counts"], int(tight.sum(dtype=np.int64)))
 
 
 def intersect(a: Rectangle, b: Rectangle) -> Rectangle | None:

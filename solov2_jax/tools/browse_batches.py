@@ -1,8 +1,8 @@
 """Pictures of training batches as the network gets them: what `solov2 view` draws.
 
-A picture per image: the padded, augmented input with its masks at a quarter of the
-size, and for each level the grid with the cells that are positive, in their object's
-colour; cells of several objects have a white frame.
+A picture per image: the padded, augmented input with its stride-4 masks, and for each
+level the grid with the cells that are positive, in their object's colour; cells of
+several objects have a white frame.
 """
 
 import os
@@ -29,14 +29,14 @@ _DARK = 0.45  # brightness of the picture behind a grid
 _FILL = 0.65  # opacity of a positive cell
 
 
-def view(config: Any, dataset: CocoDataset, folder: str, step: int, number: int) -> list[str]:
-    """Returns the paths of the pictures, one per image of `number` batches.
+def browse(config: Any, dataset: CocoDataset, folder: str, step: int, num_steps: int) -> list[str]:
+    """Returns the paths of the pictures, one per image of `num_steps` batches.
 
     Args:
       step: of training, from which on.
     """
     config = config.copy_and_resolve_references()
-    config.train.steps = step + number
+    config.train.steps = step + num_steps
     config.data.num_workers = 0
     os.makedirs(folder, exist_ok=True)
     names = dict(zip(dataset.image_ids.tolist(), dataset.file_names, strict=True))
@@ -49,7 +49,7 @@ def view(config: Any, dataset: CocoDataset, folder: str, step: int, number: int)
             title = f"step {step + i}, {names[image_id]} (image {image_id})"
             path = os.path.join(folder, f"step_{step + i:06d}_{row}_{image_id}.jpg")
             Image.fromarray(caption(picture, title)).save(path, quality=90)
-            print(describe(fields, config, dataset.class_names, title))
+            print(list_objects(fields, config, dataset.class_names, title))
             paths.append(path)
     return paths
 
@@ -147,7 +147,9 @@ def _grid(
     return np.asarray(picture)
 
 
-def describe(fields: dict[str, np.ndarray], config: Any, names: Sequence[str], title: str) -> str:
+def list_objects(
+    fields: dict[str, np.ndarray], config: Any, names: Sequence[str], title: str
+) -> str:
     """Returns a line per object: class, box side, levels, cells of its own."""
     cells, sharing = targets_of(fields, config)
     boxes = fields["boxes"][fields["valid"]]

@@ -28,11 +28,11 @@ def main(overrides: list[str]) -> None:
     from solov2_jax.config import load_config
     from solov2_jax.data.build import data_files
     from solov2_jax.data.coco import load_coco
-    from solov2_jax.tools.browse_batches import view
+    from solov2_jax.tools.browse_batches import browse
 
     config = load_config(_CONFIG.value, overrides)
     dataset = load_coco(*data_files(config)[0])
-    paths = view(config, dataset, _OUTPUT.value, _STEP.value, _BATCHES.value)
+    paths = browse(config, dataset, _OUTPUT.value, _STEP.value, _BATCHES.value)
     print(f"{len(paths)} pictures: {_OUTPUT.value}")
 
 

@@ -9,7 +9,7 @@ from pycocotools import mask as coco_mask
 
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.transforms import shortest_edge_sizes
-from solov2_jax.rle import Crop, resize_nearest, rle_decode, rle_from_string
+from solov2_jax.rle import Crop, polygons_to_rle, resize_nearest, rle_decode, rle_from_string
 
 # Two objects of one class whose masks have this IoU are one object, annotated twice.
 SAME_IOU = 0.9
@@ -106,7 +106,7 @@ def draw(
         crop = rle_decode(rle_from_string(runs), old)
         return resize_nearest(crop, old, new) if crop else None
     scaled: Any = _scaled(segmentations.polygons(index), old, new)
-    parts: Any = coco_mask.merge(coco_mask.frPyObjects(scaled, *new))
+    parts = polygons_to_rle(scaled, new)
     return rle_decode(rle_from_string(parts["counts"]), new)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from solov2_jax.io import write_text
+from solov2_jax.rle import mask_to_rle, polygons_to_rle
 
 
 class Instances:
@@ -36,13 +37,13 @@ class Instances:
         flat: Any = [np.asarray(p, np.float64).ravel() for p in polygons]
         corners = np.concatenate(flat).reshape(-1, 2)
         low, high = corners.min(axis=0), corners.max(axis=0)
-        area = coco_mask.area(coco_mask.merge(coco_mask.frPyObjects(flat, *self.size)))
+        area = coco_mask.area(polygons_to_rle(flat, self.size))
         box = [*low.tolist(), *(high - low).tolist()]
         self._add(category, [p.round(3).tolist() for p in flat], box, float(area))
 
     def add_mask(self, category: int, mask: np.ndarray) -> None:
         """Takes an object of the last image: its mask, bool [height, width]."""
-        runs: Any = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+        runs: Any = mask_to_rle(mask)
         segmentation = {"size": list(mask.shape), "counts": runs["counts"].decode()}
         box = coco_mask.toBbox(runs).tolist()
         self._add(category, segmentation, box, float(coco_mask.area(runs)))

@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 
-from solov2_jax.rle import rle_decode, rle_from_string
+from solov2_jax.rle import mask_to_rle, polygons_to_rle, rle_decode, rle_from_string
 from solov2_jax.tools.synthetic.textures import texture
 
 log = logging.getLogger(__name__)
@@ -295,7 +294,7 @@ def _draw(rings: list[np.ndarray], h: int, w: int) -> np.ndarray:
     drawn = np.zeros((len(rings), h, w), bool)
     for mask, ring in zip(drawn, rings, strict=True):
         polygon: Any = [ring.ravel()]
-        (runs,) = coco_mask.frPyObjects(polygon, h, w)
+        runs = polygons_to_rle(polygon, (h, w))
         crop = rle_decode(rle_from_string(runs["counts"]), (h, w))
         if crop is not None:
             y, x = crop.pixels.shape
@@ -326,7 +325,7 @@ def _annotation(obj: _Object) -> dict[str, Any]:
         return _record(obj.category, obj.visible, [obj.rings[0].ravel().tolist()])
     if obj.visible.sum() % 2:
         return _record(obj.category, obj.visible, _uncompressed(obj.visible))
-    runs: Any = coco_mask.encode(np.asfortranarray(obj.visible.astype(np.uint8)))
+    runs = mask_to_rle(obj.visible)
     segmentation = {"size": list(runs["size"]), "counts": runs["counts"].decode()}
     return _record(obj.category, obj.visible, segmentation)
 
