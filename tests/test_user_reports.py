@@ -7,7 +7,9 @@ predictions (`evaluate_files`) and the record builder (`tfds.examples`) read the
 import json
 import os
 import socket
+import struct
 import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,9 @@ from tiny_coco import annotation, content, encode_mask, write
 
 from solov2_jax.data import images
 from solov2_jax.data.coco import load_coco
+from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.evaluation.ground_truth import read_ground_truth
+from solov2_jax.inference.prediction import Prediction
 from solov2_jax.tools.doctor.grids import Layout
 from solov2_jax.tools.doctor.study import Settings, study
 from solov2_jax.tools.importers.__main__ import main as import_main
@@ -345,6 +349,32 @@ def test_sixteen_bits_are_scaled_from_those_that_are_used(tmp_path, suffix, bits
     assert caplog.text.count("bits, not 16") == (bits != 16)
 
 
+def sixteen_bit_png(path: Path, values: np.ndarray) -> None:
+    """Writes uint16 [h, w, 3], which Pillow does not."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    size = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    chunks = ((b"IHDR", size), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d))
+            for k, d in chunks
+        )
+    )
+
+
+def test_dark_sixteen_bit_colours_are_said_once(tmp_path, caplog):
+    images._said.cache_clear()
+    values = np.full((6, 8, 3), 60_000, np.uint16)
+    sixteen_bit_png(tmp_path / "full.png", values)
+    assert (images.read_image(tmp_path / "full.png") == 60_000 // 256).all()
+    assert not caplog.text
+    sixteen_bit_png(tmp_path / "twelve.png", values >> 4)
+    for _ in range(2):
+        images.read_image(tmp_path / "twelve.png")
+    assert caplog.text.count("16-bit colours reach only 14 of 255") == 1
+
+
 def test_of_several_pages_the_first_is_read_and_that_is_said_once(tmp_path, caplog):
     images._said.cache_clear()
     pages = [Image.new("RGB", (8, 6), (i * 40, 0, 0)) for i in range(3)]
@@ -528,3 +558,25 @@ def test_labels_that_are_nowhere_are_an_error_and_not_empty_images(tmp_path, cap
     with pytest.raises(SystemExit):
         imported(tmp_path, "yolo", f"--data={tmp_path}/data.yaml")
     assert "none of its 1 images has a label file" in capsys.readouterr().err
+
+
+def test_predictions_of_batches_get_the_ids_of_the_json(tmp_path):
+    values = content()
+    for record in values["images"]:
+        record["id"] += 2**63
+    for record in values["annotations"]:
+        record["image_id"] += 2**63
+    data = load_coco(*write(tmp_path, values))
+    evaluator = CocoEvaluator(data.annotation_file, data.category_ids, data.class_names)
+    mask = np.zeros((1, 48, 64), bool)
+    mask[0, 8:28, 10:30] = True
+    evaluator.process(
+        Prediction(
+            masks=mask,
+            boxes=np.array([[10, 8, 30, 28]], np.float32),
+            scores=np.array([0.9], np.float32),
+            labels=np.array([0]),
+            image_id=int(data.image_ids[0]),
+        )
+    )
+    assert [r["image_id"] for r in evaluator.results] == [7 + 2**63]

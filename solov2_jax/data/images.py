@@ -75,15 +75,27 @@ def open_image(path: str) -> Image.Image:
     What the file holds counts, not how its name ends. The EXIF or TIFF orientation is
     applied; of several pages or frames the first is taken, which is said once. Grey,
     palette and CMYK become RGB; transparency is dropped (the colours below it show),
-    not blended. 16-bit grey is scaled from the bits that it uses.
+    not blended. 16-bit grey is scaled from the bits that it uses; 16-bit colours are
+    divided by 256, and it is said once if that leaves them dark.
     Source: detectron2 data/detection_utils.py, read_image; it leaves 16-bit pictures
     to PIL, which clips them to white.
     """
     with opened(path) as image:
         if _several(image):
             _say_once("several pages or frames; of such files the first one is used", path)
+        deep = any(";16" in str(tile) for tile in image.tile)
         ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image, path)
+        rgb = _to_rgb(image, path)
+        if deep and image.mode not in _SIXTEEN_BIT:
+            # Pillow gives the upper byte of 16-bit colours; the lower one is lost.
+            largest = max(int(high) for _, high in rgb.getextrema())  # pyright: ignore
+            if largest < 64:
+                _say_once(
+                    f"its 16-bit colours reach only {largest} of 255: it will look dark; "
+                    "scale such colours to 16 bits",
+                    path,
+                )
+        return rgb
 
 
 @contextlib.contextmanager
