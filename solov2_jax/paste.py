@@ -26,15 +26,17 @@ def paste_masks(
     original_size: Int[Array, "2"],
     canvas: tuple[int, int],
     threshold: float,
+    origin: Int[Array, "2"] | None = None,
 ) -> tuple[Bool[Array, "N H W"], Float[Array, "N 4"]]:
-    """Returns the masks at the original size, and their tight boxes in its pixels.
+    """Returns the masks at the original size, and their tight boxes on the canvas.
 
     Args:
       soft_masks: probabilities at a quarter of the padded input.
       image_size: (height, width) of the input before padding.
-      original_size: (height, width) to resize to; at most the canvas, False beyond it.
+      original_size: (height, width) to resize to; False beyond it.
       canvas: static (H, W).
       threshold: applied after resizing, at least 0; a pixel is above it.
+      origin: (row, column) of the resized image at the canvas's corner; None: (0, 0).
 
     A box ends one past its last pixel, as a COCO box does; an empty mask's is all 0.
 
@@ -43,8 +45,9 @@ def paste_masks(
     it from the unpadded height, wrongly for small images. Its boxes are all 0.
     """
     _, h4, w4 = soft_masks.shape
-    rows = _taps(h4, image_size[0], original_size[0], canvas[0])
-    columns = _taps(w4, image_size[1], original_size[1], canvas[1])
+    y, x = (None, None) if origin is None else origin
+    rows = _taps(h4, image_size[0], original_size[0], canvas[0], y)
+    columns = _taps(w4, image_size[1], original_size[1], canvas[1], x)
     taps = zip(columns.weights, columns.indices, strict=True)
     hot = [w[:, None] * (i[:, None] == jnp.arange(w4)[None]) for w, i in taps]
     across = functools.reduce(jnp.add, hot)
@@ -88,13 +91,21 @@ class _Taps(NamedTuple):
         return functools.reduce(jnp.logical_or, [used[i] & (w > 0) for i, w in taps])
 
 
-def _taps(size: int, image: Int[Array, ""], original: Int[Array, ""], canvas: int) -> _Taps:
+def _taps(
+    size: int,
+    image: Int[Array, ""],
+    original: Int[Array, ""],
+    canvas: int,
+    start: Int[Array, ""] | None,
+) -> _Taps:
     """Returns the taps of an axis of `size` for each position of the canvas.
 
     Two of the enlarged mask's pixels, each between two of the mask's own; the order of
     operations is torch's, so that rounding is too.
     """
     position = jnp.arange(canvas, dtype=jnp.float32)
+    if start is not None:
+        position += start.astype(jnp.float32)  # exact: whole numbers below 2^24
     scale = image.astype(jnp.float32) / original.astype(jnp.float32)
     inside = (position < original).astype(jnp.float32)
     indices, weights = [], []

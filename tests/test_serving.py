@@ -1,6 +1,7 @@
 """The service: its limits, queue and errors, with an engine that waits for a gate."""
 
 import contextlib
+import dataclasses
 import http.client
 import io
 import json
@@ -42,7 +43,7 @@ MAX_CONNECTIONS = 20
 class Engine:
     """Answers with what it got; waits for `gate` before."""
 
-    class_names = ("cat", "dog")
+    class_names = ("cat", "<img src=x onerror=alert(1)>")
 
     def __init__(self):
         self.gate = threading.Event()
@@ -57,6 +58,8 @@ class Engine:
         self.batches.append(len(jobs))
         if jobs[0][2] == 13:
             raise RuntimeError("a defect")
+        if jobs[0][2] == 77:
+            return [b"[" + b" " * 30_000_000 + b"]" for _ in jobs]
         return [json.dumps(job).encode() for job in jobs]
 
 
@@ -68,6 +71,7 @@ def service():
         make_app(engine, LIMITS, "a test"),
         max_connections=MAX_CONNECTIONS,
         header_seconds=0.4,
+        write_seconds=0.6,
     )
     sock = bind("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
@@ -260,6 +264,95 @@ def test_a_slow_body_is_given_up(service):
     assert ask(port, method="GET", path="/healthz")[1]["admitted"] == 0
 
 
+def slow_body(port):
+    """Returns a connection on which a body comes for ever, byte by byte."""
+    client = socket.create_connection(("127.0.0.1", port), timeout=20)
+    client.sendall(
+        b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+        b"Content-Length: 1000\r\n\r\na"
+    )
+    return client
+
+
+def test_slow_bodies_take_no_place_in_the_queue(service):
+    port, _ = service
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            for _ in range(2 * LIMITS.queue):
+                stack.enter_context(slow_body(port))
+            assert [ask(port, picture())[0] for _ in range(4)] == [200] * 4
+
+
+def test_bodies_on_their_way_are_bounded_together(service):
+    port, _ = service
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+    head += b"Content-Length: 20000\r\n\r\n"
+    ends = []
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for _ in range(2 * LIMITS.queue + 2):
+            client = socket.create_connection(("127.0.0.1", port), timeout=20)
+            clients.append(stack.enter_context(client))
+            client.sendall(head + b"x" * 19_900)
+        ends = [client.recv(100).split(b" ")[1] for client in clients]
+    assert b"429" in ends and set(ends) <= {b"429", b"408"}
+    assert ask(port, picture())[0] == 200
+
+
+def test_who_does_not_read_the_answer_is_closed(service):
+    port, _ = service
+    body = picture()
+    request = b"POST /predict?limit=77 HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+    request += b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for _ in range(LIMITS.queue):
+            client = socket.socket()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", port))
+            client.sendall(request)
+            clients.append(stack.enter_context(client))
+        until = time.monotonic() + 15
+        while ask(port, method="GET", path="/healthz")[1]["admitted"]:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        time.sleep(1.5)
+        for client in clients:
+            client.settimeout(20)
+            read = 0
+            with contextlib.suppress(ConnectionResetError):
+                while part := client.recv(1 << 20):
+                    read += len(part)
+            assert read < 30_000_000, "the rest was given up"
+    # Who reads gets all of it.
+    assert ask(port, picture(), "?limit=77")[1] == []
+
+
+def test_a_signal_ends_it_within_seconds_whatever_clients_do():
+    engine = Engine()
+    limits = dataclasses.replace(LIMITS, body_seconds=60.0)
+    server = make_server(make_app(engine, limits, "a test"), max_connections=9, header_seconds=60.0)
+    sock = bind("127.0.0.1", 0)
+    port = sock.getsockname()[1]
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    body = picture()
+    head = b"POST /predict?limit=77 HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+    with slow_body(port), socket.create_connection(("127.0.0.1", port)) as deaf:
+        deaf.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        until = time.monotonic() + 20
+        while not engine.batches:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        time.sleep(0.3)
+        begin = time.monotonic()
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive() and time.monotonic() - begin < 12
+
+
 @pytest.mark.parametrize("start", [b"", b"POST /pre", b"GET / HTTP/1.1\r\nHost:"])
 def test_a_header_that_does_not_come_ends_the_connection(service, start):
     port, _ = service
@@ -332,6 +425,12 @@ def test_interface_metrics_and_page(service):
     assert set(post["requestBody"]["content"]) >= {"image/jpeg", "image/png"}
     assert {"200", "400", "408", "413", "415", "429"} <= set(post["responses"])
     assert {p["name"] for p in post["parameters"]} == {"output", "score", "limit"}
+    assert ask(port, method="GET", path="/readyz")[:2] == (200, {"status": "ready"})
+    assert ask(port, method="GET", path="/classes")[1]["classes"] == list(Engine.class_names)
+    assert ask(port, method="GET", path="/redoc")[0] == 404
+    for path in ("/docs", "/openapi.json", "/", "/metrics"):
+        shown = ask(port, method="GET", path=path)[1]
+        assert "onerror" not in str(shown), path
     viewer = ask(port, method="GET", path="/docs")[1]
     assert b"//" not in viewer.replace(b"://www.w3.org", b""), "nothing from elsewhere"
     for address in re.findall(rb'(?:src|href)="([^"]+)"', viewer):

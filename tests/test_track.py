@@ -90,3 +90,24 @@ def test_classes_by_name_or_id():
         parse_classes(["persn"], names, ids)
     with pytest.raises(ValueError, match="--classes 3: no such category id"):
         parse_classes(["3"], names, ids)
+
+
+def moving(speed, missing, seed):
+    """Returns identity switches of squares that cross a picture, some detections missing."""
+    rng, tracker, last, switches = np.random.default_rng(seed), Tracker(), {}, 0
+    rows, starts = [2, 46], rng.uniform(0, 20, 2)
+    for step in range(40):
+        x = (starts + speed * step).astype(int)
+        shown = np.flatnonzero(rng.random(2) >= missing)
+        objects = [(int(x[i]), rows[i], 10, 0) for i in shown]
+        for i, number in zip(
+            shown.tolist(), numbers(tracker, *objects, size=(60, 700)), strict=True
+        ):
+            switches += last.get(i, number) != number
+            last[i] = number
+    return switches
+
+
+@pytest.mark.parametrize(("speed", "missing"), [(2, 0.15), (14, 0.0)])
+def test_missing_and_fast_objects_keep_their_number(speed, missing):
+    assert sum(moving(speed, missing, seed) for seed in range(5)) <= 3

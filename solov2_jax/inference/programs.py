@@ -92,10 +92,10 @@ def compile_kernel_transform(model: Any, size: tuple[int, int]) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("canvas", "threshold"))
-def _paste(soft_masks, index, part, image_size, original_size, *, canvas, threshold):
+def _paste(soft_masks, index, part, image_size, original_size, origin, *, canvas, threshold):
     """Returns the masks and boxes of detections `part` [N] of image `index`."""
     chosen = jnp.take(soft_masks[index], part, axis=0, mode="fill", fill_value=0)
-    return paste_masks(chosen, image_size, original_size, canvas, threshold)
+    return paste_masks(chosen, image_size, original_size, canvas, threshold, origin)
 
 
 def paste_detections(
@@ -106,6 +106,7 @@ def paste_detections(
     original_size: Sequence[Any] | np.ndarray,
     threshold: float,
     canvas: tuple[int, int] | None = None,
+    origin: tuple[int, int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns masks bool [n, H, W] and boxes [n, 4] of one image's detections.
 
@@ -117,8 +118,14 @@ def paste_detections(
       kept: which of its detections, int [n].
       image_size, original_size: (height, width) at the network and of the file.
       canvas: holds the original size; each is a program. None: its next multiples.
+      origin: (row, column) at which the canvas is a part of the original image; the
+        masks and boxes are those of the part then.
     """
     height, width = (int(v) for v in original_size)
+    if origin is not None and canvas is not None:
+        height, width = (
+            min(c, int(side) - o) for c, side, o in zip(canvas, original_size, origin, strict=True)
+        )
     canvas = canvas or (
         round_up(height, CANVAS_DIVISOR),
         round_up(width, CANVAS_DIVISOR),
@@ -136,6 +143,7 @@ def paste_detections(
             np.pad(part, (0, chunk - n), constant_values=none),
             np.asarray(image_size, np.int32),
             np.asarray(original_size, np.int32),
+            None if origin is None else np.asarray(origin, np.int32),
             canvas=canvas,
             threshold=threshold,
         )

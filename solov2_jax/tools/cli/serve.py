@@ -6,9 +6,9 @@ r"""Serves predictions over HTTP until it is told to stop.
         'http://localhost:8000/predict?score=0.5'
 
 POST /predict answers an image with JSON, or a drawn PNG with `output=png`; GET /docs is
-the interface, /healthz the state, /metrics Prometheus' counters, / a page to try it. It
-listens on this machine only; --host=0.0.0.0 opens it, behind a proxy that knows whom to
-let in. Every program is compiled before it listens.
+the interface, /healthz the state, /readyz whether to send requests, /metrics Prometheus'
+counters, / a page to try it. It listens on this machine only; --host=0.0.0.0 opens it,
+behind a proxy that knows whom to let in. Every program is compiled before it listens.
 
 SIGTERM and SIGINT: no request is taken any more, the ones that are there are answered,
 and the exit code is 0; 2: an error that the one line `error: ...` explains.
@@ -44,10 +44,15 @@ _HEADER_SECONDS = Flag(
 _CONNECTIONS = Flag(
     "max_connections", whole(512, 1, 1_000_000), "Open at once; one more is closed."
 )
+_WRITE_SECONDS = Flag(
+    "write_seconds",
+    number(30.0, 0.01, high=86_400),
+    "To read an answer; then the connection is closed.",
+)
 _SCORE = Flag("score", share(0.3), "Least score of a detection, unless a request says another.")
 FLAGS = (
     *(*shared.MODEL, _HOST, _PORT, _SCORE, _BATCH, _WAIT, _QUEUE, _MAX_MB, _MAX_MEGAPIXELS),
-    *(_BODY_SECONDS, _HEADER_SECONDS, _CONNECTIONS),
+    *(_BODY_SECONDS, _HEADER_SECONDS, _WRITE_SECONDS, _CONNECTIONS),
 )
 
 
@@ -82,6 +87,7 @@ def main(overrides: list[str]) -> None:
         make_app(engine, limits, shared.WORKDIR.value or shared.WEIGHTS.value),
         max_connections=_CONNECTIONS.value,
         header_seconds=_HEADER_SECONDS.value,
+        write_seconds=_WRITE_SECONDS.value,
     )
     server.run(sockets=[sock])
     log.info("stopped: every request that was taken is answered")

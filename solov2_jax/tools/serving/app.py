@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 # Of an oversized body, so that its sender reads the answer instead of a broken pipe.
 _DISCARD_SECONDS = 2.0
+# Bytes of bodies that are on their way, in largest bodies for each place in the queue.
+_BODIES = 2
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Limits:
 
     max_bytes: int  # of a body
     max_pixels: int  # of a picture
-    queue: int  # requests that are read, decoded, waiting or computed; more: 429
+    queue: int  # requests that are decoded, waiting or computed; more: 429
     body_seconds: float  # to send a body
     batch_size: int
     batch_wait: float  # seconds
@@ -61,6 +63,7 @@ class Service:
     def __init__(self, engine: Answering, limits: Limits, decoders: int = 2):
         self.engine, self.limits, self.metrics = engine, limits, Metrics()
         self.admitted = 0
+        self.unread_bytes = 0  # of bodies that are not complete
         self._pool = ThreadPoolExecutor(decoders, thread_name_prefix="decoder")
         self._batcher = Batcher(
             engine.answer,
@@ -81,8 +84,9 @@ class Service:
     async def predict(self, request: Request, output: str, score: float, limit: int) -> bytes:
         """Returns the body of the answer, or raises `RequestRefused`."""
         check_type(request.headers.get("content-type", ""))
+        self._check_queue()  # spares a client the upload; a place is taken when it is done
+        body = await self._read(request)
         with self._admission():
-            body = await self._read(request)
             loop = asyncio.get_running_loop()
             drawn = output == "png"
             job = await loop.run_in_executor(
@@ -95,8 +99,7 @@ class Service:
         image = decode(body, self.limits.max_pixels)
         return self.engine.preprocess(image, score, limit, drawn)
 
-    @contextlib.contextmanager
-    def _admission(self) -> Any:
+    def _check_queue(self) -> None:
         if self.admitted >= self.limits.queue:
             raise RequestRefused(
                 429,
@@ -104,6 +107,10 @@ class Service:
                 "takes: try again",
                 retry_after=1,
             )
+
+    @contextlib.contextmanager
+    def _admission(self) -> Any:
+        self._check_queue()
         self.admitted += 1
         self.metrics.admitted.set(self.admitted)
         try:
@@ -115,16 +122,19 @@ class Service:
     async def _read(self, request: Request) -> bytes:
         most = self.limits.max_bytes
         too_large = RequestRefused(413, f"the body has more than {most} bytes: shrink the image")
+        body = bytearray()
         try:
             async with asyncio.timeout(self.limits.body_seconds):
                 declared = request.headers.get("content-length", "0")
                 if int(declared) > most:
                     raise too_large
-                body = bytearray()
                 async for part in request.stream():
                     body += part
+                    self.unread_bytes += len(part)
                     if len(body) > most:
                         raise too_large
+                    if self.unread_bytes > _BODIES * most * self.limits.queue:
+                        raise RequestRefused(429, "too many bodies at once: try again", 1)
         except TimeoutError:
             raise RequestRefused(
                 408, f"the body took longer than {self.limits.body_seconds:g} s"
@@ -132,6 +142,8 @@ class Service:
         except RequestRefused:
             await _discard(request)
             raise
+        finally:
+            self.unread_bytes -= len(body)
         if not body:
             raise RequestRefused(400, "the body is empty: send an image's bytes")
         return bytes(body)
@@ -160,7 +172,9 @@ def make_app(engine: Answering, limits: Limits, model: str) -> FastAPI:
 
     app = FastAPIOffline(
         title="SOLOv2 instance segmentation",
-        description=f"Serves {model}. Classes: {', '.join(engine.class_names)}.",
+        # Nothing of the model's: its viewers render descriptions as Markdown with HTML.
+        description="Finds the objects of an image; `/classes` lists their classes.",
+        redoc_url=None,
         version=solov2_jax.__version__,
         lifespan=lifespan,
     )
@@ -216,6 +230,19 @@ def make_app(engine: Answering, limits: Limits, model: str) -> FastAPI:
         well = service.is_well()
         state = {"status": "ok" if well else "broken", "admitted": service.admitted}
         return JSONResponse({**state, "model": model}, 200 if well else 503)
+
+    @app.get("/readyz")
+    async def readyz() -> JSONResponse:
+        """Tells whether to send requests: 200 where there is room, else 503."""
+        room = service.admitted < limits.queue
+        ready = service.is_well() and room
+        state = "ready" if ready else ("busy" if service.is_well() else "broken")
+        return JSONResponse({"status": state}, 200 if ready else 503)
+
+    @app.get("/classes")
+    async def classes() -> JSONResponse:
+        """Lists the names of the classes, in the order of their labels."""
+        return JSONResponse({"classes": list(engine.class_names)})
 
     @app.get("/metrics")
     async def metrics() -> Response:

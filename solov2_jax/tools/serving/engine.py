@@ -5,9 +5,11 @@ picture is made small before masks are pasted for it.
 """
 
 import io
+import itertools
 import json
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -21,10 +23,15 @@ from solov2_jax.inference.preprocess import make_batches
 from solov2_jax.inference.programs import paste_detections
 from solov2_jax.rle import rle_encode
 
+log = logging.getLogger(__name__)
+
 # Long side of a drawn picture.
 DRAWN_SIDE = 1600
 # Masks at the original size that exist at once.
 _TOGETHER = 8
+# (height, width) that masks are pasted on, ascending, a program each; those of larger
+# pictures part by part.
+CANVASES = ((128, 128), (512, 512))
 
 
 @dataclass(frozen=True)
@@ -38,9 +45,10 @@ class Job:
 
 
 class Engine:
-    """Answers jobs. The network's programs are compiled when it is made.
+    """Answers jobs. Every program is compiled when it is made, so no request waits for one.
 
-    Pasting is a program for each pair of powers of two that holds a picture: 64.
+    A picture goes into the smallest of `shapes` for the network, and its masks into the
+    smallest of `CANVASES` that holds it, or into several of the largest.
 
     Args:
       shapes: padded (height, width) that images go into; together they hold every one.
@@ -52,8 +60,28 @@ class Engine:
         self.shapes = tuple(shapes)
         self.sizes = batch_sizes(batch_size)
         self.class_names = predictor.class_names
+        for shape in self.shapes:
+            self._compile(shape)
+
+    def _compile(self, shape: Bucket) -> None:
         for size in self.sizes:
-            predictor.compile(self.shapes, size)
+            batch = {
+                "image": np.zeros((size, *shape, 3), np.uint8),
+                "image_size": np.full((size, 2), shape, np.int32),
+            }
+            soft_masks = row_of(self.predictor.detect(batch).soft_masks, 0)
+        log.info("compiling %d programs that paste masks", len(CANVASES))
+        for canvas in CANVASES:
+            paste_detections(
+                soft_masks,
+                0,
+                np.zeros(1, int),
+                np.array(shape),
+                canvas,
+                self.predictor.mask_threshold,
+                canvas=canvas,
+                origin=(0, 0),
+            )
 
     def preprocess(self, image: np.ndarray, score: float, limit: int, drawn: bool) -> Job:
         """Returns a job of a picture, RGB uint8 [H, W, 3]."""
@@ -71,79 +99,133 @@ class Engine:
         size = next(n for n in self.sizes if n >= len(jobs))
         answers = [b""] * len(jobs)
         for batch in make_batches(examples, size):
-            found = self.predictor.detect(batch)
-            fields = jax.device_get((found.scores, found.labels, found.valid))
+            detections = self.predictor.detect(batch)
+            fields = jax.device_get((detections.scores, detections.labels, detections.valid))
             for row, i in enumerate(batch["image_id"].tolist()):
-                if i != -1:
-                    scores, labels, valid = (field[row] for field in fields)
-                    kept = np.flatnonzero(valid & (scores >= jobs[i].score))
-                    one = _Found(found.soft_masks, row, kept[: jobs[i].limit])
-                    values = scores[one.kept], labels[one.kept]
-                    answers[i] = self._body(jobs[i], one, *values)
+                if i == -1:
+                    continue
+                scores, labels, valid = (field[row] for field in fields)
+                kept = np.flatnonzero(valid & (scores >= jobs[i].score))[: jobs[i].limit]
+                image = ImageDetections(row_of(detections.soft_masks, row), kept)
+                answers[i] = self._body(jobs[i], image, scores[kept], labels[kept])
         return answers
 
-    def _body(self, job: Job, found: "_Found", scores: np.ndarray, labels: np.ndarray) -> bytes:
+    def _body(
+        self, job: Job, image: "ImageDetections", scores: np.ndarray, labels: np.ndarray
+    ) -> bytes:
         if job.picture is None:
-            return self._json(job, found, scores, labels)
+            return self._json(job, image, scores, labels)
         size = job.picture.shape[:2]
-        masks, boxes = found.paste(job.example["image_size"], size, self._threshold)
-        there = boxes[:, 2] > boxes[:, 0]
-        prediction = Prediction(*(masks[there], boxes[there], scores[there], labels[there]), 0)
+        masks, boxes = image.paste(job.example["image_size"], size, self.predictor.mask_threshold)
+        nonempty = boxes[:, 2] > boxes[:, 0]
+        prediction = Prediction(
+            masks=masks[nonempty],
+            boxes=boxes[nonempty],
+            scores=scores[nonempty],
+            labels=labels[nonempty],
+            image_id=0,
+        )
         drawn = draw_prediction(job.picture, prediction, self.class_names)
         file = io.BytesIO()
         Image.fromarray(drawn).save(file, "PNG", compress_level=1)
         return file.getvalue()
 
-    def _json(self, job: Job, found: "_Found", scores: np.ndarray, labels: np.ndarray) -> bytes:
+    def _json(
+        self, job: Job, image: "ImageDetections", scores: np.ndarray, labels: np.ndarray
+    ) -> bytes:
         height, width = (int(n) for n in job.example["original_size"])
+        threshold = self.predictor.mask_threshold
         detections = []
-        for start in range(0, len(found.kept), _TOGETHER):
+        for start in range(0, len(image.kept), _TOGETHER):
             part = slice(start, start + _TOGETHER)
-            some = _Found(found.soft_masks, found.row, found.kept[part])
-            masks, boxes = some.paste(job.example["image_size"], (height, width), self._threshold)
+            some = replace(image, kept=image.kept[part])
+            masks, boxes = some.paste(job.example["image_size"], (height, width), threshold)
             counts = rle_encode(masks, boxes)
             for count, box, score, label in zip(
                 counts, boxes, scores[part], labels[part], strict=True
             ):
-                if box[2] > box[0]:
-                    x0, y0, x1, y1 = (float(v) for v in box)
-                    detections.append(
-                        {
-                            "class_name": self.class_names[int(label)],
-                            "category_id": self.predictor.category_ids[int(label)],
-                            "score": float(score),
-                            "bbox": [x0, y0, x1 - x0, y1 - y0],
-                            "segmentation": {"size": [height, width], "counts": count},
-                        }
-                    )
+                if box[2] <= box[0]:  # no pixel is left at the original size
+                    continue
+                x0, y0, x1, y1 = (float(v) for v in box)
+                detections.append(
+                    {
+                        "class_name": self.class_names[int(label)],
+                        "category_id": self.predictor.category_ids[int(label)],
+                        "score": float(score),
+                        "bbox": [x0, y0, x1 - x0, y1 - y0],
+                        "segmentation": {"size": [height, width], "counts": count},
+                    }
+                )
         answer = {"height": height, "width": width, "detections": detections}
         return json.dumps(answer).encode()
 
-    @property
-    def _threshold(self) -> float:
-        return self.predictor.mask_threshold
+
+@jax.jit
+def row_of(batch: jax.Array, row: int) -> jax.Array:
+    """Returns one row of a batch, the batch axis kept."""
+    return jax.lax.dynamic_slice_in_dim(batch, row, 1)
 
 
 @dataclass(frozen=True)
-class _Found:
-    """Some detections of one image of a batch, on the device."""
+class ImageDetections:
+    """Some detections of one image, on the device."""
 
-    soft_masks: jax.Array
-    row: int
+    soft_masks: jax.Array  # [1, D, h4, w4], one program for batches of any size
     kept: np.ndarray
 
     def paste(
         self, image_size: np.ndarray, size: tuple[int, int], threshold: float
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns masks bool [n, H, W] and boxes [n, 4] at a size."""
-        arguments = (self.soft_masks, self.row, self.kept, image_size, size, threshold)
-        return paste_detections(*arguments, canvas=canvas_of(size))
+        """Returns masks bool [n, H, W] and boxes [n, 4] at a size (height, width)."""
+        canvas = canvas_of(size)
+        masks = np.zeros((len(self.kept), *size), bool)
+        boxes = np.zeros((len(self.kept), 4), np.float32)
+        reached = self._reached(image_size, size, threshold)
+        rows, columns = (range(0, n, side) for n, side in zip(size, canvas, strict=True))
+        for y, x in itertools.product(rows, columns):
+            low, high = np.array([y, x]), np.array([y + canvas[0], x + canvas[1]])
+            inside = np.flatnonzero(((reached[:, 0] < high) & (reached[:, 1] > low)).all(1))
+            if not len(inside):
+                continue
+            part_masks, part_boxes = paste_detections(
+                self.soft_masks,
+                0,
+                self.kept[inside],
+                image_size,
+                size,
+                threshold,
+                canvas=canvas,
+                origin=(y, x),
+            )
+            masks[inside, y : y + canvas[0], x : x + canvas[1]] = part_masks
+            boxes[inside] = _united(boxes[inside], part_boxes, (x, y))
+        return masks, boxes
+
+    def _reached(self, image_size: np.ndarray, size: tuple[int, int], threshold: float):
+        """Returns which rows and columns a mask may have, [n, (first, end), (y, x)]."""
+        soft = np.asarray(self.soft_masks)[0, self.kept] > threshold
+        ends = np.zeros((len(self.kept), 2, 2))
+        for axis in (0, 1):
+            used = soft.any(2 - axis)
+            ends[:, 0, axis] = used.argmax(1) - 1.0
+            ends[:, 1, axis] = used.shape[1] - used[:, ::-1].argmax(1) + 1.0
+        return ends * 4 * np.array(size) / np.asarray(image_size)
+
+
+def _united(boxes: np.ndarray, others: np.ndarray, shift: tuple[int, int]) -> np.ndarray:
+    """Returns boxes that hold both, where those without area hold nothing."""
+    moved = others + np.array([*shift, *shift], np.float32)
+    both = np.concatenate(
+        [np.minimum(boxes[:, :2], moved[:, :2]), np.maximum(boxes[:, 2:], moved[:, 2:])], 1
+    )
+    empty, others_empty = (b[:, 2:3] <= b[:, 0:1] for b in (boxes, others))
+    return np.where(others_empty, boxes, np.where(empty, moved, both))
 
 
 def canvas_of(size: tuple[int, int]) -> tuple[int, int]:
-    """Returns the powers of two that hold a size: few programs for all sizes."""
-    height, width = (max(128, 1 << (int(n) - 1).bit_length()) for n in size)
-    return height, width
+    """Returns the smallest canvas that holds a size, else the largest, for its parts."""
+    holding = [c for c in CANVASES if c[0] >= size[0] and c[1] >= size[1]]
+    return holding[0] if holding else CANVASES[-1]
 
 
 def batch_sizes(most: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import socket
 import threading
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 SHUTDOWN_SECONDS = 60
 # For who had connected before the signal, but has not said yet what for.
 _GRACE_SECONDS = 0.5
+# After it, for who is slow at sending a body or at reading an answer.
+_STOPPING_SECONDS = 3.0
 
 
 class Server(uvicorn.Server):
@@ -63,19 +66,24 @@ def _accept_waiting(listening: list[socket.socket]) -> list[socket.socket]:
     return found
 
 
-def make_server(app: Any, *, max_connections: int, header_seconds: float) -> Server:
+def make_server(
+    app: Any, *, max_connections: int, header_seconds: float, write_seconds: float = 30.0
+) -> Server:
     """Returns the server; its `run(sockets=[...])` returns after SIGTERM or SIGINT.
 
     Args:
       max_connections: one more is closed at once.
       header_seconds: within which a connection must have sent a request's header; also
         how long one may be idle between two.
+      write_seconds: within which a client must have read an answer.
     """
 
     class Protocol(H11Protocol):
         """HTTP/1.1 whose clients may not take for ever."""
 
         deadline: asyncio.TimerHandle | None = None
+        write_deadline: asyncio.TimerHandle | None = None
+        stopping = False
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -87,6 +95,8 @@ def make_server(app: Any, *, max_connections: int, header_seconds: float) -> Ser
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_clock()
+            if self.write_deadline is not None:
+                self.write_deadline.cancel()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -97,8 +107,43 @@ def make_server(app: Any, *, max_connections: int, header_seconds: float) -> Ser
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
+            self._expect_reading()
             if self.cycle is None or self.cycle.response_complete:
                 self._expect_header()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._expect_reading()
+
+        def shutdown(self) -> None:
+            """Ends the connection when its request is answered; the client has no say."""
+            self.stopping = True
+            super().shutdown()
+            self._expect_reading(anew=True)
+            self.loop.call_later(_STOPPING_SECONDS, self._expect_body)
+
+        def _expect_body(self) -> None:
+            if self.conn.their_state is h11.SEND_BODY:
+                self.transport.abort()
+
+        def _expect_reading(self, anew: bool = False) -> None:
+            """Starts the clock of an answer that waits in the buffer, unless it runs."""
+            if self.write_deadline is not None:
+                if not anew:
+                    return
+                self.write_deadline.cancel()
+                self.write_deadline = None
+            if self.transport.get_write_buffer_size():
+                seconds = min(write_seconds, _STOPPING_SECONDS) if self.stopping else write_seconds
+                self.write_deadline = self.loop.call_later(seconds, self._check_read, self.cycle)
+
+        def _check_read(self, cycle: Any) -> None:
+            self.write_deadline = None
+            if cycle is not self.cycle:  # another answer by now, with a clock of its own
+                self._expect_reading()
+            elif self.transport.get_write_buffer_size():
+                log.warning("a client did not read its answer: its connection is closed")
+                self.transport.abort()
 
         def _expect_header(self) -> None:
             self._stop_clock()
