@@ -31,7 +31,7 @@ from solov2_jax.training import sharding
 from solov2_jax.weights import names
 from solov2_jax.weights.names import fill, match, skeleton
 from tests.golden_weights import golden_weight
-from tests.plain_masks import plain_center, plain_quarter
+from tests.plain_masks import plain_center, plain_stride4
 
 CACHE = ROOT / ".cache" / "benchmarks"
 NUM_CLASSES = 80  # where the config counts them from annotations
@@ -173,7 +173,7 @@ def make_objects(config: Any, size: tuple[int, int], batch: int) -> dict[str, np
     for i in np.ndindex(shape):
         (cx, cy), (rx, ry) = corner[i] + side[i] / 2, side[i] / 2
         full[i] = ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 <= 1
-        scaled, centers[i] = plain_quarter(full[i]), plain_center(full[i])
+        scaled, centers[i] = plain_stride4(full[i]), plain_center(full[i])
         small[i][: scaled.shape[0], : scaled.shape[1]] = scaled
     return {
         "boxes": np.concatenate([corner, corner + side], -1).astype(np.float32),
