@@ -13,7 +13,7 @@ import pytest
 import solov2_jax
 from solov2_jax.config_schema import several, share, switch, text
 from solov2_jax.io import InputError
-from solov2_jax.tools.cli import app, env, flags, solov2
+from solov2_jax.tools.cli import app, env, flags, shared, solov2
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = """
@@ -101,11 +101,6 @@ def test_every_command_has_its_names():
         (["import", "yolo", "--void=3", "--output=x"], 2, "--void is not for yolo"),
         (["tfds", "--config.seed=1"], 2, "--name is missing"),
         (["summary", "--config=r50_3x", "--depth=nan"], 2, "--depth=nan must be a whole number"),
-        (
-            ["export", "--workdir=x", "--format=stablehlo", "--config.optim.gamma=0.5"],
-            2,
-            "--config.optim.gamma=0.5 has no effect: this command does not train",
-        ),
         (["predict", "--input=x", "--output=y", "--score=nan"], 2, "--score=nan must be finite"),
     ],
 )
@@ -189,3 +184,12 @@ def test_env_is_a_report(capsys, monkeypatch):
     for part in ("Python 3.", "jax 0.", "devices: cpu:0", "JAX_TESTED=yes", "train.steps = 7"):
         assert part in out
     assert "data.name = 'shapes'" in out and "optim.gamma" not in out and "hush" not in out
+
+
+@pytest.mark.parametrize(
+    "key", ["optim.gamma=0.5", "train.steps=3", "seed=1", "loss.dice_weight=1"]
+)
+def test_keys_of_training_are_refused_where_nothing_trains(monkeypatch, key):
+    monkeypatch.setattr(shared.WORKDIR, "value", "nowhere")
+    with pytest.raises(InputError, match=f"--config.{key} has no effect: .* does not train"):
+        shared.load_predictor([f"--config.{key}"])
