@@ -14,6 +14,7 @@ from PIL import Image
 
 from solov2_jax.inference.predictor import build_predictor
 from solov2_jax.inference.preprocess import InputOptions
+from solov2_jax.io import InputError
 from solov2_jax.models import build_model
 from solov2_jax.tools.export import exported as exporting
 from solov2_jax.tools.export.exported import ExportedPredictor, resize_masks, tight_boxes
@@ -183,6 +184,95 @@ def test_what_cannot_be_exported_is_named(tmp_path, network, images, monkeypatch
     monkeypatch.setitem(exporting.NEEDS, "onnx", ("onnx", "no_such_module"))
     with pytest.raises(ValueError, match=r"needs no_such_module, which is not"):
         export(model, predictor, ExportOptions("onnx"), tmp_path, images, "a test")
+
+
+def test_nothing_is_written_where_something_is_refused(tmp_path, network, images):
+    folder = tmp_path / "out"
+    options = ExportOptions("onnx", buckets=((64, 64), (96, 96)))
+    with pytest.raises(InputError, match="none of 1 images"):
+        export(*network, options, folder, images[2:], "a test")
+    assert not folder.exists()
+
+
+def test_a_file_that_no_export_wrote_is_not_overwritten(tmp_path, network, images):
+    for name in ("64x64.stablehlo", "metadata.json", "export.json"):
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        with pytest.raises(InputError, match=f"{name}: exists and was not written by an export"):
+            export(*network, ExportOptions("stablehlo"), folder, images[:1], "a test")
+        assert [f.name for f in folder.iterdir()] == [name]
+        assert (folder / name).read_text() == "mine"
+    arguments = (*network, ExportOptions("stablehlo"), folder, images[:1], "a test")
+    report = export(*arguments, overwrite=True)
+    assert report["written"] == ["64x64.stablehlo", "export.json", "metadata.json"]
+    assert export(*arguments)["written"] == report["written"]  # its own may be replaced
+    assert sorted(f.name for f in folder.iterdir()) == report["written"]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="file: a file; --output must be a folder"):
+        export(*network, ExportOptions("onnx"), tmp_path / "file", images[:1], "a test")
+
+
+@pytest.mark.parametrize("file_format", ["stablehlo", "onnx"])
+def test_damaged_exports_are_one_sentence(tmp_path, network, images, file_format):
+    export(*network, ExportOptions(file_format), tmp_path, images[:1], "a test")
+    file = tmp_path / f"64x64.{file_format}"
+    whole = file.read_bytes()
+    for data in (b"", b"<html>", whole[:100], whole[: len(whole) // 2], whole[:-10]):
+        file.write_bytes(data)
+        with pytest.raises(InputError, match=rf"64x64\.{file_format}: cannot be read as an export"):
+            next(iter(ExportedPredictor(tmp_path).predict_images(images[:1])))
+
+
+META = {
+    "version": 1,
+    "format": "onnx",
+    "masks": "input",
+    "batch": 1,
+    "outputs": ["count", "scores", "labels", "boxes", "masks"],
+    "classes": {"names": ["a"], "ids": [1]},
+    "preprocessing": {"channel_order": "RGB", "min_size": 48, "max_size": 64},
+    "options": {"mask_threshold": 0.5},
+    "files": {"64x64.onnx": [64, 64]},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": None}, "classes is missing, should be an object"),
+        ({"classes": ["a"]}, "classes is of type list, should be an object"),
+        ({"classes": {"names": ["a"]}}, "classes.ids is missing, should be a list of int"),
+        ({"classes": {"names": [1], "ids": [1]}}, "classes.names is of type list, should be a"),
+        ({"classes": {"names": ["a", "b"], "ids": [1]}}, "as many classes.ids as classes.names"),
+        ({"batch": "1"}, "batch is of type str, should be int"),
+        ({"batch": True}, "batch is of type bool, should be int"),
+        ({"batch": 0}, "batch at least 1"),
+        ({"version": None}, "version is missing"),
+        ({"version": 2}, "has form 2, this version reads 1"),
+        ({"format": "pt"}, "format one of stablehlo"),
+        ({"masks": "all"}, "masks one of input"),
+        ({"outputs": ["count"]}, "the outputs of masks"),
+        ({"files": {}}, "files such as"),
+        ({"files": {"../x.onnx": [64, 64]}}, "files such as"),
+        ({"files": {"64x64.onnx": 64}}, "files such as"),
+        ({"preprocessing": {"channel_order": "RGB"}}, "preprocessing.min_size is missing"),
+        ({"options": {"mask_threshold": "x"}}, "options.mask_threshold is of type str"),
+    ],
+)
+def test_metadata_of_another_form_is_one_sentence(tmp_path, change, message):
+    (tmp_path / "metadata.json").write_text(json.dumps(META))
+    assert read_metadata(tmp_path) == META
+    (tmp_path / "metadata.json").write_text(json.dumps({**META, **change}))
+    with pytest.raises(InputError, match=rf"metadata\.json: .*{message}"):
+        read_metadata(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "nonsense", "[" * 100_000, '{"a":' * 9999])
+def test_metadata_that_is_no_object_is_one_sentence(tmp_path, text):
+    (tmp_path / "metadata.json").write_text(text)
+    with pytest.raises(InputError, match=r"metadata\.json: .*Give a folder that export.py wrote"):
+        read_metadata(tmp_path)
 
 
 def test_two_shapes_hold_every_image():

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from jax import lax
 
+from solov2_jax.io import InputError
+from solov2_jax.tools.export.jaxpr import Equation, walk
 from solov2_jax.tools.export.onnx_control import RULES
 from solov2_jax.tools.export.onnx_graph import IR_VERSION, OPSET, Graph
-from solov2_jax.tools.export.walk import walk
+from solov2_jax.tools.export.rules import scan_inputs
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -111,6 +113,8 @@ CASES = {
     ),
     "loop": (count_up, V),
     "scan": (chain, X),
+    "sort of columns": (lambda x: lax.sort((x, x * 2), dimension=0, num_keys=1), X),
+    "top k of columns": (lambda x: lax.top_k(x, 2, axis=0), X),
     "map of one": (lambda x: lax.map(lambda row: row + 1, x[:1]), X),
     "map of loops": (lambda x: lax.map(count_up, x), X),
 }
@@ -133,6 +137,24 @@ def test_what_has_no_form_is_named():
         run(lambda x: jnp.cumsum(jnp.sin(x)), V)
     with pytest.raises(ValueError, match="onnx: a gather of"):
         run(lambda x, i: x[i, i], X, np.abs(I) % 4)
+
+
+def equation(name, **params):
+    return Equation(name=name, params=params, inputs=(), outputs=(), format="onnx")
+
+
+def test_parameters_that_are_missing_or_unknown_are_named():
+    """Another JAX, whose primitives have other parameters."""
+    with pytest.raises(InputError, match="onnx: scan has no parameter 'length' in JAX"):
+        equation("scan", reverse=False)["length"]
+    with pytest.raises(InputError, match="onnx: scan has no parameter 'num_consts' in JAX"):
+        scan_inputs(equation("scan", reverse=False), [])
+    eqn = equation("cumsum", axis=0, reverse=True, precision=None)
+    assert eqn["axis"] == 0
+    with pytest.raises(InputError, match="cumsum has the parameter 'reverse' in JAX"):
+        eqn.check_all_used()
+    assert eqn["reverse"]
+    eqn.check_all_used()
 
 
 def test_what_depends_on_constants_is_computed_before():

@@ -54,10 +54,13 @@ _IMAGES = Flag(
 )
 _NUM_IMAGES = Flag("num_images", whole(8, 1), "Images that are compared.")
 _EVALUATE = Flag("evaluate", switch(False), "Measure AP of both on the run's validation data.")
+_OVERWRITE = Flag(
+    "overwrite", switch(False), "Replace files in the output that no export wrote."
+)
 _OUTPUT = Flag("output", text(), "Folder to write. Default: WORKDIR/export/FORMAT_PRECISION.")
 FLAGS = (
     *(*shared.MODEL, _FORMAT, _PRECISION, _SHAPES, _BATCH, _MASKS, _IMAGES, _NUM_IMAGES),
-    *(_EVALUATE, _OUTPUT),
+    *(_EVALUATE, _OVERWRITE, _OUTPUT),
 )
 
 
@@ -91,7 +94,7 @@ def main(overrides: list[str]) -> None:
         dataset = _load_dataset(config, predictor)
     model = build_model(config, len(predictor.class_names))
     images = _find_images(dataset)
-    report = export(model, predictor, options, folder, images, source)
+    report = export(model, predictor, options, folder, images, source, overwrite=_OVERWRITE.value)
     if _EVALUATE.value:
         report["ap"] = _measure_ap(config, predictor, options.buckets, dataset, folder)
         write_json(report, os.path.join(folder, "export.json"))

@@ -14,6 +14,7 @@ from PIL import Image
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.preprocess import InputOptions, make_batches, make_example
 from solov2_jax.inference.programs import paste_detections
+from solov2_jax.io import InputError, reading
 from solov2_jax.tools.export.metadata import file_name, read_metadata
 
 Runner = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
@@ -34,16 +35,29 @@ def format_module(name: str) -> Any:
       ValueError: for a format that does not exist, or whose packages are missing.
     """
     if name not in NEEDS:
-        raise ValueError(f"--format={name}: choose one of {', '.join(NEEDS)}")
+        raise InputError(f"--format={name}: choose one of {', '.join(NEEDS)}")
     missing = [m for m in NEEDS[name] if importlib.util.find_spec(m) is None]
     if missing:
         extra = "export-tf" if "tensorflow" in missing else "export"
-        raise ValueError(
+        raise InputError(
             f"--format={name} needs {' and '.join(missing)}, which "
             f"{'is' if len(missing) == 1 else 'are'} not installed: pip install "
             f'"solov2_jax[{extra}]"'
         )
     return importlib.import_module(f"solov2_jax.tools.export.{name}")
+
+
+def input_of(metadata: dict[str, Any]) -> InputOptions:
+    """Returns how images are prepared for the exported program, which normalises."""
+    preprocessing = metadata["preprocessing"]
+    return InputOptions(
+        channel_order=preprocessing["channel_order"],
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        min_size=preprocessing["min_size"],
+        max_size=preprocessing["max_size"],
+        buckets=tuple((h, w) for h, w in metadata["files"].values()),
+    )
 
 
 class ExportedPredictor:
@@ -57,15 +71,7 @@ class ExportedPredictor:
         self._folder = Path(folder)
         self._format = format_module(self.metadata["format"])
         self._runners: dict[tuple[int, int], Runner] = {}
-        before = self.metadata["preprocessing"]
-        self.input = InputOptions(
-            channel_order=before["channel_order"],
-            mean=(0.0, 0.0, 0.0),  # the exported program normalises
-            std=(1.0, 1.0, 1.0),
-            min_size=before["min_size"],
-            max_size=before["max_size"],
-            buckets=tuple((h, w) for h, w in self.metadata["files"].values()),
-        )
+        self.input = input_of(self.metadata)
 
     def run(self, image: np.ndarray, image_size: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the outputs of a batch of one exported shape."""
@@ -73,9 +79,10 @@ class ExportedPredictor:
         if (height, width) not in self._runners:
             path = self._folder / file_name((height, width), self.metadata["format"])
             if not path.exists():
-                raise ValueError(f"{path}: the export has no file for this shape")
+                raise InputError(f"{path}: the export has no file for this shape")
             outputs = tuple(self.metadata["outputs"])
-            self._runners[height, width] = self._format.read(path, outputs)
+            with reading(path, f"an export ({self.metadata['format']})", "Export again"):
+                self._runners[height, width] = self._format.read(path, outputs)
         return self._runners[height, width](image, image_size)
 
     def predict_images(
@@ -121,10 +128,10 @@ class ExportedPredictor:
             masks = resize_masks(outputs["masks"][i][kept], image_size, original)
             boxes = tight_boxes(masks)
         scores, labels = (outputs[k][i][kept] for k in ("scores", "labels"))
-        there = boxes[:, 2] > boxes[:, 0]
-        if not there.all():
-            masks, boxes = masks[there], boxes[there]
-            scores, labels = scores[there], labels[there]
+        nonempty = boxes[:, 2] > boxes[:, 0]
+        if not nonempty.all():
+            masks, boxes = masks[nonempty], boxes[nonempty]
+            scores, labels = scores[nonempty], labels[nonempty]
         return Prediction(masks, boxes, scores, labels, image_id, self.class_names)
 
 

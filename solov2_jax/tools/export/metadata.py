@@ -1,6 +1,5 @@
 """What an exported file says about itself: classes, preprocessing, outputs, origin."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,12 +13,27 @@ from solov2_jax.data.buckets import STRIDE, Bucket
 from solov2_jax.data.transforms import shortest_edge_sizes
 from solov2_jax.inference.preprocess import InputOptions
 from solov2_jax.inference.programs import DetectOptions
-from solov2_jax.io import write_json
-from solov2_jax.tools.export.program import output_names
+from solov2_jax.io import InputError, read_json, write_json
+from solov2_jax.tools.export.program import MASKS, output_names
 
 FILE = "metadata.json"
+REPORT = "export.json"
+FORMATS = ("stablehlo", "onnx", "savedmodel", "tflite")
 # Of this file's form; a reader refuses what it does not know.
 VERSION = 1
+# What a reader uses, as types; [T] is a list of T.
+_FORM = {
+    "version": int,
+    "format": str,
+    "masks": str,
+    "batch": int,
+    "outputs": [str],
+    "classes": {"names": [str], "ids": [int]},
+    "preprocessing": {"channel_order": str, "min_size": int, "max_size": int},
+    "options": {"mask_threshold": float},
+    "files": {},
+}
+_FIX = "Give a folder that export.py wrote, or export again"
 
 
 def default_buckets(options: InputOptions) -> tuple[Bucket, ...]:
@@ -93,15 +107,66 @@ def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
 
 
 def read_metadata(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the metadata of an export's folder."""
+    """Returns the metadata of an export's folder.
+
+    Raises:
+      InputError: naming the file and the entry that is missing or of another form.
+    """
     path = Path(folder) / FILE
-    try:
-        metadata = json.loads(path.read_text("utf-8"))
-        version = metadata["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: not the metadata of an export ({error}); give the folder that export.py wrote"
-        ) from error
-    if version != VERSION:
-        raise ValueError(f"{path}: has form {version}, this version reads {VERSION}; export again")
+    metadata = read_json(path, "an export's metadata", _FIX)
+    version = metadata.get("version") if isinstance(metadata, dict) else None
+    if type(version) is int and version != VERSION:
+        raise InputError(f"{path}: has form {version}, this version reads {VERSION}; export again")
+    _check_form(path, "", metadata, _FORM)
+    classes, files = metadata["classes"], metadata["files"]
+    names = {
+        name: isinstance(size, list)
+        and len(size) == 2
+        and all(type(n) is int and n > 0 for n in size)
+        and name == file_name((size[0], size[1]), metadata["format"])
+        for name, size in files.items()
+    }
+    for holds, what in (
+        (len(classes["names"]) == len(classes["ids"]), "as many classes.ids as classes.names"),
+        (metadata["format"] in FORMATS, f"format one of {', '.join(FORMATS)}"),
+        (metadata["masks"] in MASKS, f"masks one of {', '.join(MASKS)}"),
+        (metadata["batch"] > 0, "batch at least 1"),
+        (names and all(names.values()), "files such as {'64x96.onnx': [64, 96]}"),
+        (set(output_names(metadata["masks"])) == set(metadata["outputs"]), "the outputs of masks"),
+    ):
+        if not holds:
+            raise InputError(f"{path}: not an export's metadata: must have {what}. {_FIX}")
     return metadata
+
+
+def _check_form(path: Path, key: str, value: Any, form: Any) -> None:
+    """Raises InputError naming the first entry whose type is another."""
+    if isinstance(form, dict):
+        wrong = not isinstance(value, dict)
+        kind = "an object"
+    elif isinstance(form, list):
+        wrong = not isinstance(value, list) or any(type(v) is not form[0] for v in value)
+        kind = f"a list of {form[0].__name__}"
+    elif form is float:
+        wrong, kind = type(value) not in (int, float), "a number"
+    else:
+        wrong, kind = type(value) is not form, form.__name__
+    if wrong:
+        shown = "is missing" if value is None else f"is of type {type(value).__name__}"
+        raise InputError(f"{path}: {key or 'the file'} {shown}, should be {kind}. {_FIX}")
+    if isinstance(form, dict):
+        for name, inner in form.items():
+            _check_form(path, f"{key}.{name}".strip("."), value.get(name), inner)
+
+
+def written_by_exports(folder: Path) -> set[str]:
+    """Returns the names in a folder that earlier exports wrote; none if it is no export's."""
+    try:
+        written = {FILE, REPORT, *read_metadata(folder)["files"]}
+    except InputError:
+        return set()
+    if (folder / REPORT).exists():
+        report = read_json(folder / REPORT, "an export's report")
+        earlier = report.get("written") if isinstance(report, dict) else None
+        written |= {name for name in earlier or () if isinstance(name, str)}
+    return written

@@ -1,6 +1,6 @@
 """Export as ONNX, run by ONNX Runtime. Needs the extra "export".
 
-The graph is written from the traced program, primitive by primitive; see `onnx_rules`.
+The graph is written from the traced program, primitive by primitive; see `rules`.
 """
 
 import json
@@ -14,11 +14,12 @@ import jax
 import numpy as np
 
 import solov2_jax
+from solov2_jax.io import InputError, atomic_path
 from solov2_jax.models.conv import portable_forms
+from solov2_jax.tools.export.jaxpr import walk
 from solov2_jax.tools.export.onnx_control import RULES
 from solov2_jax.tools.export.onnx_graph import IR_VERSION, OPSET, Graph
 from solov2_jax.tools.export.program import INPUTS, Program, output_names
-from solov2_jax.tools.export.walk import walk
 
 PRECISIONS = ("float32", "float16", "int8")
 METADATA_KEY = "solov2_jax"
@@ -33,9 +34,8 @@ def write(program: Program, inputs: tuple[Any, Any], path: Path, metadata: dict[
     model = make_model(program, inputs, metadata)
     import onnx
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    onnx.save(model, str(temporary))
-    os.replace(temporary, path)
+    with atomic_path(path) as temporary:
+        onnx.save(model, str(temporary))
 
 
 def make_model(program: Program, inputs: tuple[Any, Any], metadata: dict[str, Any]) -> Any:
@@ -49,9 +49,9 @@ def make_model(program: Program, inputs: tuple[Any, Any], metadata: dict[str, An
     with portable_forms():
         closed = jax.make_jaxpr(ordered)(*inputs)
     graph = Graph(half_weights=metadata["precision"] == "float16")
-    found = walk(closed, list(INPUTS), RULES, graph)
+    results = walk(closed, list(INPUTS), RULES, graph)
     helper = graph.onnx.helper
-    for name, value in zip(names, found, strict=True):
+    for name, value in zip(names, results, strict=True):
         graph.nodes.append(helper.make_node("Identity", [graph.name(value)], [name]))
     made = helper.make_graph(
         [*graph.casts, *graph.nodes],
@@ -105,9 +105,16 @@ def read(path: Path, outputs: tuple[str, ...]) -> Callable[..., dict[str, np.nda
     import onnxruntime
 
     session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    has_inputs = {value.name for value in session.get_inputs()}
+    has_outputs = {value.name for value in session.get_outputs()}
+    if has_inputs != set(INPUTS) or not has_outputs.issuperset(outputs):
+        raise InputError(
+            f"{path}: has the inputs {sorted(has_inputs)} and outputs {sorted(has_outputs)}, so "
+            "it is no export of this program. Export again"
+        )
 
     def run(image: np.ndarray, image_size: np.ndarray) -> dict[str, np.ndarray]:
-        given = dict(zip(INPUTS, (image, image_size), strict=True))
-        return dict(zip(outputs, session.run(list(outputs), given), strict=True))
+        feed = dict(zip(INPUTS, (image, image_size), strict=True))
+        return dict(zip(outputs, session.run(list(outputs), feed), strict=True))
 
     return run

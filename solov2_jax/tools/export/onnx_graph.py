@@ -1,4 +1,7 @@
-"""An ONNX graph in the making: nodes, initializers, and graphs inside nodes."""
+"""An ONNX graph in the making: nodes, initializers, and the array operations of `rules`.
+
+What an operator means is in ONNX's own documentation.
+"""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -6,11 +9,46 @@ from typing import Any
 
 import numpy as np
 
-from solov2_jax.tools.export.walk import Value, is_constant
+from solov2_jax.tools.export.jaxpr import Value, is_constant
 
 # Opset 18: reductions take their axes as an input. Every runtime since 2023 reads it.
 OPSET = 18
 IR_VERSION = 9
+# Primitives that are one operator.
+_OPERATORS = {
+    "abs": "Abs",
+    "add": "Add",
+    "and": "And",
+    "ceil": "Ceil",
+    "div": "Div",
+    "eq": "Equal",
+    "exp": "Exp",
+    "floor": "Floor",
+    "ge": "GreaterOrEqual",
+    "gt": "Greater",
+    "le": "LessOrEqual",
+    "log": "Log",
+    "logistic": "Sigmoid",
+    "lt": "Less",
+    "max": "Max",
+    "min": "Min",
+    "mul": "Mul",
+    "neg": "Neg",
+    "not": "Not",
+    "or": "Or",
+    "pow": "Pow",
+    "sign": "Sign",
+    "sqrt": "Sqrt",
+    "sub": "Sub",
+    "tanh": "Tanh",
+}
+_REDUCTIONS = {
+    "reduce_and": "ReduceMin",
+    "reduce_max": "ReduceMax",
+    "reduce_min": "ReduceMin",
+    "reduce_or": "ReduceMax",
+    "reduce_sum": "ReduceSum",
+}
 # Smaller initializers are compared by value, so that each shape is stored once.
 _SHARED_BYTES = 1024
 
@@ -76,6 +114,25 @@ class Graph:
         """Returns ONNX's number of a numpy type."""
         return self.onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
 
+    def apply(self, name: str, *inputs: Value) -> str:
+        """Returns an elementwise primitive of the inputs."""
+        if name == "ne":
+            return self.add("Not", self.add("Equal", *inputs))
+        if name == "rem":
+            return self.add("Mod", *inputs, fmod=1)
+        if name == "rsqrt":
+            return self.add("Reciprocal", self.add("Sqrt", *inputs))
+        if name == "square":
+            return self.add("Mul", inputs[0], inputs[0])
+        return self.add(_OPERATORS[name], *inputs)
+
+    def where(self, which: Value, yes: Value, no: Value, dtype: Any) -> str:
+        """Returns `yes` where the condition holds, else `no`."""
+        if dtype != np.bool_:
+            return self.add("Where", which, yes, no)
+        inverse = self.add("And", self.add("Not", which), no)
+        return self.add("Or", self.add("And", which, yes), inverse)
+
     def transpose(self, value: Value, order: Sequence[Any]) -> Value:
         """Returns the value with its axes in another order; a constant at once."""
         order = [int(i) for i in order]
@@ -90,9 +147,124 @@ class Graph:
             self._turned[key] = (value, turned)
         return self._turned[key][1]
 
-    def reshape(self, value: Value, shape: Sequence[int]) -> str:
-        """Returns the value in another shape."""
+    def reshape(self, value: Value, shape: Sequence[int]) -> Value:
+        """Returns the value in another shape; a constant at once."""
+        if is_constant(value):
+            return np.ascontiguousarray(np.reshape(value, shape))
         return self.add("Reshape", value, self.ints(shape))
+
+    def expand(self, value: Value, shape: Sequence[int]) -> str:
+        """Returns the value repeated along axes of size 1."""
+        return self.add("Expand", value, self.ints(shape))
+
+    def concat(self, values: Sequence[Value], axis: int) -> str:
+        """Returns values one behind the other."""
+        return self.add("Concat", *values, axis=axis)
+
+    def stack(self, values: Sequence[Value], axis: int) -> str:
+        """Returns values along a new axis."""
+        rows = [self.add("Unsqueeze", x, self.ints([axis])) for x in values]
+        return self.concat(rows, axis)
+
+    def split(self, value: Value, sizes: Sequence[int], axis: int) -> list[str]:
+        """Returns parts of these sizes."""
+        return self.add_many("Split", len(sizes), value, self.ints(sizes), axis=axis)
+
+    def slice(self, value: Value, starts: Any, ends: Any, strides: Any) -> str:
+        """Returns a part of every axis."""
+        axes = self.ints(range(len(starts)))
+        bounds = self.ints(starts), self.ints(ends)
+        return self.add("Slice", value, bounds[0], bounds[1], axes, self.ints(strides))
+
+    def reverse(self, value: Value, axes: Sequence[int], shape: Sequence[int]) -> Value:
+        """Returns the value with axes from the end."""
+        for axis in axes:
+            backwards = self.ints(range(shape[axis] - 1, -1, -1))
+            value = self.add("Gather", value, backwards, axis=axis)
+        return value
+
+    def pad(self, value: Value, pads: Sequence[tuple[int, int]], fill: Value, aval: Any) -> str:
+        """Returns the value with more (or, if negative, fewer) elements around it."""
+        sizes = self.ints([low for low, _ in pads] + [high for _, high in pads])
+        if aval.dtype == np.bool_:  # runtimes pad few types besides numbers
+            value, fill = self.cast(value, np.int32), self.cast(fill, np.int32)
+            return self.cast(self.add("Pad", value, sizes, fill), np.bool_)
+        return self.add("Pad", value, sizes, fill)
+
+    def reduce(self, name: str, value: Value, axes: Sequence[int]) -> str:
+        """Returns a reduction; booleans go through integers."""
+        logical = name in ("reduce_and", "reduce_or")
+        value = self.cast(value, np.int32) if logical else value
+        reduced = self.add(_REDUCTIONS[name], value, self.ints(axes), keepdims=0)
+        return self.cast(reduced, np.bool_) if logical else reduced
+
+    def argmax(self, value: Value, axis: int, dtype: Any) -> str:
+        """Returns the index of the first maximum."""
+        return self.cast(self.add("ArgMax", value, axis=axis, keepdims=0), dtype)
+
+    def matmul(self, a: Value, b: Value) -> str:
+        """Returns the product of the last two axes."""
+        return self.add("MatMul", a, b)
+
+    def conv(
+        self,
+        value: Value,
+        kernel: Value,
+        *,
+        layouts: Any,
+        strides: Sequence[int],
+        dilations: Sequence[int],
+        pads: Sequence[tuple[int, int]],
+        groups: int,
+    ) -> Value:
+        """Returns a convolution, in the layouts of JAX's dimension numbers."""
+        source, weights, out = layouts
+        y = self.add(
+            "Conv",
+            self.transpose(value, source),
+            self.transpose(kernel, weights),
+            strides=strides,
+            dilations=dilations,
+            group=groups,
+            pads=[low for low, _ in pads] + [high for _, high in pads],
+        )
+        return self.transpose(y, np.argsort(out).tolist())
+
+    def take(self, value: Value, index: Value, axis: int) -> str:
+        """Returns rows by their numbers, which are inside."""
+        return self.add("Gather", value, index, axis=axis)
+
+    def take_along(self, value: Value, index: Value, axis: int) -> str:
+        """Returns elements by their numbers, anew in each row."""
+        return self.add("GatherElements", value, index, axis=axis)
+
+    def top_k(self, value: Value, k: int, largest: bool) -> list[str]:
+        """Returns the first k values along the last axis, sorted, and their indices."""
+        count = self.ints([k])
+        return self.add_many("TopK", 2, value, count, axis=-1, largest=int(largest), sorted=1)
+
+    def starts(self, indices: Sequence[Value], last: Sequence[int]) -> str:
+        """Returns int64 [rank]: where a slice starts, moved so that it fits."""
+        rows = [self.reshape(self.cast(x, np.int64), [1]) for x in indices]
+        start = self.apply("max", self.concat(rows, 0), self.ints([0] * len(last)))
+        return self.apply("min", start, self.ints(last))
+
+    def slice_at(self, value: Value, start: Value, sizes: Sequence[int]) -> Value:
+        """Returns a part of these sizes from a computed start."""
+        end = self.add("Add", start, self.ints(sizes))
+        axes = self.ints(range(len(sizes)))
+        return self.reshape(self.add("Slice", value, start, end, axes), sizes)
+
+    def update_at(
+        self, value: Value, update: Value, start: Value, axis: int, shape: Any, size: int
+    ) -> Value:
+        """Returns the value with `size` rows of an axis replaced from a computed start."""
+        first = self.add("Gather", start, self.ints([axis]), axis=0)
+        end = self.add("Add", first, self.ints([size]))
+        along, top = self.ints([axis]), self.ints([shape[axis]])
+        before = self.add("Slice", value, self.ints([0]), first, along)
+        after = self.add("Slice", value, end, top, along)
+        return self.reshape(self.concat([before, update, after], axis), shape)
 
     def info(self, name: str, aval: Any) -> Any:
         """Returns a graph's input or output of a jaxpr value's type and shape."""

@@ -15,20 +15,21 @@ import jax
 import jax.numpy as jnp
 
 from solov2_jax.data.buckets import Bucket, check_buckets
-from solov2_jax.io import write_json
-from solov2_jax.tools.export.exported import ExportedPredictor, format_module
-from solov2_jax.tools.export.measure import calibration, measure_parity
+from solov2_jax.io import InputError, write_json
+from solov2_jax.tools.export.exported import ExportedPredictor, format_module, input_of
+from solov2_jax.tools.export.measure import calibration, check_images, measure_parity
 from solov2_jax.tools.export.metadata import (
+    FILE,
+    REPORT,
     default_buckets,
     describe_export,
     file_name,
     write_metadata,
+    written_by_exports,
 )
 from solov2_jax.tools.export.program import MASKS, Program, make_program
 
 log = logging.getLogger(__name__)
-
-REPORT = "export.json"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ def export(
     folder: str | os.PathLike[str],
     images: Sequence[str],
     source: str,
+    *,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes an export's folder; returns what `export.json` holds.
 
@@ -59,9 +62,11 @@ def export(
       model: the predictor's network.
       images: paths; for the comparison and, with int8, the ranges of activations.
       source: where the weights are from, for the metadata.
+      overwrite: replace files that no export wrote, too.
 
     Raises:
-      ValueError: naming what the format cannot do.
+      InputError: naming what the format cannot do, the shape that no image has, or the
+        file that is not an export's; before anything is written.
     """
     module = format_module(options.file_format)
     check_options(module, model, options)
@@ -84,6 +89,12 @@ def export(
     if options.precision == "float16" and options.file_format == "stablehlo":
         program = _program(model, predictor, options.masks, half_weights=True)
     path = Path(folder)
+    for bucket in buckets:
+        check_images(images, bucket, input_of(metadata))
+    own = written_by_exports(path)
+    targets = {FILE, REPORT, *metadata["files"]}
+    if not overwrite:
+        refuse_foreign(path, targets - own)
     path.mkdir(parents=True, exist_ok=True)
     write_metadata(path, metadata)
     exported = ExportedPredictor(path)
@@ -92,27 +103,43 @@ def export(
         file = path / file_name(bucket, options.file_format)
         module.write(program, input_shapes(options.batch, bucket), file, metadata)
         if options.precision == "int8":
-            module.quantize(file, calibration(exported, images, bucket))
+            module.quantize(file, calibration(exported.input, exported.batch, images, bucket))
         sizes[file.name] = size_of(file)
         log.info("written: %s, %.1f MB", file, sizes[file.name] / 1e6)
     parity = measure_parity(original, exported, images)
-    report = {"parity": parity.to_dict(), "bytes": sizes}
+    report = {
+        "parity": parity.to_dict(),
+        "bytes": sizes,
+        "written": sorted(targets | {name for name in own if (path / name).exists()}),
+    }
     write_json(report, path / REPORT)
     log.info("parity: %s", parity.summary())
     return report
+
+
+def refuse_foreign(folder: Path, names: set[str]) -> None:
+    """Raises InputError when a file of these names is there."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: a file; --output must be a folder")
+    for name in sorted(names):
+        if (folder / name).exists():
+            raise InputError(
+                f"{folder / name}: exists and was not written by an export; choose another "
+                "--output, or add --overwrite"
+            )
 
 
 def check_options(module: Any, model: Any, options: ExportOptions) -> None:
     """Raises a ValueError that names what a format cannot do."""
     name = options.file_format
     if options.precision not in module.PRECISIONS:
-        raise ValueError(
+        raise InputError(
             f"--precision={options.precision}: {name} has only {', '.join(module.PRECISIONS)}"
         )
     if options.masks not in MASKS:
-        raise ValueError(f"--masks={options.masks}: choose one of {', '.join(MASKS)}")
+        raise InputError(f"--masks={options.masks}: choose one of {', '.join(MASKS)}")
     if name != "stablehlo" and model.dtype != jnp.float32:
-        raise ValueError(
+        raise InputError(
             f"--format={name}: its runtime has no bfloat16 convolutions on the CPU; "
             "add --config.model.dtype=float32, which the same weights fit"
         )

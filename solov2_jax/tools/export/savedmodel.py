@@ -1,7 +1,7 @@
 """Export as TensorFlow's SavedModel of plain operations: the extra "export-tf"."""
 
-import json
-import shutil
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from solov2_jax.io import write_json
 from solov2_jax.models.conv import portable_forms
+from solov2_jax.tools.export.jaxpr import walk
 from solov2_jax.tools.export.program import INPUTS, Program, output_names
-from solov2_jax.tools.export.tf_control import RULES
-from solov2_jax.tools.export.tf_rules import TensorFlowBuilder, tensorflow
-from solov2_jax.tools.export.walk import walk
+from solov2_jax.tools.export.tf_graph import RULES, TensorFlowGraph, tensorflow
 
 PRECISIONS = ("float32",)
 
@@ -30,11 +30,11 @@ def make_function(program: Program, inputs: tuple[Any, Any], masks: str, file_fo
 
     with portable_forms():
         closed = jax.make_jaxpr(ordered)(*inputs)
-    writer = TensorFlowBuilder(file_format)
+    writer = TensorFlowGraph(file_format)
 
     def run(image: Any, image_size: Any) -> dict[str, Any]:
-        found = walk(closed, [image, image_size], RULES, writer)
-        return dict(zip(names, map(tf.convert_to_tensor, found), strict=True))
+        results = walk(closed, [image, image_size], RULES, writer)
+        return dict(zip(names, map(tf.convert_to_tensor, results), strict=True))
 
     specs = [
         tf.TensorSpec(v.shape, tf.as_dtype(v.dtype), name=name)
@@ -49,12 +49,14 @@ def write(program: Program, inputs: tuple[Any, Any], path: Path, metadata: dict[
 
     function = make_function(program, inputs, metadata["masks"], "savedmodel")
     module = tf.Module()
-    if path.exists():
-        shutil.rmtree(path)
-    tf.saved_model.save(module, str(path), signatures=function.get_concrete_function())
-    extra = path / "assets.extra"
-    extra.mkdir(exist_ok=True)
-    (extra / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as temporary:
+        folder = Path(temporary) / "new"
+        tf.saved_model.save(module, str(folder), signatures=function.get_concrete_function())
+        (folder / "assets.extra").mkdir()
+        write_json(metadata, folder / "assets.extra" / "metadata.json")
+        if path.exists():
+            os.replace(path, Path(temporary) / "old")
+        os.replace(folder, path)
 
 
 def read(path: Path, outputs: tuple[str, ...]) -> Callable[..., dict[str, np.ndarray]]:
@@ -65,9 +67,9 @@ def read(path: Path, outputs: tuple[str, ...]) -> Callable[..., dict[str, np.nda
     signature = loaded.signatures["serving_default"]
 
     def run(image: np.ndarray, image_size: np.ndarray) -> dict[str, np.ndarray]:
-        given = dict(zip(INPUTS, map(tf.constant, (image, image_size)), strict=True))
-        found = signature(**given)
-        return {name: found[name].numpy() for name in outputs}
+        feed = dict(zip(INPUTS, map(tf.constant, (image, image_size)), strict=True))
+        results = signature(**feed)
+        return {name: results[name].numpy() for name in outputs}
 
     run.loaded = loaded  # its functions hold it weakly
     return run

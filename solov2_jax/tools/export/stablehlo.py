@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from solov2_jax.io import write_bytes
 from solov2_jax.models.conv import portable_forms
 from solov2_jax.tools.export.program import Program
 
@@ -22,7 +23,7 @@ def write(program: Program, inputs: tuple[Any, Any], path: Path, metadata: dict[
 
     with portable_forms():
         exported = export.export(jax.jit(program), platforms=PLATFORMS)(*inputs)
-    path.write_bytes(exported.serialize())
+    write_bytes(bytes(exported.serialize()), path)
 
 
 def read(path: Path, outputs: tuple[str, ...]) -> Callable[..., dict[str, np.ndarray]]:
@@ -31,5 +32,6 @@ def read(path: Path, outputs: tuple[str, ...]) -> Callable[..., dict[str, np.nda
     from jax import export
 
     exported = export.deserialize(bytearray(path.read_bytes()))
-    call = jax.jit(exported.call)
+    # Compiled here: what a damaged file raises belongs to reading it.
+    call = jax.jit(exported.call).lower(*exported.in_avals).compile()
     return lambda image, image_size: jax.device_get(call(image, image_size))

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from solov2_jax.io import InputError, reason, write_bytes
 from solov2_jax.tools.export.program import INPUTS, Program
 from solov2_jax.tools.export.savedmodel import make_function
-from solov2_jax.tools.export.tf_rules import tensorflow
+from solov2_jax.tools.export.tf_graph import tensorflow
 
 PRECISIONS = ("float32", "float16")
 
@@ -37,9 +38,7 @@ def write(program: Program, inputs: tuple[Any, Any], path: Path, metadata: dict[
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("metadata.json", json.dumps(metadata, indent=2) + "\n")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(model + archive.getvalue())
-    os.replace(temporary, path)
+    write_bytes(model + archive.getvalue(), path)
 
 
 def _convert(folder: str, precision: str) -> bytes:
@@ -54,9 +53,8 @@ def _convert(folder: str, precision: str) -> bytes:
     try:
         return converter.convert()
     except Exception as error:
-        reason = " ".join(str(error).split())[:500]
-        raise ValueError(
-            f"tflite: TensorFlow's converter refuses the program ({reason}); export "
+        raise InputError(
+            f"tflite: TensorFlow's converter refuses the program ({reason(error)}); export "
             "to savedmodel or onnx instead"
         ) from error
 
@@ -69,8 +67,7 @@ def read(path: Path, outputs: tuple[str, ...]) -> Callable[..., dict[str, np.nda
     runner = interpreter.get_signature_runner()
 
     def run(image: np.ndarray, image_size: np.ndarray) -> dict[str, np.ndarray]:
-        given = dict(zip(INPUTS, (image, image_size), strict=True))
-        found = runner(**given)
-        return {name: found[name] for name in outputs}
+        results = runner(**dict(zip(INPUTS, (image, image_size), strict=True)))
+        return {name: results[name] for name in outputs}
 
     return run
