@@ -54,9 +54,7 @@ _IMAGES = Flag(
 )
 _NUM_IMAGES = Flag("num_images", whole(8, 1), "Images that are compared.")
 _EVALUATE = Flag("evaluate", switch(False), "Measure AP of both on the run's validation data.")
-_OVERWRITE = Flag(
-    "overwrite", switch(False), "Replace files in the output that no export wrote."
-)
+_OVERWRITE = Flag("overwrite", switch(False), "Replace files in the output that no export wrote.")
 _OUTPUT = Flag("output", text(), "Folder to write. Default: WORKDIR/export/FORMAT_PRECISION.")
 FLAGS = (
     *(*shared.MODEL, _FORMAT, _PRECISION, _SHAPES, _BATCH, _MASKS, _IMAGES, _NUM_IMAGES),
