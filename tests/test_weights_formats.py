@@ -388,8 +388,8 @@ BOMBS = {
     "no short text": p_call("_codecs", "encode", p_str("x"), doubled(40)),
     "no short text .tuple": doubled(40) + b"\x8c\x01x\x93",
     "small objects": b"(" + b"\x8f" * 1_000_000 + b"t",
-    "no known source": b"}(" + b"".join(p_int(i) + b"N" for i in COLLIDING) + b"u",
-    "no known source has": b"(" + b"".join(map(p_int, COLLIDING)) + b"d",
+    "key of more than 64 bits": b"}(" + b"".join(p_int(i) + b"N" for i in COLLIDING) + b"u",
+    "of more than 64 bits: refused": b"(" + b"".join(map(p_int, COLLIDING)) + b"d",
     "size that is no count": p_tensor("0", "f4", 24, (2**62 + 1,)),
 }
 

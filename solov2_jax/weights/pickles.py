@@ -31,7 +31,7 @@ from solov2_jax.weights.array_files import WeightsError
 _MIN_OPERATIONS = 1 << 18
 _BYTES_PER_OPERATION = 32
 _MAX_LINE = 1 << 16  # bytes of the longest text argument
-_MAX_KEY = 4096  # characters
+_MAX_KEY = 1024  # characters
 _MAX_COUNT = 1 << 62
 
 
@@ -120,6 +120,8 @@ def as_key(value: Any) -> str | bytes:
         if len(value) > _MAX_KEY:
             raise WeightsError(f"a key of {len(value)} characters: refused")
         return value
+    if isinstance(value, int) and not -(1 << 64) < value < 1 << 64:
+        raise WeightsError("a key of more than 64 bits: refused")
     if isinstance(value, int | float | None):
         return f"{type(value).__name__} {value!r}"
     raise WeightsError(f"a key of type {_describe(value)}: refused")

@@ -11,8 +11,9 @@ but one are moving averages.
 
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from solov2_jax.weights import names
@@ -47,10 +48,16 @@ _DEPTH = 4  # of dicts in dicts
 class _Group:
     """The tensors below one label, by their names without it."""
 
+    path: tuple[str, ...]  # of the state dict in the checkpoint
+    wrappers: str
     tensors: dict[str, Any] = field(default_factory=dict)
     full_names: dict[str, str] = field(default_factory=dict)
-    path: tuple[str, ...] = ()  # of the state dict in the checkpoint
     num_known: int = 0
+
+    @property
+    def label(self) -> str:
+        """The path and the wrappers; not kept, because paths may be long."""
+        return ".".join(filter(None, (*self.path, self.wrappers)))
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class StateDict:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
+@lru_cache(1024)
 def why_left_out(key: str) -> str | None:
     """Returns what a checkpoint's entry is, if it is no network."""
     reasons = (text for pattern, text in _EXTRAS if re.fullmatch(pattern, key, re.IGNORECASE))
@@ -96,15 +104,15 @@ def _nested_dicts(content: Mapping[str, Any]) -> dict[tuple[str, ...], Mapping[s
     return result
 
 
-def _groups(content: Mapping[str, Any], is_tensor: Callable[[Any], bool]) -> dict[str, _Group]:
-    """Returns a checkpoint's tensors by label."""
-    groups: dict[str, _Group] = {}
+def _groups(content: Mapping[str, Any], is_tensor: Callable[[Any], bool]) -> list[_Group]:
+    """Returns a checkpoint's tensors, those of one label together."""
+    groups: dict[tuple[int, str], _Group] = {}
     for path, node in _nested_dicts(content).items():
         for key, value in node.items():
             if not is_tensor(value):
                 continue
             wrappers, name = split_wrappers(str(key))
-            group = groups.setdefault(".".join(filter(None, (*path, wrappers))), _Group(path=path))
+            group = groups.setdefault((id(node), wrappers), _Group(path, wrappers))
             if name in group.tensors:
                 raise WeightsError(
                     f"tensors {group.full_names[name][:80]!r} and {str(key)[:80]!r} are the same "
@@ -112,32 +120,30 @@ def _groups(content: Mapping[str, Any], is_tensor: Callable[[Any], bool]) -> dic
                 )
             group.tensors[name], group.full_names[name] = value, str(key)
             group.num_known += names.is_known(name)
-    return groups
+    return list(groups.values())
 
 
-def _choose(groups: dict[str, _Group], prefix: str) -> str:
-    """Returns the label of the network."""
+def _choose(groups: Sequence[_Group], prefix: str) -> _Group:
+    """Returns the network."""
     if prefix:
-        wanted = prefix.strip(".")
-        fitting = [label for label in groups if f".{label}".endswith(f".{wanted}")]
+        ending = "." + prefix.strip(".")
+        fitting = [group for group in groups if f".{group.label}".endswith(ending)]
         if len(fitting) != 1:
-            raise WeightsError(
-                f"--prefix={prefix}: fits {len(fitting)} of {names.shorten(map(repr, groups))}"
-            )
+            labels = names.shorten(repr(group.label) for group in groups)
+            raise WeightsError(f"--prefix={prefix}: fits {len(fitting)} of {labels}")
         return fitting[0]
-    known = [label for label, group in groups.items() if group.num_known]
-    plain = [label for label in known if why_left_out(label) != _AVERAGE] or known
+    known = [group for group in groups if group.num_known]
+    plain = [group for group in known if why_left_out(group.label) != _AVERAGE] or known
     if len(plain) > 1:
-        listed = (f"{label!r} ({groups[label].num_known} tensors)" for label in plain)
+        listed = names.shorten(f"{g.label!r} ({g.num_known} tensors)" for g in plain)
         raise WeightsError(
-            f"holds {len(plain)} networks: {names.shorten(listed)}; choose one with "
-            "convert.py --prefix=NAME"
+            f"holds {len(plain)} networks: {listed}; choose one with convert.py --prefix=NAME"
         )
     if plain:
         return plain[0]
     # No table knows a name; an error will list those of the likeliest state dict.
-    likely = [label for state in _STATES for label in groups if label.split(".")[0] == state]
-    return (likely or list(groups))[0]
+    likely = [group for state in _STATES for group in groups if group.path[:1] == (state,)]
+    return (likely or groups)[0]
 
 
 def find_network(content: Any, is_tensor: Callable[[Any], bool], prefix: str = "") -> StateDict:
@@ -155,14 +161,13 @@ def find_network(content: Any, is_tensor: Callable[[Any], bool], prefix: str = "
     groups = _groups(content, is_tensor)
     if not groups:
         return StateDict({}, tuple((str(key), "not a tensor") for key in content), content)
-    chosen = _choose(groups, prefix)
-    group = groups[chosen]
+    group = _choose(groups, prefix)
     tensors = group.tensors
     if not group.num_known:
         tensors = _without_common_prefix(tensors)
     dropped = [
-        (name, why_left_out(label) or why_left_out(name) or NO_RULE)
-        for label, other in groups.items()
+        (name, why_left_out(other.label) or why_left_out(name) or NO_RULE)
+        for other in groups
         if other is not group and other.path == group.path
         for name in other.full_names.values()
     ]

@@ -100,6 +100,8 @@ def _storage(pid: Any) -> Storage:
     ("storage", class, key, device, numbers), in the old format also a view of it:
     (view key, first number, numbers) or None.
     """
+    if not isinstance(pid, tuple) or len(pid) > 6:
+        raise WeightsError("a reference to data other than a storage: refused")
     tag, kind, key, _, numbers, *view = pid
     if as_text(tag) != "storage" or not isinstance(kind, AllowedGlobal):
         raise WeightsError("a reference to data other than a storage: refused")
