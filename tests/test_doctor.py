@@ -14,11 +14,13 @@ from tiny_coco import annotation, content, encode_mask, square, write
 from configs import base
 from solov2_jax.data.coco import read_coco
 from solov2_jax.tools.doctor.__main__ import main
+from solov2_jax.tools.doctor.data_report import Settings
+from solov2_jax.tools.doctor.data_report import examine as examine_data
 from solov2_jax.tools.doctor.findings import ERROR, NOTE, WARNING
-from solov2_jax.tools.doctor.grids import Layout, crowding
+from solov2_jax.tools.doctor.grids import Layout, grid_collisions
+from solov2_jax.tools.doctor.limits import DataLimits
 from solov2_jax.tools.doctor.measure import draw, mask_iou, measure
 from solov2_jax.tools.doctor.start import check_at_start
-from solov2_jax.tools.doctor.study import Settings, study
 from solov2_jax.tools.synthetic.shapes import ShapesSettings, write_shapes
 
 GRIDS = Layout((16, 16, 8, 6, 4), ((1, 32), (16, 64), (32, 96), (64, 128), (96, 512)), 0.2)
@@ -27,7 +29,7 @@ SETTINGS = Settings(short=64, max_size=96, layout=GRIDS, keep_empty=True)
 
 def examine(files, val=None, **changes):
     """Returns [(level, text, examples)] of every finding."""
-    result = study(files, val, Settings(**{**vars(SETTINGS), **changes}))
+    result = examine_data(files, val, Settings(**{**vars(SETTINGS), **changes}))
     every = [*result.findings, *(f for p in result.parts for f in p.findings)]
     return result, [(f.level, f.text, f.examples) for f in every]
 
@@ -209,9 +211,10 @@ def test_objects_are_measured_as_training_sees_them(tmp_path):
     np.testing.assert_allclose(objects.center, [[55.5, 35.5]] * 2)
     assert objects.twins == ((0, 1),)
     assert mask_iou(*(draw(data, i, (48, 64), (96, 128)) for i in (0, 1))) == 1
-    crowd = crowding(objects, GRIDS)
-    assert crowd.lost.tolist() == [0] and crowd.total == 2
-    assert crowd.shared.tolist() == [0, 2, 2, 0, 0]
+    collisions = grid_collisions(objects, GRIDS)
+    assert collisions.without_cell.tolist() == [0] and collisions.total == 2
+    assert collisions.pairs.tolist() == [collisions.pairs.sum()] and collisions.pairs[0] >= 4
+    assert collisions.shared.tolist() == [0, 2, 2, 0, 0]
 
 
 def test_denser_grids_are_suggested_for_crowded_images(tmp_path):
@@ -223,11 +226,59 @@ def test_denser_grids_are_suggested_for_crowded_images(tmp_path):
     sparse = Layout((4, 4, 4, 4, 4), GRIDS.scale_ranges, 0.2)
     result, _ = examine(write(tmp_path, values), layout=sparse)
     assert result.advice is not None
-    before, after = result.parts[0].crowd, result.advice.crowd
-    assert before.lost_share > 0.3 and after.lost_share < before.lost_share
+    before, after = result.parts[0].collisions, result.advice.collisions
+    assert before.untrained_share > 0.3 and after.untrained_share < before.untrained_share
     assert result.advice.layout.num_grids == (8, 8, 8, 8, 8)
     flags = result.advice.overrides()
     assert "--config.model.ins_head.num_grids='(8,8,8,8,8)'" in flags
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"max_per_image": 5}, "more objects than detections .* up to 6: set test.max_per_image=6"),
+        ({"nms_pre": 4}, "than candidates enter NMS, up to 6: set test.nms_pre=6, not 4"),
+        ({"max_detections": 3}, "of one class .* up to 4: set eval.max_detections=4, not 3"),
+        ({"max_instances": 2}, "not trained on, up to 6: set data.max_instances=6, not 2"),
+        ({"max_pairs": 7}, "pairs of a grid cell and an object .*: set targets.max_pairs="),
+    ],
+)
+def test_limits_that_the_data_reaches_are_told(tmp_path, changes, text):
+    values = content()
+    values["annotations"] = [
+        annotation(i + 1, 9, 5 if i < 4 else 20, bbox=[x, 4, 5, 5], segmentation=square(x, 4, 5))
+        for i, x in enumerate(range(0, 36, 6))
+    ]
+    files = write(tmp_path, values)
+    _, found = examine(files, files, limits=DataLimits(**changes))
+    hits = [f for f in found if re.search(text, f[1])]
+    # What is about training is not said of the validation data.
+    both = set(changes) & {"max_per_image", "nms_pre", "max_detections"}
+    assert [level for level, *_ in hits] == [WARNING] * (2 if both else 1), found
+    assert not any("set test." in f[1] or "set targets." in f[1] for f in examine(files)[1])
+
+
+def test_validation_data_without_objects(tmp_path):
+    empty = write(tmp_path / "val", content() | {"annotations": []})
+    _, found = examine(write(tmp_path / "train"), empty)
+    assert (
+        WARNING,
+        "the validation data has no object: AP is undefined, so no checkpoint is the best",
+        (),
+    ) in found
+    crowds = content()
+    for record in crowds["annotations"]:
+        record["iscrowd"] = 1
+    _, found = examine(write(tmp_path / "train"), write(tmp_path / "crowds", crowds))
+    assert any("no object: AP is undefined" in f[1] and "iscrowd 1" in f[1] for f in found)
+
+
+def test_crowds_are_named_as_the_reason(tmp_path):
+    values = content()
+    for record in values["annotations"][:2]:
+        record["iscrowd"] = 1
+    _, found = examine(write(tmp_path, values))
+    assert any(f[0] == WARNING and "2 of 3 annotations have iscrowd 1" in f[1] for f in found)
 
 
 def run(*arguments: str) -> int:
@@ -248,7 +299,7 @@ def test_the_command_writes_one_page_and_tells_by_its_exit_code(tmp_path, shapes
     said = capsys.readouterr().out
     assert "40 images" in said and "training may start" in said
     text = (output / "report.html").read_text()
-    assert len(re.findall(r"<figure>", text)) >= 8
+    assert len(re.findall(r"<figure", text)) >= 8
     assert set(re.findall(r'src="([^:"]*:?)', text)) == {"data:"}
     assert "http" not in text.replace('lang="en"', "")
     assert {p.name for p in output.glob("*.png")} == {

@@ -11,10 +11,14 @@ import tiny_coco
 from configs import base
 from solov2_jax.data.buckets import Resize
 from solov2_jax.data.pipeline import Reading, eval_batches
+from solov2_jax.evaluation import coco
 from solov2_jax.evaluation.coco import CocoEvaluator, json_metrics
 from solov2_jax.evaluation.evaluate import build_evaluator, build_reports
 from solov2_jax.evaluation.evaluate import evaluate as evaluate_all
+from solov2_jax.evaluation.ground_truth import read_ground_truth
+from solov2_jax.inference import predictor
 from solov2_jax.inference.prediction import Prediction
+from solov2_jax.training.build import build_evaluate
 
 # tiny_coco's objects: image id -> [(label, x, y, side)]; labels by sorted ids 5, 20.
 TRUTH = {7: [(0, 10, 8, 20), (1, 30, 20, 12)], 3: [(1, 10, 8, 20)], 9: []}
@@ -135,3 +139,34 @@ def test_reports_are_called_with_the_evaluation(dataset, tmp_path, monkeypatch):
     config.eval.reports = ("solov2_jax.tools.report:nothing",)
     with pytest.raises(ValueError, match="eval.reports: .*cannot be imported"):
         build_reports(config)
+
+
+def test_images_that_reach_the_limit_of_detections_are_told(dataset, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        evaluate(Oracle(), dataset, batches_of(dataset), tmp_path, max_per_image=3)
+    assert "as many as are kept" not in caplog.text
+    with caplog.at_level("INFO"):
+        evaluate(Oracle(), dataset, batches_of(dataset), tmp_path, max_per_image=2)
+    # Image 7 has two objects, the others have one and none.
+    assert caplog.text.count("1 of 3 images have 2 detections, as many as are kept") == 1
+    assert "raise --config.test.max_per_image" in caplog.text
+
+
+def test_training_reads_the_ground_truth_once(dataset, tmp_path, monkeypatch):
+    """At its start, however often it evaluates: a fault there is told before training."""
+    reads = []
+
+    def read(*args):
+        reads.append(args)
+        return read_ground_truth(*args)
+
+    monkeypatch.setattr(coco, "read_ground_truth", read)
+    monkeypatch.setattr(predictor, "build_predictor", lambda *args: Oracle())
+    config = base.get_config()
+    config.input.min_size_test = config.input.max_size_test = 64
+    config.data.num_workers, config.eval.batch_size = 0, 2
+    evaluate_variables = build_evaluate(config, None, dataset, tmp_path)
+    assert len(reads) == 1
+    for _ in range(2):
+        assert evaluate_variables({})["segm/AP"] == pytest.approx(1)
+    assert len(reads) == 1 and len(list((tmp_path / "eval" / "pictures").iterdir())) == 3

@@ -103,12 +103,63 @@ def runs(size, counts):
         (spoil(segmentation=runs([48, 64], "11")), "do not cover the image's 3072"),
         (spoil(segmentation={"size": [48, 64]}), "needs `counts`"),
         (spoil(segmentation=[[1, 2, 3, 4]]), "no polygon of 3 points or more"),
+        ("[" * 3000, "cannot be read as json"),
+        ("[" * 100_000 + "]" * 100_000, "cannot be read as json"),
+        ('"results"', "is something else, not a list of results"),
+        ([None], "entry 0 is null, not an object"),
+        (spoil(score=True), "entry 1 .*`score` is true, not a finite number"),
+        (spoil(score=float("inf")), "`score` is Infinity, not a finite number"),
+        (spoil(score=[0.5]), "`score` is .0.5., not a finite number"),
+        (spoil(score=10**400), "entry 1 .*`score`"),
+        (spoil(image_id=7.5), "entry 1: `image_id` is 7.5, not a whole number"),
+        (spoil(image_id=[7]), "`image_id` is .7., not a whole number"),
+        (spoil(category_id={}), "`category_id` is {}, not a whole number"),
+        (spoil(bbox="all"), "entry 1 .*`bbox`"),
+        (spoil(bbox=[0, 0, float("nan"), 1]), "entry 1 .*`bbox`"),
+        (spoil(segmentation="abc"), "entry 1 .*`segmentation`"),
+        (spoil(segmentation=[]), "entry 1 .*"),
+        (spoil(segmentation=[["a"] * 6]), "entry 1 .*"),
+        (spoil(segmentation=[[1e300] * 6]), "entry 1 .*"),
+        (spoil(segmentation=runs([48, 64], [1, 2, 3])), "add up to 6, not to 48 x 64"),
+        (spoil(segmentation=runs([48, 64], [-5, 3077])), "entry 1 .*"),
+        (spoil(segmentation=runs([48, 64], [2**80])), "entry 1 .*"),
+        (spoil(segmentation=runs("48x64", "11")), "entry 1 .*"),
     ],
 )
 def test_bad_results_are_one_clear_error(files, results, message):
     annotations, write = files
     with pytest.raises(ValueError, match=message):
         evaluate_files(annotations, write(results))
+
+
+def test_no_results_and_repeated_ones(files, caplog):
+    annotations, write = files
+    with caplog.at_level("INFO"):
+        assert evaluate_files(annotations, write([]))["segm/AP"] == 0
+    assert "AP is 0: there is not one prediction" in caplog.text
+    # A second detection of the same object is a wrong one, after the right one.
+    again = [r | {"score": 0.1} for r in perfect()]
+    metrics = evaluate_files(annotations, write([*perfect(), *again]))
+    assert metrics["segm/AP"] == pytest.approx(1)
+    null_box = [r | {"bbox": None} for r in perfect()]
+    assert evaluate_files(annotations, write(null_box))["bbox/AP"] == pytest.approx(1)
+
+
+def test_data_without_objects_is_undefined_everywhere(files, tmp_path, caplog):
+    annotations, write = files
+    content = json.loads(Path(annotations).read_text())
+    Path(annotations).write_text(json.dumps(content | {"annotations": []}))
+    out = tmp_path / "out"
+    with caplog.at_level("INFO"):
+        metrics = evaluate_files(annotations, write(perfect()), out_dir=str(out), report=True)
+    assert all(math.isnan(value) for value in metrics.values())
+    written = json.loads((out / "metrics.json").read_text())
+    assert set(written.values()) == {None, 3}  # 3 images, 3 predictions
+    page = (out / "report" / "report.html").read_text("utf-8")
+    for text in (caplog.text, page):
+        assert "AP is undefined: the 3 evaluated images have no annotated object" in text
+        assert "AP is 0" not in text and "AP50 is 0" not in text
+    assert ">nan<" not in page
 
 
 def test_bad_paths_and_options(files, tmp_path):

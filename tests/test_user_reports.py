@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from solov2_jax.tools.doctor.study import Settings, study
 from tiny_coco import annotation, content, encode_mask, write
 
 from solov2_jax.data import images
@@ -23,7 +24,6 @@ from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.evaluation.ground_truth import read_ground_truth
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.tools.doctor.grids import Layout
-from solov2_jax.tools.doctor.study import Settings, study
 from solov2_jax.tools.importers.__main__ import main as import_main
 from solov2_jax.tools.report.results_file import evaluate_files
 from solov2_jax.tools.tfds import examples

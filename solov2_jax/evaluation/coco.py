@@ -147,6 +147,11 @@ class CocoEvaluator:
         self._seen.update(self.truth.images)
         self.results.extend(results)
 
+    def images_with(self, count: int) -> int:
+        """Returns how many images have that many predictions or more."""
+        predictions = Counter(result["image_id"] for result in self.results)
+        return sum(n >= count for n in predictions.values())
+
     def counted(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Returns the annotations and the results of the processed images and the classes."""
 

@@ -82,6 +82,7 @@ def evaluate(
     out_dir: str | os.PathLike[str],
     *,
     num_pictures: int = 0,
+    max_per_image: int = 0,
     reports: Sequence[Report] = (),
 ) -> dict[str, float]:
     """Returns COCO's metrics of the batches' images, see `CocoEvaluator.evaluate`.
@@ -95,6 +96,8 @@ def evaluate(
     Args:
       evaluator: of `dataset`; forgets what it has collected before.
       num_pictures: images whose predictions are kept for the reports.
+      max_per_image: detections that the predictor keeps at most; images that reach it are
+        counted and told. 0: not known.
       reports: called with the finished evaluation, in this order.
     """
     out = Path(out_dir)
@@ -110,6 +113,14 @@ def evaluate(
         write_results(results, out / "predictions.json")
         metrics = evaluator.evaluate()
         write_metrics(evaluator, metrics, out)
+        if full := evaluator.images_with(max_per_image) if max_per_image else 0:
+            log.warning(
+                "%d of %d images have %d detections, as many as are kept: objects may be "
+                "missing; raise --config.test.max_per_image",
+                full,
+                len(evaluator.image_ids),
+                max_per_image,
+            )
         evaluation = FinishedEvaluation(
             folder=out,
             dataset=dataset,

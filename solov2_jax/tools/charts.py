@@ -75,6 +75,7 @@ def columns(ax: Axes, names: Sequence[str], series: Sequence[tuple[str, str, Val
         ax.bar(x, values, 0.7, color=color, label=name)
     ax.set_xticks(x, list(names))
     if len(series) > 1:
+        ax.margins(y=0.3)  # room for the legend
         ax.legend(frameon=False, fontsize=8.5)
 
 

@@ -2,9 +2,20 @@
 
 import base64
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
+
+
+@dataclass(frozen=True)
+class PagePicture:
+    """A picture of a page, as a URL that holds it."""
+
+    url: str
+    width: int  # pixels
+    caption: str = ""
+    wide: bool = False  # in a row of its own
 
 
 @functools.cache

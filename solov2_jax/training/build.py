@@ -152,6 +152,7 @@ def build_evaluate(config: Any, model: Any, dataset: Any, workdir: pathlib.Path)
             batches,
             workdir / "eval",
             num_pictures=config.eval.num_pictures,
+            max_per_image=config.test.max_per_image,
             reports=reports,
         )
 

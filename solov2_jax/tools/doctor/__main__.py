@@ -37,12 +37,12 @@ def examine(overrides: list[str]) -> None:
     from solov2_jax.config import load_config
     from solov2_jax.tools.doctor.findings import ERROR
     from solov2_jax.tools.doctor.page import write_page
-    from solov2_jax.tools.doctor.report import text_report
-    from solov2_jax.tools.doctor.study import settings_of, study
+    from solov2_jax.tools.doctor.text_report import text_report
+    from solov2_jax.tools.doctor.data_report import examine, settings_of
 
     config = load_config(_CONFIG.value, overrides)
     train, val = _files(config)
-    result = study(train, val, settings_of(config, _MAX_IMAGES.value))
+    result = examine(train, val, settings_of(config, _MAX_IMAGES.value))
     print(text_report(result))
     if _OUTPUT.value:
         path = write_page(result, _OUTPUT.value, _PICTURES.value)

@@ -5,14 +5,14 @@ import dataclasses
 import numpy as np
 
 from solov2_jax.data.coco import CocoDataset
-from solov2_jax.tools.doctor.grids import Crowding, Layout, best_layout
+from solov2_jax.tools.doctor.grids import GridCollisions, Layout, best_layout
 from solov2_jax.tools.doctor.measure import MeasuredObjects
 
 SHORT_SIDES = (320, 448, 512, 640, 800, 1024, 1280)
 # At the input size that is suggested, nine of ten objects cover at least this, which
 # is 4 x 4 pixels of the mask.
 WANTED_SIDE = 16.0
-# The reference's: 16 images a step at a rate of 0.01, about 12 to 36 epochs.
+# The reference's: 16 images per step at a rate of 0.01, about 12 to 36 epochs.
 BATCH, RATE, EPOCHS = 16, 0.01, 36
 
 
@@ -23,8 +23,8 @@ class Advice:
     short: int
     max_size: int
     layout: Layout
-    crowd: Crowding
-    tried: list[tuple[Layout, Crowding]]
+    collisions: GridCollisions
+    tried: list[tuple[Layout, GridCollisions]]
     batch_size: int
     learning_rate: float
     steps: int
@@ -85,20 +85,30 @@ def advise(dataset: CocoDataset, objects: MeasuredObjects, base: Layout, short: 
     box = objects.box[:, 2:] - objects.box[:, :2]
     boxes = np.sqrt(np.maximum(box.prod(axis=1), 0)) * scale
     scaled = dataclasses.replace(base, scale=scale)
-    layout, crowd, tried = best_layout(objects, scaled, boxes)
+    layout, collisions, tried = best_layout(objects, scaled, boxes)
     reasons.append(
-        f"with these grids and ranges {100 * crowd.lost_share:.2f} % of the objects have no cell"
+        f"with these grids and ranges {100 * collisions.untrained_share:.2f} % of the objects "
+        "have no cell"
     )
     longer = np.maximum(dataset.heights, dataset.widths) * (chosen / original)
     max_size = int(np.ceil(min(float(np.percentile(longer, 95)), 2.0 * chosen) / 32) * 32)
     batch = 1 << int(np.log2(np.clip(len(dataset) / 40, 2, BATCH)))
     steps = max(500, round(EPOCHS * len(dataset) / batch / 100) * 100)
     reasons.append(
-        f"{batch} images a step at a rate of {RATE:g} x {batch} / {BATCH} (SGD): if "
+        f"{batch} images per step at a rate of {RATE:g} x {batch} / {BATCH} (SGD): if "
         "memory allows fewer, lower both together"
     )
-    reasons.append(f"{steps} steps go {steps * batch / len(dataset):.0f} times over it")
+    reasons.append(
+        f"{steps} steps are {steps * batch / len(dataset):.0f} passes over the training data"
+    )
     return Advice(
-        *(chosen, max(max_size, chosen), layout, crowd, tried),
-        *(batch, RATE * batch / BATCH, steps, tuple(reasons)),
+        short=chosen,
+        max_size=max(max_size, chosen),
+        layout=layout,
+        collisions=collisions,
+        tried=tried,
+        batch_size=batch,
+        learning_rate=RATE * batch / BATCH,
+        steps=steps,
+        reasons=tuple(reasons),
     )

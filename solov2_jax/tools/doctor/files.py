@@ -14,7 +14,7 @@ from PIL import Image
 from solov2_jax.data.coco import CocoDataset, missing_files
 from solov2_jax.data.images import read_header, read_image
 from solov2_jax.data.records import read_bytes
-from solov2_jax.tools.doctor.findings import ERROR, NOTE, WARNING, Finding, found, share
+from solov2_jax.tools.doctor.findings import ERROR, NOTE, WARNING, Finding, one_finding, share
 
 THREADS = 4
 _THUMB = 16  # side of the small picture that is compared for looks
@@ -97,11 +97,11 @@ def file_findings(
     if absent:
         text = f"{len(absent)} of {len(dataset)} images are not in the folder"
         names = [str(dataset.file_names[i]) for i in sorted(absent)]
-        findings += found(ERROR, text, names)
+        findings += one_finding(ERROR, text, names)
     bad = [i for i, f in known.items() if f.problem and i not in absent]
     if bad:
         text = f"{share(len(bad), total)} images cannot be read"
-        findings += found(ERROR, text, [known[i].problem for i in bad])
+        findings += one_finding(ERROR, text, [known[i].problem for i in bad])
     good = {i: f for i, f in known.items() if not f.problem}
     stated = {i: (int(dataset.heights[i]), int(dataset.widths[i])) for i in good}
     wrong = [i for i, f in good.items() if (f.height, f.width) != stated[i]]
@@ -116,20 +116,20 @@ def file_findings(
             "before its EXIF orientation is applied; annotate the upright picture or "
             "remove the tag"
         )
-        findings += found(ERROR, text, [name[i] for i in turned])
+        findings += one_finding(ERROR, text, [name[i] for i in turned])
     if rest := [i for i in wrong if i not in set(turned)]:
         text = f"{share(len(rest), total)} images have another size than the json says"
         said = [
             f"{name[i]} is {good[i].height} x {good[i].width}, json {stated[i][0]} x {stated[i][1]}"
             for i in rest
         ]
-        findings += found(ERROR, text, said)
+        findings += one_finding(ERROR, text, said)
     tagged = [i for i, f in good.items() if f.orientation != 1 and i not in wrong]
     if tagged:
         text = (
             f"{share(len(tagged), total)} images are turned by their EXIF tag, as the json expects"
         )
-        findings += found(NOTE, text)
+        findings += one_finding(NOTE, text)
     return findings + _equal_images(name, good)
 
 
@@ -143,14 +143,14 @@ def _equal_images(name: dict[int, str], facts: dict[int, FileFacts]) -> list[Fin
         number = sum(len(g) - 1 for g in groups)
         text = f"{number} images are copies of another one, byte for byte"
         pairs = [" = ".join(name[i] for i in g) for g in groups]
-        findings += found(WARNING, text, pairs, [i for g in groups for i in g])
+        findings += one_finding(WARNING, text, pairs, [i for g in groups for i in g])
     first = [g[0] for g in same.values()]
     looks = np.array([facts[i].look for i in first], np.uint8)
     if len(first) > 1 and (near := alike(looks)):
         text = f"{len(near)} pairs of different files look the same"
         pairs = [f"{name[first[a]]} ~ {name[first[b]]}" for a, b in near]
         shown = [first[i] for pair in near for i in pair]
-        findings += found(NOTE, text, pairs, shown)
+        findings += one_finding(NOTE, text, pairs, shown)
     return findings
 
 
@@ -173,4 +173,4 @@ def leaked(
         f"{os.path.basename(str(val.file_names[i]))} = {os.path.basename(str(train.file_names[j]))}"
         for i, j in both
     ]
-    return found(WARNING, text, names)
+    return one_finding(WARNING, text, names)

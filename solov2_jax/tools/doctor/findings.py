@@ -24,7 +24,7 @@ class Finding:
         return f"{self.level}: {self.text}{where}{more}"
 
 
-def found(
+def one_finding(
     level: str,
     text: str,
     examples: Sequence[str] = (),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from solov2_jax.data.coco import DROPPED, CocoDataset
-from solov2_jax.tools.doctor.findings import ERROR, NOTE, WARNING, Finding, found, share
+from solov2_jax.tools.doctor.findings import ERROR, NOTE, WARNING, Finding, one_finding, share
 from solov2_jax.tools.doctor.measure import MeasuredObjects
 
 # A mask with fewer pixels at a quarter of the size hardly teaches anything.
@@ -20,11 +20,11 @@ BEYOND = 0.01
 def object_findings(dataset: CocoDataset, objects: MeasuredObjects) -> list[Finding]:
     """Returns broken outlines, wrong boxes, doubles, vanishing masks."""
     name = _Names(dataset, objects)
-    findings = found_dropped(dataset)
+    findings = dropped_findings(dataset)
     total = len(objects.image)
     if objects.damaged:
         text = f"{len(objects.damaged)} annotations have damaged run lengths"
-        findings += found(ERROR, text, objects.damaged)
+        findings += one_finding(ERROR, text, objects.damaged)
     for level, rows, text in (
         (
             WARNING,
@@ -56,11 +56,11 @@ def object_findings(dataset: CocoDataset, objects: MeasuredObjects) -> list[Find
         if len(rows):
             text = f"{share(len(rows), total)} {text}"
             images = objects.image[rows].tolist()
-            findings += found(level, text, name(rows), images)
+            findings += one_finding(level, text, name(rows), images)
     if objects.twins:
         rows = np.array(objects.twins)[:, 1]
         text = f"{share(len(rows), total)} objects are annotated twice"
-        findings += found(WARNING, text, name(rows), objects.image[rows].tolist())
+        findings += one_finding(WARNING, text, name(rows), objects.image[rows].tolist())
     return findings
 
 
@@ -79,14 +79,14 @@ class _Names:
         ]
 
 
-def found_dropped(dataset: CocoDataset) -> list[Finding]:
+def dropped_findings(dataset: CocoDataset) -> list[Finding]:
     """Returns what reading the json dropped."""
     findings = []
     for key, text in DROPPED.items():
         number = dataset.counts.get(key, 0)
         level = NOTE if key in ("crowds", "derived_boxes") else WARNING
         if number:
-            findings += found(level, f"{number} {text}")
+            findings += one_finding(level, f"{number} {text}")
     return findings
 
 
@@ -109,25 +109,29 @@ def class_findings(train: CocoDataset, val: CocoDataset | None) -> list[Finding]
     findings: list[Finding] = []
     crowds = train.crowd_warning()
     if not number.sum():
-        return found(ERROR, f"no object to train on{crowds and ': '}{crowds}")
+        return one_finding(ERROR, f"no object to train on{crowds and ': '}{crowds}")
     if crowds:
-        findings += found(WARNING, crowds)
+        findings += one_finding(WARNING, crowds)
     shared, count = np.unique(names, return_counts=True)
     if (several := shared[count > 1]).size:
         text = f"{len(several)} names stand for several categories"
-        findings += found(WARNING, text, several.tolist())
+        findings += one_finding(WARNING, text, several.tolist())
     if (none := names[number == 0]).size:
         text = f"{share(len(none), len(names))} classes have no object to train on"
-        findings += found(WARNING, text, none.tolist())
+        findings += one_finding(WARNING, text, none.tolist())
     few = names[(number > 0) & (number < 20)]
     if few.size:
         text = f"{share(len(few), len(names))} classes have fewer than 20 objects"
-        findings += found(NOTE, text, few.tolist())
-    if val is not None:
+        findings += one_finding(NOTE, text, few.tolist())
+    if val is not None and not len(val.labels):
+        crowds = val.crowd_warning()
+        text = "the validation data has no object: AP is undefined, so no checkpoint is the best"
+        findings += one_finding(WARNING, f"{text}{crowds and '; '}{crowds}")
+    elif val is not None:
         unseen = names[(class_counts(val) > 0) & (number == 0)]
         if unseen.size:
             text = "classes are only in the validation data"
-            findings += found(WARNING, f"{len(unseen)} {text}", unseen.tolist())
+            findings += one_finding(WARNING, f"{len(unseen)} {text}", unseen.tolist())
     return findings
 
 
@@ -143,7 +147,7 @@ def empty_findings(dataset: CocoDataset, keep_empty: bool) -> list[Finding]:
         return []
     what = "trained on as negatives" if keep_empty else "left out (data.keep_empty)"
     text = f"{share(empty, len(dataset))} images have no object: {what}"
-    return found(NOTE, text)
+    return one_finding(NOTE, text)
 
 
 def percentiles(values: np.ndarray, at: Sequence[int]) -> list[float]:

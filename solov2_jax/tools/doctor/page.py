@@ -1,59 +1,27 @@
-"""A study as one HTML page that holds all of its pictures."""
+"""A report on data as one HTML page that holds all of its charts and pictures."""
 
-import base64
-from collections.abc import Sequence
-from html import escape
+import io
 from pathlib import Path
 
-from solov2_jax.tools.doctor.charts import charts, png
-from solov2_jax.tools.doctor.findings import ERROR, NOTE, WARNING
-from solov2_jax.tools.doctor.grids import Crowding, Layout, table
-from solov2_jax.tools.doctor.pictures import AnnotatedImage, samples, suspects
-from solov2_jax.tools.doctor.study import DataStudy
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
 
-STYLE = """
-:root { --ink: #24292f; --soft: #5f6873; --line: #e2e5e9; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f4f5f7; color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 28px 20px 60px; }
-h1 { font-size: 26px; margin: 0 0 4px; }
-h2 { font-size: 18px; margin: 0 0 8px; }
-h3 { font-size: 15px; margin: 14px 0 6px; }
-.soft, figcaption { color: var(--soft); font-size: 13.5px; }
-section { background: #fff; border: 1px solid var(--line); border-radius: 10px;
-  padding: 18px 22px; margin-top: 18px; }
-img { max-width: 100%; height: auto; display: block; }
-table { border-collapse: collapse; font-size: 14px; margin: 8px 0;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: 4px 18px 4px 0; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 600; }
-th:first-child, td:first-child { text-align: left; }
-ul { list-style: none; padding: 0; margin: 0; }
-li { padding: 7px 12px; margin: 6px 0; border-radius: 8px; border: 1px solid; }
-li.error { background: #fdecea; border-color: #f1b5ae; }
-li.warning { background: #fff7e6; border-color: #f0d9a8; }
-li.note { background: #f1f5fa; border-color: #d3dfec; }
-li small { color: var(--soft); display: block; overflow-wrap: anywhere; }
-.verdict { display: inline-block; padding: 4px 14px; border-radius: 16px;
-  color: #fff; font-weight: 600; margin: 6px 0; }
-.verdict.error { background: #b0413e; } .verdict.warning { background: #b3781b; }
-.verdict.note { background: #3d8f5f; }
-pre { background: #f6f8fa; border: 1px solid var(--line); border-radius: 8px;
-  padding: 10px 14px; overflow: auto; font-size: 13px; }
-.gallery { display: grid; gap: 14px;
-  grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); }
-figure { margin: 0; } figcaption { overflow-wrap: anywhere; }
-"""
-VERDICTS = {
-    ERROR: "Training cannot start before the errors are mended",
-    WARNING: "Training may start; look at the warnings",
-    NOTE: "Training may start",
-}
+from solov2_jax.data.images import read_image
+from solov2_jax.inference.draw import distinct_colors, draw_objects, shrink
+from solov2_jax.io import write_bytes, write_text
+from solov2_jax.tools import charts, html
+from solov2_jax.tools.doctor.data_report import VERDICTS, DataReport, Part
+from solov2_jax.tools.doctor.findings import NOTE
+from solov2_jax.tools.doctor.grids import GridCollisions, Layout, table
+from solov2_jax.tools.doctor.measure import draw
+from solov2_jax.tools.doctor.objects import class_counts
+
+LONGEST = 520  # pixels of a picture's longer side
 
 
-def write_page(study: DataStudy, folder: str, number: int) -> str:
+def write_page(report: DataReport, folder: str, number: int) -> str:
     """Returns the path of `report.html`, written into the folder with its charts.
 
     Args:
@@ -61,121 +29,187 @@ def write_page(study: DataStudy, folder: str, number: int) -> str:
     """
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    images = {}
-    if study.parts:
-        for name, figure in charts(study).items():
-            images[name] = png(figure)
-            (out / f"{name}.png").write_bytes(images[name])
+    pictures = {}
+    for name, figure in (draw_charts(report) if report.parts else {}).items():
+        image = charts.png(figure)
+        write_bytes(image, out / f"{name}.png")
+        width = round(96 * figure.get_figwidth())
+        pictures[name] = html.PagePicture(html.data_url(image, "png"), width)
+    grids = [
+        (
+            f"{part.name.capitalize()}, the config",
+            table(report.layout, part.collisions),
+            part.collisions,
+        )
+        for part in report.parts
+    ]
+    if advice := report.advice:
+        rows = table(advice.layout, advice.collisions)
+        grids.append(("Training, as suggested", rows, advice.collisions))
+    galleries = [g for part in report.parts for g in _suspects(part, number)]
+    galleries += [
+        (f"{part.name.capitalize()}: images and their objects", _samples(part, number))
+        for part in report.parts
+    ]
+    page = html.render(
+        "doctor.html",
+        title="Data report",
+        tile_width=300,
+        report=report,
+        verdict=VERDICTS[report.verdict],
+        counts=[_counts(part) for part in report.parts],
+        charts=pictures,
+        grids=grids,
+        galleries=galleries,
+    )
     path = out / "report.html"
-    path.write_text(page(study, images, number), "utf-8")
+    write_text(page, path)
     return str(path)
 
 
-def page(study: DataStudy, images: dict[str, bytes], number: int) -> str:
-    """Returns the page; `images` are the charts, by name."""
-    sections = [_section("Findings", _findings(study))]
-    if study.parts:
-        sections.append(_section("Data", _counts(study)))
-    for name, title in (
-        ("classes", "Classes"),
-        ("sizes", "Sizes of the objects"),
-        ("images", "Images"),
-    ):
-        if name in images:
-            sections.append(_section(title, _chart(images[name])))
-    if study.parts:
-        sections.append(_section("Grid cells", _grids(study, images["grids"])))
-    if study.advice:
-        reasons = "".join(f"<p>{escape(_upper(r))}.</p>" for r in study.advice.reasons)
-        flags = escape(" \\\n    ".join(study.advice.overrides()))
-        sections.append(_section("Suggested settings", f"{reasons}<pre>{flags}</pre>"))
-    for part in study.parts:
-        for text, found in suspects(part, max(2, number // 4) if number else 0):
-            title = f"{_upper(part.name)}: {text}"
-            sections.append(_section(title, _gallery(found)))
-    for part in study.parts:
-        title = f"{_upper(part.name)}: images and their objects"
-        sections.append(_section(title, _gallery(samples(part, number))))
-    files = " · ".join(escape(p.dataset.annotation_file) for p in study.parts)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Data report</title><style>{STYLE}</style></head><body><main>"
-        f'<h1>Data report</h1><p class="soft">{files}</p>'
-        f'<div class="verdict {study.verdict}">{VERDICTS[study.verdict]}</div>'
-        f"{''.join(sections)}</main></body></html>\n"
-    )
+def _counts(part: Part) -> tuple:
+    """Returns the part's row in the table of the data."""
+    data, counts = part.dataset, part.dataset.counts
+    crowds, most = counts.get("crowds", 0), counts["max_objects"]
+    images = (len(data), counts["images_without_objects"])
+    return (part.name, *images, len(data.labels), len(data.class_names), crowds, most)
 
 
-def _upper(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def _samples(part: Part, number: int) -> list[html.PagePicture]:
+    """Returns images spread over the part, with their objects."""
+    readable = part.readable()
+    if not len(readable) or not number:
+        return []
+    at = np.linspace(0, len(readable) - 1, min(number, len(readable))).round().astype(int)
+    return [_picture(part, int(i)) for i in readable[at]]
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{content}</section>"
+def _suspects(part: Part, number: int) -> list[tuple[str, list[html.PagePicture]]]:
+    """Returns some pictures for each warning or error that names images, with a title."""
+    readable, most = set(part.readable().tolist()), max(2, number // 4) if number else 0
+    galleries = []
+    for finding in part.findings:
+        chosen = [i for i in finding.images if i in readable][:most]
+        if chosen and finding.level != NOTE:
+            pictures = [_picture(part, i) for i in chosen]
+            galleries.append((f"{part.name.capitalize()}: {finding.text}", pictures))
+    return galleries
 
 
-def _chart(image: bytes) -> str:
-    url = "data:image/png;base64," + base64.b64encode(image).decode()
-    return f'<img src="{url}" alt="">'
+def _picture(part: Part, index: int) -> html.PagePicture:
+    """Returns an image with all its objects."""
+    data = part.dataset
+    image = shrink(read_image(data.path(index)), LONGEST)
+    old = int(data.heights[index]), int(data.widths[index])
+    new = image.shape[0], image.shape[1]
+    rows = range(int(data.start[index]), int(data.start[index + 1]))
+    crops = []
+    for row in rows:
+        if (crop := draw(data, row, old, new)) is not None:
+            height, width = crop.pixels.shape
+            window = slice(crop.top, crop.top + height), slice(crop.left, crop.left + width)
+            crops.append((window, crop.pixels > 0))
+    painted = Image.fromarray(draw_objects(image, crops, distinct_colors(len(crops))))
+    buffer = io.BytesIO()
+    painted.save(buffer, "JPEG", quality=85)
+    names = [data.class_names[data.labels[row]] for row in rows]
+    classes, count = np.unique(names, return_counts=True)
+    order = np.argsort(-count, kind="stable")
+    text = ", ".join(f"{count[i]} {classes[i]}" for i in order[:4]) or "no object"
+    more = f" and {len(order) - 4} more classes" if len(order) > 4 else ""
+    caption = f"{data.file_names[index]}: {text}{more}"
+    url = html.data_url(buffer.getvalue(), "jpeg")
+    return html.PagePicture(url, painted.width, caption)
 
 
-def _findings(study: DataStudy) -> str:
-    items = []
-    named = [("", study.findings), *((p.name, p.findings) for p in study.parts)]
-    for level in (ERROR, WARNING, NOTE):
-        for name, findings in named:
-            for f in findings:
-                if f.level != level:
-                    continue
-                where = f"{_upper(name)}: " if name else ""
-                small = "; ".join(escape(e) for e in f.examples)
-                text = f"<b>{level}</b> {escape(where + f.text)}"
-                items.append(f'<li class="{level}">{text}<small>{small}</small></li>')
-    return f"<ul>{''.join(items)}</ul>" if items else "<p>Nothing to complain about.</p>"
+def draw_charts(report: DataReport) -> dict[str, Figure]:
+    """Returns the charts by name."""
+    return {
+        "classes": _class_chart(report),
+        "sizes": _size_chart(report),
+        "images": _image_chart(report),
+        "grids": _grid_chart(report),
+    }
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(c)}</th>" for c in rows[0])
-    body = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in rows[1:])
-    return f"<table><tr>{head}</tr>{body}</table>"
+def _class_chart(report: DataReport) -> Figure:
+    """Returns the objects of each class; of many, the most and the fewest."""
+    first = report.parts[0].dataset
+    order = np.argsort(-class_counts(first), kind="stable")
+    title = "Objects of each class"
+    if len(order) > charts.MAX_BARS:
+        half = charts.MAX_BARS // 2
+        title += f", the {half} most and the {half} least frequent"
+        order = np.concatenate([order[:half], order[-half:]])
+    height = 1.2 + 0.12 * len(order) * (1 + len(report.parts))
+    figure, (ax,) = charts.panels(10.0, height)
+    series = []
+    for color, part in zip(charts.COLORS, report.parts, strict=False):
+        counts = class_counts(part.dataset)[order].tolist()
+        series.append((part.name, color, counts, [str(n) for n in counts]))
+    charts.horizontal_bars(ax, [first.class_names[k] for k in order.tolist()], series)
+    charts.label(ax, title)
+    return figure
 
 
-def _counts(study: DataStudy) -> str:
-    rows = [["", "images", "without objects", "objects", "classes", "crowds", "most"]]
-    for part in study.parts:
-        data, counts = part.dataset, part.dataset.counts
-        numbers = (
-            *(len(data), counts["images_without_objects"], len(data.labels)),
-            *(len(data.class_names), counts.get("crowds", 0), counts["max_objects"]),
-        )
-        rows.append([part.name, *map(str, numbers)])
-    return _table(rows) + '<p class="soft">most: objects in one image</p>'
+def _size_chart(report: DataReport) -> Figure:
+    """Returns how large objects are, absolutely and relative to their image."""
+    figure, (left, right) = charts.panels(10.0, 3.2, 2)
+    sides, shares = {}, {}
+    for part in report.parts:
+        rows = np.flatnonzero(part.objects.area > 0)
+        area = part.objects.area[rows]
+        sides[part.name] = np.sqrt(area)
+        shares[part.name] = area / part.objects.sizes[part.objects.image[rows]].prod(axis=1)
+    charts.histograms(left, sides, np.geomspace(2, 2048, 41), [4, 16, 64, 256, 1024])
+    charts.histograms(right, shares, np.geomspace(1e-5, 1, 41), [1e-4, 1e-3, 0.01, 0.1, 1])
+    left.axvline(16, color=charts.GREY, linestyle="--", linewidth=1)
+    left.legend(frameon=False, fontsize=9)
+    area = f"root of the mask's area, pixels at a short side of {report.short}"
+    charts.label(left, "Size of the objects", area, "% of the objects")
+    charts.label(right, "Share of the image", "area over the image's", "% of the objects")
+    return figure
 
 
-def _grids(study: DataStudy, image: bytes) -> str:
-    def block(title: str, layout: Layout, crowd: Crowding) -> str:
-        text = (
-            f"{len(crowd.lost)} of {crowd.total} objects have no cell of their own, "
-            f"{len(crowd.homeless)} are outside of all ranges."
-        )
-        return f"<h3>{escape(title)}</h3>{_table(table(layout, crowd))}<p>{text}</p>"
-
-    text = (
-        "<p>A cell has one class and one mask: where two objects share one, the later "
-        "in the json gives it its class, and its kernel learns both masks.</p>"
-    )
-    text += _chart(image)
-    for part in study.parts:
-        text += block(f"{_upper(part.name)}, the config", study.layout, part.crowd)
-    if study.advice:
-        text += block("Training, as suggested", study.advice.layout, study.advice.crowd)
-    return text
+def _image_chart(report: DataReport) -> Figure:
+    """Returns how many objects images have, and how large images are."""
+    figure, (left, right) = charts.panels(10.0, 3.2, 2)
+    counts = {part.name: part.dataset.objects_per_image for part in report.parts}
+    most = max(int(count.max()) for count in counts.values())
+    charts.histograms(left, counts, np.linspace(-0.5, most + 0.5, min(most + 2, 42)))
+    for color, part in zip(charts.COLORS, report.parts, strict=False):
+        sizes = part.dataset.widths, part.dataset.heights
+        right.plot(*sizes, "o", color=color, ms=4, alpha=0.35)
+    left.legend(frameon=False, fontsize=9)
+    limit = 1.05 * max(*right.get_xlim(), *right.get_ylim())
+    right.plot([0, limit], [0, limit], color=charts.GREY, linewidth=1, zorder=0)
+    right.set(xlim=(0, limit), ylim=(0, limit))
+    charts.label(left, "Objects in an image", "objects", "% of the images")
+    charts.label(right, "Size of the images", "width, pixels", "height, pixels")
+    return figure
 
 
-def _gallery(pictures: Sequence[AnnotatedImage]) -> str:
-    figures = "".join(
-        f'<figure><img src="{p.url}" alt=""><figcaption>{escape(p.caption)}</figcaption></figure>'
-        for p in pictures
-    )
-    return f'<div class="gallery">{figures}</div>' if figures else "<p>None.</p>"
+def _grid_chart(report: DataReport) -> Figure:
+    """Returns the objects per level, and those that share a cell."""
+    layouts = [("The config's", report.layout, report.parts[0].collisions)]
+    if report.advice:
+        layouts.append(("Suggested", report.advice.layout, report.advice.collisions))
+    figure, axes = charts.panels(10.0, 3.0, len(layouts))
+    for ax, (name, layout, collisions) in zip(axes, layouts, strict=True):
+        _levels(ax, name, layout, collisions)
+    return figure
+
+
+def _levels(ax: Axes, name: str, layout: Layout, collisions: GridCollisions) -> None:
+    names = [
+        f"{grid}²\n{low}-{high}"
+        for grid, (low, high) in zip(layout.num_grids, layout.scale_ranges, strict=True)
+    ]
+    series = [
+        ("alone in their cells", charts.BLUE, collisions.objects),
+        ("share a cell", charts.RED, collisions.shared),
+    ]
+    charts.columns(ax, names, series)
+    ax.tick_params(axis="x", labelsize=8)
+    title = f"{name} grids: {100 * collisions.untrained_share:.1f} % without a cell"
+    charts.label(ax, title, "grid, box side in pixels", "objects")

@@ -4,11 +4,13 @@ import logging
 from typing import Any
 
 from solov2_jax.data.coco import CocoDataset
+from solov2_jax.io import InputError
+from solov2_jax.tools.doctor.data_report import settings_of, spread
 from solov2_jax.tools.doctor.findings import ERROR, Finding, share
-from solov2_jax.tools.doctor.grids import crowding, grid_findings
+from solov2_jax.tools.doctor.grids import grid_collisions, grid_findings
+from solov2_jax.tools.doctor.limits import limit_findings, training_limit_findings
 from solov2_jax.tools.doctor.measure import measure
 from solov2_jax.tools.doctor.objects import class_findings, empty_findings, object_findings
-from solov2_jax.tools.doctor.study import settings_of, spread
 
 log = logging.getLogger(__name__)
 
@@ -25,16 +27,19 @@ def check_at_start(config: Any, train: CocoDataset, val: CocoDataset) -> list[Fi
     settings = settings_of(config)
     indices = spread(len(train), LIMIT)
     objects = measure(train, indices.tolist(), settings.short, settings.max_size)
+    collisions = grid_collisions(objects, settings.layout)
     findings = [
         *class_findings(train, val),
         *empty_findings(train, settings.keep_empty),
         # Loading the json has told what it dropped.
         *(f for f in object_findings(train, objects) if not _told(f)),
-        *grid_findings(objects, crowding(objects, settings.layout)),
+        *grid_findings(objects, collisions),
+        *limit_findings(train, settings.limits),
+        *training_limit_findings(train, settings.limits, collisions.pairs),
     ]
     errors = [f for f in findings if f.level == ERROR]
     if errors:
-        raise ValueError(
+        raise InputError(
             f"{train.annotation_file}: {'; '.join(f.line() for f in errors)}. "
             "`solov2 doctor` reports all of it."
         )

@@ -41,6 +41,7 @@ def evaluate_run(
     """
     config = load_workdir_config(workdir, overrides)
     predictor = Predictor.from_workdir(workdir, checkpoint, overrides)
+    predictor.limit_score = 2.0  # tells of too many candidates; detections are counted below
     classes = zip(predictor.category_ids, predictor.class_names, strict=True)
     dataset = load_val_dataset(config, dict(classes))
     evaluator = build_evaluator(config, dataset)
@@ -67,5 +68,6 @@ def evaluate_run(
         batches,
         output or os.path.join(workdir, "eval"),
         num_pictures=config.eval.num_pictures,
+        max_per_image=0 if tta or tiles else config.test.max_per_image,
         reports=reports,
     )

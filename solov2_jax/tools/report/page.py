@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from solov2_jax.evaluation.coco_score import METRICS, extra_metrics
 from solov2_jax.evaluation.evaluate import FinishedEvaluation
 from solov2_jax.io import write_text
 from solov2_jax.tools import html
+from solov2_jax.tools.html import PagePicture
 from solov2_jax.tools.report.analysis import ERRORS, worst_first
 from solov2_jax.tools.report.page_charts import draw_charts
 from solov2_jax.tools.report.pictures import Gallery
@@ -45,16 +45,6 @@ PARTS = {
 MAX_CONFUSED = 8  # pairs of classes that are named
 MAX_PICTURES = 12  # images of the gallery
 WIDE = 700  # pixels from which on a picture has a row of its own
-
-
-@dataclass(frozen=True)
-class PagePicture:
-    """A picture of a page, as a URL that holds it."""
-
-    url: str
-    width: int  # pixels
-    caption: str = ""
-    wide: bool = False  # in a row of its own
 
 
 def report_writer(title: str):

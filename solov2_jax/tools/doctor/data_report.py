@@ -1,4 +1,4 @@
-"""All that is found out about the training and the validation data."""
+"""All that the doctor finds out about the training and the validation data."""
 
 import dataclasses
 from typing import Any
@@ -8,8 +8,9 @@ import numpy as np
 from solov2_jax.data.coco import CocoDataset, missing_files, read_coco
 from solov2_jax.tools.doctor.advice import Advice, advise
 from solov2_jax.tools.doctor.files import FileFacts, file_findings, leaked, read_files
-from solov2_jax.tools.doctor.findings import ERROR, NOTE, Finding, found, worst
-from solov2_jax.tools.doctor.grids import Crowding, Layout, crowding, grid_findings
+from solov2_jax.tools.doctor.findings import ERROR, NOTE, WARNING, Finding, one_finding, worst
+from solov2_jax.tools.doctor.grids import GridCollisions, Layout, grid_collisions, grid_findings
+from solov2_jax.tools.doctor.limits import DataLimits, limit_findings, training_limit_findings
 from solov2_jax.tools.doctor.measure import MeasuredObjects, measure
 from solov2_jax.tools.doctor.objects import class_findings, empty_findings, object_findings
 
@@ -23,7 +24,7 @@ class Part:
     indices: np.ndarray  # int, the images that were looked at
     files: list[FileFacts]  # of `indices`
     objects: MeasuredObjects
-    crowd: Crowding
+    collisions: GridCollisions
     findings: list[Finding]
 
     def readable(self) -> np.ndarray:
@@ -37,8 +38,15 @@ class Part:
         )
 
 
+VERDICTS = {
+    ERROR: "Training cannot start before the errors are fixed",
+    WARNING: "Training may start; look at the warnings",
+    NOTE: "Training may start",
+}
+
+
 @dataclasses.dataclass(frozen=True)
-class DataStudy:
+class DataReport:
     """What the doctor says."""
 
     parts: list[Part]
@@ -50,8 +58,13 @@ class DataStudy:
     @property
     def verdict(self) -> str:
         """The gravest level of all findings."""
-        every = [f for part in self.parts for f in part.findings]
-        return worst([*self.findings, *every])
+        return worst([finding for _, finding in self.sorted_findings()])
+
+    def sorted_findings(self) -> list[tuple[str, Finding]]:
+        """Returns (part or "", finding), the gravest first."""
+        groups = [("", self.findings), *((part.name, part.findings) for part in self.parts)]
+        every = [(name, finding) for name, findings in groups for finding in findings]
+        return sorted(every, key=lambda pair: (ERROR, WARNING, NOTE).index(pair[1].level))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +76,10 @@ class Settings:
     layout: Layout
     keep_empty: bool
     max_images: int = 0  # looked at in each part, spread evenly; 0: all
+    limits: DataLimits = DataLimits()
 
 
-def study(train: tuple[str, str], val: tuple[str, str] | None, settings: Settings) -> DataStudy:
+def examine(train: tuple[str, str], val: tuple[str, str] | None, settings: Settings) -> DataReport:
     """Returns what is found about (image folder, instances json) pairs.
 
     What makes reading impossible is a finding too, and ends the part.
@@ -80,7 +94,7 @@ def study(train: tuple[str, str], val: tuple[str, str] | None, settings: Setting
             dataset = read_coco(*files, categories=categories)
             missing_files(dataset)  # raises without the folder
         except ValueError as error:
-            findings += found(ERROR, str(error))
+            findings += one_finding(ERROR, str(error))
             continue
         parts.append(_part(name, dataset, settings))
         categories = categories or dict(zip(dataset.category_ids, dataset.class_names, strict=True))
@@ -93,10 +107,8 @@ def study(train: tuple[str, str], val: tuple[str, str] | None, settings: Setting
         if len(trained.dataset.labels):
             advice = advise(trained.dataset, trained.objects, settings.layout, settings.short)
     if trained and other:
-        sides = (_facts(p) for p in (trained, other))
-        (a, b), (x, y) = (trained, other), sides
-        findings += leaked(a.dataset, x, b.dataset, y)
-    return DataStudy(parts, settings.layout, settings.short, findings, advice)
+        findings += leaked(trained.dataset, _facts(trained), other.dataset, _facts(other))
+    return DataReport(parts, settings.layout, settings.short, findings, advice)
 
 
 def _facts(part: Part) -> list[tuple[int, FileFacts]]:
@@ -108,18 +120,28 @@ def _part(name: str, dataset: CocoDataset, settings: Settings) -> Part:
     indices = spread(len(dataset), settings.max_images)
     files = read_files(dataset, indices.tolist())
     objects = measure(dataset, indices.tolist(), settings.short, settings.max_size)
-    crowd = crowding(objects, settings.layout)
+    collisions = grid_collisions(objects, settings.layout)
     findings = [
         *file_findings(dataset, indices.tolist(), files),
         *object_findings(dataset, objects),
-        *grid_findings(objects, crowd),
+        *grid_findings(objects, collisions),
+        *limit_findings(dataset, settings.limits),
     ]
     if name == "training":
         findings += empty_findings(dataset, settings.keep_empty)
+        findings += training_limit_findings(dataset, settings.limits, collisions.pairs)
     if len(indices) < len(dataset):
         text = f"looked at {len(indices)} of {len(dataset)} images (--max_images)"
-        findings += found(NOTE, text)
-    return Part(name, dataset, indices, files, objects, crowd, findings)
+        findings += one_finding(NOTE, text)
+    return Part(
+        name=name,
+        dataset=dataset,
+        indices=indices,
+        files=files,
+        objects=objects,
+        collisions=collisions,
+        findings=findings,
+    )
 
 
 def spread(number: int, limit: int) -> np.ndarray:
@@ -136,9 +158,16 @@ def settings_of(config: Any, max_images: int = 0) -> Settings:
     layout = Layout(tuple(head.num_grids), ranges, targets.sigma)
     input_ = config.input
     return Settings(
-        input_.min_size_test,
-        input_.max_size_test,
-        layout,
-        config.data.keep_empty,
-        max_images,
+        short=input_.min_size_test,
+        max_size=input_.max_size_test,
+        layout=layout,
+        keep_empty=config.data.keep_empty,
+        max_images=max_images,
+        limits=DataLimits(
+            max_instances=config.data.max_instances,
+            max_pairs=targets.max_pairs,
+            nms_pre=config.test.nms_pre,
+            max_per_image=config.test.max_per_image,
+            max_detections=config.eval.max_detections,
+        ),
     )

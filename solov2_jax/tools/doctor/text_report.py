@@ -1,14 +1,13 @@
-"""A study as text for the console."""
+"""A data report as text for the console."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from solov2_jax.tools.doctor.advice import Advice
-from solov2_jax.tools.doctor.findings import ERROR, NOTE, WARNING
+from solov2_jax.tools.doctor.data_report import VERDICTS, DataReport, Part
 from solov2_jax.tools.doctor.grids import table
 from solov2_jax.tools.doctor.objects import class_counts, percentiles
-from solov2_jax.tools.doctor.study import DataStudy, Part
 
 WIDTH = 32  # of the longest bar
 MAX_CLASSES = 30  # most and fewest objects; the others are in the page
@@ -16,14 +15,14 @@ MAX_CLASSES = 30  # most and fewest objects; the others are in the page
 SIDES = (0, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, np.inf)
 
 
-def text_report(study: DataStudy) -> str:
+def text_report(report: DataReport) -> str:
     """Returns everything but the pictures."""
-    blocks = [_part(part, study.short) for part in study.parts]
-    if study.parts:
-        blocks.append(_grids(study))
-    if study.advice:
-        blocks.append(_advice(study.advice))
-    blocks.append(_findings(study))
+    blocks = [_part(part, report.short) for part in report.parts]
+    if report.parts:
+        blocks.append(_grids(report))
+    if report.advice:
+        blocks.append(_advice(report.advice))
+    blocks.append(_findings(report))
     return "\n\n".join(blocks)
 
 
@@ -96,19 +95,19 @@ def _bars(rows: Sequence[tuple[str, int]]) -> list[str]:
     return lines
 
 
-def _grids(study: DataStudy) -> str:
+def _grids(report: DataReport) -> str:
     lines = ["grid cells with the config's grids and scale ranges"]
-    for part in study.parts:
-        rows = table(study.layout, part.crowd)
+    for part in report.parts:
+        rows = table(report.layout, part.collisions)
         widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
         lines.append(f"  {part.name}:")
         for row in rows:
             cells = (cell.ljust(w) for cell, w in zip(row, widths, strict=True))
             lines.append("    " + "  ".join(cells).rstrip())
-        crowd = part.crowd
+        collisions = part.collisions
         lines.append(
-            f"    {len(crowd.lost)} objects without a cell of their own, "
-            f"{len(crowd.homeless)} outside of all ranges"
+            f"    {len(collisions.without_cell)} objects without a cell of their own, "
+            f"{len(collisions.out_of_range)} outside of all ranges"
         )
     return "\n".join(lines)
 
@@ -118,18 +117,10 @@ def _advice(advice: Advice) -> str:
     return "\n".join([*lines, *(f"    {flag}" for flag in advice.overrides())])
 
 
-def _findings(study: DataStudy) -> str:
+def _findings(report: DataReport) -> str:
     lines = []
-    named = [("", study.findings), *((f"{p.name}: ", p.findings) for p in study.parts)]
-    for level in (ERROR, WARNING, NOTE):
-        for where, findings in named:
-            for finding in findings:
-                if finding.level == level:
-                    line = finding.line()
-                    lines.append(line.replace(": ", f": {where}", 1))
-    verdict = {
-        ERROR: "training cannot start before the errors are mended",
-        WARNING: "training may start; look at the warnings",
-        NOTE: "training may start",
-    }
-    return "\n".join([*lines, verdict[study.verdict]])
+    for part, finding in report.sorted_findings():
+        line = finding.line()
+        lines.append(line.replace(": ", f": {part}: ", 1) if part else line)
+    verdict = VERDICTS[report.verdict]
+    return "\n".join([*lines, verdict[0].lower() + verdict[1:]])
