@@ -7,7 +7,7 @@ from pathlib import Path
 
 from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.evaluation.evaluate import write_metrics
-from solov2_jax.evaluation.ground_truth import read_ground_truth, read_results
+from solov2_jax.evaluation.ground_truth import GroundTruth, read_ground_truth, read_results
 from solov2_jax.io import InputError
 from solov2_jax.tools.report.diagnosis import diagnose
 from solov2_jax.tools.report.expected_results import ExpectedResult, check_names
@@ -70,19 +70,29 @@ def evaluate_files(
         paths = {i: os.path.join(images, str(r["file_name"])) for i, r in truth.images.items()}
         write_report(out / "report", data, evaluator, paths if images else None)
     if other:
-        from solov2_jax.tools.report.compare import compare, comparison_lines, write_comparison
-
-        changes = compare(
-            _report_data(evaluator, metrics, predictions),
-            _report_data(other, other.evaluate(), against),
-        )
-        files = {i: str(r.get("file_name") or i) for i, r in truth.images.items()}
-        for line in comparison_lines(changes, predictions, against, files):
-            log.info("%s", line)
-        if out:
-            write_comparison(changes, out, files)
-            log.info("written: %s and comparison_images.csv", out / "comparison.csv")
+        data = _report_data(evaluator, metrics, predictions)
+        other_data = _report_data(other, other.evaluate(), against)
+        _compare(data, other_data, (predictions, against), truth, out)
     return metrics
+
+
+def _compare(
+    data: ReportData,
+    other: ReportData,
+    paths: tuple[str, str],
+    truth: GroundTruth,
+    out: Path | None,
+) -> None:
+    """Logs what differs between two results files, and writes it into a folder."""
+    from solov2_jax.tools.report.compare import compare, comparison_lines, write_comparison
+
+    changes = compare(data, other)
+    files = {i: str(r.get("file_name") or i) for i, r in truth.images.items()}
+    for line in comparison_lines(changes, paths[0], paths[1], files):
+        log.info("%s", line)
+    if out:
+        write_comparison(changes, out, files)
+        log.info("written: %s and comparison_images.csv", out / "comparison.csv")
 
 
 def _report_data(evaluator: CocoEvaluator, metrics: dict[str, float], path: str) -> ReportData:
