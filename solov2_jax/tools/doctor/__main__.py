@@ -35,19 +35,21 @@ FLAGS = (_CONFIG, *_DATA, _OUTPUT, _MAX_IMAGES, _PICTURES)
 def examine(overrides: list[str]) -> None:
     """Examines as the flags say."""
     from solov2_jax.config import load_config
+    from solov2_jax.tools.doctor.data_report import examine as examine_data
+    from solov2_jax.tools.doctor.data_report import settings_of
     from solov2_jax.tools.doctor.findings import ERROR
-    from solov2_jax.tools.doctor.page import write_page
     from solov2_jax.tools.doctor.text_report import text_report
-    from solov2_jax.tools.doctor.data_report import examine, settings_of
 
     config = load_config(_CONFIG.value, overrides)
     train, val = _files(config)
-    result = examine(train, val, settings_of(config, _MAX_IMAGES.value))
-    print(text_report(result))
+    report = examine_data(train, val, settings_of(config, _MAX_IMAGES.value))
+    print(text_report(report))
     if _OUTPUT.value:
-        path = write_page(result, _OUTPUT.value, _PICTURES.value)
+        from solov2_jax.tools.doctor.page import write_page
+
+        path = write_page(report, _OUTPUT.value, _PICTURES.value)
         print(f"pictures and charts: {os.path.abspath(path)}")
-    sys.exit(1 if result.verdict == ERROR else 0)
+    sys.exit(1 if report.verdict == ERROR else 0)
 
 
 def _files(config: Any) -> tuple[tuple[str, str], tuple[str, str] | None]:
