@@ -1,6 +1,6 @@
 """What users' files are like: one answer in every command, for each kind of oddity.
 
-Jsons are tried as training (`load_coco`), the doctor (`study`), evaluation of a file of
+Jsons are tried as training (`load_coco`), the doctor (`examine`), evaluation of a file of
 predictions (`evaluate_files`) and the record builder (`tfds.examples`) read them.
 """
 
@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from solov2_jax.tools.doctor.study import Settings, study
 from tiny_coco import annotation, content, encode_mask, write
 
 from solov2_jax.data import images
@@ -23,6 +22,7 @@ from solov2_jax.data.coco import load_coco
 from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.evaluation.ground_truth import read_ground_truth
 from solov2_jax.inference.prediction import Prediction
+from solov2_jax.tools.doctor.data_report import Settings, examine
 from solov2_jax.tools.doctor.grids import Layout
 from solov2_jax.tools.importers.__main__ import main as import_main
 from solov2_jax.tools.report.results_file import evaluate_files
@@ -44,7 +44,7 @@ def read_by_all(folder: Path, values, results=None) -> dict[str, float]:
     """Returns what every command makes of a json: the number of objects, and the AP."""
     where, path = write(folder, values)
     train = load_coco(where, path)
-    checked = study((where, path), None, SETTINGS)
+    checked = examine((where, path), None, SETTINGS)
     assert len(checked.parts) == 1, checked.findings
     predictions = folder / "results.json"
     predictions.write_text(json.dumps(perfect(path) if results is None else results))
@@ -66,7 +66,7 @@ def refused_by_all(folder: Path, values) -> str:
         load_coco(where, path)
     with pytest.raises(ValueError) as evaluation:
         evaluate_files(path, str(predictions))
-    checked = study((where, path), None, SETTINGS)
+    checked = examine((where, path), None, SETTINGS)
     assert not checked.parts and checked.verdict == "error"
     message = str(train.value)
     assert str(evaluation.value) == message
@@ -242,7 +242,7 @@ def crowds(number: int):
 
 @pytest.mark.parametrize(("number", "level"), [(4, "error"), (3, "warning"), (2, None)])
 def test_crowds_that_tools_wrote_are_named(tmp_path, number, level):
-    result = study(write(tmp_path, crowds(number)), None, SETTINGS)
+    result = examine(write(tmp_path, crowds(number)), None, SETTINGS)
     said = [f for f in result.findings if "iscrowd" in f.text]
     assert [f.level for f in said] == ([level] if level else [])
     if level:
@@ -270,7 +270,7 @@ def test_files_with_other_spellings_are_found(tmp_path, name, stored):
     (Path(where) / "a").mkdir(exist_ok=True)
     data = load_coco(where, path)
     assert images.read_image(data.path(0)).shape == (48, 64, 3)
-    assert study((where, path), None, SETTINGS).verdict != "error"
+    assert examine((where, path), None, SETTINGS).verdict != "error"
     record = next(iter(examples(data)))
     assert record["image/file_name"] == name and os.path.isfile(record["image"])
     assert os.path.isfile(Path(where, read_ground_truth(path, where).images[7]["file_name"]))
@@ -285,7 +285,7 @@ def test_file_names_stay_in_their_folder(tmp_path, name):
     with pytest.raises(ValueError, match="leads out of the image folder|are not in") as error:
         load_coco(where, path)
     assert json.dumps(name)[1:-1] in str(error.value) or name in str(error.value)
-    assert study((where, path), None, SETTINGS).verdict == "error"
+    assert examine((where, path), None, SETTINGS).verdict == "error"
 
 
 def test_absolute_names_inside_of_the_folder_are_read(tmp_path):
