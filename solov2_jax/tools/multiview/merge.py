@@ -71,11 +71,11 @@ def merge(
     Args:
       found: what each view saw, its `views` being that one.
     """
-    groups = connected(len(found), agreeing(found, views))
-    objects = [settle([found[i] for i in group], views) for group in groups]
+    groups = connected(len(found), pairs_of_one_object(found, views))
+    objects = [merge_group([found[i] for i in group], views) for group in groups]
     objects.sort(key=lambda o: -o.score)
-    pairs, common = rivals(objects)
-    gone = explained(objects, pairs, views)
+    pairs, common = overlaps_of_different_views(objects)
+    gone = explained_fragments(objects, pairs, views)
     left = ~gone[pairs].any(axis=1)
     pairs, common = pairs[left], common[left]
     area = np.array([o.mask.area for o in objects], np.float64)
@@ -87,7 +87,9 @@ def merge(
     return [replace(objects[i], score=float(scores[i])) for i in kept.tolist()]
 
 
-def agreeing(found: Sequence[ViewObject], views: Sequence[ImageView]) -> list[tuple[int, int]]:
+def pairs_of_one_object(
+    found: Sequence[ViewObject], views: Sequence[ImageView]
+) -> list[tuple[int, int]]:
     """Returns the pairs of one class and two views that are one object."""
     agree = []
     rectangles = np.array([f.mask.rectangle for f in found], int).reshape(-1, 4)
@@ -121,19 +123,19 @@ def connected(number: int, pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
     return list(groups.values())
 
 
-def settle(group: Sequence[ViewObject], views: Sequence[ImageView]) -> ViewObject:
+def merge_group(group: Sequence[ViewObject], views: Sequence[ImageView]) -> ViewObject:
     """Returns the object that a group of views saw; its score is the best of them."""
     kind = min(f.kind for f in group)
     best = max((f for f in group if f.kind == kind), key=lambda f: f.score)
     mask = best.mask
     if kind == CUT and len(group) > 1:
-        mask = join(group, views) or mask
+        mask = join_cut_masks(group, views) or mask
     score = max(f.score for f in group)
     seen = frozenset().union(*(f.views for f in group))
     return ViewObject(mask, score, best.label, seen, kind)
 
 
-def join(group: Sequence[ViewObject], views: Sequence[ImageView]) -> PackedMask | None:
+def join_cut_masks(group: Sequence[ViewObject], views: Sequence[ImageView]) -> PackedMask | None:
     """Returns the mask that parts of an object make; None if no pixel is left.
 
     In the core of a part's view, that view alone decides, because it sees the pixel
@@ -154,7 +156,7 @@ def join(group: Sequence[ViewObject], views: Sequence[ImageView]) -> PackedMask 
     return pack(canvas, y0, x0)
 
 
-def rivals(objects: Sequence[ViewObject]) -> tuple[np.ndarray, np.ndarray]:
+def overlaps_of_different_views(objects: Sequence[ViewObject]) -> tuple[np.ndarray, np.ndarray]:
     """Returns the pairs (better, worse) that overlap, int [p, 2], and their pixels.
 
     Pairs of one class that no view saw both.
@@ -177,7 +179,7 @@ def rivals(objects: Sequence[ViewObject]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(pairs, int).reshape(-1, 2), np.array(common, np.float64)
 
 
-def explained(
+def explained_fragments(
     objects: Sequence[ViewObject], pairs: np.ndarray, views: Sequence[ImageView]
 ) -> np.ndarray:
     """Returns which cut objects most of whose pixels others explain, bool [n].
