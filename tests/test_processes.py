@@ -175,7 +175,7 @@ def test_sigterm_at_one_process_saves_and_ends_both(runs, tmp_path):
     (code, output), (other, told) = finish(started)
     assert (code, other) == (0, 0), output + told
     assert "stopped by another process after step" in output
-    assert "SIGTERM: saving after this step" in told
+    assert "SIGTERM: saving a checkpoint" in told
     assert list_steps(tmp_path)[-1] == lines_of(tmp_path)[-1]["step"] < 500
 
 
