@@ -300,9 +300,9 @@ def keys() -> Section:
     config.optim = optim = Section()
     # "sgd", as the reference, or "adamw", which wants a rate of about 1e-4 to 1e-3.
     optim.name = choice("sgd", ("sgd", "adamw"))
-    # For 16 images a step; not scaled unless the next key says so [SOLVER.BASE_LR].
+    # For 16 images per step; not scaled unless the next key says so [SOLVER.BASE_LR].
     optim.learning_rate = number(0.01, above=0, high=1000)
-    # Images a step that the rate is meant for: it is multiplied by train.batch_size /
+    # Images per step that the rate is meant for: it is multiplied by train.batch_size /
     # reference_batch_size; 0: it is taken as it is [SOLVER.REFERENCE_WORLD_SIZE].
     optim.reference_batch_size = whole(0, high=1_000_000)
     optim.momentum = number(0.9, 0, below=1)  # of SGD; Adam's first beta [SOLVER.MOMENTUM]
@@ -393,7 +393,7 @@ def keys() -> Section:
     train.watch_steps = whole(500, used=unless("train.log_every", 0))
 
     config.eval = Section()
-    config.eval.batch_size = whole(1, 1, 100_000)  # images a step
+    config.eval.batch_size = whole(1, 1, 100_000)  # images per step
     config.eval.max_images = whole(0)  # the first so many are evaluated; 0: all
     # Validation images whose loss is computed at each evaluation, in whole batches of
     # train.batch_size, as val/loss; 0: none.

@@ -151,18 +151,33 @@ def sources() -> list[str]:
     """Returns every text of the programs, with a gap where values are put in."""
     texts = []
     for path in [*(ROOT / "solov2_jax").rglob("*.py"), *(ROOT / "configs").glob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        module = ast.parse(path.read_text("utf-8"))
+        constants = {
+            target.id: node.value
+            for node in module.body
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+            for target in node.targets
+            if isinstance(target, ast.Name) and isinstance(node.value.value, str)
+        }
+        for node in ast.walk(module):
             if isinstance(node, ast.JoinedStr | ast.BinOp | ast.Constant):
-                texts.append(text_of(node))
+                texts.append(text_of(node, constants))
     return texts
 
 
-def text_of(node: ast.AST) -> str:
-    """Returns the text of an expression; what is not written there is a gap."""
+def text_of(node: ast.AST, constants: dict[str, ast.Constant]) -> str:
+    """Returns the text of an expression; what its module does not say is a gap.
+
+    Args:
+      constants: the module's texts that have a name.
+    """
     if isinstance(node, ast.JoinedStr):
-        return "".join(text_of(part) for part in node.values)
+        return "".join(text_of(part, constants) for part in node.values)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return text_of(node.left) + text_of(node.right)
+        return text_of(node.left, constants) + text_of(node.right, constants)
+    if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.Name):
+        named = constants.get(node.value.id)
+        return text_of(named, constants) if named else GAP
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         text = re.sub(r"%[-+0-9.]*[a-z]", GAP, node.value.replace("%%", "\0"))
         return text.replace("\0", "%")

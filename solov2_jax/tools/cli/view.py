@@ -1,6 +1,6 @@
 r"""Pictures of training batches as the network gets them, with their targets.
 
-    solov2 view --config configs/light_448_r50.py --output view \\
+    solov2 view --config configs/light_448_r50.py --output view \
         --config.data.train.images=photos --config.data.train.annotations=train.json
     solov2 view --config runs/mine/config.json --output view --step 1000
 

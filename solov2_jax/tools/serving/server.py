@@ -16,9 +16,9 @@ log = logging.getLogger(__name__)
 
 # Seconds that open requests get to end after a signal to stop.
 SHUTDOWN_SECONDS = 60
-# For who had connected before the signal, but has not said yet what for.
+# For clients that connected before the signal and have not sent a request yet.
 _GRACE_SECONDS = 0.5
-# After it, for who is slow at sending a body or at reading an answer.
+# After that, for clients that are slow to send a body or to read an answer.
 _STOPPING_SECONDS = 3.0
 
 
