@@ -98,12 +98,12 @@ def test_the_rate_follows_the_batch_size_where_the_config_says_so():
     config.train.batch_size, config.optim.warmup_steps = 4, 0
     assert float(build_schedule(config)(0)) == np.float32(0.01)
     assert describe_rate(config) == (
-        "learning rate 0.01 (as given, for 4 images a step), multistep"
+        "learning rate 0.01 (as given, for 4 images per step), multistep"
     )
     config.optim.reference_batch_size = 16
     assert float(build_schedule(config)(0)) == np.float32(0.0025)
     assert describe_rate(config).startswith(
-        "learning rate 0.0025 (0.01 for 16 images a step, scaled to 4)"
+        "learning rate 0.0025 (0.01 for 16 images per step, scaled to 4)"
     )
     config.optim.schedule, config.optim.final_rate = "cosine", 0.004
     assert np.isclose(build_schedule(config)(10**6), 0.001)
