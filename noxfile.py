@@ -29,8 +29,9 @@ VERSION_BOUND = (
     "test_config test_config_schema test_crops test_custom_augment test_export test_flow "
     "test_heatmaps test_hooks test_io test_keypoints test_losses test_masks test_onnx_rules "
     "test_ops test_outputs test_pipeline test_sampling test_schedule test_state_dicts "
-    "test_summary test_targets test_train_step test_transforms test_transport "
-    "test_weights_convert test_weights_formats test_weights_names test_workers test_writers"
+    "test_summary test_targets test_trace test_train_step test_transforms "
+    "test_transport test_weights_convert test_weights_formats test_weights_names "
+    "test_workers test_writers"
 ).split()
 
 
