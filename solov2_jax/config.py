@@ -133,9 +133,10 @@ def _rename(config: ConfigDict, old: str, new: str, place: str) -> None:
 
 def _group(config: ConfigDict, key: str) -> ConfigDict:
     """Returns the group that a key is in."""
+    group: Any = config
     for name in key.split(".")[:-1]:
-        config = config[name]
-    return config
+        group = group[name]
+    return group
 
 
 def _delete(config: ConfigDict, key: str) -> None:
@@ -243,11 +244,12 @@ def _literal(text: str) -> Any:
 def _set_new(config: ConfigDict, key: str, value: Any) -> None:
     """Sets a key of the user's, below groups that may be missing."""
     *groups, name = key.split(".")
+    node: Any = config
     for group in groups:
-        if group not in config:
-            config[group] = ConfigDict()
-        config = config[group]
-    config[name] = value
+        if group not in node:
+            node[group] = ConfigDict()
+        node = node[group]
+    node[name] = value
 
 
 def suggest(name: str, names: Iterable[str]) -> str:

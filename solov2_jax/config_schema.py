@@ -294,14 +294,15 @@ class Section:
 def _add_placeholder(config: ConfigDict, key: str) -> None:
     """Makes an old key settable; it is None, whose type ConfigDict does not check."""
     *groups, name = key.split(".")
+    node: Any = config
     for group in groups:
-        if group not in config:
-            config[group] = ConfigDict()
-        config = config[group]
-    config[name] = None
+        if group not in node:
+            node[group] = ConfigDict()
+        node = node[group]
+    node[name] = None
 
 
-def _unlock_free(section: Section, config: ConfigDict) -> None:
+def _unlock_free(section: Section, config: Any) -> None:
     for name, value in section._entries.items():
         if isinstance(value, Section):
             _unlock_free(value, config[name])

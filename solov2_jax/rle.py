@@ -194,7 +194,8 @@ def polygons_to_rle(polygons: Sequence[np.ndarray], size: Size) -> dict[str, Any
     """Returns {"size": [h, w], "counts": bytes} of the union of polygons, at least one,
     each of three points or more."""
     parts: Any = coco_mask.frPyObjects(list(polygons), *size)  # pyright: ignore
-    return parts[0] if len(parts) == 1 else coco_mask.merge(parts)
+    whole: Any = parts[0] if len(parts) == 1 else coco_mask.merge(parts)
+    return whole
 
 
 def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class _Pixels:
         vars(sample)[self.name] = value
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, kw_only=True)
 class Sample:
     """One training image with its n objects, at the network's size, before padding.
 
@@ -248,7 +248,7 @@ def copy_paste(
         size = max(size[0], int(above.bottom.max())), max(size[1], int(above.column.max()) + 1)
     image = np.zeros((*size, 3), np.uint8)
     image[: host.size[0], : host.size[1]] = host.image
-    cover = rasterize.spans_to_masks(above, len(chosen), size).any(axis=0)
+    cover = np.asarray(rasterize.spans_to_masks(above, len(chosen), size).any(axis=0))
     rows, columns = np.nonzero(cover)
     image[rows, columns] = guest.image[rows - top, columns - left]
     below = rasterize.subtract_cover(host.outlines(), cover)
@@ -258,8 +258,8 @@ def copy_paste(
     keypoints = host.keypoints
     if keypoints is not None and guest.keypoints is not None:
         moved = guest.keypoints[chosen]
-        moved[..., :2] += np.float32([left, top])
-        inside = (moved[..., :2] >= 0) & (moved[..., :2] <= np.float32(size[::-1]))
+        moved[..., :2] += np.array([left, top], np.float32)
+        inside = (moved[..., :2] >= 0) & (moved[..., :2] <= np.array(size[::-1], np.float32))
         moved[~inside.all(axis=-1) | (moved[..., 2] == 0)] = 0
         keypoints = np.concatenate([keypoints, moved])
     return dataclasses.replace(
@@ -278,13 +278,14 @@ Augmentation = Callable[[Sample], Sample]
 @functools.lru_cache(maxsize=64)
 def custom_function(path: str) -> Augmentation:
     """Returns what a path of `augment.custom` names; each process imports it once."""
-    function = import_object(path, "augment.custom")
+    function: Any = import_object(path, "augment.custom")
     if not callable(function):
         raise InputError(
             f"augment.custom: {path!r} is a {type(function).__name__}; name a function "
             "that takes a Sample and returns it changed."
         )
-    return function
+    augmentation: Any = function
+    return augmentation
 
 
 def apply_custom(
@@ -323,7 +324,7 @@ def _wrong_sample(sample: Any, room: Size, num_classes: int) -> str:
         return f"a {type(sample).__name__}; return the Sample that it got, changed"
     arrays = {f.name: getattr(sample, f.name) for f in dataclasses.fields(sample)[:4]}
     n, image = len(np.atleast_1d(sample.labels)), sample.image
-    size = image.shape[:2] if isinstance(image, np.ndarray) else ()
+    size: tuple[int, ...] = image.shape[:2] if isinstance(image, np.ndarray) else ()
     wanted = {
         "image": ("uint8", "u1", (*size, 3)),
         "masks": ("bool", "b1", (n, *size)),

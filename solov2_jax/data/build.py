@@ -151,8 +151,8 @@ def _test_resize(config: Any) -> Resize:
 
 def _augment(config: Any) -> Augment:
     names = [field.name for field in dataclasses.fields(Augment)]
-    values = {name: getattr(config.augment, name) for name in names}
-    lists = {k: tuple(v) for k, v in values.items() if isinstance(v, tuple | list)}
+    values: dict[str, Any] = {name: getattr(config.augment, name) for name in names}
+    lists: dict[str, Any] = {k: tuple(v) for k, v in values.items() if isinstance(v, tuple | list)}
     return Augment(**(values | lists))
 
 

@@ -83,7 +83,7 @@ def open_image(path: str) -> Image.Image:
     with opened(path) as image:
         if _several(image):
             _say_once("several pages or frames; of such files the first one is used", path)
-        deep = any(";16" in str(tile) for tile in image.tile)
+        deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
         ImageOps.exif_transpose(image, in_place=True)
         rgb = _to_rgb(image, path)
         if deep and image.mode not in _SIXTEEN_BIT:
@@ -239,9 +239,8 @@ def read_header(path: str) -> Header:
     """Returns size and orientation without decoding, or raises one InputError."""
     with opened(path) as image:
         width, height = image.size
-        orientation = image.getexif().get(_ORIENTATION)
-        if orientation not in range(2, 9):
-            orientation = 1
+        tag = image.getexif().get(_ORIENTATION)
+        orientation = tag if isinstance(tag, int) and 2 <= tag <= 8 else 1
         # Pillow has swapped a TIFF's sides already, but leaves the tag until it decodes.
         if orientation in _TURNED and image.format != "TIFF":
             width, height = height, width

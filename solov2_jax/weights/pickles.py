@@ -184,8 +184,9 @@ class RestrictedUnpickler:
         self._budget = 2 * size + 2**20
         self._operations = _MIN_OPERATIONS + size // _BYTES_PER_OPERATION
         count = 0
+        bounded: Any = _BoundedFile(file, size)
         try:
-            for opcode, argument, _ in pickletools.genops(_BoundedFile(file, size)):
+            for opcode, argument, _ in pickletools.genops(bounded):
                 if opcode.name == "STOP":
                     return self._stack.pop()
                 count += 1
@@ -260,11 +261,11 @@ class RestrictedUnpickler:
 
     def _call(self) -> None:
         args, function = self._stack.pop(), self._stack.pop()
-        callable_ = isinstance(function, AllowedGlobal) and function.build is not None
-        if not callable_ or not isinstance(args, tuple):
+        build = function.build if isinstance(function, AllowedGlobal) else None
+        if build is None or not isinstance(args, tuple):
             raise WeightsError(f"the file calls a {_describe(function)}: refused")
         try:
-            self._stack.append(function.build(self, args))
+            self._stack.append(build(self, args))
         except WeightsError as error:
             raise WeightsError(f"malformed {function.name} in the file ({error})") from error
         except Exception as error:

@@ -165,7 +165,8 @@ def _with_numbers(network: StateDict, file: torch_files.TorchFile | None) -> dic
         if file is not None and isinstance(value, torch_files.StoredTensor):
             tensors[name] = file.array(value)
         else:
-            tensors[name] = value.value if isinstance(value, PickledArray) else value
+            array: Any = value.value if isinstance(value, PickledArray) else value
+            tensors[name] = array
     return tensors
 
 

@@ -154,7 +154,7 @@ def _check_form(path: Path, key: str, value: Any, form: Any) -> None:
     if wrong:
         shown = "is missing" if value is None else f"is of type {type(value).__name__}"
         raise InputError(f"{path}: {key or 'the file'} {shown}, should be {kind}. {_FIX}")
-    if isinstance(form, dict):
+    if isinstance(form, dict) and isinstance(value, dict):
         for name, inner in form.items():
             _check_form(path, f"{key}.{name}".strip("."), value.get(name), inner)
 

@@ -37,7 +37,8 @@ class Instances:
         flat: Any = [np.asarray(p, np.float64).ravel() for p in polygons]
         corners = np.concatenate(flat).reshape(-1, 2)
         low, high = corners.min(axis=0), corners.max(axis=0)
-        area = coco_mask.area(polygons_to_rle(flat, self.size))
+        whole: Any = polygons_to_rle(flat, self.size)
+        area = coco_mask.area(whole)
         box = [*low.tolist(), *(high - low).tolist()]
         self._add(category, [p.round(3).tolist() for p in flat], box, float(area))
 

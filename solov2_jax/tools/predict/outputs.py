@@ -87,6 +87,7 @@ def planned_files(source: Source, output: str, formats: Sequence[str]) -> list[s
     exist and look like one.
     """
     paths, patterns = [], []  # patterns: (folder, regular expression)
+    per_frame = ""  # expression of the names of a video's frames
     if isinstance(source, ImageFiles):
         stems = list(zip(source.names, source.paths, strict=True))
         frames = not source.stays
@@ -97,6 +98,7 @@ def planned_files(source: Source, output: str, formats: Sequence[str]) -> list[s
         elif "overlay" in formats:
             patterns.append((output, re.escape(source.name) + r"_\d{6,}\.png"))
         stems, frames = [], True
+        per_frame = re.escape(source.name) + r"_\d{6,}"
     else:
         return []
     for name, path in stems:
@@ -108,14 +110,12 @@ def planned_files(source: Source, output: str, formats: Sequence[str]) -> list[s
         where = os.path.join(output, *parts[:-1])
         paths += [os.path.join(where, name + parts[-1]) for name, _ in stems]
         if not stems:
-            pattern = re.escape(source.name) + r"_\d{6,}"
-            patterns.append((where, pattern + re.escape(parts[-1])))
-            patterns.append((os.path.join(output, "frames"), pattern + r"\.jpg"))
+            patterns.append((where, per_frame + re.escape(parts[-1])))
+            patterns.append((os.path.join(output, "frames"), per_frame + r"\.jpg"))
     for kind in {"masks", "cutouts"} & set(formats):
         folders = [os.path.join(output, kind, name) for name, _ in stems]
         if not stems:
-            pattern = re.escape(source.name) + r"_\d{6,}"
-            folders = matching_files(os.path.join(output, kind), pattern)
+            folders = matching_files(os.path.join(output, kind), per_frame)
         patterns += [(folder, OBJECT_FILE) for folder in folders]
     for where, pattern in patterns:
         paths += matching_files(where, pattern)

@@ -5,6 +5,7 @@ By PyAV (the extra `video`), imported when a video is opened; images need nothin
 
 import contextlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -190,9 +191,10 @@ class VideoReader:
                     self._check_pixels(frame.width, frame.height)
                     damaged += bool(frame.is_corrupt)
                     time = frame.time
-                    start = time or 0.0 if number == 0 else start
-                    known = time is not None and time - start > seconds
-                    seconds = time - start if known else seconds + 1 / self.fps
+                    if number == 0:
+                        start = time or 0.0
+                    elapsed = -math.inf if time is None else time - start
+                    seconds = elapsed if elapsed > seconds else seconds + 1 / self.fps
                     number += 1
                     turns = round(frame.rotation / 90) % 4  # counter-clockwise
                     image = np.rot90(frame.to_ndarray(format="rgb24"), turns)
