@@ -157,7 +157,7 @@ def test_a_trace_names_every_part():
     step = names(jax.grad(loss), variables["params"], variables["batch_stats"], rows)
     for part in ("backbone", "fpn", "ins_head", "mask_head"):
         assert f"/jvp(SOLOv2)/{part}/" in step and f"/transpose(jvp(SOLOv2))/{part}/" in step
-    assert "/targets/" in step
+    assert "/jvp(targets)/" in step
     for part in ("focal", "dice"):
         assert f"/jvp({part})/" in step and f"/transpose(jvp({part}))/" in step
     prediction = names(predict, variables)

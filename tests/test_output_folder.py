@@ -2,10 +2,12 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,10 +214,12 @@ def slowly(photos, out):
 
 def started(photos, out):
     """Returns a process that predicts, after its first picture."""
-    process = multiprocessing.get_context("fork").Process(target=slowly, args=(photos, out))
-    process.start()
+    code = f"import test_output_folder as t; t.slowly({str(photos)!r}, {str(out)!r})"
+    tests = Path(__file__).resolve().parent
+    environment = {**os.environ, "PYTHONPATH": str(tests.parent)}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tests, env=environment)
     while not (out / PARTIAL).exists() or (out / PARTIAL).stat().st_size < 100:
-        assert process.is_alive()
+        assert process.poll() is None
         time.sleep(0.01)
     return process
 
@@ -226,7 +230,7 @@ def test_a_killed_run_keeps_its_results_and_the_next_one_cleans_up(photos, tmp_p
     with pytest.raises(ValueError, match="another prediction is writing there"):
         predict(photos, out)
     os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    process.wait()
     (out / "masks" / ".writing-abc").touch()
     held = json.loads((out / PARTIAL).read_text())
     assert len(held) >= 2
@@ -241,8 +245,7 @@ def test_a_terminated_run_ends_in_order(photos, tmp_path):
     out = tmp_path / "out"
     process = started(photos, out)
     os.kill(process.pid, signal.SIGTERM)
-    process.join(20)
-    assert process.exitcode == 0
+    assert process.wait(20) == 0
     results = json.loads((out / "predictions.json").read_text())
     assert 2 <= len(results) and not (out / PARTIAL).exists()
     assert not list(out.rglob(".writing-*"))
