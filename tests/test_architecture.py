@@ -72,7 +72,7 @@ LONG_FUNCTIONS = {
 }
 MAX_LONG_FUNCTION = 82
 # Lines of Python.
-BUDGETS = {"core": 15_800, "tools": 13_900, "benchmarks": 3_040}
+BUDGETS = {"core": 15_800, "tools": 14_000, "benchmarks": 3_040}
 # What errors that are still there begin with.
 KNOWN: tuple[str, ...] = (
     "solov2_jax names a tool in a string: ",

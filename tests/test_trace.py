@@ -1,28 +1,36 @@
 """Where a traced step spends its time, read back from the trace's file."""
 
-import jax
-import jax.numpy as jnp
+import subprocess
+import sys
+
 import pytest
 
 from solov2_jax.io import InputError
 from solov2_jax.tools.trace import format_table, read_trace, scope_of
 
+# In a process of its own: a trace holds every program that its process has compiled.
+TRACED = """
+import sys, jax, jax.numpy as jnp
+
+def loss(x):
+    with jax.named_scope("sines"):
+        y = jnp.sin(x) @ x
+    with jax.named_scope("cosines"):
+        return jnp.sum(jnp.cos(y) @ y)
+
+step = jax.jit(jax.grad(loss))
+x = jnp.ones((300, 300))
+jax.block_until_ready(step(x))
+jax.profiler.start_trace(sys.argv[1])
+for number in range(2):
+    with jax.profiler.StepTraceAnnotation("train", step_num=number):
+        jax.block_until_ready(step(x))
+jax.profiler.stop_trace()
+"""
+
 
 def test_named_scopes_are_read_from_a_trace(tmp_path):
-    def loss(x):
-        with jax.named_scope("sines"):
-            y = jnp.sin(x) @ x
-        with jax.named_scope("cosines"):
-            return jnp.sum(jnp.cos(y) @ y)
-
-    step = jax.jit(jax.grad(loss))
-    x = jnp.ones((300, 300))
-    jax.block_until_ready(step(x))
-    jax.profiler.start_trace(str(tmp_path))
-    for number in range(2):
-        with jax.profiler.StepTraceAnnotation("train", step_num=number):
-            jax.block_until_ready(step(x))
-    jax.profiler.stop_trace()
+    subprocess.run([sys.executable, "-c", TRACED, str(tmp_path)], check=True, capture_output=True)
     spent, steps = read_trace(tmp_path)
     assert steps == 2 and all(time >= 0 for time in spent.values())
     assert {"sines", "cosines (backward)"} <= spent.keys(), spent

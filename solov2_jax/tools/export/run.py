@@ -98,14 +98,7 @@ def export(
     path.mkdir(parents=True, exist_ok=True)
     write_metadata(path, metadata)
     exported = ExportedPredictor(path)
-    sizes = {}
-    for bucket in buckets:
-        file = path / file_name(bucket, options.file_format)
-        module.write(program, input_shapes(options.batch, bucket), file, metadata)
-        if options.precision == "int8":
-            module.quantize(file, calibration(exported.input, exported.batch, images, bucket))
-        sizes[file.name] = size_of(file)
-        log.info("written: %s, %.1f MB", file, sizes[file.name] / 1e6)
+    sizes = _write_programs(program, exported, options, path, images)
     parity = measure_parity(original, exported, images)
     report = {
         "parity": parity.to_dict(),
@@ -115,6 +108,25 @@ def export(
     write_json(report, path / REPORT)
     log.info("parity: %s", parity.summary())
     return report
+
+
+def _write_programs(
+    program: Any,
+    exported: ExportedPredictor,
+    options: ExportOptions,
+    folder: Path,
+    images: Sequence[str],
+) -> dict[str, int]:
+    """Writes a program for each image shape; returns the files' sizes in bytes."""
+    module, metadata, sizes = format_module(options.file_format), exported.metadata, {}
+    for bucket in exported.input.buckets:
+        file = folder / file_name(bucket, options.file_format)
+        module.write(program, input_shapes(options.batch, bucket), file, metadata)
+        if options.precision == "int8":
+            module.quantize(file, calibration(exported.input, exported.batch, images, bucket))
+        sizes[file.name] = size_of(file)
+        log.info("written: %s, %.1f MB", file, sizes[file.name] / 1e6)
+    return sizes
 
 
 def refuse_foreign(folder: Path, names: set[str]) -> None:

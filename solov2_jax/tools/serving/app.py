@@ -157,28 +157,7 @@ async def _discard(request: Request) -> None:
                 pass
 
 
-def make_app(engine: Answering, limits: Limits, model: str) -> FastAPI:
-    """Returns the application.
-
-    Args:
-      model: what is served, for people.
-    """
-    service = Service(engine, limits)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await asyncio.to_thread(service.close)
-
-    app = FastAPIOffline(
-        title="SOLOv2 instance segmentation",
-        # Nothing of the model's: its viewers render descriptions as Markdown with HTML.
-        description="Finds the objects of an image; `/classes` lists their classes.",
-        redoc_url=None,
-        version=solov2_jax.__version__,
-        lifespan=lifespan,
-    )
-
+def _add_refusals_and_counts(app: FastAPI, service: Service) -> None:
     @app.exception_handler(RequestRefused)
     async def refuse(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestRefused)
@@ -201,6 +180,31 @@ def make_app(engine: Answering, limits: Limits, model: str) -> FastAPI:
             if request.url.path == "/predict":
                 service.metrics.requests.labels(str(status)).inc()
                 service.metrics.seconds.observe(time.perf_counter() - start)
+
+
+def make_app(engine: Answering, limits: Limits, model: str) -> FastAPI:
+    """Returns the application.
+
+    Args:
+      model: what is served, for people.
+    """
+    service = Service(engine, limits)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.close)
+
+    app = FastAPIOffline(
+        title="SOLOv2 instance segmentation",
+        # Nothing of the model's: its viewers render descriptions as Markdown with HTML.
+        description="Finds the objects of an image; `/classes` lists their classes.",
+        redoc_url=None,
+        version=solov2_jax.__version__,
+        lifespan=lifespan,
+    )
+
+    _add_refusals_and_counts(app, service)
 
     @app.post("/predict", openapi_extra=_BODY, responses=_responses())
     async def predict(
