@@ -103,7 +103,7 @@ def _scale(word: str) -> float:
         raise InputError(
             f"--tta {word}: neither 'flip' nor a scale; write for example --tta=flip,0.8,1,1.25"
         ) from None
-    if error := number(1.0, above=0, high=16).error(scale):
+    if error := number(1.0, low=0.1, high=10).error(scale):
         raise InputError(f"--tta: the scale {word} must {error}")
     return scale
 

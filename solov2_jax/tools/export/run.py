@@ -100,11 +100,8 @@ def export(
     exported = ExportedPredictor(path)
     sizes = _write_programs(program, exported, options, path, images)
     parity = measure_parity(original, exported, images)
-    report = {
-        "parity": parity.to_dict(),
-        "bytes": sizes,
-        "written": sorted(targets | {name for name in own if (path / name).exists()}),
-    }
+    written = sorted(targets | {name for name in own if (path / name).exists()})
+    report = {"parity": parity.to_dict(), "bytes": sizes, "written": written}
     write_json(report, path / REPORT)
     log.info("parity: %s", parity.summary())
     return report
