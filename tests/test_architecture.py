@@ -68,9 +68,11 @@ MAX_FILE, MAX_FUNCTION = 420, 60
 LONG_FUNCTIONS = {
     "solov2_jax.postprocess.detect",
     "solov2_jax.data.pipeline.train_batches",
+    "solov2_jax.tools.export.run.export",
+    "solov2_jax.tools.serving.app.make_app",
     "solov2_jax.tools.serving.server.make_server",  # a class within: uvicorn wants one
 }
-MAX_LONG_FUNCTION = 95
+MAX_LONG_FUNCTION = 105
 # Lines of Python.
 BUDGETS = {"core": 15_800, "tools": 14_000, "benchmarks": 3_040}
 # What errors that are still there begin with.
