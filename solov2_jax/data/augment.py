@@ -324,7 +324,7 @@ def _wrong_sample(sample: Any, room: Size, num_classes: int) -> str:
         return f"a {type(sample).__name__}; return the Sample that it got, changed"
     arrays = {f.name: getattr(sample, f.name) for f in dataclasses.fields(sample)[:4]}
     n, image = len(np.atleast_1d(sample.labels)), sample.image
-    size: tuple[int, ...] = image.shape[:2] if isinstance(image, np.ndarray) else ()
+    size: Any = image.shape[:2] if isinstance(image, np.ndarray) else ()
     wanted = {
         "image": ("uint8", "u1", (*size, 3)),
         "masks": ("bool", "b1", (n, *size)),
