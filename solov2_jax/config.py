@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from solov2_jax.config_schema import old_names, wrong_values
+from solov2_jax.config_schema import old_names, set_below, wrong_values
 from solov2_jax.io import InputError, read_json, reading, reason, write_json
 
 # A ConfigDict; its attributes are not known to type checkers.
@@ -211,7 +211,7 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
     """
     known = flatten(config)
     for override in [o for o in overrides if _is_new(_key_of(o), known)]:
-        _set_new(config, _key_of(override), _literal(override.split("=", 1)[1]))
+        set_below(config, _key_of(override), _literal(override.split("=", 1)[1]))
     overrides = [o for o in overrides if not _is_new(_key_of(o), known)]
     for override in overrides:
         key = _key_of(override)
@@ -239,17 +239,6 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-
-
-def _set_new(config: ConfigDict, key: str, value: Any) -> None:
-    """Sets a key of the user's, below groups that may be missing."""
-    *groups, name = key.split(".")
-    node: Any = config
-    for group in groups:
-        if group not in node:
-            node[group] = ConfigDict()
-        node = node[group]
-    node[name] = value
 
 
 def suggest(name: str, names: Iterable[str]) -> str:
@@ -346,7 +335,7 @@ def _filled(values: dict[str, Any], path: str | os.PathLike) -> Config:
             except TypeError as error:
                 raise InputError(f"{path}: {key} = {value!r}: {reason(error)}") from error
         else:
-            _set_new(config, key, value)
+            set_below(config, key, value)
     if missing := [f"{k} = {v!r}" for k, v in known.items() if k not in given]:
         log.info(
             "%s is older than these keys, which get configs/base.py's values: %s",

@@ -293,13 +293,18 @@ class Section:
 
 def _add_placeholder(config: ConfigDict, key: str) -> None:
     """Makes an old key settable; it is None, whose type ConfigDict does not check."""
+    set_below(config, key, None)
+
+
+def set_below(config: ConfigDict, key: str, value: Any) -> None:
+    """Sets a key, below groups that may be missing."""
     *groups, name = key.split(".")
     node: Any = config
     for group in groups:
         if group not in node:
             node[group] = ConfigDict()
         node = node[group]
-    node[name] = None
+    node[name] = value
 
 
 def _unlock_free(section: Section, config: Any) -> None:

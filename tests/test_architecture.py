@@ -79,7 +79,6 @@ BUDGETS = {"core": 15_800, "tools": 14_000, "benchmarks": 3_040}
 KNOWN: tuple[str, ...] = (
     "solov2_jax names a tool in a string: ",
     "solov2_jax.data.pipeline packs",
-    "solov2_jax.tools.cli.predict packs",
     "solov2_jax.tools.doctor.advice packs",
     "solov2_jax.tools.doctor.grids packs",
     "solov2_jax.tools.export.onnx_rules packs",

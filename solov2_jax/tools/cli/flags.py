@@ -55,10 +55,7 @@ class Flag:
         elif self.rule.kind is bool:
             value = _BOOLEANS.get(word.lower(), word)
         elif self.rule.kind in (int, float):
-            try:
-                value = self.rule.kind(word)
-            except ValueError:
-                pass  # the rule says what it must be
+            value = _number(word, self.rule.kind)
         rule = self.rule.item if self.repeated and self.rule.item else self.rule
         if error := rule.error(value):
             raise argparse.ArgumentTypeError(f"={word} must {error}")
@@ -80,6 +77,14 @@ class Flag:
         note = f" ({'; '.join(notes)})" if notes else ""
         body = textwrap.fill(self.help + note, 94, break_on_hyphens=False)
         return f"{head}\n{textwrap.indent(body, ' ' * 6)}"
+
+
+def _number(word: str, kind: type) -> Any:
+    """Returns the number that a word is; the word itself, which no rule takes, if none."""
+    try:
+        return kind(word)
+    except ValueError:
+        return word
 
 
 class _Parser(argparse.ArgumentParser):

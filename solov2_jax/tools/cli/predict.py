@@ -143,7 +143,8 @@ def predict(overrides: list[str], scratch: str) -> "tuple[Summary, bool]":
     )
     shared.view_options()  # raises now instead of after a compilation, as do the next ones
     sources = open_sources(
-        *(_INPUT.value, scratch),
+        _INPUT.value,
+        scratch,
         threads=_READERS.value,
         limit=_FRAMES.value,
         every=_EVERY.value,
