@@ -1,5 +1,6 @@
 """Users' files stay, whatever is predicted into their folder; so do results, however it ends."""
 
+import contextlib
 import errno
 import json
 import os
@@ -206,31 +207,33 @@ def test_results_stay_whole_when_a_write_fails_halfway(tmp_path):
 def slowly(photos, out):
     class Slow(Halves):
         def predict_images(self, images, batch_size=1):
-            time.sleep(0.2)
+            time.sleep(1.0)  # the test must be done before the last picture is
             return super().predict_images(images)
 
     predict(photos, out, predictor=Slow())
 
 
+@contextlib.contextmanager
 def started(photos, out):
-    """Returns a process that predicts, after its first picture."""
+    """Yields a process that predicts, after its first picture."""
     code = f"import test_output_folder as t; t.slowly({str(photos)!r}, {str(out)!r})"
     tests = Path(__file__).resolve().parent
     environment = {**os.environ, "PYTHONPATH": str(tests.parent)}
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tests, env=environment)
-    while not (out / PARTIAL).exists() or (out / PARTIAL).stat().st_size < 100:
-        assert process.poll() is None
-        time.sleep(0.01)
-    return process
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tests, env=environment) as process:
+        try:
+            while not (out / PARTIAL).exists() or (out / PARTIAL).stat().st_size < 100:
+                assert process.poll() is None
+                time.sleep(0.01)
+            yield process
+        finally:
+            process.kill()
 
 
 def test_a_killed_run_keeps_its_results_and_the_next_one_cleans_up(photos, tmp_path, caplog):
     out = tmp_path / "out"
-    process = started(photos, out)
-    with pytest.raises(ValueError, match="another prediction is writing there"):
-        predict(photos, out)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    with started(photos, out):
+        with pytest.raises(ValueError, match="another prediction is writing there"):
+            predict(photos, out)
     (out / "masks" / ".writing-abc").touch()
     held = json.loads((out / PARTIAL).read_text())
     assert len(held) >= 2
@@ -243,9 +246,9 @@ def test_a_killed_run_keeps_its_results_and_the_next_one_cleans_up(photos, tmp_p
 
 def test_a_terminated_run_ends_in_order(photos, tmp_path):
     out = tmp_path / "out"
-    process = started(photos, out)
-    os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(20) == 0
+    with started(photos, out) as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
     results = json.loads((out / "predictions.json").read_text())
     assert 2 <= len(results) and not (out / PARTIAL).exists()
     assert not list(out.rglob(".writing-*"))
