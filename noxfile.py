@@ -35,6 +35,10 @@ VERSION_BOUND = (
 ).split()
 
 
+# Two processes, a file in one of them: a file compiles its programs once.
+TWO_PROCESSES = ("-n", "2", "--dist", "loadfile")
+
+
 def install(session: nox.Session) -> None:
     """Installs the tested versions and the package itself, as a newcomer would."""
     if isinstance(session.virtualenv, PassthroughEnv):
@@ -76,7 +80,7 @@ def tests(session: nox.Session) -> None:
     """All tests that are not marked slow, and the installed commands."""
     install(session)
     check_installed(session)
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *(session.posargs or TWO_PROCESSES))
 
 
 @nox.session(python=NEWEST)
@@ -85,7 +89,7 @@ def tests_newest(session: nox.Session) -> None:
     install(session)
     check_installed(session)
     files = [f"tests/{name}.py" for name in VERSION_BOUND]
-    session.run("pytest", *(session.posargs or files))
+    session.run("pytest", *(session.posargs or (*TWO_PROCESSES, *files)))
 
 
 @nox.session
