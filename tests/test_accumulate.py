@@ -10,7 +10,7 @@ from solov2_jax.structs import Outputs
 from solov2_jax.training import optim, sharding
 from solov2_jax.training.build import build_optimizer
 from solov2_jax.training.loss import build_loss
-from solov2_jax.training.state import state_of
+from solov2_jax.training.restore import state_of
 from solov2_jax.training.step import TrainStep
 
 B, G, H, W, K, E = 8, 3, 64, 96, 2, 4

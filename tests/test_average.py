@@ -10,7 +10,7 @@ import toy
 from solov2_jax.checkpoint import restore_variables
 from solov2_jax.training import sharding
 from solov2_jax.training.loop import train
-from solov2_jax.training.state import create_state
+from solov2_jax.training.restore import create_state
 from solov2_jax.training.step import TrainStep
 
 DECAY = 0.3  # reached at step 3: the warm-up and what comes after it are both seen

@@ -12,9 +12,9 @@ from solov2_jax.models.layers import ConvNorm
 from solov2_jax.models.resnet import BasicBlock, ResNet
 from solov2_jax.structs import Outputs
 from solov2_jax.training import sharding
+from solov2_jax.training.hooks import PreciseBN
 from solov2_jax.training.optim import make_optimizer
-from solov2_jax.training.precise_bn import PreciseBN
-from solov2_jax.training.state import state_of
+from solov2_jax.training.restore import state_of
 from solov2_jax.training.step import TrainStep
 from solov2_jax.weights.settings import check_settings as check_settings
 

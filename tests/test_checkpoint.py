@@ -14,7 +14,8 @@ import toy
 from solov2_jax import checkpoint
 from solov2_jax.checkpoint import CheckpointManager, list_steps, restore_parts, restore_variables
 from solov2_jax.training import sharding
-from solov2_jax.training.state import TrainState, abstract, create_state
+from solov2_jax.training.restore import abstract, create_state
+from solov2_jax.training.step import TrainState
 
 pytestmark = pytest.mark.filterwarnings(
     # Orbax leaves a coroutine behind when TensorStore cannot read a file.

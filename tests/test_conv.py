@@ -10,7 +10,7 @@ from flax import linen as nn
 from solov2_jax import ops
 from solov2_jax.models import conv, conv_cpu
 from solov2_jax.models.layers import Conv, ConvNorm
-from solov2_jax.training.state import state_of
+from solov2_jax.training.restore import state_of
 
 CASES = {
     "winograd": ([(2, 23, 27), (2, 8, 6)], 3, 1, 128, 136, jnp.float32),

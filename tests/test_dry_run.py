@@ -20,8 +20,8 @@ from solov2_jax.models import build_model
 from solov2_jax.tools.dry_run import batch_shapes, dry_run, format_rows
 from solov2_jax.tools.overfit import overfit_config, verdict
 from solov2_jax.training.loss import ValidationLoss, build_loss
+from solov2_jax.training.restore import state_of
 from solov2_jax.training.sharding import make_mesh, put_batch, replicated
-from solov2_jax.training.state import state_of
 from solov2_jax.training.step import TrainStep
 
 

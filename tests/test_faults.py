@@ -12,7 +12,7 @@ import toy
 
 from solov2_jax.checkpoint import list_steps, restore_parts, restore_variables
 from solov2_jax.training import sharding
-from solov2_jax.training.state import abstract, state_of
+from solov2_jax.training.restore import abstract, state_of
 
 SCRIPT = Path(toy.__file__).with_name("fault_injection.py")
 TIMING = {"step_seconds", "data_seconds", "images_per_second", "eta_seconds"}

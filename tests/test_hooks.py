@@ -17,8 +17,7 @@ from solov2_jax.training.checkpoint_hooks import (
 )
 from solov2_jax.training.hooks import IterationTimer, LearningRate, PeriodicWriter, Run
 from solov2_jax.training.metrics import MetricsWindow
-from solov2_jax.training.state import TrainState
-from solov2_jax.training.step import TrainStep
+from solov2_jax.training.step import TrainState, TrainStep
 from solov2_jax.training.writers import (
     ConsoleWriter,
     JsonlWriter,
@@ -80,8 +79,7 @@ def advance(run, hooks, loss=1.0):
 
 
 def saver_of(every, best=None):
-    position = lambda run: {"next_step": run.step}  # noqa: E731
-    return PeriodicCheckpoint(FakeCheckpoints(best), every, position)
+    return PeriodicCheckpoint(FakeCheckpoints(best), every, {})
 
 
 def test_the_writer_gets_means_of_the_window_and_the_other_hooks_values():

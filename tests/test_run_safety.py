@@ -22,7 +22,8 @@ from solov2_jax.config import read_config
 from solov2_jax.io import InputError, write_json
 from solov2_jax.training import HookBase, WriterBase, sharding, train
 from solov2_jax.training.metric_files import read_metrics
-from solov2_jax.training.state import TrainState, abstract, create_state
+from solov2_jax.training.restore import abstract, create_state
+from solov2_jax.training.step import TrainState
 from solov2_jax.training.writers import CsvWriter, JsonlWriter, TensorBoardWriter
 
 

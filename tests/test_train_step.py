@@ -7,7 +7,7 @@ import pytest
 import toy
 
 from solov2_jax.training import sharding
-from solov2_jax.training.state import create_state
+from solov2_jax.training.restore import create_state
 from solov2_jax.training.step import TrainStep
 
 

@@ -2,19 +2,27 @@ import logging
 
 import jax.numpy as jnp
 import pytest
+import toy
 from test_hooks import make_run
 
-from solov2_jax.training.watchdog import Facts, LossWatchdog, diagnose
+from solov2_jax.training.watchdog import LossWatchdog, diagnose
 
-SOUND = Facts(
-    dice_weight=3.0,
-    batch_size=4,
-    warmup_steps=100,
-    schedule=lambda step: 0.01,
-    norm="gn",
-    init_from="",
-    std=(1.0, 1.0, 1.0),
-)
+SOUND = {
+    "loss__dice_weight": 3.0,
+    "train__batch_size": 4,
+    "train__log_every": 2,
+    "optim__warmup_steps": 100,
+    "model__backbone__norm": "gn",
+    "init_from": "",
+    "input__std": (1.0, 1.0, 1.0),
+}
+
+
+def schedule(step):
+    return 0.01
+
+
+FROZEN = {"model__backbone__norm": "frozen_bn"}
 STUCK = {
     "loss_ins": 2.98,
     "mean_iou": 0.004,
@@ -25,21 +33,26 @@ STUCK = {
 
 
 @pytest.mark.parametrize(
-    ("means", "facts", "step", "reason"),
+    ("means", "changes", "step", "reason"),
     [
         ({"num_pairs": 0.0, "loss_ins": 0.0}, {}, 600, "no object falls on a grid"),
         ({"positive_images": 0.5}, {}, 600, "most images have no object"),
         ({"grad_norm": 5e4}, {}, 600, "the run has diverged"),
         ({"grad_norm": 1e-7}, {}, 600, "the gradient vanishes"),
         ({}, {}, 50, "the warm-up lasts until step 100"),
-        ({}, {"norm": "frozen_bn"}, 600, "random weights under a frozen batch norm"),
-        ({}, {"norm": "frozen_bn", "init_from": "r50.npz"}, 600, "look sound"),
+        (
+            {},
+            FROZEN,
+            600,
+            "random weights under a frozen batch norm",
+        ),
+        ({}, {**FROZEN, "init_from": "r50.npz"}, 600, "look sound"),
         ({}, {}, 600, "look sound"),
     ],
 )
-def test_the_likeliest_reason_is_named_with_figures(means, facts, step, reason):
-    facts = Facts(**{**vars(SOUND), **facts})
-    line = diagnose(facts, step, {**STUCK, **means})
+def test_the_likeliest_reason_is_named_with_figures(means, changes, step, reason):
+    config = toy.toy_config(**{**SOUND, **changes})
+    line = diagnose(config, schedule, step, {**STUCK, **means})
     assert reason in line and "\n" not in line
     for figure in ("of at most 3", "mean IoU of pairs 0.004", "of 4 images", "0.01"):
         assert figure in line
@@ -49,7 +62,7 @@ def lines_of(losses, patience, caplog):
     """Returns the steps at which a line came, for a loss per step, logged each 2."""
     caplog.clear()
     run = make_run(total=100)
-    hook = LossWatchdog(SOUND, 2, patience)
+    hook = LossWatchdog(toy.toy_config(**SOUND, train__watch_steps=patience), schedule)
     hook.before_train(run)
     for loss in losses:
         run.step += 1

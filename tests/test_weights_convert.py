@@ -27,7 +27,7 @@ from test_weights_names import mmdet_name
 from configs import base
 from solov2_jax.checkpoint import CheckpointManager, read_run
 from solov2_jax.config import load_config
-from solov2_jax.training.state import TrainState
+from solov2_jax.training.step import TrainState
 from solov2_jax.training.workdir import describe_run
 from solov2_jax.weights import names
 from solov2_jax.weights.array_files import write_safetensors

@@ -13,7 +13,7 @@ from configs import base
 from solov2_jax.checkpoint import CheckpointManager
 from solov2_jax.config import save_config
 from solov2_jax.models import build_model
-from solov2_jax.training.state import TrainState
+from solov2_jax.training.step import TrainState
 from solov2_jax.weights.convert import save_weights
 from solov2_jax.weights.settings import settings_of_shapes
 

@@ -24,8 +24,8 @@ from solov2_jax.models import build_model
 from solov2_jax.training import sharding
 from solov2_jax.training.build import build_optimizer, build_trainable
 from solov2_jax.training.loss import build_loss
-from solov2_jax.training.state import TrainState, abstract, state_of
-from solov2_jax.training.step import TrainStep
+from solov2_jax.training.restore import abstract, state_of
+from solov2_jax.training.step import TrainState, TrainStep
 
 # Where the config leaves them to the annotations: COCO's.
 NUM_CLASSES, MAX_INSTANCES, PHOTOGRAPH = 80, 96, (480, 640)

@@ -13,7 +13,7 @@ _MODULES = {
     "Loss": "loss",
     "Run": "hooks",
     "Task": "build",
-    "TrainState": "state",
+    "TrainState": "step",
     "TrainStep": "step",
     "WriterBase": "writers",
     "build_loss": "loss",

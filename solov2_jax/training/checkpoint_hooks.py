@@ -1,18 +1,23 @@
 """Hooks that save, evaluate, and keep what was best."""
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from solov2_jax.checkpoint import CheckpointManager
 from solov2_jax.config import suggest
 from solov2_jax.io import InputError
 from solov2_jax.training.build import Evaluate
 from solov2_jax.training.hooks import HookBase, Run
-from solov2_jax.training.state import first_nonfinite
 from solov2_jax.training.writers import WriterBase, call_writers
+
+PyTree = Any
 
 log = logging.getLogger("solov2_jax")
 
@@ -24,18 +29,13 @@ class PeriodicCheckpoint(HookBase):
     checkpoints from before. Such a save is made up for after the next good step.
 
     Args:
-      position: what to save beside the arrays, a function of the run.
+      about: what to save about the run beside its arrays, step and metrics' window.
     """
 
     transfer_guard = "disallow"
 
-    def __init__(
-        self,
-        checkpoints: CheckpointManager,
-        every: int,
-        position: Callable[[Run], dict[str, Any]],
-    ):
-        self.checkpoints, self._every, self._position = checkpoints, every, position
+    def __init__(self, checkpoints: CheckpointManager, every: int, about: Mapping[str, Any]):
+        self.checkpoints, self._every, self._about = checkpoints, every, about
         self._overdue = False
 
     def after_step(self, run: Run) -> None:
@@ -69,25 +69,33 @@ class PeriodicCheckpoint(HookBase):
                 "optim.clip_norm=35, in a new --workdir"
             )
         log.info("saving the checkpoint of step %d", run.step)
-        self.checkpoints.save(
-            run.step, parts, self._position(run), delete_older=not run.window.streak
-        )
+        position = {**self._about, "next_step": run.step, **run.window.saved()}
+        delete_older = not run.window.streak
+        self.checkpoints.save(run.step, parts, position, delete_older=delete_older)
 
-    def save_after_error(self, run: Run) -> None:
-        """Saves the steps done before an error ends the run; logs whether that worked."""
-        if run.step == 0:
-            return
+    @contextlib.contextmanager
+    def saving_after_error(self, run: Run) -> Iterator[None]:
+        """Saves the steps done when an error ends what is inside; logs whether that worked.
+
+        Not where the run has diverged, or other processes take part: they are not at
+        this step.
+        """
         try:
-            self.after_train(run)
-        # Whatever goes wrong here, the error that ends the run is the one to report.
-        except Exception as error:
-            log.error(
-                "step %d could not be saved before the error below: %s",
-                run.step,
-                " ".join(str(error).split()),
-            )
-        else:
-            log.info("the checkpoint of step %d is saved: the same command continues", run.step)
+            yield
+        except FloatingPointError:
+            raise
+        except Exception:
+            if jax.process_count() > 1 or run.step == 0:
+                raise
+            try:
+                self.after_train(run)
+            # Whatever goes wrong here, the error that ends the run is the one to report.
+            except Exception as error:
+                text = " ".join(str(error).split())
+                log.error("step %d could not be saved before the error below: %s", run.step, text)
+            else:
+                log.info("the checkpoint of step %d is saved: the same command continues", run.step)
+            raise
 
 
 class StopEvaluation(BaseException):
@@ -245,3 +253,21 @@ class EarlyStop(HookBase):
                 best["step"],
                 self._patience,
             )
+
+
+@jax.jit
+def _leaves_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(x).all() for x in leaves]
+
+
+def first_nonfinite(tree: PyTree) -> str:
+    """Returns the name of the first leaf with a NaN or infinity, "" if all are finite.
+
+    A device looks, at its own copy; one bool per leaf comes back.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    # Copies of this process alone: the others may not be at this step.
+    copies = [x.addressable_data(0) if isinstance(x, jax.Array) else x for _, x in leaves]
+    finite = jax.device_get(_leaves_finite(copies))
+    bad = [path for (path, _), good in zip(leaves, finite, strict=True) if not good]
+    return jax.tree_util.keystr(bad[0], simple=True, separator="/") if bad else ""

@@ -1,24 +1,36 @@
-"""What happens around the steps: the base class of hooks, timing, logging.
+"""What happens around the steps: the base class of hooks, timing, logging, pictures.
 
 A hook sees host-side values of the run and changes nothing that is computed.
 Source: detectron2/engine/train_loop.py (HookBase) and hooks.py.
 """
 
+import contextlib
+import itertools
+import logging
+import pathlib
 import resource
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from PIL import Image
 
-from solov2_jax.io import InputError, reason
+from solov2_jax.io import InputError, reading, reason
+from solov2_jax.training import sharding
 from solov2_jax.training.metrics import MetricsWindow
-from solov2_jax.training.state import TrainState
-from solov2_jax.training.step import TrainStep
+from solov2_jax.training.step import TrainState, TrainStep
 from solov2_jax.training.writers import WriterBase, call_writers
+
+PyTree = Any
+
+log = logging.getLogger("solov2_jax")
 
 
 @dataclass
@@ -175,6 +187,139 @@ class PeriodicWriter(HookBase):
         run.window.clear()
         run.scalars = {}
         call_writers(self._writers, "write", run.step, scalars)
+
+
+class Pictures(HookBase):
+    """Hands an evaluation's pictures, truth left and prediction right, to the writers.
+
+    Comes after the evaluation.
+
+    Args:
+      folder: where evaluations leave their pictures, as .jpg.
+    """
+
+    transfer_guard = "disallow"
+
+    def __init__(self, folder: pathlib.Path, writers: Sequence[WriterBase]):
+        self._folder, self._writers = folder, writers
+
+    def after_step(self, run: Run) -> None:
+        if run.results_step != run.step or not self._writers:
+            return
+        images = {}
+        for path in sorted(self._folder.glob("*.jpg")):
+            with reading(path, "a picture of the evaluation"), Image.open(path) as image:
+                images[f"pictures/{path.stem}"] = np.asarray(image)
+        call_writers(self._writers, "write_images", run.step, images)
+
+
+class Histograms(HookBase):
+    """Hands the parameters to the writers, by name."""
+
+    transfer_guard = "disallow"
+
+    def __init__(self, writers: Sequence[WriterBase], every: int):
+        self._writers, self._every = writers, every
+
+    def after_step(self, run: Run) -> None:
+        if not run.due(self._every):
+            return
+        leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(run.state.params))
+        name = jax.tree_util.keystr
+        arrays = {f"params/{name(k, simple=True, separator='/')}": x for k, x in leaves}
+        call_writers(self._writers, "write_histograms", run.step, arrays)
+
+
+class Profiler(HookBase):
+    """Writes a trace of some steps, for TensorBoard's profile plugin or Perfetto.
+
+    Args:
+      steps: (first, last) of the steps to trace, both included; (): none.
+      folder: where the trace goes.
+    """
+
+    transfer_guard = "disallow"
+
+    def __init__(self, steps: Sequence[int], folder: pathlib.Path):
+        self._first, self._last = steps or (0, 0)
+        self._folder, self._running = folder, False
+
+    def before_step(self, run: Run) -> None:
+        if self._last and run.step + 1 == self._first:
+            jax.block_until_ready(run.state)
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def after_step(self, run: Run) -> None:
+        if self._running and run.step >= self._last:
+            self._stop(run)
+
+    def after_train(self, run: Run) -> None:
+        if self._running:
+            self._stop(run)
+
+    def _stop(self, run: Run) -> None:
+        jax.block_until_ready(run.state)
+        jax.profiler.stop_trace()
+        self._running = False
+        log.info("trace of steps %d to %d: %s", self._first, run.step, self._folder)
+
+
+class PreciseBN(HookBase):
+    """Replaces the batch norms' statistics before an evaluation or the last save.
+
+    The one hook that changes the state: what evaluation and prediction use, which no
+    training step looks at. Comes before the hooks that save and evaluate.
+
+    Source: detectron2/engine/hooks.py, PreciseBN; fvcore/nn/precise_bn.py,
+    update_bn_stats, with the population's variance.
+
+    Args:
+      moments: (variables, batch) -> mean and variance at each trained batch norm.
+      batches: from a step on; always the first ones are taken, so that a run that
+        resumes computes the same.
+      every: steps between evaluations; 0: only at the end.
+      num_batches: that the statistics are taken over.
+    """
+
+    def __init__(
+        self,
+        moments: Callable[[PyTree, PyTree], PyTree],
+        batches: Callable[[int], Generator[dict[str, Any], None, None]],
+        every: int,
+        num_batches: int,
+    ):
+        self._batches, self._every, self._num_batches = batches, every, num_batches
+        self._mesh = sharding.make_mesh()
+        copied, split = sharding.replicated(self._mesh), sharding.split_by_batch(self._mesh)
+        self._moments = jax.jit(moments, in_shardings=(copied, split), out_shardings=copied)
+
+    def after_step(self, run: Run) -> None:
+        if not (run.due(self._every) or run.finished):
+            return
+        log.info("batch norms' statistics over %d batches", self._num_batches)
+        state = run.state
+        precise = self._precise(state.variables)
+        model_state = {name: precise[name] for name in state.model_state}
+        ema = None if state.ema is None else self._precise(state.ema)
+        run.state = replace(state, model_state=model_state, ema=ema)
+
+    def _precise(self, variables: dict[str, PyTree]) -> dict[str, PyTree]:
+        """Returns the variables with the statistics of their batch norms replaced."""
+        total: dict[tuple, Any] = {}
+        with contextlib.closing(self._batches(0)) as batches:
+            for batch in itertools.islice(batches, self._num_batches):
+                arrays = sharding.put_batch(batch, self._mesh)
+                moments = dict(flatten_dict(self._moments(variables, arrays)))
+                for path, value in moments.items():
+                    if path[-1] == "var":  # E[x^2] can be added
+                        value = value + jnp.square(moments[(*path[:-1], "mean")])
+                    total[path] = total[path] + value if path in total else value
+        stats: dict[tuple, Any] = {**flatten_dict(variables["batch_stats"])}
+        stats |= {path: value / self._num_batches for path, value in total.items()}
+        for path in [p for p in total if p[-1] == "var"]:
+            stats[path] = stats[path] - jnp.square(stats[(*path[:-1], "mean")])
+        return {**variables, "batch_stats": unflatten_dict(stats)}
 
 
 def memory_gb() -> float:

@@ -17,7 +17,7 @@ from solov2_jax import distributed
 from solov2_jax import logging as console
 from solov2_jax.checkpoint import CheckpointManager
 from solov2_jax.classes import classes_record
-from solov2_jax.io import InputError, import_object, reason
+from solov2_jax.io import InputError, reason
 from solov2_jax.training import sharding
 from solov2_jax.training.build import Task, build_task
 from solov2_jax.training.checkpoint_hooks import (
@@ -29,19 +29,21 @@ from solov2_jax.training.checkpoint_hooks import (
     check_metric,
 )
 from solov2_jax.training.hooks import (
+    Histograms,
     HookBase,
     IterationTimer,
     LearningRate,
     PeriodicWriter,
+    Pictures,
+    PreciseBN,
+    Profiler,
     Run,
     call_hooks,
 )
 from solov2_jax.training.metrics import MetricsWindow
-from solov2_jax.training.precise_bn import PreciseBN
 from solov2_jax.training.restore import Start, restore
 from solov2_jax.training.step import TrainStep
-from solov2_jax.training.visualization_hooks import Histograms, Pictures, Profiler
-from solov2_jax.training.watchdog import Facts, LossWatchdog
+from solov2_jax.training.watchdog import LossWatchdog
 from solov2_jax.training.workdir import (
     check_workdir,
     describe_run,
@@ -49,7 +51,7 @@ from solov2_jax.training.workdir import (
     logging_to,
     make_workdir,
 )
-from solov2_jax.training.writers import JsonlWriter, WriterBase, make_writers
+from solov2_jax.training.writers import JsonlWriter, WriterBase, load_objects, make_writers
 
 log = logging.getLogger("solov2_jax")
 
@@ -86,7 +88,17 @@ def train(
         if distributed.is_primary():
             stack.enter_context(console.console_logging())
         stack.enter_context(logging_to(path / "train.log"))
-        return _train(config, path, build, hooks=hooks, writers=writers, stack=stack)
+        run = _train(config, path, build, hooks=hooks, writers=writers, stack=stack)
+        if not run.interrupted:
+            return run.results
+        log.info(
+            "stopped by %s after step %d of %d; the checkpoint is saved: the same "
+            "command continues",
+            run.stop,
+            run.step,
+            run.total_steps,
+        )
+        return {}
 
 
 def _train(
@@ -97,7 +109,8 @@ def _train(
     hooks: Sequence[HookBase],
     writers: Sequence[WriterBase],
     stack: contextlib.ExitStack,
-) -> Mapping[str, float | None]:
+) -> Run:
+    """Returns the run at its end; `stack` closes what it opens."""
     # First everything that can refuse: it only reads.
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.train.batch_size, mesh, config.train.accumulate)
@@ -105,7 +118,7 @@ def _train(
     config = task.config
     if task.metric_names:
         check_metric(config.train.best_metric, task.metric_names)
-    own_hooks = [*load_hooks(config.train.hooks), *hooks]
+    own_hooks = [*load_objects(config.train.hooks, "train.hooks", HookBase), *hooks]
     all_writers = [*make_writers(config.train.writers), *writers]
     check_workdir(path, config, task.class_names, task.category_ids)
     start = restore(config, path, task, mesh)
@@ -126,52 +139,29 @@ def _train(
     for writer in all_writers:
         writer.open(path, step, config.to_dict())
         stack.callback(writer.close)
-    saver = make_saver(config, task, checkpoints)
+    saver = PeriodicCheckpoint(
+        checkpoints,
+        config.train.checkpoint_every,
+        about={
+            "seed": config.seed,
+            "batch_size": config.train.batch_size,
+            "data": task.fingerprint,
+            "classes": classes_record(task.class_names, task.category_ids),
+        },
+    )
     all_hooks = make_hooks(config, path, task, saver, all_writers) + own_hooks
     batches = stack.enter_context(contextlib.closing(task.batches(step)))
-    with stop_on_signal(run):
-        train_steps(run, batches, mesh, all_hooks, saver=saver)
-    if run.interrupted:
-        log.info(
-            "stopped by %s after step %d of %d; the checkpoint is saved: the same "
-            "command continues",
-            run.stop,
-            run.step,
-            run.total_steps,
-        )
-        return {}
-    return run.results
+    with stop_on_signal(run), saver.saving_after_error(run):
+        train_steps(run, batches, mesh, all_hooks)
+    return run
 
 
+@jax.transfer_guard("disallow")
 def train_steps(
-    run: Run,
-    batches: Iterator[dict[str, Any]],
-    mesh: Mesh,
-    hooks: Sequence[HookBase],
-    *,
-    saver: PeriodicCheckpoint,
-) -> None:
-    """Runs the steps that are left, with the hooks around them.
-
-    An error ends the run after a checkpoint, except where the run has diverged or
-    other processes take part: they are not at this step.
-    """
-    try:
-        with jax.transfer_guard("disallow"):
-            call_hooks(hooks, "before_train", run)
-            _run_steps(run, batches, mesh, hooks)
-            call_hooks(hooks, "after_train", run)
-    except FloatingPointError:
-        raise
-    except Exception:
-        if jax.process_count() == 1:
-            saver.save_after_error(run)
-        raise
-
-
-def _run_steps(
     run: Run, batches: Iterator[dict[str, Any]], mesh: Mesh, hooks: Sequence[HookBase]
 ) -> None:
+    """Runs the steps that are left, with the hooks around them."""
+    call_hooks(hooks, "before_train", run)
     previous: Any = ()
     agree_on_stop = distributed.AgreeOnStop(mesh)
     while not run.finished:
@@ -205,6 +195,7 @@ def _run_steps(
         run.step += 1
         run.window.add(run.step, metrics, batch["image_id"])
         call_hooks(hooks, "after_step", run)
+    call_hooks(hooks, "after_train", run)
 
 
 def make_run(config: Any, task: Task, start: Start, mesh: Mesh) -> Run:
@@ -227,31 +218,6 @@ def make_run(config: Any, task: Task, start: Start, mesh: Mesh) -> Run:
         step_fn=step_fn,
         window=MetricsWindow(config.train.max_skipped, start.position),
     )
-
-
-def load_hooks(paths: Sequence[str]) -> list[HookBase]:
-    """Returns a hook of each class that the import paths of `train.hooks` name."""
-    hooks = [import_object(path, "train.hooks")() for path in paths]
-    for path, hook in zip(paths, hooks, strict=True):
-        if not isinstance(hook, HookBase):
-            raise InputError(f"train.hooks: {path} is no class derived from training.HookBase")
-    return hooks
-
-
-def make_saver(config: Any, task: Task, checkpoints: CheckpointManager) -> PeriodicCheckpoint:
-    """Returns the hook that saves, with what a checkpoint says about its run."""
-
-    def position(run: Run) -> dict[str, Any]:
-        return {
-            "next_step": run.step,
-            "seed": config.seed,
-            "batch_size": config.train.batch_size,
-            "data": task.fingerprint,
-            **run.window.saved(),
-            "classes": classes_record(task.class_names, task.category_ids),
-        }
-
-    return PeriodicCheckpoint(checkpoints, config.train.checkpoint_every, position)
 
 
 def make_hooks(
@@ -278,7 +244,7 @@ def make_hooks(
         Profiler(train.profile_steps, path / "profile"),
         IterationTimer(train.log_every),
         LearningRate(task.schedule, train.log_every),
-        LossWatchdog(Facts.of(config, task.schedule), train.log_every, train.watch_steps),
+        LossWatchdog(config, task.schedule),
         PeriodicWriter(writers, train.log_every),
         *precise,
         saver,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from solov2_jax import distributed
@@ -14,7 +16,7 @@ from solov2_jax.checkpoint import list_steps, move_aside, read_run, restore_part
 from solov2_jax.io import InputError, write_json
 from solov2_jax.training import sharding
 from solov2_jax.training.build import Task
-from solov2_jax.training.state import TrainState, abstract, create_state, draw, state_of
+from solov2_jax.training.step import TrainState
 from solov2_jax.weights import convert
 from solov2_jax.weights.settings import check_settings
 from solov2_jax.weights.sources import read_weights
@@ -121,3 +123,52 @@ def check_position(position: dict[str, Any], task: Task, workdir: str | pathlib.
             f"another --workdir (with --config.init_from={workdir} to start from its "
             "weights)"
         )
+
+
+def create_state(
+    init_fn: Callable[[jax.Array], dict[str, PyTree]],
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    mesh: Mesh,
+    *,
+    ema: bool = False,
+) -> TrainState:
+    """Returns the state at step 0, made on the mesh by one program.
+
+    Args:
+      init_fn: key -> {"params": ..., other collections}.
+      ema: whether it holds a moving average.
+    """
+    return draw(lambda key: state_of(init_fn(key), tx, ema=ema), key, mesh)
+
+
+def draw(init_fn: Callable[[jax.Array], PyTree], key: jax.Array, mesh: Mesh) -> PyTree:
+    """Returns init_fn(key) on the mesh, by one program that runs once."""
+    # Dozens of random generators: on a CPU, optimising them costs three times what it
+    # saves.
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    build = jax.jit(init_fn, out_shardings=sharding.replicated(mesh), compiler_options=options)
+    return build(key)
+
+
+def state_of(
+    variables: dict[str, PyTree], tx: optax.GradientTransformation, *, ema: bool = False
+) -> TrainState:
+    """Returns the state at step 0 of given variables."""
+    assert "transformed" not in variables, "kernels transformed for prediction do not train"
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        model_state={name: tree for name, tree in variables.items() if name != "params"},
+        opt_state=tx.init(params),
+        # A copy: the state is donated, and no array can be donated twice.
+        ema=jax.tree.map(jnp.copy, variables) if ema else None,
+    )
+
+
+def abstract(state: TrainState, mesh: Mesh) -> TrainState:
+    """Returns shapes, types and shardings of a state on a mesh."""
+    copied = sharding.replicated(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=copied), state)

@@ -1,117 +1,64 @@
-"""The train step, from the gradient to the moving average, in one compiled function.
+"""The train step: the state of a run, and the compiled function that changes it.
 
-Device layout is named here, never in models or losses.
+`TrainStep._update` is the whole update, from the gradient to the moving average. Device
+layout is named here, never in models or losses.
 """
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from solov2_jax.training import sharding
 from solov2_jax.training.loss import Loss, Metrics
-from solov2_jax.training.state import TrainState
 
 PyTree = Any
 
 log = logging.getLogger("solov2_jax")
 
 
-def make_update(
-    *,
-    loss: Loss,
-    tx: optax.GradientTransformation,
-    mesh: Mesh,
-    trainable: PyTree,
-    accumulate: int,
-    ema_decay: float,
-) -> Callable[[TrainState, PyTree, jax.Array], tuple[TrainState, Metrics]]:
-    """Returns update(state, batch, key) -> (state after one step, metrics).
+@struct.dataclass
+class TrainState:
+    """The state of a run after `step` steps."""
 
-    It sees the global batch: the compiler places the all-reduce. A step whose loss or
-    gradient is not finite changes `step` only, and its metric `skipped` is 1; the devices
-    decide that, the host does not wait. The arguments are those of `TrainStep`.
-    """
+    step: Any  # int32 scalar: an array, or its shape or sharding in a tree of those
+    params: PyTree
+    model_state: PyTree  # the model's other collections: {"batch_stats": ...} or {}
+    opt_state: PyTree
+    ema: PyTree = None  # exponential moving average of `variables`; None: there is none
 
-    def update(state: TrainState, batch: PyTree, key: jax.Array) -> tuple[TrainState, Metrics]:
-        # Of the whole batch: the targets, and what the losses' sums are divided by.
-        targets, normalizers = loss.assign(batch, jax.random.fold_in(key, state.step))
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        """What `model.apply` takes."""
+        return {"params": self.params, **self.model_state}
 
-        def loss_of(params, model_state, batch, targets):
-            params = _freeze(params, trainable)
-            return loss.compute(params, model_state, batch, targets, normalizers)
+    def parts(self) -> dict[str, PyTree]:
+        """Returns the state as the named parts of a checkpoint."""
+        parts = {
+            "variables": self.variables,
+            "optimizer": {"step": self.step, "opt_state": self.opt_state},
+        }
+        return parts if self.ema is None else {**parts, "ema": self.ema}
 
-        gradient = jax.value_and_grad(loss_of, has_aux=True)
-        params, model_state = state.params, state.model_state
-        if accumulate == 1:
-            (value, (metrics, model_state)), grads = gradient(params, model_state, batch, targets)
-        else:
-
-            def add(carry, microbatch):
-                sums, model_state = carry
-                (value, (metrics, model_state)), grads = gradient(params, model_state, *microbatch)
-                return (jax.tree.map(jnp.add, sums, (value, metrics, grads)), model_state), None
-
-            microbatches = jax.tree.map(lambda x: _split(x, accumulate, mesh), (batch, targets))
-            first = jax.tree.map(lambda x: x[0], microbatches)
-            (value, (metrics, _)), grads = jax.eval_shape(gradient, params, model_state, *first)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, metrics, grads))
-            carry, _ = jax.lax.scan(add, (zeros, model_state), microbatches)
-            (value, metrics, grads), model_state = carry
-
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
-
-        def updated() -> TrainState:
-            with jax.named_scope("optimizer"):
-                updates, opt_state = tx.update(grads, state.opt_state, params)
-                new = replace(state, model_state=model_state, opt_state=opt_state)
-                new = replace(new, params=optax.apply_updates(params, updates))
-            with jax.named_scope("ema"):
-                return replace(new, ema=update_ema(state, new.variables, ema_decay))
-
-        # A branch: selecting each number would read and write the state once more.
-        new = jax.lax.cond(finite, updated, lambda: state)
-        skipped = 1.0 - finite.astype(jnp.float32)
-        metrics = {**metrics, "loss": value, "grad_norm": norm, "skipped": skipped}
-        return replace(new, step=state.step + 1), metrics
-
-    return update
-
-
-def update_ema(state: TrainState, variables: PyTree, decay: float) -> PyTree:
-    """Returns the state's moving average after a step to `variables`, None without.
-
-    At step t the decay is at most (1 + t) / (10 + t), so that the first steps, whose
-    weights are far from the last ones, are soon forgotten.
-
-    Source: tensorflow/python/training/moving_averages.py, ExponentialMovingAverage.
-    """
-    if state.ema is None:
-        return None
-    warm = (1.0 + state.step) / (10.0 + state.step)
-    rate = 1.0 - jnp.minimum(decay, warm)
-    # In this form what does not change keeps its bits.
-    return jax.tree.map(lambda a, x: a + rate * (x - a), state.ema, variables)
-
-
-def _freeze(params: PyTree, trainable: PyTree) -> PyTree:
-    """Returns the parameters; no gradient of a frozen stage is ever computed."""
-    stop = jax.lax.stop_gradient
-    return jax.tree.map(lambda x, train: x if train else stop(x), params, trainable)
-
-
-def _split(x: jax.Array, microbatches: int, mesh: Mesh) -> jax.Array:
-    """Returns [microbatches, B / microbatches, ...]; each device keeps its own rows."""
-    x = jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, "data")))
+    @classmethod
+    def from_parts(cls, parts: Mapping[str, PyTree]) -> "TrainState":
+        """Returns the state that a checkpoint's parts hold."""
+        variables, optimizer = parts["variables"], parts["optimizer"]
+        return cls(
+            step=optimizer["step"],
+            params=variables["params"],
+            model_state={k: v for k, v in variables.items() if k != "params"},
+            opt_state=optimizer["opt_state"],
+            ema=parts.get("ema"),
+        )
 
 
 class TrainStep:
@@ -150,28 +97,72 @@ class TrainStep:
         self.compiles = self.recompiles = 0
         self.compile_seconds = 0.0
         self._shapes: set[tuple] = set()
-        update = make_update(
-            loss=loss,
-            tx=tx,
-            mesh=mesh,
-            trainable=trainable,
-            accumulate=accumulate,
-            ema_decay=ema_decay,
-        )
-
-        def step(state: TrainState, batch: PyTree, key: jax.Array):
-            self.compiles += 1  # runs when traced, not when executed
-            return update(state, batch, key)
-
+        self._loss, self._tx, self._trainable = loss, tx, trainable
+        self._accumulate, self._ema_decay = accumulate, ema_decay
         copied, by_batch = sharding.replicated(mesh), sharding.split_by_batch(mesh)
+        self._microbatches = NamedSharding(mesh, P(None, "data"))
         # An argument: as a constant, each seed would be another program to compile.
         self._key = sharding.copy_to_all(key, mesh)
         self._step = jax.jit(
-            step,
+            self._update,
             in_shardings=(copied, by_batch, copied),
             out_shardings=(copied, copied),
             donate_argnums=0,
         )
+
+    def _update(self, state: TrainState, batch: PyTree, key: jax.Array):
+        """Returns (state after one step, metrics) of a global batch; this is compiled.
+
+        A step whose loss or gradient is not finite changes `step` only, and its metric
+        `skipped` is 1; the devices decide that, the host does not wait.
+        """
+        self.compiles += 1  # runs when traced, not when executed
+        # Of the whole batch: the targets, and what the losses' sums are divided by.
+        targets, normalizers = self._loss.assign(batch, jax.random.fold_in(key, state.step))
+
+        def loss_of(params, model_state, batch, targets):
+            params = _freeze(params, self._trainable)
+            return self._loss.compute(params, model_state, batch, targets, normalizers)
+
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        params, model_state = state.params, state.model_state
+        if self._accumulate == 1:
+            (value, (metrics, model_state)), grads = gradient(params, model_state, batch, targets)
+        else:
+
+            def add(carry, microbatch):
+                sums, model_state = carry
+                (value, (metrics, model_state)), grads = gradient(params, model_state, *microbatch)
+                return (jax.tree.map(jnp.add, sums, (value, metrics, grads)), model_state), None
+
+            microbatches = jax.tree.map(self._split, (batch, targets))
+            first = jax.tree.map(lambda x: x[0], microbatches)
+            (value, (metrics, _)), grads = jax.eval_shape(gradient, params, model_state, *first)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, metrics, grads))
+            carry, _ = jax.lax.scan(add, (zeros, model_state), microbatches)
+            (value, metrics, grads), model_state = carry
+
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+
+        def updated() -> TrainState:
+            with jax.named_scope("optimizer"):
+                updates, opt_state = self._tx.update(grads, state.opt_state, params)
+                new_params = optax.apply_updates(params, updates)
+            new = replace(state, params=new_params, model_state=model_state, opt_state=opt_state)
+            with jax.named_scope("ema"):
+                return replace(new, ema=update_ema(state, new.variables, self._ema_decay))
+
+        # A branch: selecting each number would read and write the state once more.
+        new = jax.lax.cond(finite, updated, lambda: state)
+        skipped = 1.0 - finite.astype(jnp.float32)
+        metrics = {**metrics, "loss": value, "grad_norm": norm, "skipped": skipped}
+        return replace(new, step=state.step + 1), metrics
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        """Returns [microbatches, B / microbatches, ...]; each device keeps its own rows."""
+        x = jnp.moveaxis(x.reshape(-1, self._accumulate, *x.shape[1:]), 1, 0)
+        return jax.lax.with_sharding_constraint(x, self._microbatches)
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
         """Returns the state after one step, and the step's metrics, on the devices."""
@@ -195,3 +186,25 @@ class TrainStep:
     def lower(self, state: PyTree, batch: PyTree) -> jax.stages.Lowered:
         """Returns the step before its compilation, for arrays or for their shapes."""
         return self._step.lower(state, batch, self._key)
+
+
+def update_ema(state: TrainState, variables: PyTree, decay: float) -> PyTree:
+    """Returns the state's moving average after a step to `variables`, None without.
+
+    At step t the decay is at most (1 + t) / (10 + t), so that the first steps, whose
+    weights are far from the last ones, are soon forgotten.
+
+    Source: tensorflow/python/training/moving_averages.py, ExponentialMovingAverage.
+    """
+    if state.ema is None:
+        return None
+    warm = (1.0 + state.step) / (10.0 + state.step)
+    rate = 1.0 - jnp.minimum(decay, warm)
+    # In this form what does not change keeps its bits.
+    return jax.tree.map(lambda a, x: a + rate * (x - a), state.ema, variables)
+
+
+def _freeze(params: PyTree, trainable: PyTree) -> PyTree:
+    """Returns the parameters; no gradient of a frozen stage is ever computed."""
+    stop = jax.lax.stop_gradient
+    return jax.tree.map(lambda x, train: x if train else stop(x), params, trainable)

@@ -1,7 +1,7 @@
 """Says why the mask loss does not fall, in one line with the metrics that show it."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,67 +20,41 @@ FEW_IMAGES = 0.25
 SMALL_NORM, LARGE_NORM = 1e-4, 1e3
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What the configuration says about why masks may not be learned."""
-
-    dice_weight: float
-    batch_size: int  # images per step
-    warmup_steps: int
-    schedule: optax.Schedule
-    norm: str  # of the backbone
-    init_from: str
-    std: tuple[float, ...]  # of the input's normalisation
-
-    @classmethod
-    def of(cls, config: Any, schedule: optax.Schedule) -> "Facts":
-        """Returns the facts of a config."""
-        return cls(
-            dice_weight=config.loss.dice_weight,
-            batch_size=config.train.batch_size,
-            warmup_steps=config.optim.warmup_steps,
-            schedule=schedule,
-            norm=config.model.backbone.norm,
-            init_from=config.init_from,
-            std=tuple(config.input.std),
-        )
-
-
 class LossWatchdog(HookBase):
     """Logs a line when `loss_ins` stays where it starts: dice loss 1, times its weight.
 
     Reads the means of the metrics' window, so it comes after a hook that fetches them
     and before the one that clears them.
 
-    Args:
-      log_every: steps that a window spans.
-      patience: steps without progress before a line, and between two lines; 0: never.
+    `train.watch_steps` are the steps without progress before a line, and between two
+    lines; 0: never.
     """
 
     transfer_guard = "disallow"
 
-    def __init__(self, facts: Facts, log_every: int, patience: int):
-        self._facts, self._every, self._patience = facts, log_every, patience
+    def __init__(self, config: Any, schedule: optax.Schedule):
+        self._config, self._schedule = config, schedule
         self._last_good: int | None = None
 
     def before_train(self, run: Run) -> None:
         self._last_good = run.step
 
     def after_step(self, run: Run) -> None:
-        if not self._patience or not run.due(self._every):
+        train = self._config.train
+        if not train.watch_steps or not run.due(train.log_every):
             return
         means = run.window.means()
         if "loss_ins" not in means:
             return
-        stuck = means["loss_ins"] > STUCK_DICE * self._facts.dice_weight
+        stuck = means["loss_ins"] > STUCK_DICE * self._config.loss.dice_weight
         if not stuck and means["num_pairs"] > 0:
             self._last_good = run.step
-        elif run.step - (self._last_good or 0) >= self._patience:
-            log.warning("%s", diagnose(self._facts, run.step, means))
+        elif run.step - (self._last_good or 0) >= train.watch_steps:
+            log.warning("%s", diagnose(self._config, self._schedule, run.step, means))
             self._last_good = run.step  # the next line after another such time
 
 
-def diagnose(facts: Facts, step: int, means: dict[str, float]) -> str:
+def diagnose(config: Any, schedule: optax.Schedule, step: int, means: Mapping[str, float]) -> str:
     """Returns why the masks are not learned, the likeliest reason first, with its metrics.
 
     Args:
@@ -88,18 +62,18 @@ def diagnose(facts: Facts, step: int, means: dict[str, float]) -> str:
       means: of the metrics over the latest steps.
     """
     with jax.transfer_guard("allow"):
-        rate = float(np.asarray(facts.schedule(step - 1)))
+        rate = float(np.asarray(schedule(step - 1)))
     metrics = (
         f"step {step}: masks are not learned: loss_ins {means['loss_ins']:.3f} of at "
-        f"most {facts.dice_weight:g}, mean IoU of pairs {means['mean_iou']:.3f}, "
+        f"most {config.loss.dice_weight:g}, mean IoU of pairs {means['mean_iou']:.3f}, "
         f"{means['num_pairs']:.1f} pairs per step in {means['positive_images']:.1f} of "
-        f"{facts.batch_size} images, gradient norm {means['grad_norm']:.3g}, learning "
+        f"{config.train.batch_size} images, gradient norm {means['grad_norm']:.3g}, learning "
         f"rate {rate:.3g}. "
     )
-    return metrics + "Why: " + _reason(facts, step, means)
+    return metrics + "Why: " + _reason(config, step, means)
 
 
-def _reason(facts: Facts, step: int, means: dict[str, float]) -> str:
+def _reason(config: Any, step: int, means: Mapping[str, float]) -> str:
     norm = means["grad_norm"]
     if means["num_pairs"] == 0:
         return (
@@ -107,7 +81,7 @@ def _reason(facts: Facts, step: int, means: dict[str, float]) -> str:
             "resize, with targets.scale_ranges, and see whether the images have "
             "annotations at all"
         )
-    if means["positive_images"] < FEW_IMAGES * facts.batch_size:
+    if means["positive_images"] < FEW_IMAGES * config.train.batch_size:
         return (
             "most images have no object that falls on a grid cell. Set data.keep_empty="
             "False, or compare the boxes' sizes with targets.scale_ranges"
@@ -122,12 +96,12 @@ def _reason(facts: Facts, step: int, means: dict[str, float]) -> str:
             "the gradient vanishes. Look at what is frozen (optim.freeze, "
             "model.backbone.freeze_at) and at input.mean and input.std"
         )
-    if step <= facts.warmup_steps:
+    if step <= config.optim.warmup_steps:
         return (
-            f"the warm-up lasts until step {facts.warmup_steps}; wait, or shorten "
+            f"the warm-up lasts until step {config.optim.warmup_steps}; wait, or shorten "
             "optim.warmup_steps"
         )
-    if facts.norm == "frozen_bn" and not facts.init_from:
+    if config.model.backbone.norm == "frozen_bn" and not config.init_from:
         return (
             "the backbone has random weights under a frozen batch norm, which does not "
             "normalise. Give pretrained weights in init_from, or set model.backbone."
@@ -135,7 +109,7 @@ def _reason(facts: Facts, step: int, means: dict[str, float]) -> str:
         )
     return (
         "pairs, gradient and weights look sound, so the rate, or the pixels' "
-        f"normalisation (input.std is {facts.std}), does not fit. Try 3 x and 1/3 of "
+        f"normalisation (input.std is {tuple(config.input.std)}), does not fit. Try 3 x and 1/3 of "
         "optim.learning_rate, and train.py --overfit 8, which tells the recipe from "
         "the data"
     )

@@ -14,9 +14,9 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ log = logging.getLogger("solov2_jax")
 
 Scalars = Mapping[str, float | None]
 PROJECT = "solov2_jax"
+T = TypeVar("T")
 
 
 class WriterBase:
@@ -73,7 +74,7 @@ def make_writers(names: Sequence[str]) -> list[WriterBase]:
     Raises:
       InputError: for another name, or where a package is missing.
     """
-    known: dict[str, type[WriterBase]] = {
+    known: dict[str, Callable[[], WriterBase]] = {
         "tensorboard": TensorBoardWriter,
         "csv": CsvWriter,
         "wandb": WandbWriter,
@@ -81,16 +82,31 @@ def make_writers(names: Sequence[str]) -> list[WriterBase]:
     }
     writers: list[WriterBase] = [JsonlWriter(), ConsoleWriter()]
     for name in names:
-        if ":" not in name and name not in known:
+        if name in known:
+            writers.append(known[name]())
+        elif ":" in name:
+            writers += load_objects([name], "train.writers", WriterBase)
+        else:
             raise InputError(
                 f"train.writers has {name!r}{suggest(name, known)}. Known: "
                 f"{', '.join(known)}; your own by its import path, 'module:Class'"
             )
-        make = known[name] if name in known else import_object(name, "train.writers")
-        writers.append(make())
-        if not isinstance(writers[-1], WriterBase):
-            raise InputError(f"train.writers: {name} is no class derived from WriterBase")
     return writers
+
+
+def load_objects(paths: Sequence[str], key: str, base: type[T]) -> list[T]:
+    """Returns an object of each class that a config key's import paths name.
+
+    Raises:
+      InputError: where a path leads nowhere, or to no class derived from `base`.
+    """
+    objects = []
+    for path in paths:
+        made = import_object(path, key)()
+        if not isinstance(made, base):
+            raise InputError(f"{key}: {path} is no class derived from training.{base.__name__}")
+        objects.append(made)
+    return objects
 
 
 def call_writers(writers: Sequence[WriterBase], method: str, step: int, values: Any) -> None:
@@ -234,7 +250,7 @@ class TensorBoardWriter(WriterBase):
     """
 
     def __init__(self):
-        _import("tensorboardX", "tensorboard", "tensorboardX")
+        self._summary = _import("tensorboardX.summary", "tensorboard", "tensorboardX")
 
     def open(self, workdir: pathlib.Path, step: int, config: dict[str, Any]) -> None:
         from tensorboardX.event_file_writer import EventsWriter
@@ -251,23 +267,17 @@ class TensorBoardWriter(WriterBase):
             self._events.flush()
 
     def write(self, step: int, scalars: Scalars) -> None:
-        from tensorboardX import summary
-
         values = _defined(scalars).items()
-        self._write(step, [summary.scalar(_tag(name), value) for name, value in values])
+        self._write(step, [self._summary.scalar(_tag(name), value) for name, value in values])
 
     def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
-        from tensorboardX import summary
-
-        pictures = [summary.image(n, x, dataformats="HWC") for n, x in images.items()]
+        pictures = [self._summary.image(n, x, dataformats="HWC") for n, x in images.items()]
         self._write(step, pictures)
 
     def write_histograms(self, step: int, arrays: dict[str, np.ndarray]) -> None:
-        from tensorboardX import summary
-
         edges = 1e-12 * 1.1 ** np.arange(774)  # TensorBoard's own: up to 1e20
         bins = [*-edges[::-1], 0.0, *edges]
-        self._write(step, [summary.histogram(n, x, bins) for n, x in arrays.items()])
+        self._write(step, [self._summary.histogram(n, x, bins) for n, x in arrays.items()])
 
     def close(self) -> None:
         _close(self._events, self._folder)
@@ -287,7 +297,7 @@ class WandbWriter(WriterBase):
         self._wandb = _import("wandb", "wandb", "wandb")
 
     def open(self, workdir: pathlib.Path, step: int, config: dict[str, Any]) -> None:
-        run = _read_id(workdir, "wandb")
+        run = _run_id(workdir, "wandb")
         self._run = self._wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=workdir.name,
@@ -296,7 +306,7 @@ class WandbWriter(WriterBase):
             id=run,
             resume="allow" if run else None,
         )
-        _write_id(workdir, "wandb", self._run.id)
+        write_text(self._run.id, workdir / ".wandb_run")
 
     def write(self, step: int, scalars: Scalars) -> None:
         self._run.log(_defined(scalars), step=step)
@@ -321,11 +331,11 @@ class MlflowWriter(WriterBase):
 
     def open(self, workdir: pathlib.Path, step: int, config: dict[str, Any]) -> None:
         self._mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
-        run = _read_id(workdir, "mlflow")
+        run = _run_id(workdir, "mlflow")
         started = self._mlflow.start_run(run_id=run, run_name=workdir.name)
         if run is None:
             self._mlflow.log_dict(config, "config.json")
-        _write_id(workdir, "mlflow", started.info.run_id)
+        write_text(started.info.run_id, workdir / ".mlflow_run")
 
     def write(self, step: int, scalars: Scalars) -> None:
         self._mlflow.log_metrics(_defined(scalars), step=step)
@@ -393,15 +403,7 @@ def _import(module: str, name: str, package: str) -> ModuleType:
         ) from error
 
 
-def _id_file(folder: pathlib.Path, name: str) -> pathlib.Path:
-    return folder / f".{name}_run"
-
-
-def _read_id(folder: pathlib.Path, name: str) -> str | None:
+def _run_id(workdir: pathlib.Path, tracker: str) -> str | None:
     """Returns the tracker's name of the run that is resumed, None for a new one."""
-    path = _id_file(folder, name)
+    path = workdir / f".{tracker}_run"
     return path.read_text() if path.is_file() else None
-
-
-def _write_id(folder: pathlib.Path, name: str, run: str) -> None:
-    write_text(run, _id_file(folder, name))
