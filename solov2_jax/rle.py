@@ -8,7 +8,6 @@ training never become pixels of the full size: see `data/rasterize.py`.
 
 import dataclasses
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,11 @@ class InvalidRLE(ValueError):
     """Run lengths that are no mask of their image.
 
     Attributes:
-      position: of the object among those decoded together; the caller knows its name.
+      position: of the mask among those decoded together; the caller knows its name.
     """
 
     def __init__(self, why: str, position: int = 0):
-        super().__init__(f"run lengths are damaged: {why}")
+        super().__init__(f"damaged run lengths: {why}")
         self.position = position
 
 
@@ -36,6 +35,42 @@ class Crop:
     pixels: np.ndarray  # uint8 [h, w], 0 or 1
     top: int
     left: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Spans:
+    """The pixels (column, top .. bottom - 1) of objects; no pixel twice.
+
+    Sorted by object. An object without a span has an empty mask.
+    """
+
+    owner: np.ndarray  # int64 [s], 0..n-1
+    column: np.ndarray  # int64 [s]
+    top: np.ndarray  # int64 [s]
+    bottom: np.ndarray  # int64 [s], > top
+
+    def take(self, chosen: np.ndarray) -> "Spans":
+        """Returns some of the spans."""
+        return Spans(
+            self.owner[chosen],
+            self.column[chosen],
+            self.top[chosen],
+            self.bottom[chosen],
+        )
+
+
+def offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Returns where each of the consecutive pieces starts, and the end, int64 [n + 1]."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def ranks(lengths: np.ndarray) -> np.ndarray:
+    """Returns each element's place in its own one of the consecutive pieces, int64."""
+    stops = np.cumsum(lengths)
+    return np.arange(stops[-1] if len(stops) else 0) - np.repeat(stops - lengths, lengths)
+
+
+# --- Reading --------------------------------------------------------------------------
 
 
 def rle_from_string(counts: bytes) -> np.ndarray:
@@ -49,6 +84,9 @@ def rle_from_strings(counts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     Five bits and a continuation flag per character, sign-extended; from the fourth run
     on, a run is stored as the difference to the one two before it.
     Source: pycocotools maskApi.c, rleFrString.
+
+    Raises:
+      InvalidRLE: with the position of the first string that is damaged.
     """
     code = np.frombuffer(b"".join(counts), np.uint8).astype(np.int64) - 48
     if not len(code):
@@ -56,17 +94,18 @@ def rle_from_strings(counts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     last = (code & 0x20) == 0
     ends = np.flatnonzero(last)
     stops = np.cumsum([len(text) for text in counts])
-    first = np.concatenate([[0], ends + 1])
-    place = np.arange(len(code)) - np.repeat(first, np.diff(first, append=len(code)))
-    first = first[: len(ends)]
-    whole = last[stops[stops > 0] - 1].all()
-    if not whole or place.max() > 7 or code.min() < 0 or code.max() > 63:
-        raise InvalidRLE("not COCO's compressed string")
-    values = np.add.reduceat((code & 0x1F) << (5 * place), first)
+    place = ranks(np.diff(ends, prepend=-1, append=len(code) - 1))
+    damaged = (place > 7) | (code < 0) | (code > 63)
+    final = stops[stops > 0] - 1
+    damaged[final] |= ~last[final]
+    if damaged.any():
+        position = np.searchsorted(stops, damaged.argmax(), side="right")
+        raise InvalidRLE("not COCO's compressed string", int(position))
+    values = np.add.reduceat((code & 0x1F) << (5 * place), np.flatnonzero(place == 0))
     negative = (code[ends] & 0x10) != 0
     values = values - np.where(negative, np.int64(1) << (5 * (place[ends] + 1)), 0)
     lengths = np.diff(np.searchsorted(ends, stops), prepend=0)
-    rank = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    rank = ranks(lengths)
     odd = rank & 1 == 1
     for every_second in (np.flatnonzero(odd), np.flatnonzero(~odd & (rank > 0))):
         # Differences become values within each string, whose first of these runs is its
@@ -78,60 +117,87 @@ def rle_from_strings(counts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     return values, lengths
 
 
+def check_cover(runs: np.ndarray, lengths: np.ndarray, pixels: Sequence[int] | np.ndarray) -> None:
+    """Raises an InvalidRLE unless the run lengths of each mask cover exactly its image.
+
+    Args:
+      lengths: how many of `runs` each mask has.
+      pixels: of each mask's image.
+    """
+    edges = offsets(lengths)
+    wrong = np.diff(offsets(runs)[edges]) != pixels
+    wrong |= np.diff(offsets(runs < 0)[edges]) > 0
+    if wrong.any():
+        position = int(wrong.argmax())
+        raise InvalidRLE(f"they do not cover the image's {pixels[position]} pixels", position)
+
+
+def spans_from_rle(counts: Sequence[bytes], size: Size) -> Spans:
+    """Returns the spans of COCO's compressed run lengths, one string per object.
+
+    Raises:
+      InvalidRLE: they do not cover exactly the image.
+    """
+    runs, lengths = rle_from_strings(counts)
+    return _spans_from_runs(runs, lengths, size)
+
+
+def _spans_from_runs(runs: np.ndarray, lengths: np.ndarray, size: Size) -> Spans:
+    height, width = size
+    check_cover(runs, lengths, [height * width] * len(lengths))
+    # One image beside the other.
+    ones = np.flatnonzero((ranks(lengths) & 1 == 1) & (runs > 0))
+    stop = np.cumsum(runs)[ones]
+    start = stop - runs[ones]
+    first, final = start // height, (stop - 1) // height
+    if (first != final).any():
+        columns = final - first + 1
+        start, stop = np.repeat(start, columns), np.repeat(stop, columns)
+        first = np.repeat(first, columns) + ranks(columns)
+    top = np.maximum(start - first * height, 0)
+    bottom = np.minimum(stop - first * height, height)
+    owner, column = np.divmod(first, width)
+    return Spans(owner, column, top, bottom)
+
+
+def spans_to_crop(spans: Spans) -> Crop | None:
+    """Returns the pixels of one object's spans; None if there are none."""
+    if not len(spans.owner):
+        return None
+    x0, x1 = int(spans.column.min()), int(spans.column.max()) + 1
+    y0, y1 = int(spans.top.min()), int(spans.bottom.max())
+    steps = np.zeros((x1 - x0) * (y1 - y0) + 1, np.int8)
+    place = (spans.column - x0) * (y1 - y0) - y0
+    steps[place + spans.top] += 1
+    # Two spans of one column may touch, and a column's end is the next one's start.
+    steps[place + spans.bottom] -= 1
+    columns = np.cumsum(steps[:-1], dtype=np.int8).view(np.uint8)
+    pixels = columns.reshape(x1 - x0, y1 - y0).T
+    return Crop(np.ascontiguousarray(pixels), y0, x0)
+
+
 def rle_decode(runs: np.ndarray, size: Size) -> Crop | None:
     """Returns the mask of run lengths (column by column, zeros first); None if empty.
 
     Args:
       size: (height, width) of the image.
     """
-    height = size[0]
-    ends = np.cumsum(runs)
-    if np.any(runs < 0) or not len(ends) or ends[-1] != height * size[1]:
-        raise InvalidRLE(f"they do not cover {height} x {size[1]} pixels")
-    start, stop = ends[0::2][: len(ends) // 2], ends[1::2]
-    full = stop > start
-    start, stop = start[full], stop[full]
-    if not len(start):
-        return None
-    left, right = start[0] // height, (stop[-1] - 1) // height + 1
-    top, last = start % height, (stop - 1) % height
-    if np.any(start // height != (stop - 1) // height):
-        y0, y1 = 0, height
-    else:
-        y0, y1 = int(top.min()), int(last.max()) + 1
-    steps = np.zeros((right - left) * height + 1, np.int8)
-    steps[start - left * height] += 1
-    steps[stop - left * height] -= 1
-    columns = np.cumsum(steps[:-1], dtype=np.int8).view(np.uint8)
-    pixels = columns.reshape(right - left, height)[:, y0:y1].T
-    return Crop(np.ascontiguousarray(pixels), y0, int(left))
+    return spans_to_crop(_spans_from_runs(runs, np.array([len(runs)]), size))
 
 
-@lru_cache(maxsize=256)
-def nearest_table(old: int, new: int) -> np.ndarray:
-    """Returns the source index of each target pixel, int64 [new].
-
-    Source: PIL's Geometry.c, ImagingScaleAffine, which adds up the step; so do we.
-    """
-    step = old / new
-    position = np.full(new, step)
-    position[0] = step * 0.5
-    return np.minimum(np.cumsum(position).astype(np.int64), old - 1)
+# --- Writing --------------------------------------------------------------------------
 
 
-def resize_nearest(crop: Crop, old_size: Size, new_size: Size) -> Crop | None:
-    """Returns the mask after PIL's nearest resize of the image; None if empty."""
-    if old_size == new_size:
-        return crop
-    h, w = crop.pixels.shape
-    rows = nearest_table(old_size[0], new_size[0]) - crop.top
-    columns = nearest_table(old_size[1], new_size[1]) - crop.left
-    y = np.flatnonzero((rows >= 0) & (rows < h))
-    x = np.flatnonzero((columns >= 0) & (columns < w))
-    if not len(y) or not len(x):
-        return None
-    pixels = crop.pixels[rows[y]][:, columns[x]]
-    return Crop(pixels, int(y[0]), int(x[0])) if pixels.any() else None
+def spans_from_pixels(mask: np.ndarray, owner: int = 0) -> Spans:
+    """Returns the spans of one object's mask, bool or uint8 [h, w]."""
+    h, w = mask.shape
+    # A row of zeros on both sides ends every column.
+    columns = np.zeros((w, h + 2), np.int8)
+    columns[:, 1:-1] = mask.T
+    flat = columns.ravel()
+    edges = np.flatnonzero(flat[1:] != flat[:-1])
+    column, row = np.divmod(edges, h + 2)
+    return Spans(np.full(len(edges) // 2, owner), column[::2], row[::2], row[1::2])
 
 
 def rle_encode(masks: np.ndarray, boxes: np.ndarray) -> list[str]:
@@ -164,18 +230,11 @@ def rle_of_crop(crop: np.ndarray, top: int, left: int, size: tuple[int, ...]) ->
       top, left: where the part lies in the image.
       size: (height, width) of the image.
     """
-    h, w = crop.shape
     height, width = size
-    # A row of zeros ends every column, so that no run goes on into the next one.
-    columns = np.zeros((w, h + 1), np.int8)
-    columns[:, :h] = crop.T
-    flat = columns.ravel()
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    if flat.size and flat[0]:
-        changes = np.concatenate([[0], changes])
-    column, row = np.divmod(changes, h + 1)
-    place = (left + column) * height + top + row
-    if h == height:
+    spans = spans_from_pixels(crop)
+    column = (left + spans.column) * height + top
+    place = np.stack([column + spans.top, column + spans.bottom], axis=1).ravel()
+    if len(crop) == height:
         # A run that ends where the next begins goes on from column to column.
         joined = np.flatnonzero(place[1:-1:2] == place[2::2]) * 2 + 1
         place = np.delete(place, np.concatenate([joined, joined + 1]))
@@ -190,12 +249,19 @@ def rle_to_strings(runs: Sequence[np.ndarray]) -> list[str]:
     return [coco_mask.frPyObjects(record, 1, 1)["counts"].decode() for record in records]  # pyright: ignore
 
 
+def polygon_rles(polygons: Sequence[np.ndarray], size: Size) -> list[dict[str, Any]]:
+    """Returns {"size": [h, w], "counts": bytes} of each polygon of three points or more."""
+    return coco_mask.frPyObjects(list(polygons), *size)  # pyright: ignore
+
+
+def union_rle(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the union of masks, at least one."""
+    return parts[0] if len(parts) == 1 else coco_mask.merge(parts)  # pyright: ignore
+
+
 def polygons_to_rle(polygons: Sequence[np.ndarray], size: Size) -> dict[str, Any]:
-    """Returns {"size": [h, w], "counts": bytes} of the union of polygons, at least one,
-    each of three points or more."""
-    parts: Any = coco_mask.frPyObjects(list(polygons), *size)  # pyright: ignore
-    whole: Any = parts[0] if len(parts) == 1 else coco_mask.merge(parts)
-    return whole
+    """Returns the union of polygons, at least one, each of three points or more."""
+    return union_rle(polygon_rles(polygons, size))
 
 
 def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:

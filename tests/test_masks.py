@@ -12,9 +12,10 @@ from pycocotools import mask as coco_mask
 from tiny_coco import whole
 
 from solov2_jax import rle
-from solov2_jax.data import rasterize
+from solov2_jax.data import outlines, rasterize
 from solov2_jax.data.outlines import Segmentations
 from solov2_jax.data.transforms import Affine
+from solov2_jax.io import InputError
 
 
 def resizing(old, new, flip=False) -> Affine:
@@ -213,11 +214,11 @@ def test_the_damaged_object_is_named(counts):
     none = np.zeros(2, np.int64)
     runs = np.frombuffer(counts, np.uint8)
     bad = Segmentations(np.zeros(0), none[:1], none, runs, np.array([0, len(runs)]))
-    polygon = of_polygons([[2, 2, 8, 2, 8, 6]])
-    every = joined([sound, polygon, bad, sound])
-    with pytest.raises(rle.InvalidRLE) as caught:
-        rasterize.draw_spans(every, [1, 0, 2], resizing((40, 50), (40, 50)))
-    assert caught.value.position == 2
+    every = joined([sound, sound, bad, sound])
+    texts = [every.run_lengths(i) for i in range(4)]
+    with pytest.raises(InputError, match="object 2: `segmentation` has damaged run lengths"):
+        outlines.rle_areas(texts, [2000] * 4, lambda i: f"object {i}")
+    assert outlines.rle_areas(texts[:2], [2000] * 2, str).tolist() == [2000, 2000]
 
 
 def test_polygons_are_flipped_before_they_are_drawn():

@@ -16,8 +16,7 @@ from solov2_jax.data.outlines import MIN_BOX_SIDE
 from solov2_jax.data.rasterize import stride4_masks
 from solov2_jax.data.shared_memory import New, in_memory
 from solov2_jax.data.transforms import Affine, AffineImage, Keypoints
-from solov2_jax.io import InputError
-from solov2_jax.rle import InvalidRLE, Size
+from solov2_jax.rle import Size
 
 ArrayDict = dict[str, np.ndarray]
 
@@ -186,14 +185,7 @@ class BatchMaker(EvalBatchMaker):
         """Returns an image with its objects, in the json's order, moved as the image is."""
         data, affine = self.dataset, view.affine
         objects = np.arange(data.start[index], data.start[index + 1])
-        try:
-            outlines = rasterize.draw_spans(data.segmentations, objects.tolist(), affine)
-        except InvalidRLE as error:
-            raise InputError(
-                f"{data.annotation_file}: annotation "
-                f"{data.annotation_ids[objects[error.position]]}: `segmentation`: {error}; "
-                "encode the mask again."
-            ) from None
+        outlines = rasterize.draw_spans(data.segmentations, objects.tolist(), affine)
         if self.augment.active:
             boxes = rasterize.bounding_boxes(outlines, len(objects))
         else:

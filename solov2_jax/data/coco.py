@@ -18,8 +18,9 @@ from pycocotools import mask as coco_mask
 
 from solov2_jax.data import records
 from solov2_jax.data.annotations import AnnotationTable, describe, read_instances
-from solov2_jax.data.outlines import Segmentations, covers, offsets
+from solov2_jax.data.outlines import Segmentations, covers
 from solov2_jax.io import InputError
+from solov2_jax.rle import offsets
 
 log = logging.getLogger(__name__)
 

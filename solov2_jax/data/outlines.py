@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from solov2_jax.io import InputError
-from solov2_jax.rle import polygons_to_rle, rle_from_strings, rle_to_strings
+from solov2_jax.rle import (
+    InvalidRLE,
+    check_cover,
+    offsets,
+    polygons_to_rle,
+    ranks,
+    rle_from_strings,
+    rle_to_strings,
+)
 
 # Shortest side of a box that still counts, in pixels.
 # Source: detectron2 data/detection_utils.py, filter_empty_instances.
@@ -52,7 +60,8 @@ class Segmentations:
         """
         if counts := self.run_lengths(index):
             return {"size": list(size), "counts": counts}
-        return usable_rle(self.polygons(index), size)
+        polygons = self.polygons(index)
+        return polygons_to_rle(polygons, size) if polygons else None
 
     def extents(self, rows: np.ndarray) -> np.ndarray:
         """Returns (x0, y0, x1, y1) of increasing objects with polygons, float64 [n, 4]."""
@@ -78,12 +87,7 @@ def _gather(start: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """Returns the places of the elements of these pieces, and the pieces' new starts."""
     lengths = np.diff(start)[rows]
     first = offsets(lengths)
-    return np.arange(first[-1]) + np.repeat(start[rows] - first[:-1], lengths), first
-
-
-def offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Returns where each of the consecutive pieces starts, and the end, int64 [n + 1]."""
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return ranks(lengths) + np.repeat(start[rows], lengths), first
 
 
 def make_segmentations(
@@ -197,55 +201,31 @@ def _run_lengths(
     raise InputError(f"{name()}: `segmentation` {why}; encode the mask again.")
 
 
-def usable_rle(polygons: Sequence[np.ndarray], size: tuple[int, int]) -> dict | None:
-    """Returns the union of the usable polygons as RLE, None without one."""
-    usable = [p for p in polygons if is_polygon(p)]
-    return polygons_to_rle(usable, size) if usable else None
-
-
 def rle_areas(
-    counts: Sequence[bytes], pixels: Sequence[int], name: Callable[[int], str], first: int = 0
+    counts: Sequence[bytes], pixels: Sequence[int], name: Callable[[int], str]
 ) -> np.ndarray:
     """Returns the number of pixels of each mask, int64 [n].
 
     Args:
       counts: COCO's compressed run lengths.
       pixels: of each mask's image.
-      name: of mask `first + i` in messages.
+      name: of a mask, in messages.
 
     Raises:
       InputError: naming the first mask whose run lengths do not cover its image.
     """
-    if len(counts) <= _CHUNK:
-        areas = _covered(counts, pixels)
-        if areas is not None:
-            return areas
-        if len(counts) == 1:
+    areas = [np.zeros(0, np.int64)]
+    for first in range(0, len(counts), _CHUNK):
+        try:
+            runs, lengths = rle_from_strings(counts[first : first + _CHUNK])
+            check_cover(runs, lengths, pixels[first : first + _CHUNK])
+        except InvalidRLE as error:
             raise InputError(
-                f"{name(first)}: `segmentation` has damaged run lengths, which do not cover "
-                f"the image's {pixels[0]} pixels; encode the mask again."
-            )
-    half = len(counts) // 2  # of too many, or to find the damaged one
-    return np.concatenate(
-        [
-            rle_areas(counts[:half], pixels[:half], name, first),
-            rle_areas(counts[half:], pixels[half:], name, first + half),
-        ]
-    )
-
-
-def _covered(counts: Sequence[bytes], pixels: Sequence[int]) -> np.ndarray | None:
-    """Returns the pixels of the masks; None unless all run lengths cover their images."""
-    try:
-        runs, lengths = rle_from_strings(counts)
-    except ValueError:
-        return None
-    start = offsets(lengths)
-    place = np.arange(len(runs)) - np.repeat(start[:-1], lengths)
-    total, inside = offsets(runs), offsets(runs * (place & 1))
-    if (runs < 0).any() or (total[start[1:]] - total[start[:-1]] != pixels).any():
-        return None
-    return inside[start[1:]] - inside[start[:-1]]
+                f"{name(first + error.position)}: `segmentation` has {error}; encode the mask "
+                "again."
+            ) from None
+        areas.append(np.diff(offsets(runs * (ranks(lengths) & 1))[offsets(lengths)]))
+    return np.concatenate(areas)
 
 
 def covers(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:

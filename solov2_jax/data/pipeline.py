@@ -51,9 +51,6 @@ _PIPED = 1 << 16  # bytes of an array that goes through a worker's pipe at most
 _PLAIN = Augment()
 _NO_MAPS: dict[str, PixelMap] = {}
 _IS_BGR = {"RGB": False, "BGR": True}
-_PLAIN = Augment()
-_NO_MAPS: dict[str, PixelMap] = {}
-_IS_BGR = {"RGB": False, "BGR": True}
 _SMALL_ARRAYS = 1 << 20  # bytes of a slot for what is neither image nor masks
 
 

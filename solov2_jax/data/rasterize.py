@@ -6,38 +6,27 @@ pixels are made only where the loss looks: a stride-4 mask reads a quarter of th
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from solov2_jax.data.outlines import Segmentations
 from solov2_jax.data.transforms import Affine
-from solov2_jax.rle import Crop, InvalidRLE, Size, nearest_table, rle_from_strings
-
-
-@dataclasses.dataclass(frozen=True)
-class Spans:
-    """The pixels (column, top .. bottom - 1) of objects; no pixel twice.
-
-    Sorted by object. An object without a span has an empty mask.
-    """
-
-    owner: np.ndarray  # int64 [s], 0..n-1
-    column: np.ndarray  # int64 [s]
-    top: np.ndarray  # int64 [s]
-    bottom: np.ndarray  # int64 [s], > top
-
-    def take(self, chosen: np.ndarray) -> "Spans":
-        """Returns some of the spans."""
-        return Spans(
-            self.owner[chosen],
-            self.column[chosen],
-            self.top[chosen],
-            self.bottom[chosen],
-        )
+from solov2_jax.rle import (
+    Crop,
+    Size,
+    Spans,
+    offsets,
+    polygon_rles,
+    ranks,
+    spans_from_pixels,
+    spans_from_rle,
+    spans_to_crop,
+    union_rle,
+)
 
 
 def draw_spans(segmentations: Segmentations, indices: Sequence[int], affine: Affine) -> Spans:
@@ -49,21 +38,14 @@ def draw_spans(segmentations: Segmentations, indices: Sequence[int], affine: Aff
 
     Args:
       indices: of the objects; `owner` counts them.
-
-    Raises:
-      InvalidRLE: with the position among `indices`.
     """
     polygons: list[np.ndarray] = []
-    drawn: list[tuple[int, int]] = []  # object's position, number of its polygons
+    owners: list[int] = []  # of the polygons
     pieces = []
     for position, index in enumerate(indices):
         outline = segmentations.polygons(index)
         if not outline:
-            try:
-                spans = spans_from_rle([segmentations.run_lengths(index)], affine.original)
-            except InvalidRLE as error:
-                error.position = position
-                raise
+            spans = spans_from_rle([segmentations.run_lengths(index)], affine.original)
             moved = _move_spans(spans, affine)
             pieces.append(dataclasses.replace(moved, owner=np.full(len(moved.owner), position)))
             continue
@@ -71,28 +53,19 @@ def draw_spans(segmentations: Segmentations, indices: Sequence[int], affine: Aff
         if not affine.only_resized:
             parts = [clip_polygon(part, affine.original) for part in parts]
             parts = [part for part in parts if len(part) > 2]
-        if parts:
-            drawn.append((position, len(parts)))
-            polygons += parts
+        polygons += parts
+        owners += [position] * len(parts)
     if polygons:
-        moved = affine.points(np.concatenate(polygons)).ravel()
-        edges = np.cumsum([2 * len(part) for part in polygons]).tolist()
-        parts = [moved[a:b] for a, b in zip([0, *edges[:-1]], edges, strict=True)]
-        pieces.append(_draw_polygons(parts, drawn, affine.size))
+        points = affine.points(np.concatenate(polygons)).ravel()
+        edges = offsets([2 * len(part) for part in polygons]).tolist()
+        parts = [points[a:b] for a, b in itertools.pairwise(edges)]
+        drawn: dict[int, list[Any]] = {}
+        for owner, part in zip(owners, polygon_rles(parts, affine.size), strict=True):
+            drawn.setdefault(owner, []).append(part)
+        counts = [union_rle(parts)["counts"] for parts in drawn.values()]
+        spans = spans_from_rle(counts, affine.size)
+        pieces.append(dataclasses.replace(spans, owner=np.array([*drawn])[spans.owner]))
     return concatenate_spans(pieces)
-
-
-def _draw_polygons(polygons: list[np.ndarray], drawn: list[tuple[int, int]], size: Size) -> Spans:
-    """Returns the spans of objects that are unions of polygons, in pixels of `size`."""
-    parts: Any = coco_mask.frPyObjects(polygons, *size)  # pyright: ignore
-    counts, start = [], 0
-    for _, num_polygons in drawn:
-        own = parts[start : start + num_polygons]
-        counts.append((own[0] if num_polygons == 1 else coco_mask.merge(own))["counts"])
-        start += num_polygons
-    spans = spans_from_rle(counts, size)
-    positions = np.array([position for position, _ in drawn])
-    return dataclasses.replace(spans, owner=positions[spans.owner])
 
 
 def _move_spans(spans: Spans, affine: Affine) -> Spans:
@@ -129,9 +102,12 @@ def clip_polygon(points: np.ndarray, size: Size) -> np.ndarray:
     return points
 
 
-def draw_object(segmentations: Segmentations, index: int, size: Size) -> Crop | None:
-    """Returns one object's mask in its image of this size; None if it is empty."""
-    affine = Affine(size, size, np.eye(2, 3))
+def draw_object(
+    segmentations: Segmentations, index: int, size: Size, new_size: Size | None = None
+) -> Crop | None:
+    """Returns one object's mask in its image of this size, which may be resized; None if
+    it is empty."""
+    affine = Affine(size, size, np.eye(2, 3)).resized(new_size or size)
     return spans_to_crop(draw_spans(segmentations, [index], affine))
 
 
@@ -172,25 +148,13 @@ def subtract_cover(spans: Spans, cover: np.ndarray) -> Spans:
     """Returns the spans without the pixels where `cover`, bool [h, w], is True."""
     length = spans.bottom - spans.top + 1  # a row that is not visible ends every span
     span = np.repeat(np.arange(len(length)), length)
-    row = np.arange(len(span)) - (np.cumsum(length) - length - spans.top)[span]
+    row = ranks(length) + spans.top[span]
     visible = row < spans.bottom[span]
     visible[visible] = ~cover[row[visible], spans.column[span[visible]]]
     edges = np.flatnonzero(np.diff(visible.view(np.int8), prepend=0))
     begin, end = edges[::2], edges[1::2]
     kept = span[begin]
     return Spans(spans.owner[kept], spans.column[kept], row[begin], row[end])
-
-
-def spans_from_pixels(mask: np.ndarray, owner: int) -> Spans:
-    """Returns the spans of one object's mask, bool or uint8 [h, w]."""
-    h, w = mask.shape
-    # A row of zeros on both sides ends every column.
-    columns = np.zeros((w, h + 2), np.int8)
-    columns[:, 1:-1] = mask.T
-    flat = columns.ravel()
-    edges = np.flatnonzero(flat[1:] != flat[:-1])
-    column, row = np.divmod(edges, h + 2)
-    return Spans(np.full(len(edges) // 2, owner), column[::2], row[::2], row[1::2])
 
 
 def bounding_boxes(spans: Spans, num_objects: int) -> np.ndarray:
@@ -211,40 +175,17 @@ def bounding_boxes(spans: Spans, num_objects: int) -> np.ndarray:
     return boxes
 
 
-def spans_from_rle(counts: Sequence[bytes], size: Size) -> Spans:
-    """Returns the spans of COCO's compressed run lengths, one string per object.
-
-    Raises:
-      InvalidRLE: they do not cover exactly the image.
-    """
-    height, width = size
-    runs, lengths = rle_from_strings(counts)
-    # One image beside the other: the run lengths of each must end where it ends.
-    stops = np.cumsum(runs)
-    last = np.cumsum(lengths) - 1
-    expected = np.arange(1, len(counts) + 1) * (height * width)
-    if (lengths == 0).any() or (runs < 0).any() or (stops[last] != expected).any():
-        raise InvalidRLE(f"they do not cover {height} x {width} pixels")
-    rank = np.arange(len(runs)) - np.repeat(last + 1 - lengths, lengths)
-    ones = np.flatnonzero((rank & 1 == 1) & (runs > 0))
-    stop = stops[ones]
-    start = stop - runs[ones]
-    first, final = start // height, (stop - 1) // height
-    if (first != final).any():
-        columns = final - first + 1
-        start, stop = np.repeat(start, columns), np.repeat(stop, columns)
-        before = np.cumsum(columns) - columns
-        first = np.arange(len(start)) + np.repeat(first - before, columns)
-    top = np.maximum(start - first * height, 0)
-    bottom = np.minimum(stop - first * height, height)
-    owner, column = np.divmod(first, width)
-    return Spans(owner, column, top, bottom)
-
-
 @lru_cache(maxsize=256)
 def _nearest_edges(old: int, new: int) -> np.ndarray:
-    """Returns the first target pixel at or after each source edge, int64 [old + 1]."""
-    return np.searchsorted(nearest_table(old, new), np.arange(old + 1))
+    """Returns the first target pixel at or after each source edge, int64 [old + 1].
+
+    Source: PIL's Geometry.c, ImagingScaleAffine, which adds up the step; so do we.
+    """
+    step = old / new
+    position = np.full(new, step)
+    position[0] = step * 0.5
+    source = np.minimum(np.cumsum(position).astype(np.int64), old - 1)
+    return np.searchsorted(source, np.arange(old + 1))
 
 
 def resize_spans(spans: Spans, old_size: Size, new_size: Size) -> Spans:
@@ -256,8 +197,7 @@ def resize_spans(spans: Spans, old_size: Size, new_size: Size) -> Spans:
     top, bottom = rows[spans.top], rows[spans.bottom]
     left = columns[spans.column]
     copies = np.where(bottom > top, columns[spans.column + 1] - left, 0)
-    before = np.cumsum(copies) - copies
-    left = np.arange(copies.sum()) + np.repeat(left - before, copies)
+    left = np.repeat(left, copies) + ranks(copies)
     owner, top, bottom = (np.repeat(a, copies) for a in (spans.owner, top, bottom))
     return Spans(owner, left, top, bottom)
 
@@ -276,22 +216,6 @@ def mass_centers(spans: Spans, num_objects: int) -> tuple[np.ndarray, np.ndarray
     sums = np.stack([x, y], axis=-1).astype(np.float32)
     present = area > 0
     return sums / np.where(present, area, 1).astype(np.float32)[:, None], present
-
-
-def spans_to_crop(spans: Spans) -> Crop | None:
-    """Returns the pixels of one object's spans; None if there are none."""
-    if not len(spans.owner):
-        return None
-    x0, x1 = int(spans.column.min()), int(spans.column.max()) + 1
-    y0, y1 = int(spans.top.min()), int(spans.bottom.max())
-    steps = np.zeros((x1 - x0) * (y1 - y0) + 1, np.int8)
-    place = (spans.column - x0) * (y1 - y0) - y0
-    steps[place + spans.top] += 1
-    # Two spans of one column may touch, and a column's end is the next one's start.
-    steps[place + spans.bottom] -= 1
-    columns = np.cumsum(steps[:-1], dtype=np.int8).view(np.uint8)
-    pixels = columns.reshape(x1 - x0, y1 - y0).T
-    return Crop(np.ascontiguousarray(pixels), y0, x0)
 
 
 def spans_to_masks(spans: Spans, num_objects: int, size: Size) -> np.ndarray:

@@ -21,14 +21,9 @@ from solov2_jax.data.annotations import (
     whole_number,
 )
 from solov2_jax.data.coco import find_files
-from solov2_jax.data.outlines import (
-    are_numbers,
-    as_json,
-    read_outline,
-    rle_areas,
-    usable_rle,
-)
+from solov2_jax.data.outlines import are_numbers, as_json, is_polygon, read_outline, rle_areas
 from solov2_jax.io import InputError, read_json
+from solov2_jax.rle import polygons_to_rle
 
 rle: Any = coco_mask  # its type stubs are narrower than what it takes
 
@@ -169,7 +164,9 @@ def _ids(field: Fields, key: str, known: Mapping[int, Any], source: str) -> list
 def _mask(segmentation: Any, size: tuple[int, int], name: str) -> dict[str, Any]:
     """Returns the RLE of a result."""
     polygons, counts = read_outline(segmentation, size, lambda: name)
-    mask = {"size": list(size), "counts": counts} if counts else usable_rle(polygons, size)
-    if mask is None:
+    if counts:
+        return {"size": list(size), "counts": counts}
+    usable = [p for p in polygons if is_polygon(p)]
+    if not usable:
         raise InputError(f"{name}: `segmentation` has no polygon of 3 points or more")
-    return mask
+    return polygons_to_rle(usable, size)

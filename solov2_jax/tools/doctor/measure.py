@@ -8,8 +8,9 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from solov2_jax.data.coco import CocoDataset
+from solov2_jax.data.rasterize import draw_object
 from solov2_jax.data.transforms import shortest_edge_sizes
-from solov2_jax.rle import Crop, polygons_to_rle, resize_nearest, rle_decode, rle_from_string
+from solov2_jax.rle import Crop
 
 # Two objects of one class whose masks have this IoU are one object, annotated twice.
 SAME_IOU = 0.9
@@ -63,7 +64,7 @@ def measure(
         crops: list[Crop | None] = []
         for a in range(int(dataset.start[i]), int(dataset.start[i + 1])):
             try:
-                crop = draw(dataset, a, old, new)
+                crop = draw_object(dataset.segmentations, a, old, new)
             except ValueError as error:
                 damaged.append(f"annotation {dataset.annotation_ids[a]}: {error}")
                 crop = None
@@ -91,23 +92,6 @@ def measure(
         tuple(twins),
         tuple(damaged),
     )
-
-
-def draw(
-    dataset: CocoDataset, index: int, old: tuple[int, int], new: tuple[int, int]
-) -> Crop | None:
-    """Returns the mask of an object in the resized image, None if nothing is left.
-
-    Args:
-      old, new: (height, width) before and after.
-    """
-    segmentations = dataset.segmentations
-    if runs := segmentations.run_lengths(index):
-        crop = rle_decode(rle_from_string(runs), old)
-        return resize_nearest(crop, old, new) if crop else None
-    scaled: Any = _scaled(segmentations.polygons(index), old, new)
-    parts = polygons_to_rle(scaled, new)
-    return rle_decode(rle_from_string(parts["counts"]), new)
 
 
 def _scaled(

@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from solov2_jax.data.images import read_image
+from solov2_jax.data.rasterize import draw_object
 from solov2_jax.inference.draw import distinct_colors, draw_objects, shrink
 from solov2_jax.io import write_bytes, write_text
 from solov2_jax.tools import charts, html
 from solov2_jax.tools.doctor.data_report import VERDICTS, DataReport, Part
 from solov2_jax.tools.doctor.findings import NOTE
 from solov2_jax.tools.doctor.grids import GridCollisions, Layout, table
-from solov2_jax.tools.doctor.measure import draw
 from solov2_jax.tools.doctor.objects import class_counts
 
 LONGEST = 520  # pixels of a picture's longer side
@@ -105,7 +105,7 @@ def _picture(part: Part, index: int) -> html.PagePicture:
     rows = range(int(data.start[index]), int(data.start[index + 1]))
     crops = []
     for row in rows:
-        if (crop := draw(data, row, old, new)) is not None:
+        if (crop := draw_object(data.segmentations, row, old, new)) is not None:
             height, width = crop.pixels.shape
             window = slice(crop.top, crop.top + height), slice(crop.left, crop.left + width)
             crops.append((window, crop.pixels > 0))

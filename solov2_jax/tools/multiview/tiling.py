@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from PIL import Image
 
 from solov2_jax.data.transforms import resize_image
 from solov2_jax.inference.prediction import MaskCrops, Prediction, pack
 from solov2_jax.inference.preprocess import load_image
-from solov2_jax.rle import Crop, resize_nearest
 from solov2_jax.tools.multiview.merge import (
     COARSE,
     COMPLETE,
@@ -174,9 +174,9 @@ class TiledPredictor:
         (prediction,) = self.predictor.predict_images([resize_image(image, *small)])
         found = []
         for i in range(len(prediction)):
-            crop = Crop(prediction.masks[i].view(np.uint8), 0, 0)
-            large = resize_nearest(crop, small, size)
-            mask = large and pack(large.pixels.view(bool), large.top, large.left)
+            small_mask = Image.fromarray(prediction.masks[i].view(np.uint8))
+            large = small_mask.resize((size[1], size[0]), Image.Resampling.NEAREST)
+            mask = pack(np.asarray(large).view(bool))
             if mask:
                 found.append(_found(prediction, i, mask, index, COARSE))
         return found
