@@ -262,7 +262,7 @@ def keys() -> Section:
     # Further values of `data.name`: name -> import path of a function that takes the config
     # and returns ((images, json), (images, json)) of training and validation. Your own:
     # `config.data.providers.mine = "mypackage.data:files"`, `config.data.name = "mine"`.
-    data.providers = Section(free=True)
+    data.providers = Section()
     # Of the embedded generated data set.
     data.providers.shapes = text("solov2_jax.tools.synthetic.shapes:data_files", form=NAME)
     data.generated = generated = Section()
@@ -425,6 +425,6 @@ def keys() -> Section:
 
     # Keys of your own: `config.user.margin = 3` in a config file. Nothing reads them but
     # what you wrote (augmentations, hooks, checks), and any key may stand here.
-    config.user = Section(free=True)
+    config.user = Section()
 
     return config

@@ -64,7 +64,7 @@ def sections(source: str, values: dict[str, Any]) -> list[Section]:
 def _uses(key: Key) -> str:
     """Returns when a key is used, as a sentence."""
     words = []
-    for condition in RULES[key.name].used:
+    for condition in RULES[key.name].conditions:
         values = " or ".join(f"`{value!r}`" for value in condition.values)
         words.append(f"`{condition.key}` is {'' if condition.positive else 'not '}{values}")
     return f" Used where {' and '.join(words)}." if words else ""

@@ -5,8 +5,8 @@ form, and that no value is silently ignored.
 """
 
 import ast
-import contextlib
 import difflib
+import functools
 import importlib.util
 import logging
 import os
@@ -19,16 +19,13 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from solov2_jax.config_schema import old_names, set_below, wrong_values
+from solov2_jax.config_schema import FREE, lock, old_names, set_below, wrong_values
 from solov2_jax.io import InputError, read_json, reading, reason, write_json
 
 # A ConfigDict; its attributes are not known to type checkers.
 Config = Any
 
 log = logging.getLogger("solov2_jax")
-
-# Groups that may hold keys of the user's own.
-_FREE = ("user.", "data.providers.")
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -41,19 +38,12 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """
     file = _find(path)
     config = read_config(file) if file.suffix == ".json" else _call_file(file)
-    _lock(config)
+    lock(config)
     overrides = renamed_overrides(overrides)
     apply_overrides(config, overrides)
     check_config(config)
     check_effect(config, overrides)
     return config
-
-
-def _lock(config: ConfigDict) -> None:
-    config.lock()
-    for name in _FREE:
-        with contextlib.suppress(KeyError):  # of an older file
-            _group(config, name).unlock()
 
 
 def shipped_configs() -> pathlib.Path:
@@ -110,15 +100,10 @@ def _run(file: pathlib.Path) -> types.ModuleType:
     return module
 
 
+@functools.cache
 def _base() -> types.ModuleType:
     """Returns the shipped `configs/base.py`, whichever `configs` a file has bound."""
-    global _BASE
-    if _BASE is None:
-        _BASE = _run(shipped_configs() / "base.py")
-    return _BASE
-
-
-_BASE: types.ModuleType | None = None
+    return _run(shipped_configs() / "base.py")
 
 
 def _rename(config: ConfigDict, old: str, new: str, place: str) -> None:
@@ -200,27 +185,23 @@ def renamed_overrides(overrides: Sequence[str]) -> list[str]:
     return renamed
 
 
-def _key_of(override: str) -> str:
-    return override.split("=", 1)[0].removeprefix("--config.")
-
-
 def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
     """Sets the keys named by "--config.key=value" strings in a config, in place.
 
     Keys below `config.user` and `config.data.providers` need not exist.
     """
-    known = flatten(config)
-    for override in [o for o in overrides if _is_new(_key_of(o), known)]:
-        set_below(config, _key_of(override), _literal(override.split("=", 1)[1]))
-    overrides = [o for o in overrides if not _is_new(_key_of(o), known)]
+    known, argv = flatten(config), ["config"]
     for override in overrides:
-        key = _key_of(override)
+        key, _, value = override.removeprefix("--config.").partition("=")
+        if _is_new(key, known):
+            set_below(config, key, _literal(value))
+            continue
         if key not in known:
             inside = any(name.startswith(key + ".") for name in known)
             why = "is a group of keys, not a key" if inside else "unknown key"
             raise ValueError(f"--config.{key}: {why}{suggest(key, known)}")
+        argv.append(override)
     values = flags.FlagValues()
-    argv = ["config", *overrides]
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         values(argv)
@@ -230,7 +211,7 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
 
 
 def _is_new(key: str, known: Mapping[str, Any]) -> bool:
-    return key.startswith(_FREE) and key not in known
+    return key.startswith(tuple(f"{group}." for group in FREE)) and key not in known
 
 
 def _literal(text: str) -> Any:
@@ -281,14 +262,14 @@ def check_effect(config: ConfigDict, overrides: Sequence[str]) -> None:
       overrides: what was given; a config file may hold values that are not used.
     """
     flat, rules = flatten(config), _base().rules()
-    inert = {}
+    inert = []
     for override in overrides:
-        rule = rules.get(_key_of(override))
-        reasons = [c.reason(flat) for c in rule.used] if rule else []
-        if text := next(filter(None, reasons), ""):
-            inert[override] = text
+        key = override.removeprefix("--config.").partition("=")[0]
+        reasons = [c.reason(flat) for c in rules[key].conditions] if key in rules else []
+        if why := next(filter(None, reasons), ""):
+            inert.append(f"{override} has no effect: {why}")
     if inert:
-        raise InputError("; ".join(f"{key} has no effect: {why}" for key, why in inert.items()))
+        raise InputError("; ".join(inert))
 
 
 def save_config(config: ConfigDict, path: str | os.PathLike) -> None:

@@ -22,6 +22,8 @@ ANY_TEXT = (r"[^\0]*", "a text without control codes")
 NAME = (r"[^\0]+", "a text that is not empty")
 IMPORT_PATH = (r"[\w.]+:\w+", "an import path, 'package.module:name'")
 
+# Groups that may hold keys of the user's own: they are not locked.
+FREE = ("user", "data.providers")
 # Old names of keys, while a config file runs that may still set them.
 old_names: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("old", default=())
 
@@ -68,7 +70,7 @@ class KeyRule:
       length: (fewest, most) entries of a tuple.
       rising: "" | "<" | "<=": how each entry of a tuple relates to the next.
       unique: no entry of a tuple stands twice.
-      used: conditions under which the key has an effect; all must hold.
+      used: condition under which the key has an effect, or several, which must all hold.
     """
 
     default: Any
@@ -84,7 +86,12 @@ class KeyRule:
     length: tuple[int, int] = (0, INT_MAX)
     rising: str = ""
     unique: bool = False
-    used: tuple[Condition, ...] = ()
+    used: Condition | tuple[Condition, ...] = ()
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """The conditions of `used`."""
+        return (self.used,) if isinstance(self.used, Condition) else self.used
 
     def error(self, value: Any) -> str:
         """Returns what a value must do and does not, such as "be at least 1", else ""."""
@@ -98,12 +105,8 @@ class KeyRule:
             return "" if re.fullmatch(self.form[0], value, re.S) else f"be {self.form[1]}"
         if not math.isfinite(value):
             return f"be finite: {self.describe()}"
-        for bound, holds, words in (
-            (self.low, operator.ge, "at least"),
-            (self.above, operator.gt, "above"),
-            (self.high, operator.le, "at most"),
-            (self.below, operator.lt, "below"),
-        ):
+        for name, holds, words in _BOUNDS:
+            bound = getattr(self, name)
             if bound is not None and not holds(value, bound):
                 return f"be {words} {_number(bound)}"
         odd = self.multiple > 1 and value % self.multiple
@@ -119,7 +122,7 @@ class KeyRule:
         for entry in value:
             if error := self.item.error(entry):
                 wrong = "is none of them" if self.item.choices else f"must {error}"
-                return f"be {self.item.plural()}: {entry!r} {wrong}"
+                return f"be {self.item.describe(plural=True)}: {entry!r} {wrong}"
         pairs = list(zip(value, value[1:], strict=False))
         if self.rising == "<" and not all(a < b for a, b in pairs):
             return "increase"
@@ -134,54 +137,48 @@ class KeyRule:
         """Whether () is allowed, which then means that there is none."""
         return self.kind is tuple and self.default == ()
 
-    def describe(self) -> str:
+    def describe(self, plural: bool = False) -> str:
         """Returns the allowed values in words, for messages and the documentation."""
         if self.kind is tuple:
             assert self.item is not None
             order = {"": "", "<": ", increasing", "<=": ", the lowest first"}[self.rising]
             empty = "(), or " if self.empty and self.length[0] else ""
-            return f"{empty}a tuple of {self._how_many()}: {self.item.plural()}{order}"
+            items = self.item.describe(plural=True)
+            text = f"{empty}a tuple of {self._how_many()}: {items}{order}"
+            return f"each {text}" if plural else text
         if self.choices:
-            return f"one of {self.choices}"
-        if self.kind is str:
-            return "a text" if self.form == ANY_TEXT else self.form[1]
+            return f"{'each ' if plural else ''}one of {self.choices}"
         if self.kind is bool:
             return "True or False"
-        return ("a whole number" if self.kind is int else "a number") + self._range()
-
-    def plural(self) -> str:
-        """Returns `describe` of several."""
-        if self.kind is tuple:
-            return f"each {self.describe()}"
-        if self.choices:
-            return f"each one of {self.choices}"
         if self.kind is str:
-            return "texts" if self.form == ANY_TEXT else self.form[1]
-        return ("whole numbers" if self.kind is int else "numbers") + self._range()
+            any_text = "texts" if plural else "a text"
+            return any_text if self.form == ANY_TEXT else self.form[1]
+        noun = "whole number" if self.kind is int else "number"
+        return (f"{noun}s" if plural else f"a {noun}") + self._range()
 
     def _how_many(self) -> str:
         few, most = self.length
         if few == most:
-            text = f"{few} entries"
-        elif most == INT_MAX:
-            text = f"{few} or more entries" if few else "entries"
-        else:
-            text = f"{few} to {most} entries"
-        return text
+            return f"{few} entries"
+        if most == INT_MAX:
+            return f"{few} or more entries" if few else "entries"
+        return f"{few} to {most} entries"
 
     def _range(self) -> str:
-        parts = []
-        if self.multiple > 1:
-            parts.append(f"a multiple of {self.multiple}")
-        if self.low is not None:
-            parts.append(f"at least {_number(self.low)}")
-        if self.above is not None:
-            parts.append(f"above {_number(self.above)}")
-        if self.high is not None and self.high != INT_MAX:
-            parts.append(f"at most {_number(self.high)}")
-        if self.below is not None:
-            parts.append(f"below {_number(self.below)}")
+        parts = [f"a multiple of {self.multiple}"] if self.multiple > 1 else []
+        for name, _, words in _BOUNDS:
+            bound = getattr(self, name)
+            if bound not in (None, INT_MAX):
+                parts.append(f"{words} {_number(bound)}")
         return "".join(f", {part}" for part in parts)
+
+
+_BOUNDS = (
+    ("low", operator.ge, "at least"),
+    ("above", operator.gt, "above"),
+    ("high", operator.le, "at most"),
+    ("below", operator.lt, "below"),
+)
 
 
 def _is_a(kind: type, value: Any) -> bool:
@@ -196,32 +193,32 @@ def _number(value: Number) -> str:
 
 def whole(default: int = 0, low: int = 0, high: int = INT_MAX, **options: Any) -> KeyRule:
     """Returns the rule of a whole number."""
-    return KeyRule(default, int, low=low, high=high, **_conditions(options))
+    return KeyRule(default, int, low=low, high=high, **options)
 
 
 def number(default: float = 0.0, low: Number | None = None, **options: Any) -> KeyRule:
     """Returns the rule of a finite number."""
-    return KeyRule(default, float, low=low, **_conditions(options))
+    return KeyRule(default, float, low=low, **options)
 
 
 def share(default: Number = 0.0, **options: Any) -> KeyRule:
     """Returns the rule of a number from 0 to 1."""
-    return KeyRule(default, float, low=0, high=1, **_conditions(options))
+    return KeyRule(default, float, low=0, high=1, **options)
 
 
 def switch(default: bool, **options: Any) -> KeyRule:
     """Returns the rule of True or False."""
-    return KeyRule(default, bool, **_conditions(options))
+    return KeyRule(default, bool, **options)
 
 
 def text(default: str = "", form: tuple[str, str] = ANY_TEXT, **options: Any) -> KeyRule:
     """Returns the rule of a text; `form` is (regular expression, its description)."""
-    return KeyRule(default, str, form=form, **_conditions(options))
+    return KeyRule(default, str, form=form, **options)
 
 
 def choice(default: Any, choices: Sequence[Any], **options: Any) -> KeyRule:
     """Returns the rule of one of some values."""
-    return KeyRule(default, type(default), choices=tuple(choices), **_conditions(options))
+    return KeyRule(default, type(default), choices=tuple(choices), **options)
 
 
 def several(default: tuple, item: KeyRule, length: Any = (0, INT_MAX), **options: Any) -> KeyRule:
@@ -232,23 +229,14 @@ def several(default: tuple, item: KeyRule, length: Any = (0, INT_MAX), **options
         besides.
     """
     length = (length, length) if isinstance(length, int) else length
-    return KeyRule(default, tuple, item=item, length=length, **_conditions(options))
-
-
-def _conditions(options: dict[str, Any]) -> dict[str, Any]:
-    used = options.get("used", ())
-    return {**options, "used": (used,) if isinstance(used, Condition) else tuple(used)}
+    return KeyRule(default, tuple, item=item, length=length, **options)
 
 
 class Section:
-    """A group of keys that is written down: `section.key = rule`, in reading order.
+    """A group of keys that is written down: `section.key = rule`, in reading order."""
 
-    Args:
-      free: a user's own keys, without rules; the group is not locked.
-    """
-
-    def __init__(self, free: bool = False):
-        self.__dict__["_entries"], self.__dict__["_free"] = {}, free
+    def __init__(self) -> None:
+        self.__dict__["_entries"] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._entries[name] = value
@@ -274,26 +262,27 @@ class Section:
 
     def to_config(self) -> ConfigDict:
         """Returns the defaults, locked but for free groups."""
-        config = self._to_config("")
+        config = self._defaults()
         for old in old_names.get():
-            _add_placeholder(config, old)
-        config.lock()
-        _unlock_free(self, config)
+            set_below(config, old, None)  # settable: ConfigDict does not check None's type
+        lock(config)
         return config
 
-    def _to_config(self, prefix: str) -> ConfigDict:
+    def _defaults(self) -> ConfigDict:
         config = ConfigDict()
         for name, value in self._entries.items():
-            if isinstance(value, Section):
-                config[name] = value._to_config(f"{prefix}{name}.")
-            else:
-                config[name] = value.default if isinstance(value, KeyRule) else value
+            config[name] = value._defaults() if isinstance(value, Section) else value.default
         return config
 
 
-def _add_placeholder(config: ConfigDict, key: str) -> None:
-    """Makes an old key settable; it is None, whose type ConfigDict does not check."""
-    set_below(config, key, None)
+def lock(config: ConfigDict) -> None:
+    """Locks a config, but for the groups that may hold keys of the user's own."""
+    config.lock()
+    for path in FREE:
+        group: Any = config
+        for name in path.split("."):
+            group = group.get(name, ConfigDict())  # it may be missing from an older file
+        group.unlock()
 
 
 def set_below(config: ConfigDict, key: str, value: Any) -> None:
@@ -305,14 +294,6 @@ def set_below(config: ConfigDict, key: str, value: Any) -> None:
             node[group] = ConfigDict()
         node = node[group]
     node[name] = value
-
-
-def _unlock_free(section: Section, config: Any) -> None:
-    for name, value in section._entries.items():
-        if isinstance(value, Section):
-            _unlock_free(value, config[name])
-    if section._free:
-        config.unlock()
 
 
 def wrong_values(

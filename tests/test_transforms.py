@@ -49,7 +49,9 @@ def test_a_picture_is_written_as_arrays_would_be(sizes, seed, flip, bgr):
     expected = expected[..., ::-1] if bgr else expected
     padded = np.full((new[0] + 2, new[1] + 3, 3), 7, np.uint8)
     out = padded[: new[0], : new[1]]
-    transforms.write_image(Image.fromarray(array), out, flip, bgr)
+    affine = transforms.affine_image(Image.fromarray(array)).affine.resized(new)
+    view = transforms.AffineImage(Image.fromarray(array), affine.flipped() if flip else affine)
+    view.write(out, bgr)
     np.testing.assert_array_equal(out, expected)
     assert (padded[new[0] :] == 7).all() and (padded[:, new[1] :] == 7).all()
 

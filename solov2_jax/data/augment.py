@@ -15,7 +15,7 @@ from PIL import ImageEnhance
 
 from solov2_jax.data import rasterize
 from solov2_jax.data.rasterize import Spans
-from solov2_jax.data.transforms import AffineImage, crop, resize, rotate
+from solov2_jax.data.transforms import AffineImage, clear_outside, crop, resize, rotate
 from solov2_jax.io import InputError, import_object, reason
 from solov2_jax.rle import Size
 
@@ -39,9 +39,9 @@ class Augment:
     @property
     def active(self) -> bool:
         """Whether anything may happen."""
-        return any((self.rotate_prob, self.crop_size, self.jitter_scale, self.adds_objects)) or any(
-            (self.brightness, self.contrast, self.saturation)
-        )
+        moves = self.rotate_prob or self.crop_size or self.jitter_scale
+        recolors = self.brightness or self.contrast or self.saturation
+        return bool(moves or recolors or self.adds_objects)
 
     @property
     def adds_objects(self) -> bool:
@@ -259,9 +259,7 @@ def copy_paste(
     if keypoints is not None and guest.keypoints is not None:
         moved = guest.keypoints[chosen]
         moved[..., :2] += np.array([left, top], np.float32)
-        inside = (moved[..., :2] >= 0) & (moved[..., :2] <= np.array(size[::-1], np.float32))
-        moved[~inside.all(axis=-1) | (moved[..., 2] == 0)] = 0
-        keypoints = np.concatenate([keypoints, moved])
+        keypoints = np.concatenate([keypoints, clear_outside(moved, size)])
     return dataclasses.replace(
         host,
         image=image,
@@ -278,14 +276,13 @@ Augmentation = Callable[[Sample], Sample]
 @functools.lru_cache(maxsize=64)
 def custom_function(path: str) -> Augmentation:
     """Returns what a path of `augment.custom` names; each process imports it once."""
-    function: Any = import_object(path, "augment.custom")
+    function = import_object(path, "augment.custom")
     if not callable(function):
         raise InputError(
             f"augment.custom: {path!r} is a {type(function).__name__}; name a function "
             "that takes a Sample and returns it changed."
         )
-    augmentation: Any = function
-    return augmentation
+    return function
 
 
 def apply_custom(
@@ -312,8 +309,7 @@ def apply_custom(
         if wrong := _wrong_sample(changed, room, num_classes):
             raise InputError(f"augment.custom: {path} returned, for {where}, {wrong}.")
         if changed.boxes.shape == boxes.shape and (changed.boxes == boxes).all():
-            tight = rasterize.bounding_boxes(changed.outlines(), len(changed.labels))
-            changed.boxes = tight
+            changed.boxes = rasterize.bounding_boxes(changed.outlines(), len(changed.labels))
         sample = changed
     return sample
 

@@ -74,17 +74,6 @@ class CocoDataset:
         lines += [f"  {c[key]} {text}" for key, text in DROPPED.items() if c.get(key, 0)]
         return "\n".join(lines)
 
-    def crowd_warning(self) -> str:
-        """Returns why little or nothing is learned if most annotations are crowds, or ""."""
-        crowds, total = self.counts["crowds"], self.counts["annotations"]
-        if 2 * crowds <= total:
-            return ""
-        return (
-            f"{crowds} of {total} annotations have iscrowd 1 and are not trained on; some "
-            "annotation tools write that for every brush or SAM mask: set iscrowd to 0 where "
-            "an annotation is one object"
-        )
-
 
 DROPPED = {
     "crowds": "crowd regions: not trained on, ignored by the evaluation",
@@ -125,7 +114,7 @@ def load_coco(
 
 def read_coco(
     images: str,
-    annotations: str,
+    annotations: str | AnnotationTable,
     *,
     categories: Mapping[int, str] | None = None,
 ) -> CocoDataset:
@@ -137,16 +126,11 @@ def read_coco(
     Args:
       images: folder that the json's file names are relative to, or records, see
         `records.split_root`.
-      annotations: COCO instances json.
+      annotations: COCO instances json, or what it holds.
       categories: id -> name that the json must have, e.g. the training data's.
     """
-    return dataset_of(read_instances(annotations), images, categories)
-
-
-def dataset_of(
-    table: AnnotationTable, images: str, categories: Mapping[int, str] | None = None
-) -> CocoDataset:
-    """Returns the data set of a json's content."""
+    is_read = isinstance(annotations, AnnotationTable)
+    table = annotations if is_read else read_instances(annotations)
     if categories is not None:
         _compare_categories(table.categories, categories, table.source)
     if nameless := [i for i, n in zip(table.image_ids, table.file_names, strict=True) if not n]:
@@ -166,11 +150,11 @@ def dataset_of(
     order = np.flatnonzero(keep)
     order = order[np.argsort(table.image[objects[order]], kind="stable")]
     rows = objects[order]
-    number = np.bincount(table.image[rows], minlength=len(names))
+    num_objects = np.bincount(table.image[rows], minlength=len(names))
     counts["images"] = len(names)
-    counts["images_without_objects"] = int((number == 0).sum())
-    counts["objects"] = int(number.sum())
-    counts["max_objects"] = int(number.max())
+    counts["images_without_objects"] = int((num_objects == 0).sum())
+    counts["objects"] = int(num_objects.sum())
+    counts["max_objects"] = int(num_objects.max())
     return CocoDataset(
         image_root=images,
         annotation_file=table.source,
@@ -181,7 +165,7 @@ def dataset_of(
         missing=np.array(missing, np.int64),
         heights=table.heights,
         widths=table.widths,
-        start=offsets(number),
+        start=offsets(num_objects),
         boxes=boxes[order],
         labels=table.label[rows],
         annotation_ids=table.ids[rows],
@@ -206,29 +190,23 @@ def _boxes(table: AnnotationTable, rows: np.ndarray, counts: Counter[str]) -> np
     return boxes
 
 
-def _compare_categories(found: Mapping[int, str], expected: Mapping[int, str], path: str) -> None:
-    if dict(found) == dict(expected):
-        return
-    missing = sorted(set(expected) - set(found))
-    extra = sorted(set(found) - set(expected))
-    renamed = [
-        f"{i} ({expected[i]!r} became {found[i]!r})"
-        for i in sorted(set(found) & set(expected))
-        if found[i] != expected[i]
-    ]
-    parts = [
-        f"{text}: {describe(values)}"
-        for text, values in (
-            ("missing ids", [f"{i} ({expected[i]})" for i in missing]),
-            ("unknown ids", [f"{i} ({found[i]})" for i in extra]),
-            ("other names", renamed),
+def _compare_categories(actual: Mapping[int, str], expected: Mapping[int, str], path: str) -> None:
+    """Raises unless a json has the categories of the training data."""
+    differences = {
+        "missing ids": [f"{i} ({n})" for i, n in expected.items() if i not in actual],
+        "unknown ids": [f"{i} ({n})" for i, n in actual.items() if i not in expected],
+        "other names": [
+            f"{i} ({n!r} became {actual[i]!r})"
+            for i, n in expected.items()
+            if n != actual.get(i, n)
+        ],
+    }
+    parts = [f"{what}: {describe(values)}" for what, values in differences.items() if values]
+    if parts:
+        raise InputError(
+            f"{path}: `categories` differ from the training data's ({'; '.join(parts)}). "
+            "List the same ids and names in both files, also classes without objects."
         )
-        if values
-    ]
-    raise InputError(
-        f"{path}: `categories` differ from the training data's ({'; '.join(parts)}). "
-        "List the same ids and names in both files, also classes without objects."
-    )
 
 
 def missing_files(dataset: CocoDataset) -> list[int]:
@@ -297,11 +275,10 @@ def _variants(name: str) -> Sequence[str]:
 
 def _hint(images: str, name: str) -> str:
     """Returns what a missing file may be called instead, "" if nothing is like it."""
-    base = os.path.basename(name)
+    wanted = os.path.basename(name).casefold()
     for folder in dict.fromkeys([os.path.dirname(name), ""]):
         path = os.path.join(images, folder)
-        present = sorted(os.listdir(path)) if os.path.isdir(path) else []
-        for other in present:
-            if other.casefold() == base.casefold():
+        for other in sorted(os.listdir(path)) if os.path.isdir(path) else []:
+            if other.casefold() == wanted:
                 return f" (the folder has {os.path.join(folder, other)})"
     return ""

@@ -38,7 +38,6 @@ from solov2_jax.data.shared_memory import (
     MmapPickle,
     PoolSender,
     SharedMemoryPool,
-    make_pool,
     receive,
 )
 from solov2_jax.data.transforms import Keypoints
@@ -48,7 +47,7 @@ log = logging.getLogger(__name__)
 
 _IN_USE = 4  # batches that the reader may hold before they travel more slowly
 _PIPED = 1 << 16  # bytes of an array that goes through a worker's pipe at most
-_PLAIN = Augment()
+_NO_AUGMENT = Augment()
 _NO_MAPS: dict[str, PixelMap] = {}
 _IS_BGR = {"RGB": False, "BGR": True}
 _SMALL_ARRAYS = 1 << 20  # bytes of a slot for what is neither image nor masks
@@ -138,12 +137,12 @@ class Batches:
     def _make_pool(self) -> SharedMemoryPool | None:
         """Returns memory for the batches on their way and some that are in use."""
         reading = self.reading
-        if not reading.num_workers:
+        if not reading.num_workers or not hasattr(os, "memfd_create"):
             return None
         ahead = reading.prefetch + max(reading.prefetch, reading.num_threads) + 1
         largest = max(self.maker.batch_bytes(h, w) for h, w in self.buckets)
         slots = reading.num_workers * ahead + _IN_USE
-        return make_pool(slots, largest + largest // 4 + _SMALL_ARRAYS)
+        return SharedMemoryPool(slots, largest + largest // 4 + _SMALL_ARRAYS)
 
     def _tell_left_out(self, batch: ArrayDict) -> bool:
         """Logs that augmentation made more objects than fit, and returns whether it did."""
@@ -195,10 +194,10 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _close(generator: "weakref.ref[Generator[ArrayDict, None, None]]") -> None:
+def _close(reference: "weakref.ref[Generator[ArrayDict, None, None]]") -> None:
     """Ends a generator that still exists."""
-    if (alive := generator()) is not None:
-        alive.close()
+    if (generator := reference()) is not None:
+        generator.close()
 
 
 @contextlib.contextmanager
@@ -238,7 +237,7 @@ def train_batches(
     channel_order: str = "RGB",
     start_step: int = 0,
     shard: tuple[int, int] = (0, 1),
-    augment: Augment = _PLAIN,
+    augment: Augment = _NO_AUGMENT,
     keypoints: Keypoints | None = None,
     pixel_maps: Mapping[str, PixelMap] = _NO_MAPS,
     reading: Reading = Reading(),

@@ -176,11 +176,6 @@ def receive(batch: dict[str, Any], pool: SharedMemoryPool | None) -> dict[str, n
     return arrays
 
 
-def make_pool(slots: int, size: int) -> SharedMemoryPool | None:
-    """Returns a pool, None where the system has no files in memory."""
-    return SharedMemoryPool(slots, size) if hasattr(os, "memfd_create") else None
-
-
 class MmapPickle:
     """A callable whose arrays every worker process maps from one file.
 

@@ -47,26 +47,7 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     if image.shape[:2] == (height, width):
         return image
-    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(resized)
-
-
-def write_image(image: Image.Image, out: np.ndarray, flip: bool, bgr: bool) -> None:
-    """Resizes an RGB picture as `resize_image` does, and writes it, maybe mirrored.
-
-    PIL turns the channels around where it packs its pixels, for less than a copy by
-    numpy costs; and the picture is never an array at its own size.
-
-    Args:
-      out: uint8 [h, w, 3], a part of a batch; its size is that of the resize.
-    """
-    height, width = out.shape[:2]
-    if image.size != (width, height):
-        image = image.resize((width, height), _BILINEAR)
-    if flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = image.tobytes("raw", "BGR" if bgr else "RGB")
-    out[...] = np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
+    return np.asarray(Image.fromarray(image).resize((width, height), _BILINEAR))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,9 +132,18 @@ class AffineImage:
         return self.affine.size
 
     def write(self, out: np.ndarray, bgr: bool = False) -> None:
-        """Writes the image into uint8 [H, W, 3], with zeros beyond it."""
-        h, w = self.size
-        write_image(self.picture, out[:h, :w], self.affine.mirrored, bgr)
+        """Writes the image into uint8 [H, W, 3], with zeros beyond it.
+
+        PIL turns the channels around where it packs its pixels, for less than a copy by
+        numpy costs; and the picture is never an array at its own size.
+        """
+        picture, (h, w) = self.picture, self.size
+        if picture.size != (w, h):
+            picture = picture.resize((w, h), _BILINEAR)
+        if self.affine.mirrored:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = picture.tobytes("raw", "BGR" if bgr else "RGB")
+        out[:h, :w] = np.frombuffer(pixels, np.uint8).reshape(h, w, 3)
         out[h:] = 0
         out[:h, w:] = 0
 
@@ -232,6 +222,12 @@ class Keypoints:
         points[..., :2] = affine.points(points[..., :2])
         if affine.mirrored:
             points = points[:, self.mirrored]
-        inside = ((points[..., :2] >= 0) & (points[..., :2] <= affine.size[::-1])).all(axis=-1)
-        points[~inside | (points[..., 2] == 0)] = 0
-        return points.astype(np.float32)
+        return clear_outside(points, affine.size).astype(np.float32)
+
+
+def clear_outside(points: np.ndarray, size: Size) -> np.ndarray:
+    """Returns key points [..., 3], zeros where they are not annotated or lie outside of an
+    image of this size; changes its argument."""
+    inside = ((points[..., :2] >= 0) & (points[..., :2] <= size[::-1])).all(axis=-1)
+    points[~inside | (points[..., 2] == 0)] = 0
+    return points

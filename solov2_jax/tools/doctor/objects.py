@@ -107,7 +107,7 @@ def class_findings(train: CocoDataset, val: CocoDataset | None) -> list[Finding]
     number = class_counts(train)
     names = np.array(train.class_names)
     findings: list[Finding] = []
-    crowds = train.crowd_warning()
+    crowds = crowd_warning(train)
     if not number.sum():
         return one_finding(ERROR, f"no object to train on{crowds and ': '}{crowds}")
     if crowds:
@@ -124,7 +124,7 @@ def class_findings(train: CocoDataset, val: CocoDataset | None) -> list[Finding]
         text = f"{share(len(few), len(names))} classes have fewer than 20 objects"
         findings += one_finding(NOTE, text, few.tolist())
     if val is not None and not len(val.labels):
-        crowds = val.crowd_warning()
+        crowds = crowd_warning(val)
         text = "the validation data has no object: AP is undefined, so no checkpoint is the best"
         findings += one_finding(WARNING, f"{text}{crowds and '; '}{crowds}")
     elif val is not None:
@@ -133,6 +133,18 @@ def class_findings(train: CocoDataset, val: CocoDataset | None) -> list[Finding]
             text = "classes are only in the validation data"
             findings += one_finding(WARNING, f"{len(unseen)} {text}", unseen.tolist())
     return findings
+
+
+def crowd_warning(dataset: CocoDataset) -> str:
+    """Returns why little or nothing is learned if most annotations are crowds, or ""."""
+    crowds, total = dataset.counts["crowds"], dataset.counts["annotations"]
+    if 2 * crowds <= total:
+        return ""
+    return (
+        f"{crowds} of {total} annotations have iscrowd 1 and are not trained on; some "
+        "annotation tools write that for every brush or SAM mask: set iscrowd to 0 where "
+        "an annotation is one object"
+    )
 
 
 def class_counts(dataset: CocoDataset) -> np.ndarray:

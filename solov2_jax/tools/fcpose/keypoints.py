@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from solov2_jax.data.annotations import annotation_ids, read_content, read_instances
-from solov2_jax.data.coco import CocoDataset, dataset_of
+from solov2_jax.data.coco import CocoDataset, read_coco
 from solov2_jax.data.transforms import Keypoints
 from solov2_jax.io import InputError
 
@@ -43,7 +43,7 @@ def load_keypoints(images: str, annotations: str) -> tuple[CocoDataset, Keypoint
         )
     content["images"] = kept
     content["annotations"] = [r for r in content["annotations"] if r.get("image_id") in with_point]
-    dataset = dataset_of(read_instances(content, annotations), images)
+    dataset = read_coco(images, read_instances(content, annotations))
     points = np.stack([known[i] for i in dataset.annotation_ids.tolist()])
     return dataset, Keypoints(names, mirror_order(names), points)
 
