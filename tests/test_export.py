@@ -1,5 +1,6 @@
 """Exported files against the program they were made from, each in its own runtime."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -16,8 +17,8 @@ from solov2_jax.inference.predictor import build_predictor
 from solov2_jax.inference.preprocess import InputOptions
 from solov2_jax.io import InputError
 from solov2_jax.models import build_model
-from solov2_jax.tools.export import exported as exporting
 from solov2_jax.tools.export.exported import ExportedPredictor, resize_masks, tight_boxes
+from solov2_jax.tools.export.formats import FORMATS
 from solov2_jax.tools.export.metadata import default_buckets, read_metadata
 from solov2_jax.tools.export.parity import compare
 from solov2_jax.tools.export.program import make_program
@@ -181,7 +182,8 @@ def test_what_cannot_be_exported_is_named(tmp_path, network, images, monkeypatch
     half = model.clone(dtype=jnp.bfloat16)
     with pytest.raises(ValueError, match="model.dtype=float32"):
         export(half, predictor, ExportOptions("onnx"), tmp_path, images, "a test")
-    monkeypatch.setitem(exporting.NEEDS, "onnx", ("onnx", "no_such_module"))
+    missing = dataclasses.replace(FORMATS["onnx"], needs=("onnx", "no_such_module"))
+    monkeypatch.setitem(FORMATS, "onnx", missing)
     with pytest.raises(ValueError, match=r"needs no_such_module, which is not"):
         export(model, predictor, ExportOptions("onnx"), tmp_path, images, "a test")
 

@@ -68,9 +68,9 @@ def main(overrides: list[str]) -> None:
     if not shared.WORKDIR.value and not (_OUTPUT.value and _IMAGES.value):
         raise InputError("--config and --weights need --output and --images")
     buckets = tuple(_parse_shape(text) for text in _SHAPES.value)
-    from solov2_jax.tools.export.exported import format_module
+    from solov2_jax.tools.export.formats import find_format
 
-    format_module(_FORMAT.value)  # raises now instead of after loading weights
+    find_format(_FORMAT.value)  # raises now instead of after loading weights
     config, predictor = _load(overrides)
     from solov2_jax.models import build_model
     from solov2_jax.tools.export.metadata import default_buckets
@@ -143,7 +143,7 @@ def _measure_ap(
 ) -> dict[str, dict[str, float | None]]:
     from solov2_jax.evaluation.coco import format_metric
     from solov2_jax.tools.export.exported import ExportedPredictor
-    from solov2_jax.tools.export.measure import measure_ap
+    from solov2_jax.tools.export.parity import measure_ap
 
     # The original pads as the exported files do.
     predictor.input = dataclasses.replace(predictor.input, buckets=buckets)

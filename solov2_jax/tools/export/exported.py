@@ -1,9 +1,7 @@
 """An export's folder, run by the format's own runtime."""
 
-import importlib
-import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +13,8 @@ from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.preprocess import InputOptions, make_batches, make_example
 from solov2_jax.inference.programs import paste_detections
 from solov2_jax.io import InputError, reading
+from solov2_jax.tools.export.formats import Runner, find_format
 from solov2_jax.tools.export.metadata import file_name, read_metadata
-
-Runner = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
-
-# Modules that a format needs and the package does not, all of the extra "export".
-NEEDS = {
-    "stablehlo": ("flatbuffers",),
-    "onnx": ("onnx", "onnxruntime"),
-    "savedmodel": ("tensorflow",),
-    "tflite": ("tensorflow",),
-}
-
-
-def format_module(name: str) -> Any:
-    """Returns the module that writes and reads a format.
-
-    Raises:
-      ValueError: for a format that does not exist, or whose packages are missing.
-    """
-    if name not in NEEDS:
-        raise InputError(f"--format={name}: choose one of {', '.join(NEEDS)}")
-    missing = [m for m in NEEDS[name] if importlib.util.find_spec(m) is None]
-    if missing:
-        extra = "export-tf" if "tensorflow" in missing else "export"
-        raise InputError(
-            f"--format={name} needs {' and '.join(missing)}, which "
-            f"{'is' if len(missing) == 1 else 'are'} not installed: pip install "
-            f'"solov2_jax[{extra}]"'
-        )
-    return importlib.import_module(f"solov2_jax.tools.export.{name}")
 
 
 def input_of(metadata: dict[str, Any]) -> InputOptions:
@@ -69,7 +39,7 @@ class ExportedPredictor:
         self.category_ids = tuple(self.metadata["classes"]["ids"])
         self.batch = int(self.metadata["batch"])
         self._folder = Path(folder)
-        self._format = format_module(self.metadata["format"])
+        self._format = find_format(self.metadata["format"])
         self._runners: dict[tuple[int, int], Runner] = {}
         self.input = input_of(self.metadata)
 
@@ -107,18 +77,14 @@ class ExportedPredictor:
             outputs = self.run(batch["image"], batch["image_size"])
             for i, image_id in enumerate(batch["image_id"].tolist()):
                 if image_id != -1:
-                    sizes = batch["image_size"][i], batch["original_size"][i]
-                    done[image_id] = self._at_original(outputs, i, *sizes, image_id)
+                    done[image_id] = self._at_original(outputs, batch, i)
         return [done[int(example["image_id"])] for example in examples]
 
     def _at_original(
-        self,
-        outputs: dict[str, np.ndarray],
-        i: int,
-        image_size: np.ndarray,
-        original: np.ndarray,
-        image_id: int,
+        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray], i: int
     ) -> Prediction:
+        """Returns the prediction of the batch's i-th image."""
+        image_size, original = batch["image_size"][i], batch["original_size"][i]
         kept = np.arange(int(outputs["count"][i]))
         if self.metadata["masks"] == "quarter":
             soft = jnp.asarray(outputs["masks"][i : i + 1])
@@ -127,12 +93,15 @@ class ExportedPredictor:
         else:
             masks = resize_masks(outputs["masks"][i][kept], image_size, original)
             boxes = tight_boxes(masks)
-        scores, labels = (outputs[k][i][kept] for k in ("scores", "labels"))
         nonempty = boxes[:, 2] > boxes[:, 0]
-        if not nonempty.all():
-            masks, boxes = masks[nonempty], boxes[nonempty]
-            scores, labels = scores[nonempty], labels[nonempty]
-        return Prediction(masks, boxes, scores, labels, image_id, self.class_names)
+        return Prediction(
+            masks=masks[nonempty],
+            boxes=boxes[nonempty],
+            scores=outputs["scores"][i][kept][nonempty],
+            labels=outputs["labels"][i][kept][nonempty],
+            image_id=int(batch["image_id"][i]),
+            class_names=self.class_names,
+        )
 
 
 def resize_masks(masks: np.ndarray, image_size: np.ndarray, original: np.ndarray) -> np.ndarray:

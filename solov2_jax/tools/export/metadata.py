@@ -13,12 +13,12 @@ from solov2_jax.data.buckets import STRIDE, Bucket
 from solov2_jax.data.transforms import shortest_edge_sizes
 from solov2_jax.inference.preprocess import InputOptions
 from solov2_jax.inference.programs import DetectOptions
-from solov2_jax.io import InputError, read_json, write_json
+from solov2_jax.io import InputError, read_json
+from solov2_jax.tools.export.formats import FORMATS
 from solov2_jax.tools.export.program import MASKS, output_names
 
 FILE = "metadata.json"
 REPORT = "export.json"
-FORMATS = ("stablehlo", "onnx", "savedmodel", "tflite")
 # Of this file's form; a reader refuses what it does not know.
 VERSION = 1
 # What a reader uses, as types; [T] is a list of T.
@@ -101,11 +101,6 @@ def file_name(bucket: Bucket, file_format: str) -> str:
     return f"{height}x{width}.{file_format}"
 
 
-def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
-    """Writes an export's metadata beside its files."""
-    write_json(metadata, folder / FILE)
-
-
 def read_metadata(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the metadata of an export's folder.
 
@@ -142,16 +137,15 @@ def read_metadata(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def _check_form(path: Path, key: str, value: Any, form: Any) -> None:
     """Raises InputError naming the first entry whose type is another."""
     if isinstance(form, dict):
-        wrong = not isinstance(value, dict)
-        kind = "an object"
+        fits, kind = isinstance(value, dict), "an object"
     elif isinstance(form, list):
-        wrong = not isinstance(value, list) or any(type(v) is not form[0] for v in value)
+        fits = isinstance(value, list) and all(type(v) is form[0] for v in value)
         kind = f"a list of {form[0].__name__}"
     elif form is float:
-        wrong, kind = type(value) not in (int, float), "a number"
+        fits, kind = type(value) in (int, float), "a number"
     else:
-        wrong, kind = type(value) is not form, form.__name__
-    if wrong:
+        fits, kind = type(value) is form, form.__name__
+    if not fits:
         shown = "is missing" if value is None else f"is of type {type(value).__name__}"
         raise InputError(f"{path}: {key or 'the file'} {shown}, should be {kind}. {_FIX}")
     if isinstance(form, dict) and isinstance(value, dict):

@@ -4,7 +4,7 @@ What an operator means is in ONNX's own documentation.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,33 +14,14 @@ from solov2_jax.tools.export.jaxpr import Value, is_constant
 # Opset 18: reductions take their axes as an input. Every runtime since 2023 reads it.
 OPSET = 18
 IR_VERSION = 9
-# Primitives that are one operator.
+# Primitives whose operator has another name than theirs.
 _OPERATORS = {
-    "abs": "Abs",
-    "add": "Add",
-    "and": "And",
-    "ceil": "Ceil",
-    "div": "Div",
     "eq": "Equal",
-    "exp": "Exp",
-    "floor": "Floor",
     "ge": "GreaterOrEqual",
     "gt": "Greater",
     "le": "LessOrEqual",
-    "log": "Log",
     "logistic": "Sigmoid",
     "lt": "Less",
-    "max": "Max",
-    "min": "Min",
-    "mul": "Mul",
-    "neg": "Neg",
-    "not": "Not",
-    "or": "Or",
-    "pow": "Pow",
-    "sign": "Sign",
-    "sqrt": "Sqrt",
-    "sub": "Sub",
-    "tanh": "Tanh",
 }
 _REDUCTIONS = {
     "reduce_and": "ReduceMin",
@@ -124,7 +105,7 @@ class Graph:
             return self.add("Reciprocal", self.add("Sqrt", *inputs))
         if name == "square":
             return self.add("Mul", inputs[0], inputs[0])
-        return self.add(_OPERATORS[name], *inputs)
+        return self.add(_OPERATORS.get(name, name.capitalize()), *inputs)
 
     def where(self, which: Value, yes: Value, no: Value, dtype: Any) -> str:
         """Returns `yes` where the condition holds, else `no`."""
@@ -284,13 +265,68 @@ class Graph:
         """Returns a name that is new in this graph: an output has to be."""
         return self.add("Identity", value)
 
-    def make(self, nodes: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
-        """Returns a graph inside a node."""
-        return self.onnx.helper.make_graph(nodes, self._new("graph"), inputs, outputs)
+    def choose(
+        self,
+        which: Value,
+        yes: Callable[[], Sequence[Value]],
+        no: Callable[[], Sequence[Value]],
+        avals: Sequence[Any],
+    ) -> list[str]:
+        """Returns what `yes` makes where the condition holds, else what `no` makes.
 
-    def new(self) -> str:
-        """Returns a name that nothing has yet."""
-        return self._new("value")
+        Args:
+          avals: types and shapes of the values.
+        """
+
+        def graph(make: Callable[[], Sequence[Value]]) -> Any:
+            with self.inner() as nodes:
+                names = [self.output(x) for x in make()]
+            return self._inner_graph(nodes, [], self.infos(names, avals))
+
+        branches = {"then_branch": graph(yes), "else_branch": graph(no)}
+        return self.add_many("If", len(avals), which, **branches)
+
+    def loop(
+        self,
+        carried: Sequence[Value],
+        avals: Sequence[Any],
+        body: Callable[[Value, Sequence[Value]], tuple[Sequence[Value], Sequence[Value]]],
+        *,
+        length: int | None = None,
+        test: Callable[[Sequence[Value]], Value] | None = None,
+    ) -> list[str]:
+        """Returns what a loop carries at its end, and the rows that its turns make.
+
+        Args:
+          avals: types and shapes of what is returned.
+          body: (number of the turn, carried) -> (carried, a row of each).
+          length: of turns; without it `test(carried)` says whether there is a next one.
+        """
+        at, going = self._new("value"), self._new("value")
+        names = [self._new("value") for _ in carried]
+        first = test(carried) if test else np.asarray(True)
+        with self.inner() as nodes:
+            state, rows = body(at, names)
+            again = self.output(test(state) if test else np.asarray(True))
+            state_names = [self.output(x) for x in state]
+            row_names = [self.output(x) for x in rows]
+        make_info, types = self.onnx.helper.make_tensor_value_info, self.onnx.TensorProto
+        carried_avals, row_avals = avals[: len(carried)], avals[len(carried) :]
+        inputs = [make_info(at, types.INT64, []), make_info(going, types.BOOL, [])]
+        outputs = [make_info(again, types.BOOL, []), *self.infos(state_names, carried_avals)]
+        outputs += [
+            make_info(name, self.dtype(aval.dtype), aval.shape[1:])
+            for name, aval in zip(row_names, row_avals, strict=True)
+        ]
+        graph = self._inner_graph(nodes, [*inputs, *self.infos(names, carried_avals)], outputs)
+        limit = np.asarray(np.iinfo(np.int64).max if length is None else length, np.int64)
+        return self.add_many("Loop", len(avals), limit, first, *carried, body=graph)
+
+    def infos(self, names: Sequence[str], avals: Sequence[Any]) -> list[Any]:
+        return [self.info(name, aval) for name, aval in zip(names, avals, strict=True)]
+
+    def _inner_graph(self, nodes: Sequence[Any], inputs: Sequence[Any], outputs: Any) -> Any:
+        return self.onnx.helper.make_graph(nodes, self._new("graph"), inputs, outputs)
 
     def _new(self, kind: str) -> str:
         self._count += 1

@@ -1,10 +1,23 @@
-"""How far two programs' detections of the same images are apart."""
+"""An export beside its original: the same images through both, and AP of both."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+
+from solov2_jax.data.buckets import Bucket
+from solov2_jax.data.images import read_image
+from solov2_jax.evaluation.coco import CocoEvaluator, json_metrics
+from solov2_jax.evaluation.evaluate import evaluate
+from solov2_jax.inference.preprocess import InputOptions, make_batches, make_example
+from solov2_jax.io import InputError
+from solov2_jax.tools.export.exported import ExportedPredictor
+from solov2_jax.tools.export.program import Program
+from solov2_jax.tools.report.full_resolution import FullResolutionBatches, FullResolutionPredictor
 
 Outputs = Mapping[str, np.ndarray]
 # Masks that overlap less are different objects.
@@ -26,10 +39,6 @@ class Parity:
     # the threshold comes and goes with the last bit of its score.
     unpaired: int
     best_unpaired_score: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the fields by name."""
-        return asdict(self)
 
     def summary(self) -> str:
         """Returns one line for people."""
@@ -118,3 +127,95 @@ def _pair(a: Outputs, b: Outputs) -> list[tuple[int, int, float]]:
         if all(m != p[0] and n != p[1] for p in found):
             found.append((m, n, float(iou[m, n])))
     return found
+
+
+def measure_parity(program: Program, exported: ExportedPredictor, images: Sequence[str]) -> Parity:
+    """Returns how far the exported files are from the original on the images.
+
+    Args:
+      program: the original, which runs in the form that is fastest here.
+    """
+    original = jax.jit(program)
+
+    def outputs() -> Iterator[tuple[Outputs, Outputs]]:
+        for bucket in exported.input.buckets:
+            for inputs in calibration(exported.input, exported.batch, images, bucket):
+                yield jax.device_get(original(**inputs)), exported.run(**inputs)
+
+    return compare(outputs(), exported.metadata["options"]["mask_threshold"])
+
+
+def calibration(
+    options: InputOptions, batch_size: int, images: Sequence[str], bucket: Bucket
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields batches of the images as a file takes them: of its shape, else turned.
+
+    A data set of landscapes shows a file for portraits something too.
+
+    Args:
+      options: of the exported program, with all its padded shapes.
+    """
+    examples = _examples(options, images, bucket)
+    for start in range(0, len(examples), batch_size):
+        for batch in make_batches(examples[start : start + batch_size], batch_size):
+            yield {key: batch[key] for key in ("image", "image_size")}
+
+
+def check_images(images: Sequence[str], bucket: Bucket, options: InputOptions) -> None:
+    """Raises InputError when no image has a padded shape."""
+    if not _examples(options, images, bucket, first=True):
+        raise InputError(
+            f"--images: none of {len(images)} images has the padded shape "
+            f"{bucket[0]}x{bucket[1]}, so its file cannot be compared; give images "
+            "that do with --images, or leave the shape out of --shape"
+        )
+
+
+def _examples(
+    options: InputOptions, images: Sequence[str], bucket: Bucket, first: bool = False
+) -> list[dict[str, np.ndarray]]:
+    """Returns the images of a padded shape, or those that have it when turned.
+
+    Args:
+      first: one of either suffices.
+    """
+    straight, turned = [], []
+    only = replace(options, buckets=(bucket,))
+    for number, path in enumerate(images):
+        picture = read_image(path)
+        example = make_example(picture, number, options)
+        if example["image"].shape[:2] == tuple(bucket):
+            straight.append(example)
+        elif not straight and (bucket[1], bucket[0]) == example["image"].shape[:2]:
+            picture = np.ascontiguousarray(np.rot90(picture))
+            turned.append(make_example(picture, number, only))
+        if first and (straight or turned):
+            break
+    return straight or turned
+
+
+def measure_ap(
+    original: Any,
+    exported: ExportedPredictor,
+    dataset: Any,
+    folder: str | os.PathLike[str],
+    max_images: int,
+) -> dict[str, dict[str, float | None]]:
+    """Returns AP of the original and of the export, on the same images.
+
+    Args:
+      folder: each writes its predictions and metrics to a folder below it.
+    """
+    evaluator = CocoEvaluator(dataset.annotation_file, dataset.category_ids, dataset.class_names)
+    measured = {}
+    for name, predictor in (("original", original), ("exported", exported)):
+        metrics = evaluate(
+            FullResolutionPredictor(predictor),
+            evaluator,
+            dataset,
+            FullResolutionBatches(dataset, max_images),
+            Path(folder) / name,
+        )
+        names = ("segm/AP", "segm/AP50", "segm/AP75", "bbox/AP", "num_images")
+        measured[name] = json_metrics({key: metrics[key] for key in names if key in metrics})
+    return measured

@@ -1,8 +1,7 @@
 """Each primitive of a jaxpr in a few array operations, which every writer has.
 
 A rule has the form (writer, equation, inputs) -> outputs. The writers are
-`onnx_graph.Graph` and `tf_graph.TensorFlowGraph`; both have the methods that are called
-here, and `writer.apply(name, ...)` for a primitive that is one operator on the same inputs.
+`onnx_graph.Graph`, which documents the operations, and `tf_graph.TensorFlowGraph`.
 Names of primitives are JAX's, see `jax.lax`. What has no form is refused here, once, in
 the same words for all formats.
 """
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from jax.lax import GatherScatterMode
 
-from solov2_jax.tools.export.jaxpr import Equation, Rule, Value
+from solov2_jax.tools.export.jaxpr import Equation, Rule, Value, walk
 
 Inputs = Sequence[Value]
 
@@ -30,21 +29,9 @@ def _elementwise(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
     return [w.apply(eqn.name, *inputs)]
 
 
-def _same(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
-    return list(inputs)
-
-
-def _integer_pow(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
-    return [w.apply("pow", inputs[0], np.asarray(eqn["y"], eqn.outputs[0].dtype))]
-
-
 def _clamp(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
     low, x, high = inputs
     return [w.apply("min", w.apply("max", x, low), high)]
-
-
-def _convert(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
-    return [w.cast(inputs[0], eqn["new_dtype"])]
 
 
 def _select_n(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
@@ -63,22 +50,6 @@ def _broadcast_in_dim(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
     return [x if tuple(placed) == shape else w.expand(x, shape)]
 
 
-def _reshape(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
-    return [w.reshape(inputs[0], eqn.outputs[0].shape)]
-
-
-def _transpose(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
-    return [w.transpose(inputs[0], eqn["permutation"])]
-
-
-def _concatenate(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
-    return [w.concat(inputs, eqn["dimension"])]
-
-
-def _stack(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
-    return [w.stack(inputs, eqn["axis"])]
-
-
 def _split(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
     return list(w.split(inputs[0], [int(n) for n in eqn["sizes"]], eqn["axis"]))
 
@@ -88,10 +59,6 @@ def _slice(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
     return [w.slice(inputs[0], starts, ends, eqn["strides"] or [1] * len(starts))]
 
 
-def _rev(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
-    return [w.reverse(inputs[0], eqn["dimensions"], eqn.inputs[0].shape)]
-
-
 def _pad(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
     config = [tuple(int(n) for n in axis) for axis in eqn["padding_config"]]
     if any(interior for _, _, interior in config):
@@ -99,10 +66,6 @@ def _pad(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
     x, fill = inputs
     pads = [(low, high) for low, high, _ in config]
     return [w.pad(x, pads, fill, eqn.inputs[0])]
-
-
-def _reduce(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
-    return [w.reduce(eqn.name, inputs[0], [int(axis) for axis in eqn["axes"]])]
 
 
 def _argmax(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
@@ -239,6 +202,55 @@ def _sort(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
     return [values, *(w.transpose(x, order) for x in others)]
 
 
+def _cond(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
+    index, *operands = inputs
+    branches = eqn["branches"]
+
+    def from_branch(first: int) -> list[Value]:
+        """Returns the outputs of branch `index`, which is not before `first`."""
+
+        def take() -> list[Value]:
+            return walk(branches[first], operands, RULES, w)
+
+        if first == len(branches) - 1:
+            return take()
+        # TFLite has no operation that chooses one of many.
+        is_first = w.apply("eq", index, np.asarray(first, eqn.inputs[0].dtype))
+        return w.choose(is_first, take, lambda: from_branch(first + 1), eqn.outputs)
+
+    return from_branch(0)
+
+
+def _while(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
+    num_test = eqn["cond_nconsts"]
+    first_carried = num_test + eqn["body_nconsts"]
+    test_program, body_program = eqn["cond_jaxpr"], eqn["body_jaxpr"]
+
+    def test(state: Inputs) -> Value:
+        return walk(test_program, [*inputs[:num_test], *state], RULES, w)[0]
+
+    def body(_: Value, state: Inputs) -> tuple[list[Value], list[Value]]:
+        return walk(body_program, [*inputs[num_test:first_carried], *state], RULES, w), []
+
+    return w.loop(inputs[first_carried:], eqn.outputs, body, test=test)
+
+
+def _scan(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
+    consts, carried, stacked = scan_inputs(eqn, inputs)
+    program, length, num_carry = eqn["jaxpr"], eqn["length"], len(carried)
+
+    def body(at: Value, state: Inputs) -> tuple[list[Value], list[Value]]:
+        rows = [w.take(x, at, 0) for x in stacked]
+        out = walk(program, [*consts, *state, *rows], RULES, w)
+        return out[:num_carry], out[num_carry:]
+
+    if length == 1:  # a batch of one image: no loop
+        state, made = body(np.asarray(0, np.int64), carried)
+        shapes = [aval.shape for aval in eqn.outputs[num_carry:]]
+        return [*state, *(w.reshape(x, shape) for x, shape in zip(made, shapes, strict=True))]
+    return w.loop(carried, eqn.outputs, body, length=length)
+
+
 def scan_inputs(eqn: Equation, inputs: Inputs) -> tuple[list[Value], list[Value], list[Value]]:
     """Returns a scan's (constants, carried values, stacked rows).
 
@@ -255,37 +267,42 @@ def scan_inputs(eqn: Equation, inputs: Inputs) -> tuple[list[Value], list[Value]
     return list(inputs[:num_consts]), list(inputs[num_consts:after]), list(inputs[after:])
 
 
-def while_inputs(eqn: Equation, inputs: Inputs) -> tuple[list[Value], list[Value], list[Value]]:
-    """Returns a loop's (constants of the test, constants of the body, carried values)."""
-    num_test, num_body = eqn["cond_nconsts"], eqn["body_nconsts"]
-    after = num_test + num_body
-    return list(inputs[:num_test]), list(inputs[num_test:after]), list(inputs[after:])
-
-
-ARRAY_RULES: dict[str, Rule] = {
+# Rules of one line are written in the table.
+RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
-    **dict.fromkeys(("expand_dims", "reshape", "squeeze"), _reshape),
-    **dict.fromkeys(("copy", "stop_gradient"), _same),
-    **{f"reduce_{kind}": _reduce for kind in ("and", "max", "min", "or", "sum")},
+    **dict.fromkeys(
+        ("expand_dims", "reshape", "squeeze"),
+        lambda w, eqn, inputs: [w.reshape(inputs[0], eqn.outputs[0].shape)],
+    ),
+    **dict.fromkeys(("copy", "stop_gradient"), lambda w, eqn, inputs: list(inputs)),
+    **dict.fromkeys(
+        ("reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_sum"),
+        lambda w, eqn, inputs: [w.reduce(eqn.name, inputs[0], [int(a) for a in eqn["axes"]])],
+    ),
     "argmax": _argmax,
     "broadcast_in_dim": _broadcast_in_dim,
     "clamp": _clamp,
-    "concatenate": _concatenate,
+    "concatenate": lambda w, eqn, inputs: [w.concat(inputs, eqn["dimension"])],
+    "cond": _cond,
     "conv_general_dilated": _conv,
-    "convert_element_type": _convert,
+    "convert_element_type": lambda w, eqn, inputs: [w.cast(inputs[0], eqn["new_dtype"])],
     "dot_general": _dot_general,
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
     "gather": _gather,
-    "integer_pow": _integer_pow,
+    "integer_pow": lambda w, eqn, inputs: [
+        w.apply("pow", inputs[0], np.asarray(eqn["y"], eqn.outputs[0].dtype))
+    ],
     "iota": _iota,
     "pad": _pad,
-    "rev": _rev,
+    "rev": lambda w, eqn, inputs: [w.reverse(inputs[0], eqn["dimensions"], eqn.inputs[0].shape)],
+    "scan": _scan,
     "select_n": _select_n,
     "slice": _slice,
     "sort": _sort,
     "split": _split,
-    "stack": _stack,
+    "stack": lambda w, eqn, inputs: [w.stack(inputs, eqn["axis"])],
     "top_k": _top_k,
-    "transpose": _transpose,
+    "transpose": lambda w, eqn, inputs: [w.transpose(inputs[0], eqn["permutation"])],
+    "while": _while,
 }

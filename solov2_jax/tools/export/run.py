@@ -7,7 +7,7 @@ The folder then holds a file for each padded shape, `metadata.json`, and in
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,17 @@ import jax.numpy as jnp
 
 from solov2_jax.data.buckets import Bucket, check_buckets
 from solov2_jax.io import InputError, write_json
-from solov2_jax.tools.export.exported import ExportedPredictor, format_module, input_of
-from solov2_jax.tools.export.measure import calibration, check_images, measure_parity
+from solov2_jax.tools.export.exported import ExportedPredictor, input_of
+from solov2_jax.tools.export.formats import Format, find_format, quantize_onnx
 from solov2_jax.tools.export.metadata import (
     FILE,
     REPORT,
     default_buckets,
     describe_export,
     file_name,
-    write_metadata,
     written_by_exports,
 )
+from solov2_jax.tools.export.parity import calibration, check_images, measure_parity
 from solov2_jax.tools.export.program import MASKS, Program, make_program
 
 log = logging.getLogger(__name__)
@@ -68,8 +68,7 @@ def export(
       InputError: naming what the format cannot do, the shape that no image has, or the
         file that is not an export's; before anything is written.
     """
-    module = format_module(options.file_format)
-    check_options(module, model, options)
+    check_options(find_format(options.file_format), model, options)
     buckets = check_buckets(options.buckets, "--shape")
     buckets = buckets or default_buckets(predictor.input)
     metadata = describe_export(
@@ -84,10 +83,21 @@ def export(
         category_ids=predictor.category_ids,
         source=source,
     )
-    original = _program(model, predictor, options.masks)
-    program = original
-    if options.precision == "float16" and options.file_format == "stablehlo":
-        program = _program(model, predictor, options.masks, half_weights=True)
+
+    def program_of(half_weights: bool) -> Program:
+        return make_program(
+            model,
+            predictor.variables,
+            predictor.input,
+            predictor.options,
+            options.masks,
+            half_weights=half_weights,
+        )
+
+    original = program_of(half_weights=False)
+    # The other formats store halved weights themselves.
+    halved = options.precision == "float16" and options.file_format == "stablehlo"
+    program = program_of(half_weights=True) if halved else original
     path = Path(folder)
     for bucket in buckets:
         check_images(images, bucket, input_of(metadata))
@@ -96,12 +106,12 @@ def export(
     if not overwrite:
         refuse_foreign(path, targets - own)
     path.mkdir(parents=True, exist_ok=True)
-    write_metadata(path, metadata)
+    write_json(metadata, path / FILE)
     exported = ExportedPredictor(path)
     sizes = _write_programs(program, exported, options, path, images)
     parity = measure_parity(original, exported, images)
     written = sorted(targets | {name for name in own if (path / name).exists()})
-    report = {"parity": parity.to_dict(), "bytes": sizes, "written": written}
+    report = {"parity": asdict(parity), "bytes": sizes, "written": written}
     write_json(report, path / REPORT)
     log.info("parity: %s", parity.summary())
     return report
@@ -115,13 +125,16 @@ def _write_programs(
     images: Sequence[str],
 ) -> dict[str, int]:
     """Writes a program for each image shape; returns the files' sizes in bytes."""
-    module, metadata, sizes = format_module(options.file_format), exported.metadata, {}
+    chosen, sizes = find_format(options.file_format), {}
     for bucket in exported.input.buckets:
         file = folder / file_name(bucket, options.file_format)
-        module.write(program, input_shapes(options.batch, bucket), file, metadata)
+        image = jax.ShapeDtypeStruct((options.batch, *bucket, 3), jnp.uint8)
+        image_size = jax.ShapeDtypeStruct((options.batch, 2), jnp.int32)
+        chosen.write(program, (image, image_size), file, exported.metadata)
         if options.precision == "int8":
-            module.quantize(file, calibration(exported.input, exported.batch, images, bucket))
-        sizes[file.name] = size_of(file)
+            quantize_onnx(file, calibration(exported.input, exported.batch, images, bucket))
+        parts = file.rglob("*") if file.is_dir() else [file]
+        sizes[file.name] = sum(part.stat().st_size for part in parts if part.is_file())
         log.info("written: %s, %.1f MB", file, sizes[file.name] / 1e6)
     return sizes
 
@@ -138,12 +151,12 @@ def refuse_foreign(folder: Path, names: set[str]) -> None:
             )
 
 
-def check_options(module: Any, model: Any, options: ExportOptions) -> None:
-    """Raises a ValueError that names what a format cannot do."""
+def check_options(chosen: Format, model: Any, options: ExportOptions) -> None:
+    """Raises an InputError that names what a format cannot do."""
     name = options.file_format
-    if options.precision not in module.PRECISIONS:
+    if options.precision not in chosen.precisions:
         raise InputError(
-            f"--precision={options.precision}: {name} has only {', '.join(module.PRECISIONS)}"
+            f"--precision={options.precision}: {name} has only {', '.join(chosen.precisions)}"
         )
     if options.masks not in MASKS:
         raise InputError(f"--masks={options.masks}: choose one of {', '.join(MASKS)}")
@@ -152,26 +165,3 @@ def check_options(module: Any, model: Any, options: ExportOptions) -> None:
             f"--format={name}: its runtime has no bfloat16 convolutions on the CPU; "
             "add --config.model.dtype=float32, which the same weights fit"
         )
-
-
-def input_shapes(batch: int, bucket: Bucket) -> tuple[Any, Any]:
-    """Returns the types and shapes of a program's inputs."""
-    image = jax.ShapeDtypeStruct((batch, *bucket, 3), jnp.uint8)
-    return image, jax.ShapeDtypeStruct((batch, 2), jnp.int32)
-
-
-def size_of(path: Path) -> int:
-    """Returns the bytes of a file, or of all files in a folder."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(f.stat().st_size for f in files if f.is_file())
-
-
-def _program(model: Any, predictor: Any, masks: str, half_weights: bool = False) -> Program:
-    return make_program(
-        model,
-        predictor.variables,
-        predictor.input,
-        predictor.options,
-        masks,
-        half_weights,
-    )
