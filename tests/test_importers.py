@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_coco import annotation, content, square, whole, write
 
 from solov2_jax.data.coco import CocoDataset, load_coco
-from solov2_jax.tools.doctor.measure import draw
+from solov2_jax.data.rasterize import draw_object
 from solov2_jax.tools.importers.__main__ import main
 from solov2_jax.tools.importers.names import read_names
 from solov2_jax.tools.synthetic.shapes import ShapesSettings, write_shapes
@@ -29,7 +29,7 @@ def objects(dataset: CocoDataset) -> Objects:
     for i in range(len(dataset)):
         size = int(dataset.heights[i]), int(dataset.widths[i])
         for a in range(dataset.start[i], dataset.start[i + 1]):
-            crop = draw(dataset, a, size, size)
+            crop = draw_object(dataset.segmentations, a, size)
             name = dataset.class_names[dataset.labels[a]]
             found.append((str(dataset.file_names[i]), name, whole(crop, size)))
     return found
@@ -116,7 +116,7 @@ def to_labelme(dataset: CocoDataset, folder: Path) -> None:
                 shape = {"shape_type": "polygon", "points": points, "group_id": group}
                 shapes.append(base | shape)
             if not polygons:
-                crop = draw(dataset, a, size, size)
+                crop = draw_object(dataset.segmentations, a, size)
                 assert crop is not None
                 h, w = crop.pixels.shape
                 corner = [crop.left, crop.top]
@@ -180,7 +180,7 @@ def to_png(dataset: CocoDataset, folder: Path, palette: bool) -> None:
         size = int(dataset.heights[i]), int(dataset.widths[i])
         numbers, kinds = np.zeros(size, np.uint16), np.zeros(size, np.uint8)
         for a in range(dataset.start[i], dataset.start[i + 1]):
-            crop = draw(dataset, a, size, size)
+            crop = draw_object(dataset.segmentations, a, size)
             mask = whole(crop, size) > 0
             numbers[mask] = a - dataset.start[i] + 1 + (0 if palette else 300)
             kinds[mask] = dataset.category_ids[dataset.labels[a]]

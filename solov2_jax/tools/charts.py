@@ -2,10 +2,14 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from solov2_jax.io import write_bytes
+from solov2_jax.tools.html import PagePicture, data_url
 
 INK, GREY, GRID = "#24292f", "#c8ccd1", "#eceef0"
 BLUE, ORANGE, GREEN, RED = "#2f6db5", "#d97a26", "#3d8f5f", "#b0413e"
@@ -29,11 +33,16 @@ def panels(width: float, height: float, columns: int = 1) -> tuple[Figure, list[
     return figure, axes
 
 
-def png(figure: Figure) -> bytes:
-    """Returns a figure as a file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white")
-    return buffer.getvalue()
+def write_charts(figures: Mapping[str, Figure], folder: Path) -> dict[str, PagePicture]:
+    """Returns the figures for a page, written to `<folder>/<name>.png` too."""
+    pictures = {}
+    for name, figure in figures.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", facecolor="white")
+        write_bytes(buffer.getvalue(), folder / f"{name}.png")
+        url = data_url(buffer.getvalue(), "png")
+        pictures[name] = PagePicture(url, round(96 * figure.get_figwidth()))
+    return pictures
 
 
 def label(ax: Axes, title: str, x: str = "", y: str = "") -> None:

@@ -6,13 +6,30 @@ from typing import Any
 import numpy as np
 
 from solov2_jax.data.coco import CocoDataset, missing_files, read_coco
-from solov2_jax.tools.doctor.advice import Advice, advise
 from solov2_jax.tools.doctor.files import FileFacts, file_findings, leaked, read_files
-from solov2_jax.tools.doctor.findings import ERROR, NOTE, WARNING, Finding, one_finding, worst
-from solov2_jax.tools.doctor.grids import GridCollisions, Layout, grid_collisions, grid_findings
-from solov2_jax.tools.doctor.limits import DataLimits, limit_findings, training_limit_findings
+from solov2_jax.tools.doctor.findings import (
+    ERROR,
+    NOTE,
+    WARNING,
+    DataLimits,
+    Finding,
+    class_findings,
+    empty_findings,
+    limit_findings,
+    object_findings,
+    one_finding,
+    training_limit_findings,
+    worst,
+)
+from solov2_jax.tools.doctor.grids import (
+    Advice,
+    GridCollisions,
+    Layout,
+    advise,
+    grid_collisions,
+    grid_findings,
+)
 from solov2_jax.tools.doctor.measure import MeasuredObjects, measure
-from solov2_jax.tools.doctor.objects import class_findings, empty_findings, object_findings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +46,12 @@ class Part:
 
     def readable(self) -> np.ndarray:
         """Returns the images whose file agrees with the json, int."""
-        size = zip(self.dataset.heights, self.dataset.widths, strict=True)
-        stated = dict(enumerate(size))
-        pairs = zip(self.indices.tolist(), self.files, strict=True)
-        return np.array(
-            [i for i, f in pairs if not f.problem and (f.height, f.width) == stated[i]],
-            int,
-        )
+        heights, widths = self.dataset.heights[self.indices], self.dataset.widths[self.indices]
+        agrees = [
+            not f.problem and (f.height, f.width) == (height, width)
+            for f, height, width in zip(self.files, heights, widths, strict=True)
+        ]
+        return self.indices[agrees]
 
 
 VERDICTS = {
@@ -119,17 +135,9 @@ def _part(name: str, dataset: CocoDataset, settings: Settings) -> Part:
     """Returns a part with its own findings."""
     indices = spread(len(dataset), settings.max_images)
     files = read_files(dataset, indices.tolist())
-    objects = measure(dataset, indices.tolist(), settings.short, settings.max_size)
-    collisions = grid_collisions(objects, settings.layout)
-    findings = [
-        *file_findings(dataset, indices.tolist(), files),
-        *object_findings(dataset, objects),
-        *grid_findings(objects, collisions),
-        *limit_findings(dataset, settings.limits),
-    ]
-    if name == "training":
-        findings += empty_findings(dataset, settings.keep_empty)
-        findings += training_limit_findings(dataset, settings.limits, collisions.pairs)
+    training = name == "training"
+    objects, collisions, findings = examine_objects(dataset, indices, settings, training=training)
+    findings = file_findings(dataset, indices.tolist(), files) + findings
     if len(indices) < len(dataset):
         text = f"looked at {len(indices)} of {len(dataset)} images (--max_images)"
         findings += one_finding(NOTE, text)
@@ -142,6 +150,23 @@ def _part(name: str, dataset: CocoDataset, settings: Settings) -> Part:
         collisions=collisions,
         findings=findings,
     )
+
+
+def examine_objects(
+    dataset: CocoDataset, indices: np.ndarray, settings: Settings, *, training: bool
+) -> tuple[MeasuredObjects, GridCollisions, list[Finding]]:
+    """Returns what the annotations alone tell about some images, int."""
+    objects = measure(dataset, indices.tolist(), settings.short, settings.max_size)
+    collisions = grid_collisions(objects, settings.layout)
+    findings = [
+        *object_findings(dataset, objects),
+        *grid_findings(objects, collisions),
+        *limit_findings(dataset, settings.limits),
+    ]
+    if training:
+        findings += empty_findings(dataset, settings.keep_empty)
+        findings += training_limit_findings(dataset, settings.limits, collisions.pairs)
+    return objects, collisions, findings
 
 
 def spread(number: int, limit: int) -> np.ndarray:

@@ -1,15 +1,23 @@
-"""How objects fit grids and scale ranges, and which would suit them."""
+"""How objects fit grids and scale ranges, and which settings would suit them."""
 
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
+from solov2_jax.data.coco import CocoDataset
 from solov2_jax.tools.doctor.findings import WARNING, Finding, one_finding, share
 from solov2_jax.tools.doctor.measure import MeasuredObjects
 from solov2_jax.tools.grid_assignment import assign_grid, count_collisions
 
 STRIDE = 32
+SHORT_SIDES = (320, 448, 512, 640, 800, 1024, 1280)
+# At the input size that is suggested, nine of ten objects cover at least this, which
+# is 4 x 4 pixels of the mask.
+WANTED_SIDE = 16.0
+# The reference's: 16 images per step at a rate of 0.01, about 12 to 36 epochs.
+BATCH, RATE, EPOCHS = 16, 0.01, 36
+FEW_LOST = 0.005  # share of lost objects up to which no denser grid is looked for
 Ranges = tuple[tuple[int, int], ...]
 
 
@@ -87,13 +95,9 @@ def grid_collisions(objects: MeasuredObjects, layout: Layout) -> GridCollisions:
 def grid_findings(objects: MeasuredObjects, collisions: GridCollisions) -> list[Finding]:
     """Returns objects that no cell stands for."""
     findings = []
-    for rows, text in (
-        (
-            collisions.without_cell,
-            "objects have no grid cell of their own: others take all of theirs",
-        ),
-        (collisions.out_of_range, "objects are in no level's scale range and are not trained"),
-    ):
+    alone = "objects have no grid cell of their own: others take all of theirs"
+    outside = "objects are in no level's scale range and are not trained"
+    for rows, text in ((collisions.without_cell, alone), (collisions.out_of_range, outside)):
         if len(rows):
             images = objects.image[rows]
             # Fullest images first: those are worth a look.
@@ -101,20 +105,6 @@ def grid_findings(objects: MeasuredObjects, collisions: GridCollisions) -> list[
             text = f"{share(len(rows), collisions.total)} {text}"
             findings += one_finding(WARNING, text, images=images[order].tolist())
     return findings
-
-
-def layouts(base: Layout, sides: np.ndarray) -> list[Layout]:
-    """Returns layouts to try: denser grids, and ranges that follow the objects.
-
-    Args:
-      sides: of the objects' boxes at the layout's scale, pixels.
-    """
-    result = []
-    for factor in (1.0, 1.5, 2.0):
-        grids = tuple(round(g * factor) for g in base.num_grids)
-        for ranges in (base.scale_ranges, fitted_ranges(sides, len(grids))):
-            result.append(dataclasses.replace(base, num_grids=grids, scale_ranges=ranges))
-    return result
 
 
 def fitted_ranges(sides: np.ndarray, levels: int) -> Ranges:
@@ -127,20 +117,24 @@ def fitted_ranges(sides: np.ndarray, levels: int) -> Ranges:
 
 
 def best_layout(
-    objects: MeasuredObjects, base: Layout, sides: np.ndarray, enough: float = 0.005
-) -> tuple[Layout, GridCollisions, list[tuple[Layout, GridCollisions]]]:
-    """Returns the sparsest layout that loses few objects, and all that were tried.
+    objects: MeasuredObjects, base: Layout, sides: np.ndarray
+) -> tuple[Layout, GridCollisions]:
+    """Returns the sparsest layout that loses few objects.
+
+    Tried are denser grids, and ranges that follow the objects.
 
     Args:
-      enough: share of lost objects from which on a denser grid is not looked for.
+      sides: of the objects' boxes at the layout's scale, pixels.
     """
     tried: list[tuple[Layout, GridCollisions]] = []
-    for layout in layouts(base, sides):
-        tried.append((layout, grid_collisions(objects, layout)))
-        if tried[-1][1].untrained_share <= enough:
-            return *tried[-1], tried
-    best = min(tried, key=lambda t: t[1].untrained_share)
-    return *best, tried
+    for factor in (1.0, 1.5, 2.0):
+        grids = tuple(round(g * factor) for g in base.num_grids)
+        for ranges in (base.scale_ranges, fitted_ranges(sides, len(grids))):
+            layout = dataclasses.replace(base, num_grids=grids, scale_ranges=ranges)
+            tried.append((layout, grid_collisions(objects, layout)))
+            if tried[-1][1].untrained_share <= FEW_LOST:
+                return tried[-1]
+    return min(tried, key=lambda pair: pair[1].untrained_share)
 
 
 def table(layout: Layout, collisions: GridCollisions) -> list[Sequence[str]]:
@@ -156,3 +150,102 @@ def table(layout: Layout, collisions: GridCollisions) -> list[Sequence[str]]:
         cells = (f"{grid} x {grid}", f"{low} to {high} px", str(number), part)
         rows.append((str(i + 1), *cells, str(int(collisions.most[i]))))
     return rows
+
+
+# --- Suggested settings --------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """Suggested values of config keys, with what they rest on."""
+
+    short: int
+    max_size: int
+    layout: Layout
+    collisions: GridCollisions
+    batch_size: int
+    learning_rate: float
+    steps: int
+    reasons: tuple[str, ...]
+
+    @property
+    def milestones(self) -> tuple[int, int]:
+        """Steps at which the rate falls, as far along as in the reference."""
+        return round(self.steps * 7 / 9), round(self.steps * 25 / 27)
+
+    def overrides(self) -> list[str]:
+        """Returns the flags that set what is suggested, for train.py."""
+        layout = self.layout
+        return [
+            f"--config.input.min_sizes_train='({self.short},)'",
+            f"--config.input.max_size_train={self.max_size}",
+            f"--config.input.min_size_test={self.short}",
+            f"--config.input.max_size_test={self.max_size}",
+            f"--config.model.ins_head.num_grids='{compact(layout.num_grids)}'",
+            f"--config.targets.scale_ranges='{compact(layout.scale_ranges)}'",
+            f"--config.train.batch_size={self.batch_size}",
+            f"--config.optim.learning_rate={self.learning_rate:g}",
+            f"--config.train.steps={self.steps}",
+            f"--config.optim.milestones='{compact(self.milestones)}'",
+            f"--config.optim.warmup_steps={min(1000, self.steps // 5)}",
+        ]
+
+
+def compact(value: object) -> str:
+    """Returns a tuple as text without spaces."""
+    return str(value).replace(" ", "")
+
+
+def advise(dataset: CocoDataset, objects: MeasuredObjects, base: Layout, short: int) -> Advice:
+    """Returns what would suit the training data.
+
+    Args:
+      base: the config's grids and ranges.
+      short: the shorter side that the objects were measured at, pixels.
+    """
+    sides = np.sqrt(np.maximum(objects.area[objects.area > 0], 1))
+    original = np.minimum(dataset.heights, dataset.widths)
+    limit = 2 * float(np.median(original))
+    small = float(np.percentile(sides, 10)) if len(sides) else WANTED_SIDE
+    fit = [s for s in SHORT_SIDES if s <= limit] or [SHORT_SIDES[0]]
+    good = [s for s in fit if small * s / short >= WANTED_SIDE]
+    chosen = good[0] if good else fit[-1]
+    reasons = [
+        f"at a short side of {chosen} pixels nine of ten objects are at least "
+        f"{small * chosen / short:.0f} pixels wide (square root of the area)"
+    ]
+    if not good:
+        reasons.append(
+            f"that is under {WANTED_SIDE:.0f}: objects are small for their images; cut "
+            "the images into tiles for more"
+        )
+    scale = chosen / short
+    box = objects.box[:, 2:] - objects.box[:, :2]
+    boxes = np.sqrt(np.maximum(box.prod(axis=1), 0)) * scale
+    scaled = dataclasses.replace(base, scale=scale)
+    layout, collisions = best_layout(objects, scaled, boxes)
+    reasons.append(
+        f"with these grids and ranges {100 * collisions.untrained_share:.2f} % of the objects "
+        "have no cell"
+    )
+    longer = np.maximum(dataset.heights, dataset.widths) * (chosen / original)
+    max_size = int(np.ceil(min(float(np.percentile(longer, 95)), 2.0 * chosen) / 32) * 32)
+    batch = 1 << int(np.log2(np.clip(len(dataset) / 40, 2, BATCH)))
+    steps = max(500, round(EPOCHS * len(dataset) / batch / 100) * 100)
+    reasons.append(
+        f"{batch} images per step at a rate of {RATE:g} x {batch} / {BATCH} (SGD): if "
+        "memory allows fewer, lower both together"
+    )
+    reasons.append(
+        f"{steps} steps are {steps * batch / len(dataset):.0f} passes over the training data"
+    )
+    return Advice(
+        short=chosen,
+        max_size=max(max_size, chosen),
+        layout=layout,
+        collisions=collisions,
+        batch_size=batch,
+        learning_rate=RATE * batch / BATCH,
+        steps=steps,
+        reasons=tuple(reasons),
+    )

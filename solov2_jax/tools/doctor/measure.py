@@ -8,12 +8,20 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from solov2_jax.data.coco import CocoDataset
-from solov2_jax.data.rasterize import draw_object
-from solov2_jax.data.transforms import shortest_edge_sizes
-from solov2_jax.rle import Crop
+from solov2_jax.data.rasterize import (
+    bounding_boxes,
+    draw_spans,
+    mass_centers,
+    select_spans,
+    spans_to_masks,
+    stride4_masks,
+)
+from solov2_jax.data.transforms import Affine, shortest_edge_sizes
+from solov2_jax.rle import InvalidRLE, Spans
 
 # Two objects of one class whose masks have this IoU are one object, annotated twice.
 SAME_IOU = 0.9
+_rle: Any = coco_mask  # its type stubs are narrower than what it takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +30,6 @@ class MeasuredObjects:
 
     image: np.ndarray  # int [A], index in the data set
     index: np.ndarray  # int [A], of the data set's objects
-    label: np.ndarray  # int [A]
     box: np.ndarray  # float32 [A, 4], annotated, clipped to the image
     tight: np.ndarray  # float32 [A, 4], around the outline, clipped likewise
     area: np.ndarray  # int [A], pixels of the mask; 0: nothing is left of it
@@ -55,150 +62,100 @@ def measure(
       short, max_size: of the resize, pixels.
     """
     sizes = shortest_edge_sizes(dataset.heights, dataset.widths, short, max_size)
-    rows: list[tuple[Any, ...]] = []
+    columns: dict[str, list[np.ndarray]] = {}
     twins: list[tuple[int, int]] = []
     damaged: list[str] = []
+    first = 0
     for i in indices:
-        old = int(dataset.heights[i]), int(dataset.widths[i])
-        new = int(sizes[i, 0]), int(sizes[i, 1])
-        crops: list[Crop | None] = []
-        for a in range(int(dataset.start[i]), int(dataset.start[i + 1])):
-            try:
-                crop = draw_object(dataset.segmentations, a, old, new)
-            except ValueError as error:
-                damaged.append(f"annotation {dataset.annotation_ids[a]}: {error}")
-                crop = None
-            crops.append(crop)
-            tight = _extent(dataset, a, old, new)
-            outline = _outline(dataset, a, old, new)
-            rows.append((i, a, tight, *_measure(crop), *outline))
-        first = len(rows) - len(crops)
-        labels = dataset.labels[dataset.start[i] : dataset.start[i + 1]]
-        twins += [(first + a, first + b) for a, b in _twins(crops, labels)]
-    columns = list(zip(*rows, strict=True)) or [()] * 8
-    image, index = np.array(columns[0], int), np.array(columns[1], int)
-    return MeasuredObjects(
-        image,
-        index,
-        dataset.labels[index],
-        _boxes(dataset, image, index, sizes),
-        np.array(columns[2], np.float32).reshape(-1, 4),
-        np.array(columns[3], int),
-        np.array(columns[4], np.float32).reshape(-1, 2),
-        np.array(columns[5], int),
-        np.array(columns[6], bool),
-        np.array(columns[7], np.float32),
-        sizes,
-        tuple(twins),
-        tuple(damaged),
-    )
+        objects = np.arange(dataset.start[i], dataset.start[i + 1])
+        affine = resize_map(dataset, i, (int(sizes[i, 0]), int(sizes[i, 1])))
+        spans, undrawn = draw(dataset, objects, affine)
+        damaged += undrawn
+        area = np.bincount(spans.owner, spans.bottom - spans.top, len(objects)).astype(int)
+        quarter = np.zeros(len(objects), int)
+        for position, crop in stride4_masks(spans, affine.size):
+            quarter[position] = crop.pixels.sum(dtype=int)
+        outlines = [_outline(dataset, a, affine) for a in objects.tolist()]
+        for name, values in (
+            ("image", np.full(len(objects), i)),
+            ("index", objects),
+            ("box", affine.boxes(dataset.boxes[objects])),
+            ("tight", _extents(dataset, objects, affine)),
+            ("area", area),
+            ("center", mass_centers(spans, len(objects))[0]),
+            ("quarter", quarter),
+            ("crossing", np.array([crossing for crossing, _ in outlines], bool)),
+            ("outside", np.array([outside for _, outside in outlines], np.float32)),
+        ):
+            columns.setdefault(name, []).append(values)
+        twins += [(first + a, first + b) for a, b in _twins(spans, dataset.labels[objects], affine)]
+        first += len(objects)
+    table = {name: np.concatenate(values) for name, values in columns.items()}
+    return MeasuredObjects(**table, sizes=sizes, twins=tuple(twins), damaged=tuple(damaged))
 
 
-def _scaled(
-    polygons: list[np.ndarray], old: tuple[int, int], new: tuple[int, int]
-) -> list[np.ndarray]:
-    scale = np.array([new[1] / old[1], new[0] / old[0]])
-    return [(p.reshape(-1, 2) * scale).ravel() for p in polygons]
+def resize_map(dataset: CocoDataset, image: int, size: tuple[int, int]) -> Affine:
+    """Returns the map from an image of the data set to one of another (height, width)."""
+    original = int(dataset.heights[image]), int(dataset.widths[image])
+    return Affine(original, original, np.eye(2, 3)).resized(size)
 
 
-def _measure(crop: Crop | None) -> tuple[Any, ...]:
-    """Returns area, centre and pixels at a quarter."""
-    if crop is None or not crop.pixels.any():
-        return 0, (0.0, 0.0), 0
-    rows, columns = crop.pixels.sum(1, dtype=int), crop.pixels.sum(0, dtype=int)
-    area = int(rows.sum())
-    offset = np.array([crop.left, crop.top])
-    center = np.array([columns @ np.arange(len(columns)), rows @ np.arange(len(rows))])
-    return area, center / area + offset, _quarter_pixels(crop)
+def draw(dataset: CocoDataset, objects: np.ndarray, affine: Affine) -> tuple[Spans, list[str]]:
+    """Returns the masks of an image's objects, and which ones are damaged and left empty."""
+    kept, damaged = list(range(len(objects))), []
+    while True:
+        try:
+            spans = draw_spans(dataset.segmentations, objects[kept].tolist(), affine)
+            return dataclasses.replace(spans, owner=np.array(kept, int)[spans.owner]), damaged
+        except InvalidRLE as error:
+            position = kept.pop(error.position)
+            damaged.append(f"annotation {dataset.annotation_ids[objects[position]]}: {error}")
 
 
-def _quarter_pixels(crop: Crop) -> int:
-    """Returns the pixels left at a quarter of the size: of the middle 2 x 2, two."""
-    top, left = crop.top % 4, crop.left % 4
-    h, w = crop.pixels.shape
-    pad = (top, -(top + h) % 4), (left, -(left + w) % 4)
-    pixels = np.pad(crop.pixels, pad)
-    middle = pixels.reshape(pixels.shape[0] // 4, 4, -1, 4)[:, 1:3, :, 1:3]
-    return int((middle.sum((1, 3), dtype=int) >= 2).sum())
+def _extents(dataset: CocoDataset, objects: np.ndarray, affine: Affine) -> np.ndarray:
+    """Returns the boxes around objects' outlines in the resized image, float32 [n, 4].
 
-
-def _extent(
-    dataset: CocoDataset, index: int, old: tuple[int, int], new: tuple[int, int]
-) -> np.ndarray:
-    """Returns the box around an object's outline in the resized image, float64 [4].
-
-    Of the outline and not of its pixels: at a small size thin parts have none.
+    Of the outlines and not of their pixels: at a small size thin parts have none.
     """
-    segmentations = dataset.segmentations
-    if runs := segmentations.run_lengths(index):
-        x, y, w, h = coco_mask.toBbox({"size": list(old), "counts": runs})
-        points = np.array([[x, y], [x + w, y + h]])
-    else:
-        points = np.concatenate(segmentations.polygons(index)).reshape(-1, 2)
-    points = np.clip(points, 0, [old[1], old[0]]) * [new[1] / old[1], new[0] / old[0]]
-    return np.concatenate([points.min(axis=0), points.max(axis=0)])
+    boxes = np.zeros((len(objects), 4))
+    for box, index in zip(boxes, objects.tolist(), strict=True):
+        if runs := dataset.segmentations.run_lengths(index):
+            x, y, w, h = _rle.toBbox({"size": list(affine.original), "counts": runs})
+            box[:] = x, y, x + w, y + h
+        else:
+            points = np.concatenate(dataset.segmentations.polygons(index)).reshape(-1, 2)
+            box[:] = *points.min(axis=0), *points.max(axis=0)
+    return affine.boxes(boxes)
 
 
-def _outline(
-    dataset: CocoDataset, index: int, old: tuple[int, int], new: tuple[int, int]
-) -> tuple[bool, float]:
+def _outline(dataset: CocoDataset, index: int, affine: Affine) -> tuple[bool, float]:
     """Returns whether an outline crosses itself, and how far it leaves the image."""
-    polygons = _scaled(dataset.segmentations.polygons(index), old, new)
+    height, width = affine.size
     crossing, outside = False, 0.0
-    for polygon in polygons:
-        points = polygon.reshape(-1, 2)
-        beyond = np.concatenate([-points, points - [new[1], new[0]]])
+    for polygon in dataset.segmentations.polygons(index):
+        points = affine.points(polygon.reshape(-1, 2))
+        beyond = np.concatenate([-points, points - [width, height]])
         outside = max(outside, float(beyond.max()))
         x, y = points.T
         net = abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
         around = np.hypot(*(points - np.roll(points, -1, axis=0)).T).sum()
-        flat: Any = [polygon]
-        drawn: Any = coco_mask.frPyObjects(flat, *new)
-        covered = int(coco_mask.area(drawn[0]))
+        covered = int(_rle.area(_rle.frPyObjects([points.ravel()], height, width))[0])
         # Where an outline runs the other way round, its area counts negative; drawing
         # fills it. Half of the edge's pixels may be drawn beyond the outline.
         crossing |= bool(covered - net > 0.1 * covered + 0.75 * around)
     return crossing, outside
 
 
-def _boxes(
-    dataset: CocoDataset, image: np.ndarray, index: np.ndarray, sizes: np.ndarray
-) -> np.ndarray:
-    """Returns the annotated boxes at the network's size, clipped, float32 [A, 4]."""
-    size = sizes[image]
-    old = np.stack([dataset.widths[image], dataset.heights[image]], axis=-1)
-    scale = np.tile(size[:, ::-1] / old, 2)
-    limit = np.tile(size[:, ::-1], 2)
-    return np.clip(dataset.boxes[index] * scale, 0, limit).astype(np.float32)
-
-
-def _twins(crops: Sequence[Crop | None], labels: np.ndarray) -> list[tuple[int, int]]:
+def _twins(spans: Spans, labels: np.ndarray, affine: Affine) -> list[tuple[int, int]]:
     """Returns pairs of objects of one class and nearly the same mask."""
-    boxes = np.array([_rectangle(c) for c in crops], float).reshape(-1, 4)
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    low = np.maximum(boxes[:, None, :2], boxes[None, :, :2])
-    high = np.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
-    both = np.clip(high - low, 0, None).prod(axis=-1)
-    union = areas[:, None] + areas[None] - both
-    near = (both > 0.8 * union) & (labels[:, None] == labels[None]) & (both > 0)
-    pairs = np.argwhere(np.triu(near, 1)).tolist()
-    return [(a, b) for a, b in pairs if mask_iou(crops[a], crops[b]) >= SAME_IOU]
-
-
-def _rectangle(crop: Crop | None) -> tuple[int, int, int, int]:
-    if crop is None:
-        return 0, 0, 0, 0
-    h, w = crop.pixels.shape
-    return crop.left, crop.top, crop.left + w, crop.top + h
-
-
-def mask_iou(a: Crop | None, b: Crop | None) -> float:
-    """Returns the intersection of two masks over their union."""
-    if a is None or b is None:
-        return 0.0
-    x0, y0, x1, y1 = np.maximum(_rectangle(a)[:2], _rectangle(b)[:2]).tolist() + (
-        np.minimum(_rectangle(a)[2:], _rectangle(b)[2:]).tolist()
-    )
-    parts = [c.pixels[y0 - c.top : y1 - c.top, x0 - c.left : x1 - c.left] > 0 for c in (a, b)]
-    both = int((parts[0] & parts[1]).sum()) if x1 > x0 and y1 > y0 else 0
-    return both / (int(a.pixels.sum()) + int(b.pixels.sum()) - both)
+    if len(labels) < 2:
+        return []
+    boxes = bounding_boxes(spans, len(labels)).astype(float)
+    boxes[:, 2:] -= boxes[:, :2]
+    near = _rle.iou(boxes, boxes, [0] * len(boxes)) > 0.8
+    twins = []
+    for pair in np.argwhere(np.triu(near & (labels[:, None] == labels), 1)):
+        a, b = spans_to_masks(select_spans(spans, pair, len(labels)), 2, affine.size)
+        if (a & b).sum() >= SAME_IOU * (a | b).sum():
+            twins.append((int(pair[0]), int(pair[1])))
+    return twins

@@ -9,14 +9,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from solov2_jax.data.images import read_image
-from solov2_jax.data.rasterize import draw_object
+from solov2_jax.data.rasterize import select_spans
 from solov2_jax.inference.draw import distinct_colors, draw_objects, shrink
-from solov2_jax.io import write_bytes, write_text
+from solov2_jax.io import write_text
+from solov2_jax.rle import spans_to_crop
 from solov2_jax.tools import charts, html
 from solov2_jax.tools.doctor.data_report import VERDICTS, DataReport, Part
-from solov2_jax.tools.doctor.findings import NOTE
+from solov2_jax.tools.doctor.findings import NOTE, class_counts
 from solov2_jax.tools.doctor.grids import GridCollisions, Layout, table
-from solov2_jax.tools.doctor.objects import class_counts
+from solov2_jax.tools.doctor.measure import draw, resize_map
 
 LONGEST = 520  # pixels of a picture's longer side
 
@@ -29,23 +30,20 @@ def write_page(report: DataReport, folder: str, number: int) -> str:
     """
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    pictures = {}
-    for name, figure in (draw_charts(report) if report.parts else {}).items():
-        image = charts.png(figure)
-        write_bytes(image, out / f"{name}.png")
-        width = round(96 * figure.get_figwidth())
-        pictures[name] = html.PagePicture(html.data_url(image, "png"), width)
+    drawn = (
+        ("classes", _class_chart),
+        ("sizes", _size_chart),
+        ("images", _image_chart),
+        ("grids", _grid_chart),
+    )
+    figures = {name: draw_chart(report) for name, draw_chart in drawn if report.parts}
+    pictures = charts.write_charts(figures, out)
     grids = [
-        (
-            f"{part.name.capitalize()}, the config",
-            table(report.layout, part.collisions),
-            part.collisions,
-        )
+        (f"{part.name.capitalize()}, the config", report.layout, part.collisions)
         for part in report.parts
     ]
     if advice := report.advice:
-        rows = table(advice.layout, advice.collisions)
-        grids.append(("Training, as suggested", rows, advice.collisions))
+        grids.append(("Training, as suggested", advice.layout, advice.collisions))
     galleries = [g for part in report.parts for g in _suspects(part, number)]
     galleries += [
         (f"{part.name.capitalize()}: images and their objects", _samples(part, number))
@@ -59,7 +57,7 @@ def write_page(report: DataReport, folder: str, number: int) -> str:
         verdict=VERDICTS[report.verdict],
         counts=[_counts(part) for part in report.parts],
         charts=pictures,
-        grids=grids,
+        grids=[(title, table(layout, c), c) for title, layout, c in grids],
         galleries=galleries,
     )
     path = out / "report.html"
@@ -100,19 +98,18 @@ def _picture(part: Part, index: int) -> html.PagePicture:
     """Returns an image with all its objects."""
     data = part.dataset
     image = shrink(read_image(data.path(index)), LONGEST)
-    old = int(data.heights[index]), int(data.widths[index])
-    new = image.shape[0], image.shape[1]
-    rows = range(int(data.start[index]), int(data.start[index + 1]))
+    objects = np.arange(data.start[index], data.start[index + 1])
+    spans, _ = draw(data, objects, resize_map(data, index, (image.shape[0], image.shape[1])))
     crops = []
-    for row in rows:
-        if (crop := draw_object(data.segmentations, row, old, new)) is not None:
-            height, width = crop.pixels.shape
-            window = slice(crop.top, crop.top + height), slice(crop.left, crop.left + width)
-            crops.append((window, crop.pixels > 0))
+    for position in np.unique(spans.owner):
+        crop = spans_to_crop(select_spans(spans, np.array([position]), len(objects)))
+        height, width = crop.pixels.shape
+        window = slice(crop.top, crop.top + height), slice(crop.left, crop.left + width)
+        crops.append((window, crop.pixels > 0))
     painted = Image.fromarray(draw_objects(image, crops, distinct_colors(len(crops))))
     buffer = io.BytesIO()
     painted.save(buffer, "JPEG", quality=85)
-    names = [data.class_names[data.labels[row]] for row in rows]
+    names = [data.class_names[label] for label in data.labels[objects].tolist()]
     classes, count = np.unique(names, return_counts=True)
     order = np.argsort(-count, kind="stable")
     text = ", ".join(f"{count[i]} {classes[i]}" for i in order[:4]) or "no object"
@@ -120,16 +117,6 @@ def _picture(part: Part, index: int) -> html.PagePicture:
     caption = f"{data.file_names[index]}: {text}{more}"
     url = html.data_url(buffer.getvalue(), "jpeg")
     return html.PagePicture(url, painted.width, caption)
-
-
-def draw_charts(report: DataReport) -> dict[str, Figure]:
-    """Returns the charts by name."""
-    return {
-        "classes": _class_chart(report),
-        "sizes": _size_chart(report),
-        "images": _image_chart(report),
-        "grids": _grid_chart(report),
-    }
 
 
 def _class_chart(report: DataReport) -> Figure:

@@ -5,12 +5,8 @@ from typing import Any
 
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.io import InputError
-from solov2_jax.tools.doctor.data_report import settings_of, spread
-from solov2_jax.tools.doctor.findings import ERROR, Finding, share
-from solov2_jax.tools.doctor.grids import grid_collisions, grid_findings
-from solov2_jax.tools.doctor.limits import limit_findings, training_limit_findings
-from solov2_jax.tools.doctor.measure import measure
-from solov2_jax.tools.doctor.objects import class_findings, empty_findings, object_findings
+from solov2_jax.tools.doctor.data_report import examine_objects, settings_of, spread
+from solov2_jax.tools.doctor.findings import ERROR, Finding, class_findings, share
 
 log = logging.getLogger(__name__)
 
@@ -24,19 +20,11 @@ def check_at_start(config: Any, train: CocoDataset, val: CocoDataset) -> list[Fi
 
     What was not looked at is logged too.
     """
-    settings = settings_of(config)
     indices = spread(len(train), LIMIT)
-    objects = measure(train, indices.tolist(), settings.short, settings.max_size)
-    collisions = grid_collisions(objects, settings.layout)
-    findings = [
-        *class_findings(train, val),
-        *empty_findings(train, settings.keep_empty),
-        # Loading the json has told what it dropped.
-        *(f for f in object_findings(train, objects) if not _told(f)),
-        *grid_findings(objects, collisions),
-        *limit_findings(train, settings.limits),
-        *training_limit_findings(train, settings.limits, collisions.pairs),
-    ]
+    _, _, of_objects = examine_objects(train, indices, settings_of(config), training=True)
+    # Loading the json has told what it dropped.
+    untold = [f for f in of_objects if not any(text in f.text for text in _SAID)]
+    findings = class_findings(train, val) + untold
     errors = [f for f in findings if f.level == ERROR]
     if errors:
         raise InputError(
@@ -51,7 +39,3 @@ def check_at_start(config: Any, train: CocoDataset, val: CocoDataset) -> list[Fi
         share(len(indices), len(train)),
     )
     return findings
-
-
-def _told(finding: Finding) -> bool:
-    return any(text in finding.text for text in _SAID)

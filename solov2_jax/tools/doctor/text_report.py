@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from solov2_jax.tools.doctor.advice import Advice
 from solov2_jax.tools.doctor.data_report import VERDICTS, DataReport, Part
-from solov2_jax.tools.doctor.grids import table
-from solov2_jax.tools.doctor.objects import class_counts, percentiles
+from solov2_jax.tools.doctor.findings import class_counts
+from solov2_jax.tools.doctor.grids import Advice, table
 
 WIDTH = 32  # of the longest bar
 MAX_CLASSES = 30  # most and fewest objects; the others are in the page
@@ -28,40 +27,26 @@ def text_report(report: DataReport) -> str:
 
 def _part(part: Part, short: int) -> str:
     data = part.dataset
-    number = data.objects_per_image
     sizes = [f"{int(h)}x{int(w)}" for h, w in zip(data.heights, data.widths, strict=True)]
     common, count = np.unique(sizes, return_counts=True)
-    most = common[np.argmax(count)]
-    middle = percentiles(number, (50, 95, 100))
-    sides = side_lengths(part)
+    shorter = np.minimum(data.heights, data.widths)
+    number = np.percentile(data.objects_per_image, (50, 95, 100))
+    sides = np.sqrt(part.objects.area[part.objects.area > 0])
+    low, middle, high = np.percentile(sides, (5, 50, 95)) if len(sides) else (0, 0, 0)
     lines = [
         f"{part.name}: {data.annotation_file}",
-        f"  {len(data)} images, {len(common)} sizes, most often {most} "
-        f"({count.max()}); shorter side {data_range(data)}",
-        f"  {len(data.labels)} objects of {len(data.class_names)} classes; an image "
-        f"has {middle[0]:.0f} in the middle, {middle[1]:.0f} at the 95th percentile, "
-        f"{middle[2]:.0f} at most",
-        f"  side of an object at an input of {short} pixels: 5 % below "
-        f"{percentiles(sides, (5,))[0]:.0f}, half below "
-        f"{percentiles(sides, (50,))[0]:.0f}, 5 % above "
-        f"{percentiles(sides, (95,))[0]:.0f}",
+        f"  {len(data)} images of {len(common)} sizes, most often {common[np.argmax(count)]} "
+        f"({count.max()}); shorter side {shorter.min()} to {shorter.max()} pixels",
+        f"  {len(data.labels)} objects of {len(data.class_names)} classes; per image: median "
+        f"{number[0]:.0f}, 95th percentile {number[1]:.0f}, maximum {number[2]:.0f}",
+        f"  object side at an input of {short} pixels: 5th percentile {low:.0f}, median "
+        f"{middle:.0f}, 95th percentile {high:.0f}",
         "",
         *_bars(_side_rows(sides)),
         "",
         *_bars(_class_rows(part)),
     ]
     return "\n".join(lines)
-
-
-def data_range(data) -> str:
-    """Returns the range of the images' shorter sides, in words."""
-    short = np.minimum(data.heights, data.widths)
-    return f"{short.min()} to {short.max()} pixels"
-
-
-def side_lengths(part: Part) -> np.ndarray:
-    """Returns the square root of every mask's area, pixels of the input."""
-    return np.sqrt(part.objects.area[part.objects.area > 0])
 
 
 def _side_rows(sides: np.ndarray) -> list[tuple[str, int]]:
