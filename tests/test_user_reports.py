@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reported_cases
 from PIL import Image
+from reported_cases import YOLO, Case
 from tiny_coco import annotation, content, encode_mask, write
 
 from solov2_jax.data import images
@@ -580,3 +582,17 @@ def test_predictions_of_batches_get_the_ids_of_the_json(tmp_path):
         )
     )
     assert [r["image_id"] for r in evaluator.results] == [7 + 2**63]
+
+
+def test_the_script_of_reported_cases_tells_right_from_wrong(tmp_path):
+    photo(tmp_path / "c" / "images" / "x.jpg")
+    label(tmp_path / "c" / "labels" / "x.txt")
+    (tmp_path / "c" / "data.yaml").write_text("train: images\nnames: [yes]\n")
+
+    def fault(right: str, **changes) -> str:
+        return reported_cases.fault(Case("c", YOLO, right, **changes), tmp_path, tmp_path)
+
+    assert fault("1 images .* 1 objects") == fault('"name": "yes"') == ""
+    assert fault("2 images").startswith("not said: ")
+    assert fault("1 images", code=1).startswith("exit code 0")
+    assert fault("1 images", check=lambda printed, out: "no " + out.name[:3]) == "no tmp"
