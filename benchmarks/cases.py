@@ -106,7 +106,7 @@ def write_weights(config: Any) -> dict[str, str]:
             k: golden_weight(k, v.shape, last, gain).astype(np.float32) for k, v in zeros.items()
         }
         np.savez(paths["adelaidet"], **state)
-        np.savez(paths["mmdet"], **to_mmdet(names.from_adelaidet(state)))
+        np.savez(paths["mmdet"], **to_mmdet(names.from_names(names.ADELAIDET, state)[0]))
     return {name: str(path) for name, path in paths.items()}
 
 

@@ -22,12 +22,12 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
 
 from solov2_jax import distributed
 from solov2_jax.classes import Classes, read_classes_file
 from solov2_jax.config import load_config, read_config
 from solov2_jax.io import InputError, read_json, reading, write_json, write_text
-from solov2_jax.weights.convert import flatten_tree
 from solov2_jax.weights.settings import drop_needless, settings_of_config, settings_of_shapes
 from solov2_jax.weights.sources import Weights
 
@@ -360,7 +360,7 @@ def read_run(workdir: str | os.PathLike, checkpoint: str = "last") -> Weights:
     """
     folder = pathlib.Path(workdir)
     variables, step = restore_variables(folder, checkpoint)
-    flat = dict(flatten_tree(jax.device_get(variables)))
+    flat = flatten_dict(jax.device_get(variables), sep="/")
     settings = settings_of_config(read_config(folder / "config.json"))
     settings.update(settings_of_shapes(flat))
     drop_needless(settings)

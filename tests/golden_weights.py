@@ -15,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from solov2_jax.models import SOLOv2
-from solov2_jax.weights.names import from_adelaidet, to_adelaidet
+from solov2_jax.weights.names import ADELAIDET, from_names, to_adelaidet
 
 CATE_GAIN, KERNEL_GAIN = 1.5, 0.25  # of the R18 goldens
 _CATE = "ins_head.cate_pred.weight"
@@ -23,6 +23,11 @@ _FACTORS = {
     "backbone.bottom_up.stem.conv1.weight": 1 / 58,
     "ins_head.kernel_pred.weight": KERNEL_GAIN,
 }
+
+
+def from_adelaidet(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns our flat leaves of an AdelaiDet state dict."""
+    return from_names(ADELAIDET, state)[0]
 
 
 def golden_weight(

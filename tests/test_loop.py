@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import toy
+from flax.traverse_util import flatten_dict
 
 from solov2_jax.checkpoint import list_steps, read_position, restore_variables
 from solov2_jax.io import InputError
@@ -18,7 +19,7 @@ from solov2_jax.training import sharding
 from solov2_jax.training import workdir as workdirs
 from solov2_jax.training.loop import train
 from solov2_jax.training.restore import restore
-from solov2_jax.weights.convert import flatten_tree, save_weights
+from solov2_jax.weights.convert import save_weights
 
 TIMING = {"step_seconds", "data_seconds", "images_per_second", "eta_seconds"}
 TIMING |= {"memory_gb", "compiles"}
@@ -282,12 +283,12 @@ def test_what_the_weights_lack_is_drawn_as_without_them(tmp_path):
     task = toy.toy_task(config, tmp_path)
     mesh = sharding.make_mesh(2)
     scratch = restore(toy.toy_config(), tmp_path, task, mesh)
-    flat = dict(flatten_tree(jax.device_get(scratch.state.variables)))
+    flat = flatten_dict(jax.device_get(scratch.state.variables), sep="/")
     lacking = "params/ins_head/cate_pred/kernel"
     file = {name: leaf + 1 for name, leaf in flat.items() if name != lacking}
     save_weights(config.init_from, file, {})
     state = restore(config, tmp_path, task, mesh).state
-    for name, leaf in flatten_tree(jax.device_get(state.variables)):
+    for name, leaf in flatten_dict(jax.device_get(state.variables), sep="/").items():
         np.testing.assert_array_equal(leaf, file.get(name, flat[name]))
 
 

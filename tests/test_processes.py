@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import tiny_coco
 import toy
+from flax.traverse_util import flatten_dict
 
 from solov2_jax import distributed
 from solov2_jax.checkpoint import list_steps, restore_variables
 from solov2_jax.training import sharding
-from solov2_jax.weights.convert import flatten_tree
 
 # Gradients of the same rows are added in another order.
 TOLERANCE = 1e-6
@@ -70,7 +70,7 @@ def train(workdir, *arguments, **options):
 
 def variables_of(workdir, step="last"):
     variables, _ = restore_variables(workdir, step)
-    return dict(flatten_tree(jax.device_get(variables)))
+    return flatten_dict(jax.device_get(variables), sep="/")
 
 
 def assert_close(ours, theirs):

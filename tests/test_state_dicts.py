@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 from checkpoint_files import p_call, p_dict, p_int, p_str, small_state, state_pickle, write_zip
+from golden_weights import from_adelaidet
 from test_weights_names import mmdet_name
 
 from solov2_jax.io import InputError
-from solov2_jax.weights import names
 from solov2_jax.weights.array_files import write_safetensors
 from solov2_jax.weights.sources import read_weights
 from solov2_jax.weights.state_dicts import split_wrappers
 
 STATE = small_state("r18", divide=32)
-FLAT = names.from_adelaidet(STATE)
+FLAT = from_adelaidet(STATE)
 
 
 def prefixed(prefix, state=STATE):

@@ -22,6 +22,8 @@ from checkpoint_files import (
     write_state,
     write_zip,
 )
+from flax.traverse_util import flatten_dict, unflatten_dict
+from golden_weights import from_adelaidet
 from test_weights_names import mmdet_name
 
 from configs import base
@@ -33,12 +35,9 @@ from solov2_jax.weights import names
 from solov2_jax.weights.array_files import write_safetensors
 from solov2_jax.weights.convert import (
     fit,
-    flatten_tree,
-    load_weights,
     network_shapes,
     report_of,
     save_weights,
-    unflatten,
 )
 from solov2_jax.weights.settings import check_settings, parse_setting
 from solov2_jax.weights.sources import read_weights, sha256_of
@@ -48,8 +47,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def variables_of(state, fill=0.5):
     """Returns our variables of a reference state dict's shapes, all `fill`."""
-    flat = names.from_adelaidet(state)
-    return unflatten({n: np.full(a.shape, fill, np.float32) for n, a in flat.items()})
+    flat = from_adelaidet(state)
+    return unflatten_dict({n: np.full(a.shape, fill, np.float32) for n, a in flat.items()}, sep="/")
+
+
+def load_weights(path, variables, config=None, **options):
+    """Returns what `fit` does, of a file; checked against a config where one is given."""
+    weights = read_weights(path)
+    if config is not None:
+        check_settings(weights.settings, config, path)
+    return fit(weights, variables, **options)
 
 
 def renamed(state):
@@ -84,7 +91,7 @@ def test_round_trip_through_files_is_bit_exact(tmp_path, model, suffix):
     assert again.settings == weights.settings
     loaded, report = fit(again, variables_of(state), strict=True)
     assert not report.new
-    back = names.to_adelaidet(dict(flatten_tree(loaded)))
+    back = names.to_adelaidet(flatten_dict(loaded, sep="/"))
     assert sorted(back) == sorted(state)
     for key, value in state.items():
         assert back[key].dtype == np.float32 and np.array_equal(back[key], value)
@@ -104,12 +111,12 @@ def test_every_tensor_and_every_leaf_is_accounted_for(tmp_path):
         "surprise": "no rule for this name",
         "optimizer": "optimiser state",
     }
-    leaves = {name for name, _ in flatten_tree(variables)}
+    leaves = {name for name in flatten_dict(variables, sep="/")}
     assert set(report.loaded) | set(report.new) == leaves
     assert not set(report.loaded) & set(report.new)
     assert len(theirs) == len(report.loaded) + 2
-    flat = dict(flatten_tree(loaded))
-    want = names.from_adelaidet(state)
+    flat = flatten_dict(loaded, sep="/")
+    want = from_adelaidet(state)
     for leaf in report.loaded:
         assert np.array_equal(flat[leaf], want[leaf])
     for leaf in report.new:
@@ -178,20 +185,21 @@ def test_a_missing_tensor_is_newly_initialised_and_strict_refuses(tmp_path, capl
 
 def test_shapes_alone_suffice_when_everything_is_filled(tmp_path):
     state = small_state("r18")
-    shapes = unflatten(
+    shapes = unflatten_dict(
         {
             name: SimpleNamespace(shape=leaf.shape, dtype=np.dtype("f4"))
-            for name, leaf in flatten_tree(variables_of(state))
-        }
+            for name, leaf in flatten_dict(variables_of(state), sep="/").items()
+        },
+        sep="/",
     )
     path = write_state(tmp_path / "x.pth", state)
     loaded, _ = load_weights(path, shapes, strict=True)
-    assert all(isinstance(leaf, np.ndarray) for _, leaf in flatten_tree(loaded))
+    assert all(isinstance(leaf, np.ndarray) for leaf in flatten_dict(loaded, sep="/").values())
     backbone = {k: v for k, v in state.items() if "bottom_up" in k}
     path = write_state(tmp_path / "y.pth", backbone)
     with pytest.raises(ValueError, match="pass `init`"):
         load_weights(path, shapes)
-    drawn = dict(flatten_tree(variables_of(state, 0.25)))
+    drawn = flatten_dict(variables_of(state, 0.25), sep="/")
     asked = []
 
     def init(leaves):
@@ -208,8 +216,8 @@ def test_half_precision_weights_become_float32(tmp_path):
     path = str(tmp_path / "x.npz")
     np.savez(path, **{key: value.astype(np.float16) for key, value in state.items()})
     loaded, _ = load_weights(path, variables_of(state), strict=True)
-    for leaf, value in names.from_adelaidet(state).items():
-        found = dict(flatten_tree(loaded))[leaf]
+    for leaf, value in from_adelaidet(state).items():
+        found = flatten_dict(loaded, sep="/")[leaf]
         assert found.dtype == np.float32
         assert np.array_equal(found, value.astype(np.float16).astype(np.float32))
 
@@ -394,11 +402,9 @@ def wide_state():
             "--config.model.mask_head.channels=32",
         ],
     )
-    shapes = network_shapes(config, 4)
+    shapes = flatten_dict(network_shapes(config, 4), sep="/")
     rng = np.random.default_rng(0)
-    flat = {
-        name: rng.standard_normal(leaf.shape, np.float32) for name, leaf in flatten_tree(shapes)
-    }
+    flat = {name: rng.standard_normal(leaf.shape, np.float32) for name, leaf in shapes.items()}
     return names.to_adelaidet(flat)
 
 

@@ -31,9 +31,8 @@ from checkpoint_files import (
 from test_weights_names import caffe2_state
 
 from solov2_jax.io import InputError
-from solov2_jax.weights.array_files import read_safetensors, write_safetensors
+from solov2_jax.weights.array_files import read_safetensors, write_safetensors, write_torch
 from solov2_jax.weights.sources import detect_source, read_contents, read_weights
-from solov2_jax.weights.torch_files import write_torch
 
 A = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from solov2_jax import distributed
@@ -67,7 +68,11 @@ def restore(config: Any, workdir: pathlib.Path, task: Task, mesh: Mesh) -> Start
 
         def init(names: Sequence[str]) -> dict[str, jax.Array]:
             # Only these are drawn: the file's leaves need no random generator.
-            return draw(lambda k: _leaves(task.init(k), names), key, mesh)
+            def leaves(key: jax.Array) -> dict[str, jax.Array]:
+                flat = flatten_dict(task.init(key), sep="/")
+                return {name: flat[name] for name in names}
+
+            return draw(leaves, key, mesh)
 
         variables, report = initial_weights(config, shapes.variables, init)
         state = jax.jit(
@@ -79,11 +84,6 @@ def restore(config: Any, workdir: pathlib.Path, task: Task, mesh: Mesh) -> Start
     state = create_state(task.init, task.tx, key, mesh, ema=ema)
     log.info("start: random weights (seed %d), step 0", config.seed)
     return Start(state, position)
-
-
-def _leaves(variables: dict[str, PyTree], names: Sequence[str]) -> dict[str, jax.Array]:
-    flat = dict(convert.flatten_tree(variables))
-    return {name: flat[name] for name in names}
 
 
 def initial_weights(

@@ -4,21 +4,22 @@ Weights against a whole config: the network it describes, and its settings."""
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from solov2_jax.models import build_model
-from solov2_jax.weights.array_files import write_safetensors
+from solov2_jax.weights.array_files import write_safetensors, write_torch
 from solov2_jax.weights.names import Flat, shorten, to_adelaidet
 from solov2_jax.weights.settings import check_settings, depth_of
-from solov2_jax.weights.sources import Weights, read_weights
+from solov2_jax.weights.sources import Weights
 from solov2_jax.weights.state_dicts import NO_RULE, OURS
-from solov2_jax.weights.torch_files import write_torch
 
 _log = logging.getLogger(__name__)
 _CLASS_LAYER = "params/ins_head/cate_pred/"
@@ -38,15 +39,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as plain JSON data, for the workdir's metadata."""
-        return {
-            "path": self.path,
-            "sha256": self.sha256,
-            "source": self.source,
-            "settings": self.settings,
-            "loaded": len(self.loaded),
-            "new": list(self.new),
-            "dropped": [list(pair) for pair in self.dropped],
-        }
+        dropped = [list(pair) for pair in self.dropped]
+        return {**vars(self), "loaded": len(self.loaded), "new": list(self.new), "dropped": dropped}
 
     def summary(self) -> str:
         """Returns a few lines for the log."""
@@ -68,55 +62,27 @@ class Report:
 def report_of(weights: Weights) -> Report:
     """Returns the report of weights that no network was given for."""
     return Report(
-        weights.path,
-        weights.sha256,
-        weights.source,
-        weights.settings,
-        tuple(weights.flat),
-        (),
-        weights.dropped,
+        path=weights.path,
+        sha256=weights.sha256,
+        source=weights.source,
+        settings=weights.settings,
+        loaded=tuple(weights.flat),
+        new=(),
+        dropped=weights.dropped,
     )
 
 
 def _groups(leaves: tuple[str, ...]) -> list[str]:
     """Returns "ins_head/cate_pred (2)" for the leaves below it, in order."""
-    counts: dict[str, int] = {}
-    for leaf in leaves:
-        group = "/".join(leaf.split("/")[1:3])
-        counts[group] = counts.get(group, 0) + 1
+    counts = Counter("/".join(leaf.split("/")[1:3]) for leaf in leaves)
     return [f"{group} ({count})" for group, count in counts.items()]
 
 
-def _partly_new(report: Report) -> dict[str, int]:
+def _partly_new(report: Report) -> Counter[str]:
     """Returns the parts of the network that were loaded with holes, and how many."""
     parts = {leaf.split("/")[1] for leaf in report.loaded}
-    holes: dict[str, int] = {}
-    for leaf in report.new:
-        part = leaf.split("/")[1]
-        if part in parts and not leaf.startswith(_CLASS_LAYER):
-            holes[part] = holes.get(part, 0) + 1
-    return holes
-
-
-def flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (path, leaf) of a nested dict, paths joined by "/"."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flatten_tree(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the nested dict of flat paths, inverse of `flatten_tree`."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree
+    holes = (leaf for leaf in report.new if not leaf.startswith(_CLASS_LAYER))
+    return Counter(part for leaf in holes if (part := leaf.split("/")[1]) in parts)
 
 
 def _mismatches(flat: Flat, targets: Mapping[str, Any]) -> list[str]:
@@ -132,12 +98,12 @@ def _mismatches(flat: Flat, targets: Mapping[str, Any]) -> list[str]:
 
 def _other_classes(flat: Flat, targets: Mapping[str, Any]) -> bool:
     """Whether the file's class layer differs from the network's in its classes."""
-    for leaf, value in flat.items():
-        if leaf.startswith(_CLASS_LAYER) and leaf in targets:
-            shape = tuple(targets[leaf].shape)
-            if value.shape[:-1] == shape[:-1] and value.shape != shape:
-                return True
-    return False
+    shapes = [
+        (value.shape, tuple(targets[leaf].shape))
+        for leaf, value in flat.items()
+        if leaf.startswith(_CLASS_LAYER) and leaf in targets
+    ]
+    return any(ours[:-1] == theirs[:-1] and ours != theirs for theirs, ours in shapes)
 
 
 def _refuse_misfits(weights: Weights, flat: Flat, targets: Mapping[str, Any]) -> None:
@@ -162,7 +128,7 @@ def match(
     weights: Weights, variables: Mapping[str, Any], *, strict: bool = False
 ) -> tuple[Flat, Report]:
     """Returns (leaves of the file that fit the network, report), see `fit`."""
-    targets, flat, dropped = dict(flatten_tree(variables)), dict(weights.flat), []
+    targets, flat, dropped = flatten_dict(variables, sep="/"), dict(weights.flat), []
     if not strict and _other_classes(flat, targets):
         for leaf in [leaf for leaf in flat if leaf.startswith(_CLASS_LAYER)]:
             classes = flat.pop(leaf).shape[-1]
@@ -205,34 +171,13 @@ def fit(
     _log.info("%s", report.summary())
     for group, count in _partly_new(report).items():
         _log.warning("%s: %d leaves of %s are missing", weights.path, count, group)
-    targets = dict(flatten_tree(variables))
+    targets = flatten_dict(variables, sep="/")
     loaded = {n: np.array(v, targets[n].dtype, order="C") for n, v in flat.items()}
     if report.new and not hasattr(targets[report.new[0]], "__array__"):
         if init is None:
             raise ValueError(f"{weights.path} lacks {shorten(report.new)}: pass `init`")
         targets.update(init(report.new))
-    return unflatten({**targets, **loaded}), report
-
-
-def load_weights(
-    path: str,
-    variables: Mapping[str, Any],
-    *,
-    strict: bool = False,
-    source: str = "auto",
-    config: Any = None,
-    sha256: str = "",
-    init: Callable[[Sequence[str]], Mapping[str, Any]] | None = None,
-) -> tuple[dict[str, Any], Report]:
-    """Returns (variables with the file's weights put in, report), see `fit`.
-
-    With a `config`, its keys are checked against the settings that the weights imply
-    (channel order, mean, std, stride placement, depth, head sizes).
-    """
-    weights = read_weights(path, source, sha256=sha256)
-    if config is not None:
-        check_settings(weights.settings, config, path)
-    return fit(weights, variables, strict=strict, init=init)
+    return unflatten_dict({**targets, **loaded}, sep="/"), report
 
 
 def save_weights(path: str, flat: Flat, settings: Mapping[str, Any]) -> None:

@@ -56,19 +56,19 @@ class NameTable:
     @cached_property
     def by_source(self) -> dict[str, list[Rule]]:
         """Rules by the skeleton of their source name."""
-        return _by_skeleton((rule.source, rule) for rule in self.rules)
+        return self._by_skeleton("source")
 
     @cached_property
     def by_target(self) -> dict[str, list[Rule]]:
         """Rules by the skeleton of their target."""
-        return _by_skeleton((rule.target, rule) for rule in self.rules)
+        return self._by_skeleton("target")
 
-
-def _by_skeleton(rules: Iterable[tuple[str, Rule]]) -> dict[str, list[Rule]]:
-    index: dict[str, list[Rule]] = {}
-    for template, rule in rules:
-        index.setdefault(skeleton(_FIELD.sub("0", template)), []).append(rule)
-    return index
+    def _by_skeleton(self, side: str) -> dict[str, list[Rule]]:
+        index: dict[str, list[Rule]] = {}
+        for rule in self.rules:
+            template = _FIELD.sub("0", getattr(rule, side))
+            index.setdefault(skeleton(template), []).append(rule)
+        return index
 
 
 @no_type_check
@@ -141,36 +141,36 @@ def fill(template: str, values: Mapping[str, int]) -> str:
     return _FIELD.sub(number, template)
 
 
+def _backbone(
+    prefix: str, stem: tuple[str, str], block: str, units: Mapping[str, tuple[str, str]]
+) -> tuple[Rule, ...]:
+    """Returns the rules of a ResNet.
+
+    Args:
+      stem, units: (convolution, batch norm) of the stem, and in a block, by our name.
+      block: template of a block's name.
+    """
+    convs = {"stem/conv1": stem}
+    for unit, pair in units.items():
+        convs[f"res{{s}}_{{i}}/{unit}"] = (f"{block}.{pair[0]}", f"{block}.{pair[1]}")
+    rules: list[Rule] = []
+    for target, (conv_name, norm_name) in convs.items():
+        rules += conv(prefix + conv_name, f"backbone/{target}")
+        rules += batch_norm(prefix + norm_name, f"backbone/{target}/norm")
+    return tuple(rules)
+
+
 def _detectron2_backbone(prefix: str) -> tuple[Rule, ...]:
     """Source: detectron2/modeling/backbone/resnet.py."""
-    rules = [
-        *conv(f"{prefix}stem.conv1", "backbone/stem/conv1"),
-        *batch_norm(f"{prefix}stem.conv1.norm", "backbone/stem/conv1/norm"),
-    ]
-    for unit in ("shortcut", "conv1", "conv2", "conv3"):
-        source = f"{prefix}res{{s}}.{{i}}.{unit}"
-        target = f"backbone/res{{s}}_{{i}}/{unit}"
-        rules += conv(source, target)
-        rules += batch_norm(f"{source}.norm", f"{target}/norm")
-    return tuple(rules)
+    units = {u: (u, f"{u}.norm") for u in ("shortcut", "conv1", "conv2", "conv3")}
+    return _backbone(prefix, ("stem.conv1", "stem.conv1.norm"), "res{s}.{i}", units)
 
 
 def _torchvision_backbone(prefix: str) -> tuple[Rule, ...]:
     """Source: torchvision/models/resnet.py; timm and mmdetection name theirs alike."""
-    rules = [
-        *conv(f"{prefix}conv1", "backbone/stem/conv1"),
-        *batch_norm(f"{prefix}bn1", "backbone/stem/conv1/norm"),
-    ]
-    units = [(f"conv{n}", f"bn{n}", f"conv{n}") for n in (1, 2, 3)]
-    for conv_name, norm_name, unit in [
-        *units,
-        ("downsample.0", "downsample.1", "shortcut"),
-    ]:
-        block = f"{prefix}layer{{s-1}}.{{i}}"
-        target = f"backbone/res{{s}}_{{i}}/{unit}"
-        rules += conv(f"{block}.{conv_name}", target)
-        rules += batch_norm(f"{block}.{norm_name}", f"{target}/norm")
-    return tuple(rules)
+    units = {f"conv{n}": (f"conv{n}", f"bn{n}") for n in (1, 2, 3)}
+    units["shortcut"] = ("downsample.0", "downsample.1")
+    return _backbone(prefix, ("conv1", "bn1"), "layer{s-1}.{i}", units)
 
 
 def _caffe2_backbone() -> tuple[Rule, ...]:
@@ -194,74 +194,81 @@ def _caffe2_backbone() -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-_DETECTRON2_FPN = (
-    *conv("backbone.fpn_lateral{l}", "fpn/lateral{l}", bias=True),
-    *conv("backbone.fpn_output{l}", "fpn/output{l}", bias=True),
-)
+def _fpn(lateral: str, output: str) -> tuple[Rule, ...]:
+    return (
+        *conv(lateral, "fpn/lateral{l}", bias=True),
+        *conv(output, "fpn/output{l}", bias=True),
+    )
 
 
-def _adelaidet_heads() -> tuple[Rule, ...]:
-    """Source: adet/modeling/solov2/solov2.py, SOLOv2InsHead and SOLOv2MaskHead."""
+def _heads(
+    towers: Mapping[str, tuple[str, str]],
+    preds: Mapping[str, str],
+    mask: str,
+    mask_pred: str,
+    suffixes: tuple[str, str],
+) -> tuple[Rule, ...]:
+    """Returns the rules of both heads.
+
+    Args:
+      towers: (convolution, norm) of the class and the kernel tower.
+      preds: their last layers.
+      mask, mask_pred: a block's convolution with its norm, and the last one.
+      suffixes: of the convolution and the norm in `mask` and `mask_pred`.
+    """
     rules: list[Rule] = []
-    for kind in ("cate", "kernel"):
-        tower = f"ins_head.{kind}_tower"
-        rules += conv(f"{tower}.{{3i}}", f"ins_head/{kind}_tower/conv{{i}}")
-        rules += group_norm(f"{tower}.{{3i+1}}", f"ins_head/{kind}_tower/gn{{i}}")
-        rules += conv(f"ins_head.{kind}_pred", f"ins_head/{kind}_pred", bias=True)
-    block = "mask_head.convs_all_levels.{l}.conv{j}"
-    rules += conv(f"{block}.0", "mask_head/level{l}/conv{j}")
-    rules += group_norm(f"{block}.1", "mask_head/level{l}/gn{j}")
-    rules += conv("mask_head.conv_pred.0", "mask_head/conv_pred")
-    rules += group_norm("mask_head.conv_pred.1", "mask_head/gn_pred")
+    for branch, (conv_name, norm_name) in towers.items():
+        rules += conv(conv_name, f"ins_head/{branch}_tower/conv{{i}}")
+        rules += group_norm(norm_name, f"ins_head/{branch}_tower/gn{{i}}")
+        rules += conv(preds[branch], f"ins_head/{branch}_pred", bias=True)
+    block = f"{mask}.convs_all_levels.{{l}}.conv{{j}}"
+    rules += conv(block + suffixes[0], "mask_head/level{l}/conv{j}")
+    rules += group_norm(block + suffixes[1], "mask_head/level{l}/gn{j}")
+    rules += conv(mask_pred + suffixes[0], "mask_head/conv_pred")
+    rules += group_norm(mask_pred + suffixes[1], "mask_head/gn_pred")
     return tuple(rules)
+
+
+# adet/modeling/solov2/solov2.py, SOLOv2InsHead and SOLOv2MaskHead.
+_ADELAIDET_HEADS = _heads(
+    {b: (f"ins_head.{b}_tower.{{3i}}", f"ins_head.{b}_tower.{{3i+1}}") for b in ("cate", "kernel")},
+    {b: f"ins_head.{b}_pred" for b in ("cate", "kernel")},
+    mask="mask_head",
+    mask_pred="mask_head.conv_pred",
+    suffixes=(".0", ".1"),
+)
 
 
 def _mmdet_heads(
-    ins: str, mask: str, cate: str, preds: Mapping[str, str], pred: str
+    ins: str, towers: Mapping[str, str], preds: Mapping[str, str], mask: str, mask_pred: str
 ) -> tuple[Rule, ...]:
-    """Returns the rules of a head's names, see the two calls.
-
-    Args:
-      ins, mask: prefixes of the instance and the mask head.
-      cate: their name of the class tower; preds: of the last layers, by ours.
-      pred: name of the mask head's last layer.
-    """
-    rules: list[Rule] = []
-    for branch, source in (("cate", cate), ("kernel", "kernel")):
-        tower = f"{ins}.{source}_convs.{{i}}"
-        rules += conv(f"{tower}.conv", f"ins_head/{branch}_tower/conv{{i}}")
-        rules += group_norm(f"{tower}.gn", f"ins_head/{branch}_tower/gn{{i}}")
-        rules += conv(f"{ins}.{preds[branch]}", f"ins_head/{branch}_pred", bias=True)
-    block = f"{mask}.convs_all_levels.{{l}}.conv{{j}}"
-    rules += conv(f"{block}.conv", "mask_head/level{l}/conv{j}")
-    rules += group_norm(f"{block}.gn", "mask_head/level{l}/gn{j}")
-    rules += conv(f"{mask}.{pred}.conv", "mask_head/conv_pred")
-    rules += group_norm(f"{mask}.{pred}.gn", "mask_head/gn_pred")
-    return tuple(rules)
+    names = {branch: f"{ins}.{tower}_convs.{{i}}" for branch, tower in towers.items()}
+    return _heads(
+        {branch: (f"{name}.conv", f"{name}.gn") for branch, name in names.items()},
+        {branch: f"{ins}.{pred}" for branch, pred in preds.items()},
+        mask=mask,
+        mask_pred=f"{mask}.{mask_pred}",
+        suffixes=(".conv", ".gn"),
+    )
 
 
-_MMDET_FPN = (
-    *conv("neck.lateral_convs.{l-2}.conv", "fpn/lateral{l}", bias=True),
-    *conv("neck.fpn_convs.{l-2}.conv", "fpn/output{l}", bias=True),
-)
 # mmdet/models/dense_heads/solov2_head.py, mmdetection 2.x and 3.x.
 _MMDET_HEADS = _mmdet_heads(
-    "mask_head",
-    "mask_head.mask_feature_head",
-    "cls",
-    {"cate": "conv_cls", "kernel": "conv_kernel"},
-    "conv_pred",
+    ins="mask_head",
+    towers={"cate": "cls", "kernel": "kernel"},
+    preds={"cate": "conv_cls", "kernel": "conv_kernel"},
+    mask="mask_head.mask_feature_head",
+    mask_pred="conv_pred",
 )
 # WXinlong/SOLO, the paper's code on mmdetection 1.0:
 # mmdet/models/anchor_heads/solov2_head.py, mask_heads/mask_feat_head.py.
 _SOLO_HEADS = _mmdet_heads(
-    "bbox_head",
-    "mask_feat_head",
-    "cate",
-    {"cate": "solo_cate", "kernel": "solo_kernel"},
-    "conv_pred.0",
+    ins="bbox_head",
+    towers={"cate": "cate", "kernel": "kernel"},
+    preds={"cate": "solo_cate", "kernel": "solo_kernel"},
+    mask="mask_feat_head",
+    mask_pred="conv_pred.0",
 )
-
 
 _COUNTER = Drop(
     r"(.*\.)?num_batches_tracked|n_averaged|steps?|initted",
@@ -281,24 +288,22 @@ _MOMENTUM = Drop(r".*_momentum", "optimiser state")
 _STEM_BIAS = Drop(r"(stem\.)?conv1(_b|\.bias)", "the reference ignores it too")
 _EMA_BUFFER = Drop(r"ema_.*", "moving average kept by an EMA hook")
 
-_BOTTOM_UP = _detectron2_backbone("backbone.bottom_up.")
+_DETECTRON2_NETWORK = (
+    *_detectron2_backbone("backbone.bottom_up."),
+    *_fpn("backbone.fpn_lateral{l}", "backbone.fpn_output{l}"),
+)
 ADELAIDET = NameTable(
-    (*_BOTTOM_UP, *_DETECTRON2_FPN, *_adelaidet_heads()),
+    (*_DETECTRON2_NETWORK, *_ADELAIDET_HEADS),
     (_COUNTER, _PIXELS, _OTHER_HEADS),
 )
 DETECTRON2 = NameTable(
-    (
-        *_caffe2_backbone(),
-        *_detectron2_backbone(""),
-        *_BOTTOM_UP,
-        *_DETECTRON2_FPN,
-    ),
+    (*_caffe2_backbone(), *_detectron2_backbone(""), *_DETECTRON2_NETWORK),
     (_COUNTER, _PIXELS, _OTHER_HEADS, _CLASSIFIER, _MOMENTUM, _STEM_BIAS),
 )
 MMDET = NameTable(
     (
         *_torchvision_backbone("backbone."),
-        *_MMDET_FPN,
+        *_fpn("neck.lateral_convs.{l-2}.conv", "neck.fpn_convs.{l-2}.conv"),
         *_MMDET_HEADS,
         *_SOLO_HEADS,
     ),
@@ -377,18 +382,8 @@ def from_names(table: NameTable, state: Mapping[str, np.ndarray]) -> tuple[Flat,
     return flat, rest
 
 
-def from_adelaidet(state_dict: Mapping[str, np.ndarray]) -> Flat:
-    """Returns our flat leaves of an AdelaiDet state dict; ValueError on other names."""
-    flat, rest = from_names(ADELAIDET, state_dict)
-    unknown = [name for name in rest if drop_reason(ADELAIDET, name) is None]
-    if unknown:
-        raise ValueError(f"not AdelaiDet SOLOv2 names: {shorten(unknown)}")
-    return flat
-
-
 def to_adelaidet(flat: Mapping[str, np.ndarray]) -> Flat:
-    """Returns the AdelaiDet state dict (OIHW) of our flat leaves, inverse of
-    `from_adelaidet`."""
+    """Returns the AdelaiDet state dict (OIHW) of our flat leaves."""
     state, unknown = {}, []
     for leaf, value in flat.items():
         for rule in ADELAIDET.by_target.get(skeleton(leaf), ()):

@@ -88,24 +88,11 @@ class _BoundedFile:
 
 
 _MARK = object()
-_CONSTANTS = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_SET": set,
-}
-_LITERALS = frozenset(
+_LITERALS = (
     "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING "
     "SHORT_BINSTRING BINUNICODE SHORT_BINUNICODE BINUNICODE8 UNICODE BINBYTES "
     "SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
 )
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_PUTS = frozenset(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"))
-_GETS = frozenset(("GET", "BINGET", "LONG_BINGET"))
-_IGNORED = frozenset(("PROTO", "FRAME"))
 
 
 @no_type_check
@@ -192,35 +179,21 @@ class RestrictedUnpickler:
                 count += 1
                 if count > self._operations:
                     raise WeightsError(f"more than {self._operations} small objects: refused")
-                self._step(opcode.name, argument)
+                handler = _HANDLERS.get(opcode.name)
+                if handler is None:
+                    raise WeightsError(f"the file uses the pickle operation {opcode.name}: refused")
+                handler(self, argument)
         except WeightsError:
             raise
         except Exception as error:
             raise WeightsError(f"malformed pickle ({reason(error)})") from error
         raise WeightsError("malformed pickle (no end)")
 
-    def _step(self, name: str, argument: Any) -> None:
-        stack = self._stack
-        if name in _LITERALS:
-            stack.append(argument)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name]())
-        elif name in _TUPLES:
-            count = _TUPLES[name]
-            stack[-count:] = [tuple(stack[-count:])]
-        elif name in _PUTS:
-            self._put(len(self._memo) if argument is None else argument)
-        elif name in _GETS:
-            stack.append(self._memo[argument])
-        elif name == "GLOBAL":
-            self._push_symbol(argument.replace(" ", "."))
-        elif name not in _IGNORED:
-            handler = _HANDLERS.get(name)
-            if handler is None:
-                raise WeightsError(f"the file uses the pickle operation {name}: refused")
-            handler(self)
+    def _push(self, value: Any) -> None:
+        self._stack.append(value)
 
-    def _put(self, place: int) -> None:
+    def _put(self, place: int | None) -> None:
+        place = len(self._memo) if place is None else place
         if not 0 <= place <= self._operations:  # writers count from 0 or 1
             raise WeightsError("malformed pickle (a place in the memo that nobody writes)")
         self._memo[place] = self._stack[-1]
@@ -255,11 +228,11 @@ class RestrictedUnpickler:
             )
         self._stack.append(AllowedGlobal(name, self._symbols[name]))
 
-    def _stack_global(self) -> None:
+    def _stack_global(self, _: None) -> None:
         name, module = as_text(self._stack.pop()), as_text(self._stack.pop())
         self._push_symbol(f"{module}.{name}")
 
-    def _call(self) -> None:
+    def _call(self, _: None) -> None:
         args, function = self._stack.pop(), self._stack.pop()
         build = function.build if isinstance(function, AllowedGlobal) else None
         if build is None or not isinstance(args, tuple):
@@ -272,7 +245,7 @@ class RestrictedUnpickler:
             message = f"malformed {function.name} in the file ({reason(error)})"
             raise WeightsError(message) from error
 
-    def _build(self) -> None:
+    def _build(self, _: None) -> None:
         state, target = self._stack.pop(), self._stack[-1]
         if isinstance(target, Stateful):
             target.set_state(state, self)
@@ -281,40 +254,59 @@ class RestrictedUnpickler:
             what = _describe(target)
             raise WeightsError(f"the file sets attributes of a {what}: refused")
 
-    def _persistent_id(self) -> None:
+    def _persistent_id(self, _: None) -> None:
         if self._persistent is None:
             raise WeightsError("the file refers to data outside itself: refused")
         self._stack.append(self._persistent(self._stack.pop()))
 
-    def _add_items(self) -> None:
+    def _add_items(self, _: None) -> None:
         items = self._pop_mark()
         if not isinstance(self._stack[-1], set):
             raise WeightsError("malformed pickle (adds to what is no set)")
         self._stack[-1].update(map(as_key, items))
 
-    def _pair_up(self) -> None:
+    def _make_dict(self, _: None) -> None:
         items = self._pop_mark()
-        self._stack.append({})
+        self._push({})
         self._set_items(items)
 
-    def _pop_two(self) -> list[Any]:
+    def _set_item(self, _: None) -> None:
         value, key = self._stack.pop(), self._stack.pop()
-        return [key, value]
+        self._set_items([key, value])
+
+    def _make_tuple(self, count: int) -> None:
+        self._stack[-count:] = [tuple(self._stack[-count:])]
 
 
-_HANDLERS: dict[str, Callable[[RestrictedUnpickler], Any]] = {
-    "MARK": lambda u: u._stack.append(_MARK),
-    "POP": lambda u: u._stack.pop(),
-    "POP_MARK": lambda u: u._pop_mark(),
-    "DUP": lambda u: u._stack.append(u._stack[-1]),
-    "TUPLE": lambda u: u._stack.append(tuple(u._pop_mark())),
-    "LIST": lambda u: u._stack.append(u._pop_mark()),
-    "DICT": RestrictedUnpickler._pair_up,
-    "APPEND": lambda u: u._append([u._stack.pop()]),
-    "APPENDS": lambda u: u._append(u._pop_mark()),
-    "SETITEM": lambda u: u._set_items(u._pop_two()),
-    "SETITEMS": lambda u: u._set_items(u._pop_mark()),
+# By the name of the operation, called with its argument.
+_HANDLERS: dict[str, Callable[[RestrictedUnpickler, Any], Any]] = {
+    **dict.fromkeys(("PROTO", "FRAME"), lambda u, _: None),
+    **dict.fromkeys(_LITERALS, RestrictedUnpickler._push),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), RestrictedUnpickler._put),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda u, place: u._push(u._memo[place])),
+    "NONE": lambda u, _: u._push(None),
+    "NEWTRUE": lambda u, _: u._push(True),
+    "NEWFALSE": lambda u, _: u._push(False),
+    "EMPTY_LIST": lambda u, _: u._push([]),
+    "EMPTY_DICT": lambda u, _: u._push({}),
+    "EMPTY_TUPLE": lambda u, _: u._push(()),
+    "EMPTY_SET": lambda u, _: u._push(set()),
+    "MARK": lambda u, _: u._push(_MARK),
+    "POP": lambda u, _: u._stack.pop(),
+    "POP_MARK": lambda u, _: u._pop_mark(),
+    "DUP": lambda u, _: u._push(u._stack[-1]),
+    "TUPLE": lambda u, _: u._push(tuple(u._pop_mark())),
+    "TUPLE1": lambda u, _: u._make_tuple(1),
+    "TUPLE2": lambda u, _: u._make_tuple(2),
+    "TUPLE3": lambda u, _: u._make_tuple(3),
+    "LIST": lambda u, _: u._push(u._pop_mark()),
+    "DICT": RestrictedUnpickler._make_dict,
+    "APPEND": lambda u, _: u._append([u._stack.pop()]),
+    "APPENDS": lambda u, _: u._append(u._pop_mark()),
+    "SETITEM": RestrictedUnpickler._set_item,
+    "SETITEMS": lambda u, _: u._set_items(u._pop_mark()),
     "ADDITEMS": RestrictedUnpickler._add_items,
+    "GLOBAL": lambda u, name: u._push_symbol(name.replace(" ", ".")),
     "STACK_GLOBAL": RestrictedUnpickler._stack_global,
     "REDUCE": RestrictedUnpickler._call,
     "NEWOBJ": RestrictedUnpickler._call,

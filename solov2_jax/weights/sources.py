@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 
 from solov2_jax.io import InputError, reading
-from solov2_jax.weights import names, pickled_arrays, torch_files
+from solov2_jax.weights import names, torch_files
 from solov2_jax.weights.array_files import WeightsError, read_npz, read_safetensors
-from solov2_jax.weights.pickled_arrays import PickledArray
 from solov2_jax.weights.pickles import RestrictedUnpickler
 from solov2_jax.weights.settings import Settings, check_form, implied_settings
-from solov2_jax.weights.state_dicts import NO_RULE, OURS, StateDict, find_network
+from solov2_jax.weights.state_dicts import NO_RULE, OURS, find_network
 
 SOURCES = ("auto", *names.TABLES, OURS)
 _log = logging.getLogger(__name__)
@@ -154,24 +153,12 @@ def _what_it_is(start: bytes) -> str:
 
 
 def _is_tensor(value: Any) -> bool:
-    pickled = isinstance(value, PickledArray) and value.value is not None
+    pickled = isinstance(value, torch_files.PickledArray) and value.value is not None
     return pickled or isinstance(value, torch_files.StoredTensor | np.ndarray)
 
 
-def _with_numbers(network: StateDict, file: torch_files.TorchFile | None) -> dict[str, np.ndarray]:
-    """Returns the tensors of a state dict as arrays."""
-    tensors: dict[str, np.ndarray] = {}
-    for name, value in network.tensors.items():
-        if file is not None and isinstance(value, torch_files.StoredTensor):
-            tensors[name] = file.array(value)
-        else:
-            array: Any = value.value if isinstance(value, PickledArray) else value
-            tensors[name] = array
-    return tensors
-
-
 def _read_container(path: str, container: str, prefix: str) -> Contents:
-    file, metadata = None, None
+    metadata: Mapping[str, Any] = {}
     with contextlib.ExitStack() as stack:
         if container == "npz":
             content = read_npz(path)
@@ -179,7 +166,7 @@ def _read_container(path: str, container: str, prefix: str) -> Contents:
             content, metadata = read_safetensors(path)
         elif container == "pickle":
             with open(path, "rb") as stream:
-                unpickler = RestrictedUnpickler(pickled_arrays.SYMBOLS)
+                unpickler = RestrictedUnpickler(torch_files.ARRAY_SYMBOLS)
                 content = unpickler.load(stream, os.path.getsize(path))
         else:
             is_zip = container == "torch zip"
@@ -187,7 +174,13 @@ def _read_container(path: str, container: str, prefix: str) -> Contents:
             file = stack.enter_context(opener(path))
             content = file.content
         network = find_network(content, _is_tensor, prefix)
-        tensors = _with_numbers(network, file)
+        tensors: dict[str, np.ndarray] = {}
+        for name, value in network.tensors.items():
+            if isinstance(value, torch_files.StoredTensor):
+                tensors[name] = file.array(value)
+            else:
+                pickled = isinstance(value, torch_files.PickledArray)
+                tensors[name] = value.value if pickled else value
     return Contents(container, tensors, network.dropped, metadata or network.metadata)
 
 
@@ -234,11 +227,8 @@ def _named(contents: Contents, source: str) -> tuple[names.Flat, list[tuple[str,
     return flat, [(n, names.drop_reason(table, n) or NO_RULE) for n in rest]
 
 
-def _read(path: str, source: str, digest: str, override: Settings, prefix: str) -> Weights:
-    contents = read_contents(path, prefix)
-    if source == "auto":
-        source = detect_source(contents.tensors, contents.container)
-        _log.info("%s: %s file with %s names", path, contents.container, source)
+def _name_weights(path: str, digest: str, contents: Contents, source: str) -> Weights:
+    """Returns the file's tensors as leaves; their settings are what it implies."""
     if source == OURS:
         flat, dropped = contents.tensors, []
     else:
@@ -249,15 +239,7 @@ def _read(path: str, source: str, digest: str, override: Settings, prefix: str) 
         )
     flat = _as_float32(flat)
     settings = implied_settings(source, flat, contents.tensors, contents.metadata)
-    settings.update(check_form(override))
-    return Weights(
-        path=path,
-        sha256=digest,
-        source=source,
-        flat=flat,
-        settings=settings,
-        dropped=(*dropped, *contents.dropped),
-    )
+    return Weights(path, digest, source, flat, settings, (*dropped, *contents.dropped))
 
 
 def read_weights(
@@ -291,7 +273,13 @@ def read_weights(
         if sha256 and (len(sha256) < 8 or not digest.startswith(sha256.lower())):
             raise InputError(f"{path}: its sha256 is {digest}, expected {sha256}")
         try:
-            return _read(path, source, digest, settings or {}, prefix)
+            contents = read_contents(path, prefix)
+            if source == "auto":
+                source = detect_source(contents.tensors, contents.container)
+                _log.info("%s: %s file with %s names", path, contents.container, source)
+            weights = _name_weights(path, digest, contents, source)
+            weights.settings.update(check_form(settings or {}))
+            return weights
         except InputError:
             raise
         except ValueError as error:  # what its names, numbers or settings lack

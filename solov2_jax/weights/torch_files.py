@@ -1,4 +1,4 @@
-"""PyTorch's checkpoint files, read in both formats and written, without PyTorch.
+"""What the pickles of weights may name, and PyTorch's checkpoint files of both formats.
 
 Since 1.6 a checkpoint is an uncompressed zip archive: NAME/data.pkl describes the
 tensors, NAME/data/KEY are the storages that they view. Before, it was a sequence of
@@ -10,29 +10,33 @@ Source: torch/serialization.py and torch/_utils.py (names and layouts only).
 import io
 import math
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BufferedIOBase
 from typing import Any, no_type_check
 
 import numpy as np
 
-from solov2_jax.io import atomic_path
-from solov2_jax.weights import pickled_arrays
 from solov2_jax.weights.array_files import WeightsError, check_members, read_member
 from solov2_jax.weights.pickles import (
     AllowedGlobal,
+    Builder,
     RestrictedUnpickler,
+    Stateful,
     as_count,
+    as_key,
     as_text,
+    fill_dict,
     opaque,
 )
 
 MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
+_ORDERS = {b"little": "<", b"big": ">"}
 # Storage class -> numpy type.
 _STORAGES = {
     "torch.DoubleStorage": "f8",
@@ -71,6 +75,133 @@ _DICTS = (
 # A tensor may view a storage that others view too; more than this many times over
 # is no checkpoint.
 _MAX_SHARING = 4
+_MAX_RANK = 64  # axes of an array, numpy's own limit
+
+
+def _raw(value: Any, unpickler: RestrictedUnpickler) -> bytes:
+    """Returns an array's bytes; Python 2 pickled them as a latin-1 string."""
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str | bytearray):
+        raise WeightsError("array data that is not bytes: refused")
+    unpickler.charge(len(value))
+    return value.encode("latin-1") if isinstance(value, str) else bytes(value)
+
+
+class DType(Stateful):
+    """A numpy.dtype of plain numbers."""
+
+    def __init__(self, code: Any):
+        code = as_text(code)
+        if not re.fullmatch(r"[<>|=]?[fiub][1248]", code):
+            raise WeightsError(f"arrays of type {code[:20]!r} are no numbers: refused")
+        self.value = np.dtype(code)
+
+    def set_state(self, state: Any, unpickler: RestrictedUnpickler) -> None:
+        """Takes (version, byte order, ...)."""
+        order = as_text(state[1])
+        if order not in ("<", ">", "|", "=") or any(part is not None for part in state[2:5]):
+            raise WeightsError("a structured array type: refused")
+        self.value = self.value.newbyteorder(order)
+
+
+class PickledArray(Stateful):
+    """A numpy.ndarray; `value` is None until its state was read."""
+
+    value: np.ndarray | None = None
+
+    def set_state(self, state: Any, unpickler: RestrictedUnpickler) -> None:
+        """Takes (version, shape, dtype, is_fortran, data)."""
+        _, shape, dtype, fortran, data = state
+        self.value = _as_array(shape, dtype, bool(fortran), _raw(data, unpickler), unpickler)
+
+
+def _as_array(
+    shape: Any, dtype: Any, fortran: bool, data: bytes, unpickler: RestrictedUnpickler
+) -> np.ndarray:
+    if not isinstance(dtype, DType):
+        raise WeightsError("an array without a number type: refused")
+    if not isinstance(shape, tuple) or len(shape) > _MAX_RANK:
+        raise WeightsError("an array with a malformed shape: refused")
+    need = math.prod(map(as_count, shape)) * dtype.value.itemsize
+    if need != len(data):
+        raise WeightsError(
+            f"an array {shape} of {dtype.value} needs {need} bytes, the file has {len(data)}"
+        )
+    unpickler.charge(need)  # several arrays may have the same bytes, and are copied later
+    return np.frombuffer(data, dtype.value).reshape(shape, order="F" if fortran else "C")
+
+
+def _reconstruct(unpickler: RestrictedUnpickler, args: tuple) -> PickledArray:
+    if not isinstance(args[0], AllowedGlobal) or args[0].name != "numpy.ndarray":
+        raise WeightsError("an array of another class: refused")
+    return PickledArray()
+
+
+def _from_buffer(unpickler: RestrictedUnpickler, args: tuple) -> np.ndarray:
+    data, dtype, shape, order = args[:4]
+    if as_text(order) not in ("C", "F"):
+        raise WeightsError("an array in another order than C or Fortran: refused")
+    return _as_array(shape, dtype, order == "F", _raw(data, unpickler), unpickler)
+
+
+def _scalar(unpickler: RestrictedUnpickler, args: tuple) -> Any:
+    return _as_array((), args[0], False, _raw(args[1], unpickler), unpickler).item()
+
+
+def _encode(unpickler: RestrictedUnpickler, args: tuple) -> bytes:
+    text, encoding = args
+    if as_text(encoding) not in ("latin1", "latin-1") or not isinstance(text, str):
+        raise WeightsError("text encoded as another thing than latin-1: refused")
+    return _raw(text, unpickler)
+
+
+def _list(unpickler: RestrictedUnpickler, args: tuple) -> list:
+    items = args[0] if args else ()
+    if len(args) > 1 or not isinstance(items, list | tuple | set):
+        raise WeightsError("a malformed list")
+    unpickler.charge(8 * len(items))
+    return list(items)
+
+
+def _set(unpickler: RestrictedUnpickler, args: tuple) -> set:
+    items = _list(unpickler, args)
+    unpickler.charge(256 * len(items))
+    return {as_key(item) for item in items}
+
+
+def _dict(unpickler: RestrictedUnpickler, args: tuple) -> dict:
+    is_copy = args and isinstance(args[0], dict)
+    pairs = args[0].items() if is_copy else _list(unpickler, args)
+    unpickler.charge(256 * len(pairs))
+    result: dict = {}
+    fill_dict(result, pairs)
+    return result
+
+
+def _empty_dict(unpickler: RestrictedUnpickler, args: tuple) -> dict:
+    """Builds a dict class: what it is called with, a factory say, is never called."""
+    return {}
+
+
+ARRAY_SYMBOLS: dict[str, Builder] = {
+    "_codecs.encode": _encode,
+    "collections.OrderedDict": _dict,
+    "collections.Counter": _dict,
+    "collections.defaultdict": _empty_dict,
+    "numpy.dtype": lambda unpickler, args: DType(args[0]),
+    "numpy.ndarray": None,
+}
+for _module in ("builtins", "__builtin__"):
+    ARRAY_SYMBOLS[f"{_module}.set"] = _set
+    ARRAY_SYMBOLS[f"{_module}.frozenset"] = _set
+    ARRAY_SYMBOLS[f"{_module}.list"] = _list
+    ARRAY_SYMBOLS[f"{_module}.dict"] = _dict
+    ARRAY_SYMBOLS[f"{_module}.bytearray"] = lambda u, args: _raw(args[0] if args else b"", u)
+for _module in ("numpy.core", "numpy._core"):
+    ARRAY_SYMBOLS[f"{_module}.multiarray._reconstruct"] = _reconstruct
+    ARRAY_SYMBOLS[f"{_module}.multiarray.scalar"] = _scalar
+    ARRAY_SYMBOLS[f"{_module}.numeric._frombuffer"] = _from_buffer
 
 
 @dataclass(frozen=True)
@@ -119,7 +250,7 @@ def _tensor(unpickler: RestrictedUnpickler, args: tuple) -> StoredTensor:
     storage, offset, shape, strides = args[:4]
     if not isinstance(storage, Storage) or len(shape) != len(strides):
         raise WeightsError("a tensor without a storage: refused")
-    if len(shape) > pickled_arrays.MAX_RANK:
+    if len(shape) > _MAX_RANK:
         raise WeightsError(f"a tensor of {len(shape)} axes: refused")
     unpickler.charge(16 * len(shape))
     shape, strides = tuple(map(as_count, shape)), tuple(map(as_count, strides))
@@ -141,51 +272,48 @@ def _parameter(unpickler: RestrictedUnpickler, args: tuple) -> StoredTensor:
 
 
 SYMBOLS = {
-    **pickled_arrays.SYMBOLS,
+    **ARRAY_SYMBOLS,
     **dict.fromkeys(_STORAGES),
     **dict.fromkeys(f"torch.{name}" for name in _DTYPES),
     **{name: opaque(name) for name in _OPAQUE},
-    **dict.fromkeys(_DICTS, pickled_arrays.empty_dict),
-    "torch.Size": pickled_arrays.as_tuple,
+    **dict.fromkeys(_DICTS, _empty_dict),
+    "torch.Size": lambda unpickler, args: tuple(_list(unpickler, args)),
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
 }
 
 
+@dataclass
 class TorchFile:
-    """An opened checkpoint: its object, and the numbers of its tensors on demand."""
+    """An opened checkpoint: its object, and the numbers of its tensors on demand.
 
-    def __init__(
-        self,
-        content: Any,
-        big_endian: bool,
-        read_storage: Callable[[str, int], bytes],
-        size: int,
-    ):
-        self.content = content
-        self._order = ">" if big_endian else "<"
-        self._read_storage = read_storage
-        self._budget = _MAX_SHARING * size
-        self._cache: dict[str, bytes] = {}
+    `budget`: bytes that all tensors together may have.
+    """
+
+    content: Any
+    order: str  # of bytes, "<" or ">"
+    read_storage: Callable[[str, int], bytes]
+    budget: int
+    cache: dict[str, bytes] = field(default_factory=dict)
 
     def array(self, tensor: StoredTensor) -> np.ndarray:
         """Returns the tensor's numbers; bfloat16 comes back as float32."""
         storage = tensor.storage
         bfloat16 = storage.kind == "bf16"
-        dtype = np.dtype(self._order + ("u2" if bfloat16 else storage.kind))
+        dtype = np.dtype(self.order + ("u2" if bfloat16 else storage.kind))
         size = dtype.itemsize
-        if storage.key not in self._cache:
-            length = (storage.start + storage.count) * size
-            self._cache[storage.key] = self._read_storage(storage.key, length)
-        self._budget -= math.prod(tensor.shape) * size
-        if self._budget < 0:
+        if storage.key not in self.cache:
+            last = storage.start + storage.count
+            self.cache[storage.key] = self.read_storage(storage.key, last * size)
+        self.budget -= math.prod(tensor.shape) * size
+        if self.budget < 0:
             raise WeightsError("its tensors share storages more often than weights do")
         if all(tensor.shape):
             view = np.ndarray(
                 tensor.shape,
                 dtype,
-                buffer=self._cache[storage.key],
+                buffer=self.cache[storage.key],
                 offset=(storage.start + tensor.offset) * size,
                 strides=tuple(stride * size for stride in tensor.strides),
             )
@@ -221,7 +349,7 @@ def open_zip(path: str) -> Iterator[TorchFile]:
         order = b"little"
         if f"{folder}byteorder" in sizes:
             order = read_member(archive, f"{folder}byteorder").strip()
-        if order not in (b"little", b"big"):
+        if order not in _ORDERS:
             raise WeightsError(f"unknown byte order {order[:20]!r}")
 
         def read_storage(key: str, length: int) -> bytes:
@@ -235,7 +363,7 @@ def open_zip(path: str) -> Iterator[TorchFile]:
 
         data = read_member(archive, f"{folder}data.pkl")
         content = RestrictedUnpickler(SYMBOLS, _storage).load(io.BytesIO(data), len(data))
-        yield TorchFile(content, order == b"big", read_storage, size)
+        yield TorchFile(content, _ORDERS[order], read_storage, _MAX_SHARING * size)
 
 
 def _storage_positions(
@@ -286,86 +414,4 @@ def open_legacy(path: str) -> Iterator[TorchFile]:
             file.seek(position)
             return file.read(available)
 
-        yield TorchFile(content, order == ">", read_storage, size)
-
-
-# ------------------------------------------------------------------------- writing
-
-_TIME = (1980, 1, 1, 0, 0, 0)  # the same file for the same weights
-
-
-def _text(value: str) -> bytes:
-    data = value.encode()
-    return b"X" + struct.pack("<I", len(data)) + data  # BINUNICODE
-
-
-def _number(value: int) -> bytes:
-    return b"J" + struct.pack("<i", value)  # BININT
-
-
-def _tuple(items: bytes) -> bytes:
-    return b"(" + items + b"t"  # MARK ... TUPLE
-
-
-def _global(module: str, name: str) -> bytes:
-    return b"c" + module.encode() + b"\n" + name.encode() + b"\n"
-
-
-_EMPTY_ORDERED_DICT = _global("collections", "OrderedDict") + b")R"
-
-
-def _tensor_call(key: int, array: np.ndarray) -> bytes:
-    """Returns the pickled call of _rebuild_tensor_v2 on storage `key`."""
-    storage = _tuple(
-        _text("storage")
-        + _global("torch", "FloatStorage")
-        + _text(str(key))
-        + _text("cpu")
-        + _number(array.size)
-    )
-    strides = [stride // array.itemsize for stride in array.strides]
-    return (
-        _global("torch._utils", "_rebuild_tensor_v2")
-        + _tuple(
-            storage
-            + b"Q"  # BINPERSID
-            + _number(0)
-            + _tuple(b"".join(map(_number, array.shape)))
-            + _tuple(b"".join(map(_number, strides)))
-            + b"\x89"  # NEWFALSE: requires no gradient
-            + _EMPTY_ORDERED_DICT  # no backward hooks
-        )
-        + b"R"  # REDUCE
-    )
-
-
-def write_torch(path: str, state: Mapping[str, np.ndarray], texts: Mapping[str, str]) -> None:
-    """Writes {"model": state, **texts} as `torch.save` does; the file appears whole.
-
-    Float32 tensors, contiguous, one storage each. `torch.load` reads it, with
-    `weights_only=True` too.
-
-    Args:
-      state: float32 arrays by name.
-      texts: further entries of the checkpoint, strings.
-    """
-    arrays = {n: np.ascontiguousarray(a, np.dtype("<f4")) for n, a in state.items()}
-    entries = b"".join(
-        _text(name) + _tensor_call(key, array) for key, (name, array) in enumerate(arrays.items())
-    )
-    model = _text("model") + _EMPTY_ORDERED_DICT + b"(" + entries + b"u"  # SETITEMS
-    others = b"".join(_text(name) + _text(text) for name, text in texts.items())
-    data = b"\x80\x02}(" + model + others + b"u."
-    with (
-        atomic_path(path) as temporary,
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
-    ):
-
-        def add(name: str, content: bytes) -> None:
-            archive.writestr(zipfile.ZipInfo(f"archive/{name}", _TIME), content)
-
-        add("data.pkl", data)
-        add("byteorder", b"little")
-        for key, array in enumerate(arrays.values()):
-            add(f"data/{key}", array.tobytes())
-        add("version", b"3\n")
+        yield TorchFile(content, order, read_storage, _MAX_SHARING * size)
