@@ -236,7 +236,7 @@ def test_solov2_view_shows_it(user, tmp_path):
     sizes = {}
     for name, custom in (("plain", "()"), ("own", "('mypackage.more:darker',)")):
         out = tmp_path / name
-        view.run([*flags, f"--output={out}", f"--config.augment.custom={custom}"])
+        view.run(argv=[*flags, f"--output={out}", f"--config.augment.custom={custom}"])
         sizes[name] = [file.read_bytes() for file in sorted(out.iterdir())]
     assert len(sizes["plain"]) == len(sizes["own"]) == 4
     assert all(a != b for a, b in zip(sizes["plain"], sizes["own"], strict=True))

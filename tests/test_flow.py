@@ -12,9 +12,16 @@ import numpy as np
 import pytest
 
 from solov2_jax.tools.predict.download import DownloadLimits, fetch, without_secrets
-from solov2_jax.tools.predict.pipeline import SHAPES_AHEAD, LoadedImage, ahead, detect, read_ahead
+from solov2_jax.tools.predict.pipeline import (
+    SHAPES_AHEAD,
+    DeviceUtilization,
+    Picture,
+    ahead,
+    covered,
+    detect,
+    read_ahead,
+)
 from solov2_jax.tools.predict.sources import Frame, find_files
-from solov2_jax.tools.predict.utilization import DeviceUtilization, covered
 
 
 def test_results_are_in_order_and_few_are_in_work():
@@ -96,24 +103,24 @@ def test_pictures_of_one_shape_share_a_batch_and_none_waits_for_ever():
     pictures = []
     for i, shape in enumerate(shapes):
         example = {"image": np.zeros((*shape, 3), np.uint8), "image_id": np.array(i)}
-        pictures.append(LoadedImage(i, Frame(str(i), "f", "p"), example))
+        pictures.append(Picture(i, Frame(str(i), "f", "p"), example))
     predictor = Counting()
     with DeviceUtilization() as clock:
         found = list(detect(predictor, pictures, 2, clock))
-    assert sorted(f.picture.number for f in found) == list(range(len(shapes)))
+    assert sorted(picture.number for picture, _, _ in found) == list(range(len(shapes)))
     full = [ids for _, ids in predictor.batches if -1 not in ids]
     assert len(full) == 7 and len(predictor.batches) == 8
     assert predictor.batches[0] == (a, [0, 2])
-    assert all("image" not in f.picture.example for f in found), "images are let go"
+    assert all("image" not in picture.example for picture, _, _ in found), "images are let go"
     # One of each shape: when too many wait, a batch goes with what there is.
     many = []
     for i in range(20):
         image = np.zeros((32, 32 * (i + 1), 3), np.uint8)
         example = {"image": image, "image_id": np.array(i)}
-        many.append(LoadedImage(i, Frame(str(i), "f", "p"), example))
+        many.append(Picture(i, Frame(str(i), "f", "p"), example))
     with DeviceUtilization() as clock:
         stream = detect(Counting(), iter(many), 2, clock)
-        assert next(stream).picture.number <= SHAPES_AHEAD * 2
+        assert next(stream)[0].number <= SHAPES_AHEAD * 2
 
 
 def test_busy_time_counts_overlaps_once_and_no_compilation():

@@ -16,7 +16,6 @@ from PIL import Image
 
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.tools.predict import output_folder
-from solov2_jax.tools.predict.filter import DetectionFilter
 from solov2_jax.tools.predict.output_folder import (
     MANIFEST,
     PARTIAL,
@@ -24,6 +23,7 @@ from solov2_jax.tools.predict.output_folder import (
     OutputFolder,
     ResultsFile,
 )
+from solov2_jax.tools.predict.outputs import DetectionFilter
 from solov2_jax.tools.predict.predict_files import FileOptions, predict_files
 from solov2_jax.tools.predict.sources import open_sources
 

@@ -18,7 +18,6 @@ from solov2_jax.rle import rle_decode, rle_from_string
 from solov2_jax.tools.importers import __main__
 from solov2_jax.tools.predict.outputs import (
     OutputFiles,
-    Style,
     file_word,
     labelme_content,
     parse_formats,
@@ -96,7 +95,7 @@ def test_the_importers_read_the_labels_back(tmp_path):
     Image.new("RGB", (160, 120)).save(path)
     frame = Frame("a", "a.png", str(path), np.zeros((120, 160, 3), np.uint8))
     out = tmp_path / "out"
-    OutputFiles(str(out), ("yolo", "labelme"), NAMES, Style()).write(frame, prediction)
+    OutputFiles(str(out), ("yolo", "labelme"), NAMES).write(frame, prediction)
     for kind, names in (("yolo", "classes.txt"), ("labelme", "")):
         labels = out / "yolo" / "labels" if kind == "yolo" else out / "labelme"
         arguments = [kind, "--images", str(path.parent), "--labels", str(labels)]
@@ -142,7 +141,7 @@ def test_every_format_is_written(tmp_path):
     frame = Frame("a", "a.png", str(tmp_path / "in" / "a.png"), image)
     formats = parse_formats(["overlay", "coco", " masks", "cutouts", "yolo", "labelme"])
     out = tmp_path / "deep" / "out"
-    writer = OutputFiles(str(out), formats, NAMES, Style())
+    writer = OutputFiles(str(out), formats, NAMES)
     prediction = from_masks(masks, [1, 0])
     assert writer.write(frame, prediction) is None
     for i, name in enumerate(("000_big_dog", "001_cat")):

@@ -18,13 +18,11 @@ from rich.console import Console
 
 from solov2_jax.config import save_config
 from solov2_jax.inference.prediction import Prediction
-from solov2_jax.tools.predict import progress
-from solov2_jax.tools.predict.buckets import shapes_of
-from solov2_jax.tools.predict.filter import DetectionFilter
+from solov2_jax.tools.predict import predict_files as files
 from solov2_jax.tools.predict.output_folder import MANIFEST
-from solov2_jax.tools.predict.outputs import Style
+from solov2_jax.tools.predict.outputs import DetectionFilter
 from solov2_jax.tools.predict.predict_files import FileOptions, predict_files
-from solov2_jax.tools.predict.sources import open_sources
+from solov2_jax.tools.predict.sources import open_sources, shapes_of
 from solov2_jax.tools.predict.video import VideoReader, VideoWriter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,8 +134,8 @@ def test_nothing_written_is_an_error(photos, tmp_path):
 
 def test_a_video_in_a_video_out_with_tracks(clip, tmp_path):
     out = tmp_path / "deep" / "out"
-    style = Style("track", labels=False)
-    summary = predict(clip, out, formats=("overlay", "coco"), style=style, track=True)
+    formats = ("overlay", "coco")
+    summary = predict(clip, out, formats=formats, color_by="track", labels=False, track=True)
     (path,) = summary.videos
     assert path == str(out / "clip.mp4") and summary.pictures == 12
     reader = VideoReader(path)
@@ -191,8 +189,8 @@ def test_ctrl_c_finishes_what_was_read(tmp_path):
 
 def test_a_bar_in_a_terminal_keeps_the_log_above_it(monkeypatch, caplog):
     screen = io.StringIO()
-    monkeypatch.setattr(progress, "Console", lambda file: Console(file=screen, force_terminal=True))
-    with progress.ProgressReport(3) as report:
+    monkeypatch.setattr(files, "Console", lambda file: Console(file=screen, force_terminal=True))
+    with files.ProgressReport(3) as report:
         for objects in (1, 2, 3):
             report.count(objects)
     assert "6 objects" in screen.getvalue() and "3/3" in screen.getvalue()
@@ -206,22 +204,21 @@ def test_few_shapes_for_many_images(tmp_path):
     (tmp_path / "broken.png").touch()
     sources = open_sources(str(tmp_path), "", threads=1, limit=0, every=1)
 
-    class Own:
-        def padded_shape(self, height, width):
-            return -(-height // 32) * 32, -(-width // 32) * 32
+    def padded_shape(height, width):
+        return -(-height // 32) * 32, -(-width // 32) * 32
 
-    few = shapes_of(sources, Own(), 2)
+    few = shapes_of(sources, padded_shape, 2)
     assert len(few) == 2
     for height, width in sizes:
         assert any(h >= height and w >= width for h, w in few)
-    assert len(shapes_of(sources, Own(), 1)) == 1
+    assert len(shapes_of(sources, padded_shape, 1)) == 1
 
 
 def test_options_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="--batch_size 0"):
         FileOptions(("coco",), DetectionFilter(0.3), batch_size=0)
     with pytest.raises(ValueError, match="needs --track"):
-        FileOptions(("coco",), DetectionFilter(0.3), style=Style("track"))
+        FileOptions(("coco",), DetectionFilter(0.3), color_by="track")
 
 
 def command(script, *arguments, **environment):
@@ -274,7 +271,7 @@ def test_a_mistyped_class_names_the_nearest(workdir, photos, tmp_path):
     )
     assert code == 2
     assert text.splitlines()[-1].startswith(
-        "error: --classes dgo: no such class; did you mean 'dog'?"
+        "error: --classes dgo: no such class; did you mean dog?"
     )
 
 

@@ -24,8 +24,7 @@ pytest.importorskip("uvicorn")
 
 from solov2_jax.tools.serving.app import Limits, make_app
 from solov2_jax.tools.serving.batcher import Batcher
-from solov2_jax.tools.serving.pictures import decode
-from solov2_jax.tools.serving.refusal import RequestRefused
+from solov2_jax.tools.serving.pictures import RequestRefused, decode
 from solov2_jax.tools.serving.server import bind, make_server
 
 LIMITS = Limits(

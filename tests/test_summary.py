@@ -113,7 +113,7 @@ def test_command_prints_the_table(capsys):
 )
 def test_bad_arguments_are_one_sentence(args, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        command.run(["--config", CONFIG, *args])
+        command.run(argv=["--config", CONFIG, *args])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert re.fullmatch(f"error: .*{message}.*\n", error), error

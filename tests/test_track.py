@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from solov2_jax.inference.prediction import Prediction
-from solov2_jax.tools.predict.filter import DetectionFilter, parse_classes
+from solov2_jax.tools.predict.outputs import DetectionFilter, parse_classes
 from solov2_jax.tools.predict.track import Tracker
 
 SIZE = (60, 100)
@@ -86,7 +86,7 @@ def test_classes_by_name_or_id():
     assert parse_classes(["7"], names, ids) == {2}, "a name goes before an id"
     assert parse_classes(["Traffic Light "], names, ids) == {1}
     assert parse_classes(["", " "], names, ids) is None
-    with pytest.raises(ValueError, match="--classes persn: .* did you mean 'person'"):
+    with pytest.raises(ValueError, match="--classes persn: .* did you mean person"):
         parse_classes(["persn"], names, ids)
     with pytest.raises(ValueError, match="--classes 3: no such category id"):
         parse_classes(["3"], names, ids)

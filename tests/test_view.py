@@ -39,7 +39,7 @@ def test_a_picture_for_every_image_of_a_batch(tmp_path, capsys):
     data = [f"--config.data.train.images={images}"]
     data += [f"--config.data.train.annotations={path}"]
     out = tmp_path / "view"
-    view.run([*FLAGS, *data, f"--output={out}", "--step=1", "--batches=3"])
+    view.run(argv=[*FLAGS, *data, f"--output={out}", "--step=1", "--batches=3"])
     said = capsys.readouterr().out
     assert "6 pictures" in said and "cat, box side" in said
     config = config_of(images, path)
@@ -89,10 +89,10 @@ def test_an_image_without_objects_and_a_wrong_flag(tmp_path, capsys):
     images, path = write(tmp_path, content() | {"annotations": []})
     data = [f"--config.data.train.images={images}"]
     data += [f"--config.data.train.annotations={path}"]
-    view.run([*FLAGS, *data, f"--output={tmp_path}/out", "--batches=1"])
+    view.run(argv=[*FLAGS, *data, f"--output={tmp_path}/out", "--batches=1"])
     assert len(list(Path(tmp_path, "out").iterdir())) == 2
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        view.run([*FLAGS, *data, f"--output={tmp_path}/out", "--batches=0"])
+        view.run(argv=[*FLAGS, *data, f"--output={tmp_path}/out", "--batches=0"])
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("error: --batches=0 must be at least 1")

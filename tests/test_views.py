@@ -108,7 +108,7 @@ def test_the_commands_take_views(workdir, tmp_path):
     ("arguments", "message"),
     [
         (["--tta=flop"], "neither 'flip' nor a scale"),
-        (["--tta=flip,40"], "must be at most 10"),
+        (["--tta=flip,40"], "must be from 0.1 to 10"),
         (["--tile=-1"], "--tile=-1"),
         (["--tile=64", "--tile_overlap=1"], "--tile_overlap=1 "),
         (["--tile_whole"], "need --tile"),

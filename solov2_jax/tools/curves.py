@@ -17,7 +17,6 @@ CHARTS = {
     "AP of the evaluations": ("segm/AP", "segm/AP50", "bbox/AP"),
     "learning rate": ("learning_rate",),
 }
-COLORS = ("#24292f", "#2f6db5", "#d97a26", "#3d8f5f")
 
 
 def draw_curves(workdir: str | os.PathLike[str]) -> Image.Image:
@@ -45,24 +44,18 @@ def _points(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[flo
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def _draw(charts: dict[str, dict[str, tuple[list[int], list[float]]]]) -> Image.Image:
-    from matplotlib.figure import Figure  # slow, and only here
+def _draw(curves_of: dict[str, dict[str, tuple[list[int], list[float]]]]) -> Image.Image:
+    from solov2_jax.tools import charts  # matplotlib is slow, and only here
 
-    size = (4.2 * len(charts), 3.0)
-    figure = Figure(figsize=size, dpi=100, layout="constrained")
-    all_axes = figure.subplots(1, len(charts), squeeze=False)[0]
-    for axes, (title, curves) in zip(all_axes, charts.items(), strict=True):
-        for color, (name, (steps, values)) in zip(COLORS, curves.items(), strict=False):
+    figure, all_axes = charts.panels(4.2 * len(curves_of), 3.0, len(curves_of))
+    for axes, (title, curves) in zip(all_axes, curves_of.items(), strict=True):
+        colors = (charts.INK, *charts.COLORS)
+        for color, (name, (steps, values)) in zip(colors, curves.items(), strict=False):
             marker = "o" if len(steps) < 20 else None
             axes.plot(steps, values, color=color, label=name, marker=marker, ms=3)
-        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
-        axes.set_xlabel("step", fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#eceef0")
+        charts.label(axes, title, "step")
+        axes.grid(color=charts.GRID)
         axes.set(xlim=(0, None), ylim=(0, None))
         if len(curves) > 1:
             axes.legend(fontsize=8, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer)
+    return Image.open(io.BytesIO(charts.png(figure)))

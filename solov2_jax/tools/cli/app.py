@@ -21,22 +21,17 @@ from solov2_jax.tools.cli import flags
 Main = Callable[[list[str]], None]
 
 DEBUG = flags.Flag("debug", switch(False), "Print the traceback of an error.")
-_CPU_DEVICES = flags.Flag(
-    "cpu_devices",
-    whole(0, high=4096),
-    "Run on the CPU, as that many devices. 0: the usual platform.",
-)
+_CPU_DEVICES = flags.Flag("cpu_devices", whole(0, high=4096), "Run as so many CPU devices. 0: no.")
 _CACHE = flags.Flag(
     "compilation_cache",
     text(session.CACHE),
-    "Folder of compiled programs, so that a second start is quick; '' for none. "
-    "JAX_COMPILATION_CACHE_DIR, where it is set, wins.",
+    "Folder of compiled programs; '' for none. JAX_COMPILATION_CACHE_DIR, where set, wins.",
 )
 _KEEP_MEMORY = flags.Flag(
     "keep_memory",
     switch(True),
-    "Keep freed memory in the process, by starting it anew with settings of glibc's "
-    "allocator: on a CPU programs run up to a third faster. Linux.",
+    "Start anew with settings of glibc's allocator that keep freed memory: on a CPU programs "
+    "run up to a third faster. Linux.",
 )
 _PLATFORM = (DEBUG, _CPU_DEVICES, _CACHE, _KEEP_MEMORY)
 # glibc gives XLA's large temporaries back to the system after every call, and the next

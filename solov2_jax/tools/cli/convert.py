@@ -9,6 +9,7 @@ The source is told by the tensors' names. Nothing in the file is executed. With
 was left out is printed. Exit code 2: an error that the line `error: ...` explains.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -24,29 +25,22 @@ if TYPE_CHECKING:
     from solov2_jax.weights.sources import Weights
 
 _INPUT = Flag("input", text(), "Weights file, or a run's workdir.", required=True)
-_OUTPUT = Flag(
-    "output", text(), "File to write (.safetensors or .pth), or a folder.", required=True
-)
+_OUTPUT = Flag("output", text(), "File (.safetensors, .pth) or folder to write.", required=True)
 _SOURCE = Flag("source", choice("auto", ("auto", *TABLES, "solov2_jax")), "Who wrote the file.")
 _SUFFIX = {"solov2_jax": ".safetensors", "adelaidet": ".pth"}
 _TO = Flag("to", choice("solov2_jax", tuple(_SUFFIX)), "Names to write.")
 _CONFIG = Flag("config", text(), "Check against this config's network.")
-_STRICT = Flag(
-    "strict", switch(False), "With --config: every leaf must be filled, every tensor known."
-)
-_PREFIX = Flag("prefix", text(), "The network to take where the file has several, such as student.")
+_STRICT = Flag("strict", switch(False), "With --config: fill every leaf, use every tensor.")
+_PREFIX = Flag("prefix", text(), "Which network of a file with several, such as student.")
 _SHA256 = Flag("sha256", text(), "Checksum that the input must have.")
 _SETTING = Flag(
     "setting",
     several((), text()),
-    "KEY=VALUE that the weights were trained with, where it differs from their "
-    "source's convention, such as input.channel_order=RGB.",
+    "KEY=VALUE that the weights were trained with, such as input.channel_order=RGB.",
     repeated=True,
 )
-FLAGS = (
-    *(_INPUT, _OUTPUT, _SOURCE, _TO, _CONFIG, shared.CHECKPOINT, _STRICT, _PREFIX, _SHA256),
-    _SETTING,
-)
+FLAGS = (_INPUT, _OUTPUT, _SOURCE, _TO, _CONFIG, shared.CHECKPOINT, _STRICT, _PREFIX)
+FLAGS += (_SHA256, _SETTING)
 
 
 def _read() -> "Weights":
@@ -105,6 +99,4 @@ def main(overrides: list[str]) -> None:
         write_json(report.to_dict(), output + ".report.json")
 
 
-def run() -> None:
-    """Runs the command."""
-    app.run(main, FLAGS)
+run = functools.partial(app.run, main, FLAGS)

@@ -7,6 +7,7 @@ With --config or --workdir the configuration's keys that differ from configs/bas
 printed too. Values of variables whose names look like secrets are left out.
 """
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -74,6 +75,4 @@ def _changes(overrides: list[str]) -> list[str]:
     return [f"config {path}, where it differs from configs/base.py:", *(lines or ["  nowhere"])]
 
 
-def run() -> None:
-    """Runs the command."""
-    app.run(main, FLAGS, platform=False)
+run = functools.partial(app.run, main, FLAGS, platform=False)

@@ -17,6 +17,7 @@ Exit code 0: done; 1: a result is outside of a range that `--expect` gave; 2: an
 that the one line `error: ...` explains.
 """
 
+import functools
 import sys
 
 from solov2_jax.config_schema import several, switch, text, whole
@@ -31,26 +32,19 @@ _EXPECT = Flag(
     "METRIC=VALUE+-TOLERANCE; exit code 1 outside of it.",
     repeated=True,
 )
-_PREDICTIONS = Flag(
-    "predictions", text(), "Score this file in COCO's results format instead of a run."
-)
+_PREDICTIONS = Flag("predictions", text(), "Score this file in COCO's results format, no run.")
 _AGAINST = Flag("against", text(), "Compare --predictions with this file.")
 _ANNOTATIONS = Flag("annotations", text(), "Instances json that --predictions are about.")
 _IMAGES = Flag("images", text(), "Folder of the images, for the report of --predictions.")
-_OUTPUT = Flag(
-    "output", text(), "Folder for what is written. Default: WORKDIR/eval; none otherwise."
-)
+_OUTPUT = Flag("output", text(), "Folder to write. Default: WORKDIR/eval; none without workdir.")
 _MAX_DETECTIONS = Flag(
     "max_detections",
     whole(0, high=1_000_000),
-    "With --predictions: detections per image and class that AP counts, beyond COCO's 100. "
-    "Of a run: --config.eval.max_detections.",
+    "With --predictions: detections per image and class that count, beyond COCO's 100.",
 )
 _FILES = (_PREDICTIONS, _ANNOTATIONS, _AGAINST, _IMAGES, _MAX_DETECTIONS)
-FLAGS = (
-    *(shared.WORKDIR, shared.CHECKPOINT, _REPORT, _EXPECT, *_FILES, _OUTPUT),
-    *(*shared.VIEWS, *shared.PROCESSES),
-)
+FLAGS = (shared.WORKDIR, shared.CHECKPOINT, _REPORT, _EXPECT, *_FILES, _OUTPUT)
+FLAGS += (*shared.VIEWS, *shared.PROCESSES)
 
 
 def main(overrides: list[str]) -> None:
@@ -114,6 +108,4 @@ def score_files(overrides: list[str], expectations: list) -> dict[str, float]:
     )
 
 
-def run() -> None:
-    """Runs the command."""
-    app.run(main, FLAGS, shared.run_joined)
+run = functools.partial(app.run, main, FLAGS, shared.run_joined)

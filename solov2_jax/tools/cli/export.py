@@ -15,6 +15,7 @@ Exit code 0: done; 2: an error that the one line `error: ...` explains.
 """
 
 import dataclasses
+import functools
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -37,29 +38,22 @@ _PRECISION = Flag(
 _SHAPES = Flag(
     "shape",
     several((), text()),
-    "Padded HEIGHTxWIDTH, multiples of 32, separated by commas. Default: the config's "
-    "input.buckets_test, or a landscape and a portrait shape that hold every image.",
+    "Padded HEIGHTxWIDTH, multiples of 32, separated by commas. Default: input.buckets_test, "
+    "or a landscape and a portrait shape that hold every image.",
 )
 _BATCH = Flag("batch", whole(1, 1, 4096), "Images per call.")
 _MASKS = Flag(
     "masks",
     choice("input", ("input", "quarter")),
-    "input: masks of 0 and 1 at the padded input's size; quarter: probabilities at a "
-    "quarter of it.",
+    "input: masks of 0 and 1 at the input's size; quarter: probabilities at a quarter of it.",
 )
-_IMAGES = Flag(
-    "images",
-    text(),
-    "Image, folder or quoted pattern to compare on. Default: the run's validation data.",
-)
+_IMAGES = Flag("images", text(), "File, folder or pattern to compare on. Default: the val data.")
 _NUM_IMAGES = Flag("num_images", whole(8, 1), "Images that are compared.")
 _EVALUATE = Flag("evaluate", switch(False), "Measure AP of both on the run's validation data.")
 _OVERWRITE = Flag("overwrite", switch(False), "Replace files in the output that no export wrote.")
 _OUTPUT = Flag("output", text(), "Folder to write. Default: WORKDIR/export/FORMAT_PRECISION.")
-FLAGS = (
-    *(*shared.MODEL, _FORMAT, _PRECISION, _SHAPES, _BATCH, _MASKS, _IMAGES, _NUM_IMAGES),
-    *(_EVALUATE, _OVERWRITE, _OUTPUT),
-)
+FLAGS = (*shared.MODEL, _FORMAT, _PRECISION, _SHAPES, _BATCH, _MASKS, _IMAGES, _NUM_IMAGES)
+FLAGS += (_EVALUATE, _OVERWRITE, _OUTPUT)
 
 
 def main(overrides: list[str]) -> None:
@@ -83,10 +77,9 @@ def main(overrides: list[str]) -> None:
         _BATCH.value,
         buckets or default_buckets(predictor.input),
     )
-    source = shared.WEIGHTS.value or f"{os.path.basename(os.path.abspath(shared.WORKDIR.value))}"
-    folder = _OUTPUT.value or os.path.join(
-        shared.WORKDIR.value, "export", f"{_FORMAT.value}_{_PRECISION.value}"
-    )
+    source = shared.WEIGHTS.value or os.path.basename(os.path.abspath(shared.WORKDIR.value))
+    name = f"{_FORMAT.value}_{_PRECISION.value}"
+    folder = _OUTPUT.value or os.path.join(shared.WORKDIR.value, "export", name)
     dataset = None
     if not _IMAGES.value or _EVALUATE.value:
         dataset = _load_dataset(config, predictor)
@@ -155,6 +148,4 @@ def _measure_ap(
     return found
 
 
-def run() -> None:
-    """Runs the command."""
-    app.run(main, FLAGS)
+run = functools.partial(app.run, main, FLAGS)

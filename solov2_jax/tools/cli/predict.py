@@ -22,33 +22,32 @@ line `error: ...` names, and the others are done; 2: an error, nothing was predi
 130 and 143: ended by SIGINT or SIGTERM (a camera that is ended by Ctrl-C: 0).
 """
 
+import functools
 import signal
 import sys
 import tempfile
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from solov2_jax.config_schema import choice, number, several, share, switch, text, whole
 from solov2_jax.tools.cli import app, shared
 from solov2_jax.tools.cli.flags import Flag
 
 if TYPE_CHECKING:
-    from solov2_jax.inference.predictor import Predictor
     from solov2_jax.tools.predict.predict_files import Summary
-    from solov2_jax.tools.predict.sources import Source
 
 _INPUT = Flag(
     "input",
     text(),
-    "An image, a video, a folder, a quoted pattern, an http(s) address, camera:0, or "
-    "an rtsp address.",
+    "An image, a video, a folder, a quoted pattern, an http(s) or rtsp address, or camera:0.",
     required=True,
 )
 _OUTPUT = Flag("output", text(), "Folder to write to; made if need be.", required=True)
 _WRITE = Flag(
     "write",
     several(("overlay", "coco"), text()),
-    "What is written: overlay (pictures, videos), coco (predictions.json), masks and "
-    "cutouts (PNG for each object), yolo and labelme (labels to correct by hand).",
+    "What is written: overlay (pictures, videos), coco (predictions.json), masks, cutouts (a "
+    "PNG per object), yolo, labelme (labels to correct by hand).",
 )
 _SCORE = Flag("score", share(0.3), "Least score of a detection.")
 _CLASSES = Flag("classes", several((), text()), "Only these: names or category ids.")
@@ -61,60 +60,28 @@ _COLOR_BY = Flag(
     optional=True,
 )
 _TRACK = Flag("track", switch(False), "Follow objects from frame to frame and number them.")
-_BATCH_SIZE = Flag(
-    "batch_size", whole(1, 1, 4096), "Images of one padded shape that are computed together."
-)
-_SHAPES = Flag(
-    "shapes",
-    whole(0, high=10_000),
-    "At most so many padded shapes for all images. 0: each image's own.",
-)
+_BATCH_SIZE = Flag("batch_size", whole(1, 1, 4096), "Images of one padded shape per batch.")
+_SHAPES = Flag("shapes", whole(0, high=10_000), "Most padded shapes. 0: each image's own.")
 _FRAMES = Flag("frames", whole(0), "Of a video or camera: so many at most. 0: all.")
 _EVERY = Flag("every", whole(1, 1), "Of a video or camera: the first of every so many.")
 _READERS = Flag("readers", whole(2, 1, 1024), "Threads that read and resize images.")
-_OVERWRITE = Flag(
-    "overwrite",
-    switch(False),
-    "Replace files in the output folder that this command did not write.",
-)
+_OVERWRITE = Flag("overwrite", switch(False), "Replace files that this command did not write.")
 _MAX_PIXELS = Flag(
     "max_pixels",
     whole(89_478_485, 1, 10**12),
-    "Most pixels of an image or a video's frame; raise it for large images that you trust, "
-    "with --tile. Default: Pillow's limit, 89 million.",
+    "Most pixels of an image or frame; raise it for large images that you trust, with --tile. "
+    "Default: Pillow's limit, 89 million.",
     optional=True,
 )
-_DOWNLOAD_MB = Flag(
-    "download_mb", number(1000.0, 0.001, high=1e9), "Most megabytes of a file at an address."
-)
-_DOWNLOAD_SECONDS = Flag(
-    "download_seconds",
-    number(600.0, 0.01, high=1e7),
-    "Most seconds to fetch a file at an address.",
-)
-FLAGS = (
-    *(*shared.MODEL, _INPUT, _OUTPUT, _WRITE, _SCORE, _CLASSES, _MAX, *shared.VIEWS, _SHAPES),
-    *(_BATCH_SIZE, _TRACK, _COLOR_BY, _HIDE_LABELS, _FRAMES, _EVERY, _READERS, _OVERWRITE),
-    *(_MAX_PIXELS, _DOWNLOAD_MB, _DOWNLOAD_SECONDS),
-)
+_DOWNLOAD_MB = Flag("download_mb", number(1000.0, 0.001, high=1e9), "Most megabytes to fetch.")
+_SECONDS = Flag("download_seconds", number(600.0, 0.01, high=1e7), "Most seconds to fetch a file.")
+FLAGS = (*shared.MODEL, _INPUT, _OUTPUT, _WRITE, _SCORE, _CLASSES, _MAX, *shared.VIEWS, _SHAPES)
+FLAGS += (_BATCH_SIZE, _TRACK, _COLOR_BY, _HIDE_LABELS, _FRAMES, _EVERY, _READERS, _OVERWRITE)
+FLAGS += (_MAX_PIXELS, _DOWNLOAD_MB, _SECONDS)
 
 
-def build_views(predictor: "Predictor", sources: "list[Source]") -> Any:
-    """Returns the predictor with the shapes, tiles and views that the flags ask for."""
-    tta, tiles = shared.view_options()
-    if _SHAPES.value and not tiles and not predictor.input.buckets:
-        from solov2_jax.tools.predict.buckets import shapes_of
-
-        predictor = predictor.with_shapes(shapes_of(sources, predictor, _SHAPES.value))
-    if not (tta or tiles):
-        return predictor
-    from solov2_jax.tools.multiview.build import build_views
-
-    return build_views(predictor, tta, tiles)
-
-
-def predict(overrides: list[str], scratch: str) -> "tuple[Summary, bool]":
-    """Predicts as the flags say; also returns whether the input was a camera or stream.
+def predict(overrides: list[str], scratch: str) -> "Summary":
+    """Predicts as the flags say.
 
     Args:
       scratch: folder for what is downloaded.
@@ -122,42 +89,48 @@ def predict(overrides: list[str], scratch: str) -> "tuple[Summary, bool]":
     from PIL import Image
 
     from solov2_jax.data import images
+    from solov2_jax.tools.multiview.build import build_views
     from solov2_jax.tools.predict.download import DownloadLimits
-    from solov2_jax.tools.predict.filter import DetectionFilter, parse_classes
     from solov2_jax.tools.predict.output_folder import OutputFolder
-    from solov2_jax.tools.predict.outputs import Style, check_outputs, parse_formats
+    from solov2_jax.tools.predict.outputs import (
+        DetectionFilter,
+        check_outputs,
+        parse_classes,
+        parse_formats,
+    )
     from solov2_jax.tools.predict.predict_files import FileOptions, predict_files
-    from solov2_jax.tools.predict.sources import is_live, open_sources
+    from solov2_jax.tools.predict.sources import open_sources, shapes_of
 
     if _MAX_PIXELS.value is not None:
         images.max_pixels = Image.MAX_IMAGE_PIXELS = _MAX_PIXELS.value
-
-    color_by = _COLOR_BY.value or ("track" if _TRACK.value else "object")
+    # Whatever can be wrong is found before the weights are loaded and compiled for.
+    tta, tiles = shared.view_options()
     options = FileOptions(
         parse_formats(_WRITE.value),
-        DetectionFilter(_SCORE.value, None, _MAX.value),
-        Style(color_by, not _HIDE_LABELS.value),
-        _BATCH_SIZE.value,
-        _TRACK.value,
-        _OVERWRITE.value,
+        DetectionFilter(_SCORE.value, most=_MAX.value),
+        color_by=_COLOR_BY.value or ("track" if _TRACK.value else "object"),
+        labels=not _HIDE_LABELS.value,
+        batch_size=_BATCH_SIZE.value,
+        track=_TRACK.value,
+        overwrite=_OVERWRITE.value,
     )
-    shared.view_options()  # raises now instead of after a compilation, as do the next ones
     sources = open_sources(
         _INPUT.value,
         scratch,
         threads=_READERS.value,
         limit=_FRAMES.value,
         every=_EVERY.value,
-        download=DownloadLimits(round(_DOWNLOAD_MB.value * 1e6), _DOWNLOAD_SECONDS.value),
+        download=DownloadLimits(round(_DOWNLOAD_MB.value * 1e6), _SECONDS.value),
     )
     check_outputs(sources, OutputFolder(_OUTPUT.value, _OVERWRITE.value), options.formats)
     predictor = shared.load_predictor(overrides)
-    classes = parse_classes(_CLASSES.value, predictor.class_names, predictor.category_ids)
-    options = options.with_classes(classes)
+    labels = parse_classes(_CLASSES.value, predictor.class_names, predictor.category_ids)
+    options = replace(options, keep=replace(options.keep, labels=labels))
     predictor.limit_score = _SCORE.value
-    multiview = build_views(predictor, sources)
-    summary = predict_files(multiview, sources, _OUTPUT.value, options)
-    return summary, is_live(_INPUT.value)
+    if _SHAPES.value and not tiles and not predictor.input.buckets:
+        shapes = shapes_of(sources, predictor.padded_shape, _SHAPES.value)
+        predictor = predictor.with_shapes(shapes)
+    return predict_files(build_views(predictor, tta, tiles), sources, _OUTPUT.value, options)
 
 
 def main(overrides: list[str]) -> None:
@@ -167,19 +140,19 @@ def main(overrides: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            summary, live = predict(overrides, scratch)
+            summary = predict(overrides, scratch)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
         problems = summary.report(_OUTPUT.value)
     if problems:
         sys.stdout.flush()
         print(f"error: {problems}", file=sys.stderr, flush=True)
-    if summary.stopped and not (live and summary.stopped == signal.SIGINT):
+    from solov2_jax.tools.predict.sources import is_live
+
+    if summary.stopped and not (summary.stopped == signal.SIGINT and is_live(_INPUT.value)):
         sys.exit(128 + summary.stopped)
     if problems:
         sys.exit(1)
 
 
-def run() -> None:
-    """Runs the command."""
-    app.run(main, FLAGS)
+run = functools.partial(app.run, main, FLAGS)

@@ -6,7 +6,7 @@ r"""Prints the network of a config as a table: module, output, parameters, FLOPs
 Nothing is computed and no array allocated: the network is traced with shapes only.
 """
 
-from collections.abc import Sequence
+import functools
 
 from solov2_jax.config_schema import text, whole
 from solov2_jax.io import InputError
@@ -43,6 +43,4 @@ def parse_size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def run(argv: Sequence[str] | None = None) -> None:
-    """Runs the command."""
-    app.run(main, FLAGS, argv=argv, platform=False)
+run = functools.partial(app.run, main, FLAGS, platform=False)

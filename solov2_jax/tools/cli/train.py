@@ -21,17 +21,9 @@ from solov2_jax.tools.cli import app, shared
 from solov2_jax.tools.cli.flags import Flag
 
 _CONFIG = Flag("config", text(), "Config file; keys: configs/base.py.", required=True)
-_WORKDIR = Flag(
-    "workdir", text(), "Folder of the run; resumed if it has checkpoints.", required=True
-)
-_DRY_RUN = Flag(
-    "dry_run", switch(False), "Compile only, from shapes; print time, FLOPs and memory."
-)
-_OVERFIT = Flag(
-    "overfit",
-    whole(0),
-    "Self-test: overfit so many training images instead. 0: train.",
-)
+_WORKDIR = Flag("workdir", text(), "Of the run; resumed if it has checkpoints.", required=True)
+_DRY_RUN = Flag("dry_run", switch(False), "Compile only; print time, FLOPs and memory.")
+_OVERFIT = Flag("overfit", whole(0), "Self-test: overfit so many training images. 0: train.")
 FLAGS = (_CONFIG, _WORKDIR, _DRY_RUN, _OVERFIT, *shared.PROCESSES)
 
 
@@ -69,6 +61,4 @@ def self_test(config, number: int) -> int:
     return 0 if passed else 1
 
 
-def run() -> None:
-    """Runs the command."""
-    app.run(main, FLAGS, shared.run_joined)
+run = functools.partial(app.run, main, FLAGS, shared.run_joined)

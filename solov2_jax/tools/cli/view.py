@@ -10,7 +10,7 @@ colour; cells of several objects have a white frame. `--step 1000` shows what tr
 will see at that step. Exit code 0: written; 2: an error that `error: ...` explains.
 """
 
-from collections.abc import Sequence
+import functools
 
 from solov2_jax.config_schema import text, whole
 from solov2_jax.tools.cli import app
@@ -36,6 +36,4 @@ def main(overrides: list[str]) -> None:
     print(f"{len(paths)} pictures: {_OUTPUT.value}")
 
 
-def run(argv: Sequence[str] | None = None) -> None:
-    """Runs the command."""
-    app.run(main, FLAGS, argv=argv, platform=False)
+run = functools.partial(app.run, main, FLAGS, platform=False)

@@ -6,10 +6,12 @@ Masks of two views are of one object if they agree where both views look: IoU ab
 objects thus never become one, even where a view took them for one. No JAX.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from solov2_jax.inference.prediction import (
     PackedMask,
@@ -87,40 +89,34 @@ def merge(
     return [replace(objects[i], score=float(scores[i])) for i in kept.tolist()]
 
 
+def candidate_pairs(objects: Sequence[ViewObject]) -> Iterator[tuple[int, int]]:
+    """Yields the pairs (i, j), i < j, of one class that may overlap and no view saw both."""
+    rectangles = np.array([o.mask.rectangle for o in objects], int).reshape(-1, 4)
+    for i, j in overlapping_pairs(rectangles).tolist():
+        if objects[i].label == objects[j].label and not objects[i].views & objects[j].views:
+            yield i, j
+
+
 def pairs_of_one_object(
     found: Sequence[ViewObject], views: Sequence[ImageView]
-) -> list[tuple[int, int]]:
-    """Returns the pairs of one class and two views that are one object."""
-    agree = []
-    rectangles = np.array([f.mask.rectangle for f in found], int).reshape(-1, 4)
-    for i, j in overlapping_pairs(rectangles).tolist():
+) -> Iterator[tuple[int, int]]:
+    """Yields the pairs that are one object."""
+    for i, j in candidate_pairs(found):
         a, b = found[i], found[j]
-        if a.label != b.label or a.views & b.views:
-            continue
         shared = intersect(*(views[v].window for v in sorted(a.views | b.views)))
         window = shared and intersect(shared, _union(a.mask.rectangle, b.mask.rectangle))
         assert window, "masks that meet lie in views that meet"
         one, two = a.mask.within(window), b.mask.within(window)
         if (one & two).sum() > AGREE * (one | two).sum():
-            agree.append((i, j))
-    return agree
+            yield i, j
 
 
-def connected(number: int, pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
+def connected(number: int, pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
     """Returns 0 .. number - 1 in groups, those that a chain of pairs connects."""
-    root = list(range(number))
-
-    def find(i: int) -> int:
-        while root[i] != i:
-            root[i] = i = root[root[i]]
-        return i
-
-    for i, j in pairs:
-        root[find(j)] = find(i)
-    groups: dict[int, list[int]] = {}
-    for i in range(number):
-        groups.setdefault(find(i), []).append(i)
-    return list(groups.values())
+    rows, columns = np.array(list(pairs), int).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(number, number))
+    num_groups, group_of = connected_components(graph, directed=False)
+    return [np.flatnonzero(group_of == group).tolist() for group in range(num_groups)]
 
 
 def merge_group(group: Sequence[ViewObject], views: Sequence[ImageView]) -> ViewObject:
@@ -159,20 +155,15 @@ def join_cut_masks(group: Sequence[ViewObject], views: Sequence[ImageView]) -> P
 def overlaps_of_different_views(objects: Sequence[ViewObject]) -> tuple[np.ndarray, np.ndarray]:
     """Returns the pairs (better, worse) that overlap, int [p, 2], and their pixels.
 
-    Pairs of one class that no view saw both.
-
     Args:
       objects: best first.
     """
-    rectangles = np.array([o.mask.rectangle for o in objects], int).reshape(-1, 4)
     pairs, common = [], []
-    for i, j in overlapping_pairs(rectangles).tolist():
-        a, b = objects[i], objects[j]
-        if a.label != b.label or a.views & b.views:
-            continue
-        window = intersect(a.mask.rectangle, b.mask.rectangle)
+    for i, j in candidate_pairs(objects):
+        a, b = objects[i].mask, objects[j].mask
+        window = intersect(a.rectangle, b.rectangle)
         assert window is not None
-        pixels = int((a.mask.within(window) & b.mask.within(window)).sum())
+        pixels = int((a.within(window) & b.within(window)).sum())
         if pixels:
             pairs.append((i, j))
             common.append(pixels)

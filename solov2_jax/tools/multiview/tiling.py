@@ -5,6 +5,7 @@ tiles find is packed at once and merged in the frame of the whole image. Memory 
 with the outlines of the objects, not with their number times the image's pixels.
 """
 
+import abc
 import logging
 import math
 import time
@@ -70,7 +71,40 @@ class TileOptions:
             )
 
 
-class TiledPredictor:
+class MultiviewPredictor(abc.ABC):
+    """A predictor that looks at each image several times.
+
+    Args:
+      predictor: of one view.
+    """
+
+    def __init__(self, predictor: PicturePredictor, nms: NmsOptions):
+        self.predictor, self.nms = predictor, nms
+        self.class_names = predictor.class_names
+        self.category_ids = predictor.category_ids
+
+    def __call__(self, image: np.ndarray | str) -> Prediction:
+        """Returns the prediction of one image: RGB uint8 [H, W, 3], or a path."""
+        (prediction,) = self.predict_images([image])
+        return prediction
+
+    def predict_images(
+        self, images: Iterable[np.ndarray | str], batch_size: int = 1
+    ) -> Iterator[Prediction]:
+        """Yields the prediction of each image, in order; `image_id` counts from 0.
+
+        Args:
+          images: RGB uint8 [H, W, 3], or paths.
+          batch_size: tiles computed together; scales and mirrored images are batches anyway.
+        """
+        for number, image in enumerate(images):
+            yield self._predict(load_image(image, f"image {number}"), number, batch_size)
+
+    @abc.abstractmethod
+    def _predict(self, image: np.ndarray, number: int, batch_size: int) -> Prediction: ...
+
+
+class TiledPredictor(MultiviewPredictor):
     """Predicts images tile by tile; `masks` of its predictions are `MaskCrops`.
 
     Args:
@@ -87,27 +121,8 @@ class TiledPredictor:
         border: int,
         fill: tuple[int, int, int],
     ):
-        self.predictor, self.tiles, self.nms = predictor, tiles, nms
-        self.border, self.fill = border, fill
-        self.class_names = predictor.class_names
-        self.category_ids = predictor.category_ids
-
-    def __call__(self, image: np.ndarray | str) -> Prediction:
-        """Returns the prediction of one image: RGB uint8 [H, W, 3], or a path."""
-        (prediction,) = self.predict_images([image])
-        return prediction
-
-    def predict_images(
-        self, images: Iterable[np.ndarray | str], batch_size: int = 1
-    ) -> Iterator[Prediction]:
-        """Yields the prediction of each image, in order; `image_id` counts from 0.
-
-        Args:
-          images: RGB uint8 [H, W, 3], or paths.
-          batch_size: tiles computed together.
-        """
-        for number, image in enumerate(images):
-            yield self._predict(load_image(image, f"image {number}"), number, batch_size)
+        super().__init__(predictor, nms)
+        self.tiles, self.border, self.fill = tiles, border, fill
 
     def _predict(self, image: np.ndarray, number: int, batch_size: int) -> Prediction:
         views = cut(image.shape[0], image.shape[1], self.tiles)

@@ -9,7 +9,7 @@ which needs boxes and an R-CNN, and cannot run with SOLOv2.
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -20,10 +20,11 @@ from jaxtyping import Array, Float, Int
 from solov2_jax.data.buckets import STRIDE
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.predictor import Predictor
-from solov2_jax.inference.preprocess import InputOptions, load_image, make_example
+from solov2_jax.inference.preprocess import InputOptions, make_example
 from solov2_jax.inference.programs import round_up
 from solov2_jax.structs import Detections
 from solov2_jax.tools.multiview.merge import AGREE, NmsOptions, suppress
+from solov2_jax.tools.multiview.tiling import MultiviewPredictor
 
 
 @dataclass(frozen=True)
@@ -44,34 +45,18 @@ class TtaOptions:
         return (False, True) if self.flip else (False,)
 
 
-class AugmentedPredictor:
+class AugmentedPredictor(MultiviewPredictor):
     """Predicts each image from several views of it."""
 
+    predictor: Predictor
+
     def __init__(self, predictor: Predictor, options: TtaOptions, nms: NmsOptions):
-        self.predictor, self.options, self.nms = predictor, options, nms
+        super().__init__(predictor, nms)
+        self.options = options
         self.inputs = [scaled(predictor.input, s) for s in options.scales]
-        self.class_names = predictor.class_names
-        self.category_ids = predictor.category_ids
 
-    def __call__(self, image: np.ndarray | str) -> Prediction:
-        """Returns the prediction of one image: RGB uint8 [H, W, 3], or a path."""
-        (prediction,) = self.predict_images([image])
-        return prediction
-
-    def predict_images(
-        self, images: Iterable[np.ndarray | str], batch_size: int = 1
-    ) -> Iterator[Prediction]:
-        """Yields the prediction of each image, in order; `image_id` counts from 0.
-
-        Args:
-          images: RGB uint8 [H, W, 3], or paths.
-          batch_size: not used: an image and its mirrored self are the batch.
-        """
-        del batch_size
-        for number, image in enumerate(images):
-            yield self._predict(load_image(image, f"image {number}"), number)
-
-    def _predict(self, image: np.ndarray, number: int) -> Prediction:
+    def _predict(self, image: np.ndarray, number: int, batch_size: int) -> Prediction:
+        del batch_size  # an image and its mirrored self are the batch
         # Mirrored before it is resized: so a mirrored image has exactly the same views.
         pictures = [image[:, ::-1] if m else image for m in self.options.mirrored]
         found, sizes = [], []

@@ -1,6 +1,7 @@
 """A file at an address -> a file here, within limits of time and size."""
 
 import http.client
+import mimetypes
 import os
 import re
 import threading
@@ -11,29 +12,17 @@ import urllib.request
 from base64 import b64encode
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import BinaryIO
 
-from solov2_jax.io import InputError, printable
+from solov2_jax.io import InputError, atomic_path, printable
 
 TIMEOUT = 30.0  # seconds without an answer
 CHUNK = 1 << 16
-# Names of what has no usable one in its address.
-SUFFIXES = {
-    "image/jpeg": ".jpg",
-    "image/png": ".png",
-    "image/gif": ".gif",
-    "image/webp": ".webp",
-    "image/tiff": ".tif",
-    "video/mp4": ".mp4",
-    "video/quicktime": ".mov",
-    "video/webm": ".webm",
-    "video/x-matroska": ".mkv",
-    "video/x-msvideo": ".avi",
-}
 
 
 @dataclass(frozen=True)
 class DownloadLimits:
-    """What a download may take, whatever the server announces and however it drips."""
+    """What a download may take, whatever the server says."""
 
     max_bytes: int = 1 << 30
     seconds: float = 600.0  # from the first connection to the last byte
@@ -48,8 +37,8 @@ def without_secrets(address: str) -> str:
         return address
     scheme, _, rest = address.partition("://")
     place, slash, path = rest.partition("/")
-    path = re.split("[?#]", path)[0]
-    return printable(f"{scheme}://{re.split('[?#]', place.rpartition('@')[2])[0]}{slash}{path}")
+    host = place.rpartition("@")[2]
+    return printable(f"{scheme}://" + re.split("[?#]", f"{host}{slash}{path}")[0])
 
 
 def fetch(address: str, folder: str, limits: DownloadLimits = DEFAULT_LIMITS) -> str:
@@ -58,7 +47,6 @@ def fetch(address: str, folder: str, limits: DownloadLimits = DEFAULT_LIMITS) ->
     Raises:
       InputError: naming the address, without its password, and what is wrong.
     """
-    shown = without_secrets(address)
     done: Future[str] = Future()
     deadline = time.monotonic() + limits.seconds
 
@@ -72,27 +60,23 @@ def fetch(address: str, folder: str, limits: DownloadLimits = DEFAULT_LIMITS) ->
     threading.Thread(target=run, daemon=True).start()
     try:
         return done.result(limits.seconds)
-    except TimeoutError:
-        if done.done():  # raised by the socket
-            why = f"no answer for {TIMEOUT:g} s"
-        else:
-            why = f"took longer than {limits.seconds:g} s, see --download_seconds"
-        raise InputError(f"--input {shown}: cannot be fetched ({why})") from None
     except urllib.error.HTTPError as error:
-        raise InputError(
-            f"--input {shown}: the server answers {error.code} {printable(str(error.reason))}"
-        ) from None
+        why = f"the server answers {error.code} {error.reason}"
+    except TimeoutError:
+        late = f"took longer than {limits.seconds:g} s, see --download_seconds"
+        silent = f"no answer for {TIMEOUT:g} s"
+        why = f"cannot be fetched ({silent if done.done() else late})"
     except InputError:
         raise
     except (OSError, ValueError, http.client.HTTPException) as error:
         # What a ValueError says may quote the address with its password.
         malformed = isinstance(error, ValueError)
-        said = "malformed address" if malformed else printable(str(getattr(error, "reason", error)))
-        reason = said or type(error).__name__
-        raise InputError(
-            f"--input {shown}: cannot be fetched ({reason}); check the address and "
-            "the network, or fetch it yourself and give the file"
-        ) from None
+        reason = "malformed address" if malformed else str(getattr(error, "reason", error))
+        why = (
+            f"cannot be fetched ({reason or type(error).__name__}); check the address and the "
+            "network, or fetch it yourself and give the file"
+        )
+    raise InputError(f"--input {without_secrets(address)}: {printable(why)}")
 
 
 def _fetch(address: str, folder: str, max_bytes: int, deadline: float) -> str:
@@ -112,14 +96,9 @@ def _fetch(address: str, folder: str, max_bytes: int, deadline: float) -> str:
     except urllib.error.HTTPError as error:
         error.close()
         raise
-    with answer:
-        path = os.path.join(folder, _name(address, answer.headers))
-        try:
-            _copy(answer, path, max_bytes, deadline, without_secrets(address))
-        except BaseException:
-            if os.path.exists(path):
-                os.unlink(path)
-            raise
+    path = os.path.join(folder, _name(address, answer.headers))
+    with answer, atomic_path(path, sync=False) as temporary, temporary.open("wb") as file:
+        _copy(answer, file, max_bytes, deadline, f"--input {without_secrets(address)}")
     return path
 
 
@@ -143,26 +122,27 @@ def _name(address: str, headers: http.client.HTTPMessage) -> str:
     path = urllib.parse.unquote(urllib.parse.urlsplit(address).path)
     name = re.sub(r"[^\w.\-]", "_", path.rsplit("/", 1)[-1]).lstrip(".")[-50:]
     stem, suffix = os.path.splitext(name or "download")
-    return stem + (suffix or SUFFIXES.get(headers.get_content_type(), ""))
+    kind = headers.get_content_type()
+    guess = ".mkv" if kind == "video/x-matroska" else mimetypes.guess_extension(kind)
+    return stem + (suffix or guess or "")
 
 
 def _copy(
-    answer: http.client.HTTPResponse, path: str, max_bytes: int, deadline: float, shown: str
+    answer: http.client.HTTPResponse, file: BinaryIO, max_bytes: int, deadline: float, shown: str
 ) -> None:
     announced = answer.headers.get("Content-Length", "")
     total = 0
-    with open(path, "wb") as file:
-        while total <= max_bytes and (chunk := answer.read1(CHUNK)):
-            total += len(chunk)
-            file.write(chunk)
-            if time.monotonic() > deadline:
-                raise InputError(f"--input {shown}: too slow, see --download_seconds")
+    while total <= max_bytes and (chunk := answer.read1(CHUNK)):
+        total += len(chunk)
+        file.write(chunk)
+        if time.monotonic() > deadline:
+            raise InputError(f"{shown}: too slow, see --download_seconds")
     if total > max_bytes:
         raise InputError(
-            f"--input {shown}: is larger than {max_bytes / 1e6:g} MB (--download_mb); fetch "
-            "it yourself and give the file"
+            f"{shown}: is larger than {max_bytes / 1e6:g} MB (--download_mb); fetch it yourself "
+            "and give the file"
         )
     if announced.isdigit() and total < int(announced):
         raise InputError(
-            f"--input {shown}: the connection ended after {total} of {announced} bytes; try again"
+            f"{shown}: the connection ended after {total} of {announced} bytes; try again"
         )

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from solov2_jax.config import suggest
 from solov2_jax.inference.draw import draw_prediction
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.io import InputError
@@ -42,11 +43,42 @@ LABEL_FILES = {"yolo": ("yolo", "labels", ".txt"), "labelme": ("labelme", ".json
 
 
 @dataclass(frozen=True)
-class Style:
-    """How an overlay looks; see `draw.draw_prediction`."""
+class DetectionFilter:
+    """What a detection must be to be kept."""
 
-    color_by: str = "object"
-    labels: bool = True
+    score: float  # at least
+    labels: frozenset[int] | None = None  # None: all
+    most: int = 0  # best ones of an image; 0: all
+
+    def __call__(self, prediction: Prediction) -> Prediction:
+        """Returns the detections that are kept, still best first."""
+        keep = prediction.scores >= self.score
+        if self.labels is not None:
+            keep &= np.isin(prediction.labels, list(self.labels))
+        chosen = np.flatnonzero(keep)
+        return prediction.take(chosen[: self.most] if self.most else chosen)
+
+
+def parse_classes(
+    words: Sequence[str], class_names: Sequence[str], category_ids: Sequence[int]
+) -> frozenset[int] | None:
+    """Returns the labels of class names or category ids; None, all, without a word."""
+    words = [word.strip() for word in words if word.strip()]
+    labels: set[int] = set()
+    for word in words:
+        found = [i for i, name in enumerate(class_names) if name == word]
+        if not found:
+            folded = word.casefold()
+            found = [i for i, name in enumerate(class_names) if name.casefold() == folded]
+        if not found and word.isdigit():
+            found = [i for i, number in enumerate(category_ids) if number == int(word)]
+        if not found:
+            why = "category id." if word.isdigit() else f"class{suggest(word, class_names)}"
+            raise InputError(
+                f"--classes {word}: no such {why} The classes are {', '.join(class_names)}"
+            )
+        labels.update(found)
+    return frozenset(labels) if words else None
 
 
 def parse_formats(words: Iterable[str]) -> tuple[str, ...]:
@@ -135,6 +167,7 @@ class OutputFiles:
       folder: where to; a path is an `OutputFolder` that overwrites nothing.
       formats: of FORMATS.
       class_names: of all labels.
+      color_by, labels: of overlays, see `draw.draw_prediction`.
     """
 
     def __init__(
@@ -142,11 +175,13 @@ class OutputFiles:
         folder: OutputFolder | str,
         formats: Sequence[str],
         class_names: Sequence[str],
-        style: Style,
+        color_by: str = "object",
+        labels: bool = True,
     ):
         self.folder = OutputFolder(folder) if isinstance(folder, str) else folder
         self.formats = tuple(formats)
-        self.class_names, self.style = tuple(class_names), style
+        self.class_names = tuple(class_names)
+        self.color_by, self.labels = color_by, labels
         if "yolo" in self.formats:
             self._write_yolo_classes()
 
@@ -156,11 +191,7 @@ class OutputFiles:
         overlay = None
         if "overlay" in self.formats:
             overlay = draw_prediction(
-                frame.image,
-                prediction,
-                self.class_names,
-                self.style.color_by,
-                self.style.labels,
+                frame.image, prediction, self.class_names, self.color_by, self.labels
             )
             if not frame.in_video:
                 self._save(overlay, overlay_path(self.folder.path, frame.name, frame.path))

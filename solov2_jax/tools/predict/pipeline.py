@@ -9,19 +9,21 @@ Every stage holds a bounded number of pictures, so memory does not grow with the
 number; what is raised in a stage is raised where the results are taken.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future
-from dataclasses import dataclass, replace
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import jax
 import numpy as np
 
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.preprocess import make_batches
 from solov2_jax.tools.predict.sources import Frame, Read
-from solov2_jax.tools.predict.utilization import DeviceUtilization
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -49,21 +51,16 @@ class StagedPredictor(Protocol):
 
 
 @dataclass
-class LoadedImage:
-    """A frame on its way, with its number in the run."""
+class Picture:
+    """A frame on its way through the stages; each fills in what it made."""
 
-    number: int
+    number: int  # in the run
     frame: Frame
-    example: Mapping[str, np.ndarray] | None = None
-
-
-@dataclass
-class DetectedImage:
-    """A picture whose batch the device has got."""
-
-    picture: LoadedImage
-    detections: Any
-    row: int
+    example: Mapping[str, np.ndarray] | None = None  # the network's input; then its sizes
+    num_objects: int = 0
+    results: list[dict[str, Any]] = field(default_factory=list)  # COCO's
+    overlay: np.ndarray | None = None  # of a video's frame
+    problem: str = ""  # why it, or one of its files, could not be read or written
 
 
 def ahead(
@@ -85,25 +82,22 @@ def ahead(
 
 def read_ahead(
     pool: Executor, calls: Iterable[Read], window: int, predictor: Any, first: int
-) -> Iterator[LoadedImage]:
-    """Yields the pictures of a source, prepared for the network where it is staged.
-
-    Args:
-      first: number of the first one.
-    """
+) -> Iterator[Picture]:
+    """Yields a source's pictures, numbered from `first`, prepared where stages are known."""
     staged = predictor if isinstance(predictor, StagedPredictor) else None
 
-    def read(item: tuple[int, Read]) -> LoadedImage | None:
+    def read(item: tuple[int, Read]) -> Picture | None:
         number, call = item
         frame = call()
         if frame is None:
             return None
-        if staged is None or frame.image is None:
-            return LoadedImage(number, frame)
-        try:
-            return LoadedImage(number, frame, staged.preprocess(frame.image, number))
-        except ValueError as error:  # fits into none of the padded shapes
-            return LoadedImage(number, replace(frame, problem=f"{frame.path}: {error}"))
+        picture = Picture(number, frame, problem=frame.problem)
+        if staged is not None and frame.image is not None:
+            try:
+                picture.example = staged.preprocess(frame.image, number)
+            except ValueError as error:  # fits into none of the padded shapes
+                picture.problem = f"{frame.path}: {error}"
+        return picture
 
     for picture in ahead(pool, read, enumerate(calls, first), window):
         if picture is None:
@@ -114,10 +108,10 @@ def read_ahead(
 def predict_ahead(
     pool: Executor,
     predictor: Any,
-    pictures: Iterable[LoadedImage],
+    pictures: Iterable[Picture],
     batch_size: int,
-    utilization: DeviceUtilization,
-) -> Iterator[tuple[LoadedImage, Prediction]]:
+    utilization: "DeviceUtilization",
+) -> Iterator[tuple[Picture, Prediction]]:
     """Yields the predictions, in order among pictures of one padded shape."""
     if not isinstance(predictor, StagedPredictor):
         for picture in pictures:
@@ -126,22 +120,21 @@ def predict_ahead(
             yield picture, prediction
         return
 
-    def paste(detected: DetectedImage) -> tuple[LoadedImage, Prediction]:
-        example = detected.picture.example
-        assert example is not None
+    def paste(detected: tuple[Picture, Any, int]) -> tuple[Picture, Prediction]:
+        picture, detections, row = detected
+        assert picture.example is not None
         with utilization.busy():
             prediction = predictor.paste(
-                detected.detections,
-                detected.row,
-                example["image_size"],
-                example["original_size"],
+                detections,
+                row,
+                picture.example["image_size"],
+                picture.example["original_size"],
                 predictor.mask_threshold,
-                detected.picture.number,
+                picture.number,
                 predictor.class_names,
             )
-        predictor.report_limits(detected.detections, detected.row)
-        detected.picture.example = None
-        return detected.picture, prediction
+        predictor.report_limits(detections, row)
+        return picture, prediction
 
     detected = detect(predictor, pictures, batch_size, utilization)
     yield from ahead(pool, paste, detected, BATCHES_AHEAD * batch_size)
@@ -149,12 +142,25 @@ def predict_ahead(
 
 def detect(
     predictor: StagedPredictor,
-    pictures: Iterable[LoadedImage],
+    pictures: Iterable[Picture],
     batch_size: int,
-    utilization: DeviceUtilization,
-) -> Iterator[DetectedImage]:
-    """Yields what the device was given, as soon as a padded shape has a batch."""
-    waiting: dict[tuple[int, ...], list[LoadedImage]] = {}
+    utilization: "DeviceUtilization",
+) -> Iterator[tuple[Picture, Any, int]]:
+    """Yields (picture, detections of its batch, its row) as soon as the device has them."""
+    for group in groups_of_one_shape(pictures, batch_size):
+        examples = [picture.example for picture in group if picture.example is not None]
+        (batch,) = make_batches(examples, batch_size)
+        began = time.perf_counter()
+        detections = predictor.detect(batch)
+        utilization.watch(began, detections.scores)
+        for row, (picture, example) in enumerate(zip(group, examples, strict=True)):
+            picture.example = {key: v for key, v in example.items() if key != "image"}
+            yield picture, detections, row
+
+
+def groups_of_one_shape(pictures: Iterable[Picture], batch_size: int) -> Iterator[list[Picture]]:
+    """Yields pictures of one padded shape: a full batch, or less when too many wait."""
+    waiting: dict[tuple[int, ...], list[Picture]] = {}
     for picture in pictures:
         assert picture.example is not None
         shape = picture.example["image"].shape
@@ -163,24 +169,83 @@ def detect(
             if sum(map(len, waiting.values())) < SHAPES_AHEAD * batch_size:
                 continue
             shape = max(waiting, key=lambda key: len(waiting[key]))
-        yield from _detect(predictor, waiting.pop(shape), batch_size, utilization)
-    for group in waiting.values():
-        yield from _detect(predictor, group, batch_size, utilization)
+        yield waiting.pop(shape)
+    yield from waiting.values()
 
 
-def _detect(
-    predictor: StagedPredictor,
-    group: list[LoadedImage],
-    batch_size: int,
-    utilization: DeviceUtilization,
-) -> Iterator[DetectedImage]:
-    examples = [p.example for p in group if p.example is not None]
-    (batch,) = make_batches(examples, batch_size)
-    began = time.perf_counter()
-    detections = predictor.detect(batch)
-    utilization.watch(began, detections.scores)
-    # Only the sizes are needed from here on.
-    for row, picture in enumerate(group):
-        small = {k: v for k, v in examples[row].items() if k != "image"}
-        picture.example = small
-        yield DetectedImage(picture, detections, row)
+Intervals = list[tuple[float, float]]
+
+
+class DeviceUtilization:
+    """The share of time from `with` on in which the device had something to do.
+
+    It counts as busy from when a program is handed to it until its result is there,
+    masks on their way to the host included. Compilations count for neither side.
+    """
+
+    def __init__(self):
+        self._busy: Intervals = []
+        self._compiling: Intervals = []
+        self._lock = threading.Lock()
+        self._watcher = ThreadPoolExecutor(1)
+        self._begin = self._end = 0.0
+
+    def __enter__(self) -> "DeviceUtilization":
+        self._begin = time.perf_counter()
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end = time.perf_counter()
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
+        self._watcher.shutdown(cancel_futures=True)
+
+    def watch(self, began: float, result: Any) -> None:
+        """Books the time until a result is there, without waiting for it.
+
+        Args:
+          began: when its program was called, by `time.perf_counter`.
+        """
+
+        def wait() -> None:
+            jax.block_until_ready(result)
+            self._add(self._busy, began)
+
+        self._watcher.submit(wait)
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Books what runs inside, which must wait for its result."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._add(self._busy, began)
+
+    def summary(self) -> tuple[float, float, float]:
+        """Returns (busy share, seconds, seconds of compilation besides)."""
+        end = self._end or time.perf_counter()
+        with self._lock:
+            busy, compiling = list(self._busy), list(self._compiling)
+        compiled = covered(compiling, self._begin, end)
+        working = covered(busy + compiling, self._begin, end) - compiled
+        seconds = max(end - self._begin - compiled, 1e-9)
+        return working / seconds, seconds, compiled
+
+    def _add(self, intervals: Intervals, began: float) -> None:
+        with self._lock:
+            intervals.append((began, time.perf_counter()))
+
+    def _on_event(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self._add(self._compiling, time.perf_counter() - duration_secs)
+
+
+def covered(intervals: Intervals, begin: float, end: float) -> float:
+    """Returns how much of begin..end the intervals cover, overlaps once."""
+    if not intervals:
+        return 0.0
+    spans = np.clip(np.array(sorted(intervals)), begin, end)
+    reach = np.maximum.accumulate(spans[:, 1])
+    before = np.concatenate([[begin], reach[:-1]])
+    return float(np.maximum(reach - np.maximum(spans[:, 0], before), 0).sum())

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import contourpy
 import numpy as np
+from scipy.spatial import KDTree
 
 # Pixels by which a simplified outline may leave the mask's, and the share of the
 # object's size (square root of its area) where that is more.
@@ -108,12 +109,7 @@ def join_rings(rings: Sequence[Ring]) -> Ring:
 
 
 def _shortest_way(a: Ring, b: Ring) -> tuple[float, int, int]:
-    """Returns (squared length, corner of a, corner of b) of the shortest way."""
-    best = (np.inf, 0, 0)
-    for start in range(0, len(a), 1024):
-        part = a[start : start + 1024]
-        squared = np.sum((part[:, None] - b[None]) ** 2, axis=2)
-        i, j = divmod(int(np.argmin(squared)), len(b))
-        if squared[i, j] < best[0]:
-            best = (float(squared[i, j]), start + i, j)
-    return best
+    """Returns (length, corner of a, corner of b) of the shortest way."""
+    lengths, corners = KDTree(b).query(a)
+    i = int(np.argmin(lengths))
+    return float(lengths[i]), i, int(corners[i])

@@ -7,35 +7,45 @@ Source: AdelaiDet demo/demo.py, whose threshold never reaches SOLOv2; here it do
 """
 
 import errno
+import functools
 import itertools
 import logging
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from solov2_jax.inference.prediction import Prediction, to_coco_results
 from solov2_jax.io import InputError, printable
-from solov2_jax.tools.predict.filter import DetectionFilter
+from solov2_jax.tools.multiview.tiling import PicturePredictor
 from solov2_jax.tools.predict.output_folder import OutputFolder, ResultsFile
-from solov2_jax.tools.predict.outputs import OutputFiles, Style, check_outputs
+from solov2_jax.tools.predict.outputs import DetectionFilter, OutputFiles, check_outputs
 from solov2_jax.tools.predict.pipeline import (
-    LoadedImage,
+    DeviceUtilization,
+    Picture,
     StagedPredictor,
     ahead,
     predict_ahead,
     read_ahead,
 )
-from solov2_jax.tools.predict.progress import ProgressReport
-from solov2_jax.tools.predict.sources import Source, VideoFile
+from solov2_jax.tools.predict.sources import Source
 from solov2_jax.tools.predict.track import Tracker
-from solov2_jax.tools.predict.utilization import DeviceUtilization
 from solov2_jax.tools.predict.video import VideoWriter
 
 log = logging.getLogger(__name__)
@@ -43,23 +53,12 @@ log = logging.getLogger(__name__)
 WRITERS = 2  # threads that draw and write
 SHOWN_PROBLEMS = 5  # in the closing error; each was logged
 WINDOW = 3  # pictures that a stage of threads holds, besides a batch
+PROGRESS_EVERY = 5.0  # seconds between two lines of the log, without a terminal
 # What concerns one picture's files; any other OSError, such as a full disk, ends a run.
 PICTURE_ERRORS = {
     getattr(errno, name)
     for name in ("EACCES", "EEXIST", "EILSEQ", "EINVAL", "EISDIR", "ENAMETOOLONG", "ENOTDIR")
 }
-
-
-@runtime_checkable
-class ImagePredictor(Protocol):
-    """What predicting files needs of a `Predictor`."""
-
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-
-    def predict_images(
-        self, images: Iterable[np.ndarray | str], batch_size: int = 1
-    ) -> Iterable[Prediction]: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,8 @@ class FileOptions:
 
     formats: Sequence[str]
     keep: DetectionFilter
-    style: Style = Style()
+    color_by: str = "object"  # of overlays, as `labels`: see `draw.draw_prediction`
+    labels: bool = True
     batch_size: int = 1
     track: bool = False
     overwrite: bool = False  # files that no run of ours wrote
@@ -76,12 +76,8 @@ class FileOptions:
     def __post_init__(self):
         if self.batch_size < 1:
             raise InputError(f"--batch_size {self.batch_size}: must be at least 1")
-        if self.style.color_by == "track" and not self.track:
+        if self.color_by == "track" and not self.track:
             raise InputError("--color_by=track needs --track")
-
-    def with_classes(self, labels: frozenset[int] | None) -> "FileOptions":
-        """Returns the options that keep these labels only; None: all."""
-        return replace(self, keep=replace(self.keep, labels=labels))
 
 
 @dataclass
@@ -127,7 +123,7 @@ class Summary:
 
 
 def predict_files(
-    predictor: ImagePredictor,
+    predictor: PicturePredictor,
     sources: Sequence[Source],
     output: str,
     options: FileOptions,
@@ -140,111 +136,104 @@ def predict_files(
     """
     folder = OutputFolder(output, options.overwrite)
     check_outputs(sources, folder, options.formats)
-    summary = Summary()
     totals = [source.total() for source in sources]
-    total = None if None in totals else sum(t or 0 for t in totals)
     with ExitStack() as stack:
         stack.enter_context(folder.opened())
         results = ResultsFile(folder) if "coco" in options.formats else None
         if results is not None:
             stack.callback(results.finish)
-        writer = OutputFiles(folder, options.formats, predictor.class_names, options.style)
-        utilization = stack.enter_context(DeviceUtilization())
-        interrupt = stack.enter_context(Interrupt())
-        progress = stack.enter_context(ProgressReport(total))
-        first = 0
+        run = PredictionRun(
+            predictor=predictor,
+            options=options,
+            results=results,
+            files=OutputFiles(
+                folder, options.formats, predictor.class_names, options.color_by, options.labels
+            ),
+            utilization=stack.enter_context(DeviceUtilization()),
+            interrupt=stack.enter_context(Interrupt()),
+            progress=stack.enter_context(
+                ProgressReport(None if None in totals else sum(t or 0 for t in totals))
+            ),
+        )
         for source in sources:
-            run = PredictionRun(
-                predictor=predictor,
-                source=source,
-                writer=writer,
-                results=results,
-                options=options,
-                utilization=utilization,
-                interrupt=interrupt,
-            )
-            run.go(summary, progress, first)
-            first += run.pictures
-    summary.stopped = interrupt.stopped
+            run.predict(source)
+    run.summary.stopped = run.interrupt.stopped
     if isinstance(predictor, StagedPredictor):
-        summary.busy = utilization.summary()
-    return summary
+        run.summary.busy = run.utilization.summary()
+    return run.summary
 
 
 @dataclass
 class PredictionRun:
-    """One source on its way through the stages."""
+    """Sends sources through the stages, one after the other."""
 
-    predictor: ImagePredictor
-    source: Source
-    writer: OutputFiles
-    results: ResultsFile | None
+    predictor: PicturePredictor
     options: FileOptions
+    results: ResultsFile | None
+    files: OutputFiles
     utilization: DeviceUtilization
     interrupt: "Interrupt"
-    pictures: int = 0
+    progress: "ProgressReport"
+    summary: Summary = field(default_factory=Summary)
+    num_read: int = 0  # pictures; the number of the next one
 
-    def go(self, summary: Summary, progress: ProgressReport, first: int) -> None:
-        """Predicts the source; the first picture gets the number `first`."""
+    def predict(self, source: Source) -> None:
+        """Predicts and writes the pictures of a source."""
         size = self.options.batch_size
         with ExitStack() as stack:
-            video = self._video(stack, summary)  # first: closed after the threads have ended
+            video = self._open_video(source, stack)  # first: closed after the threads have ended
             readers, pasters, writers, encoders = (
-                stack.enter_context(ThreadPoolExecutor(n))
-                for n in (self.source.threads, 1, WRITERS, 1)
+                stack.enter_context(ThreadPoolExecutor(n)) for n in (source.threads, 1, WRITERS, 1)
             )
-            calls = itertools.takewhile(lambda _: not self.interrupt.stopped, self.source.calls())
-            read = read_ahead(readers, calls, WINDOW + size, self.predictor, first)
-            readable = self._without_problems(read, summary)
-            predicted = predict_ahead(pasters, self.predictor, readable, size, self.utilization)
+            calls = itertools.takewhile(lambda _: not self.interrupt.stopped, source.calls())
+            read = read_ahead(readers, calls, WINDOW + size, self.predictor, self.num_read)
+            predicted = predict_ahead(
+                pasters, self.predictor, self._readable(read), size, self.utilization
+            )
             written = ahead(writers, self._write, self._kept(predicted), WINDOW)
             if video is not None:
-                written = ahead(encoders, video.add, written, WINDOW)
+                encode = functools.partial(add_overlay, video)
+                written = ahead(encoders, encode, written, WINDOW)
             for picture in written:
                 if self.results is not None:
                     self.results.add(picture.number, picture.results)
                 if picture.problem:
-                    self._report(picture.problem, summary)
+                    self._report(picture.problem)
                 else:
-                    summary.objects += picture.objects
-                    summary.pictures += 1
-                progress.count(picture.objects)
+                    self.summary.objects += picture.num_objects
+                    self.summary.pictures += 1
+                self.progress.count(picture.num_objects)
 
-    def _video(self, stack: ExitStack, summary: Summary) -> "OverlayVideo | None":
-        source = self.source
-        if not isinstance(source, VideoFile) or "overlay" not in self.options.formats:
+    def _open_video(self, source: Source, stack: ExitStack) -> VideoWriter | None:
+        if not source.makes_video or "overlay" not in self.options.formats:
             return None
-        if not source.makes_video:
-            return None
-        folder = self.writer.folder
+        folder = self.files.folder
         base = os.path.join(folder.path, source.name)
         writer = VideoWriter(base, source.fps, replacing=folder.replacing)
         stack.callback(writer.discard)  # what cannot be closed
 
         def close() -> None:
             if path := writer.close():
-                summary.videos.append(path)
+                self.summary.videos.append(path)
 
         stack.callback(close)  # also after an error: its frames so far are a video
-        return OverlayVideo(writer)
+        return writer
 
-    def _report(self, problem: str, summary: Summary) -> None:
-        summary.problems.append(printable(problem))
-        log.error("%s", summary.problems[-1])
+    def _report(self, problem: str) -> None:
+        self.summary.problems.append(printable(problem))
+        log.error("%s", self.summary.problems[-1])
 
-    def _without_problems(
-        self, pictures: Iterable[LoadedImage], summary: Summary
-    ) -> Iterator[LoadedImage]:
+    def _readable(self, pictures: Iterable[Picture]) -> Iterator[Picture]:
         for picture in pictures:
-            self.pictures += 1
-            if picture.frame.problem:
-                self._report(picture.frame.problem, summary)
+            self.num_read += 1
+            if picture.problem:
+                self._report(picture.problem)
             else:
                 yield picture
 
     def _kept(
-        self, predicted: Iterable[tuple[LoadedImage, Prediction]]
-    ) -> Iterator[tuple[LoadedImage, Prediction]]:
+        self, predicted: Iterable[tuple[Picture, Prediction]]
+    ) -> Iterator[tuple[Picture, Prediction]]:
         tracker = Tracker() if self.options.track else None
         for picture, prediction in predicted:
             prediction = self.options.keep(prediction)
@@ -252,50 +241,33 @@ class PredictionRun:
                 prediction = tracker.update(prediction)
             yield picture, prediction
 
-    def _write(self, item: tuple[LoadedImage, Prediction]) -> "WrittenPicture":
+    def _write(self, item: tuple[Picture, Prediction]) -> Picture:
         picture, prediction = item
-        written = WrittenPicture(picture.number, len(prediction), picture.frame.seconds)
+        picture.num_objects = len(prediction)
         if self.results is not None:
-            written.results = describe(prediction, picture, self.predictor)
+            picture.results = describe(prediction, picture, self.predictor)
         try:
-            written.overlay = self.writer.write(picture.frame, prediction)
+            picture.overlay = self.files.write(picture.frame, prediction)
         except InputError as error:
-            written.problem = f"{picture.frame.path}: {error}"
+            picture.problem = f"{picture.frame.path}: {error}"
         except OSError as error:
             if error.errno not in PICTURE_ERRORS:
                 raise
-            written.problem = f"{picture.frame.path}: cannot be written ({error})"
-        return written
+            picture.problem = f"{picture.frame.path}: cannot be written ({error})"
+        picture.frame = replace(picture.frame, image=None)  # lets go of its pixels
+        return picture
 
 
-@dataclass
-class WrittenPicture:
-    """A picture whose files are written."""
-
-    number: int
-    objects: int
-    seconds: float | None
-    results: list[dict[str, Any]] = field(default_factory=list)
-    overlay: np.ndarray | None = None  # of a video's frame
-    problem: str = ""  # why some of its files could not be
-
-
-@dataclass
-class OverlayVideo:
-    """Adds overlays to a video."""
-
-    writer: VideoWriter
-
-    def add(self, written: WrittenPicture) -> WrittenPicture:
-        """Returns what was written, its overlay now in the video."""
-        if written.overlay is not None:
-            self.writer.write(written.overlay, written.seconds)
-            written.overlay = None
-        return written
+def add_overlay(video: VideoWriter, picture: Picture) -> Picture:
+    """Returns the picture, its overlay now in the video."""
+    if picture.overlay is not None:
+        video.write(picture.overlay, picture.frame.seconds)
+        picture.overlay = None
+    return picture
 
 
 def describe(
-    prediction: Prediction, picture: LoadedImage, predictor: ImagePredictor
+    prediction: Prediction, picture: Picture, predictor: PicturePredictor
 ) -> list[dict[str, Any]]:
     """Returns a prediction's COCO results with file, class and place in a video."""
     results = to_coco_results(prediction, predictor.category_ids)
@@ -334,3 +306,55 @@ class Interrupt:
         self.stopped = number
         name = signal.Signals(number).name
         log.info("%s: finishing what was read; once more to end at once", name)
+
+
+class ProgressReport:
+    """Counts pictures and objects: a bar in a terminal, a line now and then elsewhere.
+
+    Args:
+      total: pictures; None if that is not known.
+    """
+
+    def __init__(self, total: int | None):
+        self.total = total
+        self.pictures = self.objects = 0
+        self._shown = time.perf_counter()
+        self._bar: Progress | None = None
+        self._streams: list[tuple[logging.StreamHandler, Any]] = []
+
+    def __enter__(self) -> "ProgressReport":
+        console = Console(file=sys.stdout)
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.fields[text]}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("", total=self.total, text="")
+            # While the bar is there, lines of the log must go above it.
+            for handler in logging.getLogger("solov2_jax").handlers:
+                if type(handler) is logging.StreamHandler:
+                    self._streams.append((handler, handler.setStream(sys.stdout)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        for handler, stream in self._streams:
+            handler.setStream(stream)
+
+    def count(self, objects: int) -> None:
+        """Counts a picture with its objects."""
+        self.pictures += 1
+        self.objects += objects
+        text = f"{self.objects} objects"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.pictures, text=text)
+        elif time.perf_counter() - self._shown > PROGRESS_EVERY:
+            self._shown = time.perf_counter()
+            known = f"/{self.total}" if self.total else ""
+            log.info("%d%s pictures, %s", self.pictures, known, text)

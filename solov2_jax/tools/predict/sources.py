@@ -4,7 +4,9 @@ A source gives calls that each read one frame, so that a pool of threads reads a
 several at a time from image files, one after the other from a video.
 """
 
+import contextlib
 import fnmatch
+import functools
 import glob
 import os
 import re
@@ -15,7 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from solov2_jax.data.images import image_suffixes, is_junk, read_image
+from solov2_jax.data.buckets import Bucket, derive_buckets
+from solov2_jax.data.images import image_suffixes, is_junk, read_header, read_image
 from solov2_jax.io import InputError
 from solov2_jax.tools.predict.download import DEFAULT_LIMITS, DownloadLimits, fetch, without_secrets
 from solov2_jax.tools.predict.video import PageReader, VideoReader, count_pages
@@ -27,6 +30,7 @@ VIDEO_SUFFIXES = (
 CAMERA = "camera:"
 STREAMS = ("rtsp://", "rtsps://")
 ADDRESSES = ("http://", "https://")
+SHAPE_TOLERANCE = 0.02  # share of all pixels that padding may add for one shape less
 MAX_STEM = 180  # bytes of a file's name; what is added to it must fit into 255
 
 
@@ -55,20 +59,28 @@ class ImageFiles:
       stays: the files are there after the run.
     """
 
+    makes_video, name, fps = False, "", 0.0  # of a video of overlays
+
     def __init__(self, paths: Sequence[str], threads: int, names: "Names", stays: bool = True):
         self.paths, self.threads, self.stays = list(paths), threads, stays
-        folders = [os.path.dirname(os.path.abspath(path)) for path in paths]
-        self.root = os.path.commonpath(folders)
+        self.root = os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths])
         self.names = [names.reserve(path) for path in paths]
 
-    def total(self) -> int:
-        """Returns how many images there are."""
+    def total(self) -> int | None:
+        """Returns how many pictures there are about, None if that is not known."""
         return len(self.paths)
 
+    def sizes(self) -> Iterator[tuple[int, int]]:
+        """Yields the (height, width) of each picture that can be read."""
+        for path in self.paths:
+            with contextlib.suppress(ValueError):  # its reader says it later
+                header = read_header(path)
+                yield header.height, header.width
+
     def calls(self) -> Iterator[Read]:
-        """Yields what reads one image each."""
+        """Yields what reads one picture each; a call that returns None ends the source."""
         for path, name in zip(self.paths, self.names, strict=True):
-            yield lambda path=path, name=name: self._read(path, name)
+            yield functools.partial(self._read, path, name)
 
     def _read(self, path: str, name: str) -> Frame:
         file_name = os.path.relpath(path, self.root)
@@ -101,13 +113,14 @@ class VideoFile:
         self.file_name = shown if live else os.path.basename(path)
 
     def total(self) -> int | None:
-        """Returns how many frames there are about, None if that is not known."""
         known = self.reader.num_frames
         number = -(-known // self.every) if known else None
         return min(number or self.limit, self.limit) if self.limit else number
 
+    def sizes(self) -> Iterator[tuple[int, int]]:
+        yield self.reader.size
+
     def calls(self) -> Iterator[Read]:
-        """Yields, without an end, what reads the next frame; None after the last."""
         frames = self._frames()
         while True:
             yield lambda: next(frames, None)
@@ -138,23 +151,37 @@ class VideoFile:
 class BrokenFile:
     """A file among others that cannot be opened: one frame that says why."""
 
-    threads = 1
+    threads, makes_video, fps = 1, False, 0.0
 
     def __init__(self, path: str, problem: str):
-        self.paths, self.problem = [path], problem
+        self.paths, self.name, self.problem = [path], os.path.basename(path), problem
 
     def total(self) -> int:
-        """Returns 1."""
         return 1
 
+    def sizes(self) -> Iterator[tuple[int, int]]:
+        return iter(())
+
     def calls(self) -> Iterator[Read]:
-        """Yields what gives the problem."""
         (path,) = self.paths
-        name = os.path.basename(path)
-        yield lambda: Frame(name, name, path, problem=self.problem)
+        yield lambda: Frame(self.name, self.name, path, problem=self.problem)
 
 
 Source = ImageFiles | VideoFile | BrokenFile
+
+
+def shapes_of(
+    sources: Sequence[Source], padded_shape: Callable[[int, int], Bucket], limit: int
+) -> tuple[Bucket, ...]:
+    """Returns at most `limit` padded shapes that hold every image and frame.
+
+    Args:
+      padded_shape: (height, width) -> the shape that a picture would have alone.
+    """
+    shapes = [padded_shape(*size) for source in sources for size in source.sizes()]
+    if not shapes:
+        return ()  # nothing can be read; each file says why
+    return derive_buckets(np.array(shapes), limit, SHAPE_TOLERANCE)
 
 
 class Names:
@@ -315,11 +342,13 @@ def _expand(folder: str, parts: Sequence[str]) -> Iterator[str]:
             if rest:
                 yield from _expand(inner, rest)
         return
-    paths = [os.path.join(folder, part)]
+    names = [part]
     if glob.has_magic(part):
-        names = fnmatch.filter(_listed(folder), part)
-        paths = [os.path.join(folder, n) for n in names if part[0] == "." or not n.startswith(".")]
-    for path in paths:
+        names = []
+        with contextlib.suppress(OSError):  # no folder, or one that may not be read
+            names = fnmatch.filter(os.listdir(folder or os.curdir), part)
+        names = [name for name in names if part[0] == "." or not name.startswith(".")]
+    for path in (os.path.join(folder, name) for name in names):
         if rest:
             yield from _expand(path, rest)
         elif os.path.lexists(path):
@@ -329,22 +358,11 @@ def _expand(folder: str, parts: Sequence[str]) -> Iterator[str]:
 def _folders_below(folder: str) -> Iterator[str]:
     """Yields the folder and all in it, also behind links, each once."""
     visited = set()
-    pending = [folder]
-    while pending:
-        folder = pending.pop()
-        try:
-            status = os.stat(folder or os.curdir)
-        except OSError:
-            continue
-        if not stat.S_ISDIR(status.st_mode) or (status.st_dev, status.st_ino) in visited:
+    for path, names, _ in os.walk(folder or os.curdir, followlinks=True):
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in visited:
+            names.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
-        yield folder
-        pending += [os.path.join(folder, n) for n in _listed(folder) if not n.startswith(".")]
-
-
-def _listed(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder or os.curdir)
-    except OSError:
-        return []
+        names[:] = [name for name in names if not name.startswith(".")]
+        yield path

@@ -15,11 +15,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi_offline import FastAPIOffline
 
 import solov2_jax
-from solov2_jax.tools.serving.batcher import Batcher
-from solov2_jax.tools.serving.metrics import CONTENT_TYPE, Metrics
-from solov2_jax.tools.serving.page import PAGE
-from solov2_jax.tools.serving.pictures import TYPES, check_type, decode
-from solov2_jax.tools.serving.refusal import RequestRefused
+from solov2_jax.tools import html
+from solov2_jax.tools.serving.batcher import Batcher, Metrics
+from solov2_jax.tools.serving.pictures import TYPES, RequestRefused, check_type, decode
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +64,7 @@ class Service:
         self.unread_bytes = 0  # of bodies that are not complete
         self._pool = ThreadPoolExecutor(decoders, thread_name_prefix="decoder")
         self._batcher = Batcher(
-            engine.answer,
-            limits.batch_size,
-            limits.batch_wait,
-            self.metrics.observe_batch,
+            engine.answer, limits.batch_size, limits.batch_wait, self.metrics.observe_batch
         )
 
     def close(self) -> None:
@@ -77,9 +72,11 @@ class Service:
         self._pool.shutdown()
         self._batcher.close()
 
-    def is_well(self) -> bool:
-        """Returns whether requests can be answered."""
-        return self._batcher.is_alive()
+    def status(self) -> str:
+        """Returns "ready", "busy" where the queue is full, or "broken"."""
+        if not self._batcher.is_alive():
+            return "broken"
+        return "ready" if self.admitted < self.limits.queue else "busy"
 
     async def predict(self, request: Request, output: str, score: float, limit: int) -> bytes:
         """Returns the body of the answer, or raises `RequestRefused`."""
@@ -87,12 +84,9 @@ class Service:
         self._check_queue()  # spares a client the upload; a place is taken when it is done
         body = await self._read(request)
         with self._admission():
-            loop = asyncio.get_running_loop()
-            drawn = output == "png"
-            job = await loop.run_in_executor(
-                self._pool, self._preprocess, body, score, limit, drawn
-            )
+            preprocessing = self._pool.submit(self._preprocess, body, score, limit, output == "png")
             del body
+            job = await asyncio.wrap_future(preprocessing)
             return await asyncio.wrap_future(self._batcher.submit(job))
 
     def _preprocess(self, body: bytes, score: float, limit: int, drawn: bool) -> Any:
@@ -206,7 +200,7 @@ def make_app(engine: Answering, limits: Limits, model: str) -> FastAPI:
 
     _add_refusals_and_counts(app, service)
 
-    @app.post("/predict", openapi_extra=_BODY, responses=_responses())
+    @app.post("/predict", openapi_extra=_BODY, responses=_RESPONSES)
     async def predict(
         request: Request,
         output: Annotated[
@@ -231,17 +225,15 @@ def make_app(engine: Answering, limits: Limits, model: str) -> FastAPI:
     @app.get("/healthz")
     async def healthz() -> JSONResponse:
         """Tells whether requests are answered, and how many are being."""
-        well = service.is_well()
-        state = {"status": "ok" if well else "broken", "admitted": service.admitted}
-        return JSONResponse({**state, "model": model}, 200 if well else 503)
+        broken = service.status() == "broken"
+        state = {"status": "broken" if broken else "ok", "admitted": service.admitted}
+        return JSONResponse({**state, "model": model}, 503 if broken else 200)
 
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
         """Tells whether to send requests: 200 where there is room, else 503."""
-        room = service.admitted < limits.queue
-        ready = service.is_well() and room
-        state = "ready" if ready else ("busy" if service.is_well() else "broken")
-        return JSONResponse({"status": state}, 200 if ready else 503)
+        status = service.status()
+        return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
     @app.get("/classes")
     async def classes() -> JSONResponse:
@@ -251,11 +243,11 @@ def make_app(engine: Answering, limits: Limits, model: str) -> FastAPI:
     @app.get("/metrics")
     async def metrics() -> Response:
         """Counters and times in Prometheus' text format."""
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+        return Response(service.metrics.text(), media_type=Metrics.CONTENT_TYPE)
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
-        return HTMLResponse(PAGE)
+        return HTMLResponse(html.render("serve.html"))
 
     return app
 
@@ -268,16 +260,14 @@ _BODY = {
 }
 
 
-def _responses() -> dict[int | str, dict[str, Any]]:
-    found = {
-        400: "The image is damaged, or the body empty.",
-        408: "The body came too slowly.",
-        413: "Too many bytes or pixels.",
-        415: "No image of a known kind.",
-        429: "Too many requests at once: try again after `Retry-After` seconds.",
-    }
-    answers = {"application/json": {}, "image/png": {}}
-    return {
-        200: {"description": "The detections.", "content": answers},
-        **{status: {"description": text} for status, text in found.items()},
-    }
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The detections.",
+        "content": {"application/json": {}, "image/png": {}},
+    },
+    400: {"description": "The image is damaged, or the body empty."},
+    408: {"description": "The body came too slowly."},
+    413: {"description": "Too many bytes or pixels."},
+    415: {"description": "No image of a known kind."},
+    429: {"description": "Too many requests at once: try again after `Retry-After` seconds."},
+}

@@ -6,20 +6,27 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
-from solov2_jax.tools.serving.refusal import RequestRefused
-
 # Longest side of a picture: a thin one has few pixels, but its masks' canvas has many.
 MAX_SIDE = 16_384
 
 # What a body may be: content type -> Pillow's format. Formats that hold one plain
 # picture; others are refused before any of their readers sees a byte.
-TYPES = {
-    "image/jpeg": "JPEG",
-    "image/png": "PNG",
-    "image/webp": "WEBP",
-    "image/bmp": "BMP",
-}
+TYPES = {"image/jpeg": "JPEG", "image/png": "PNG", "image/webp": "WEBP", "image/bmp": "BMP"}
 _MODES = ("RGB", "RGBA", "L", "LA", "P", "CMYK", "1", "YCbCr")
+
+
+class RequestRefused(Exception):
+    """A request that is answered with an error.
+
+    Args:
+      status: of HTTP.
+      message: for the client: what is wrong and what to do.
+      retry_after: seconds, where trying again makes sense.
+    """
+
+    def __init__(self, status: int, message: str, retry_after: int | None = None):
+        super().__init__(message)
+        self.status, self.message, self.retry_after = status, message, retry_after
 
 
 def check_type(content_type: str) -> None:
@@ -43,32 +50,24 @@ def decode(body: bytes, max_pixels: int) -> np.ndarray:
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(body), formats=list(TYPES.values())) as image:
                 width, height = image.size
+                size = f"the image has {width} x {height} pixels"
                 if width * height > max_pixels:
-                    raise RequestRefused(
-                        413,
-                        f"the image has {width} x {height} pixels; this service takes "
-                        f"at most {max_pixels}: shrink it",
-                    )
+                    fix = f"this service takes at most {max_pixels}: shrink it"
+                    raise RequestRefused(413, f"{size}; {fix}")
                 if max(width, height) > MAX_SIDE:
-                    raise RequestRefused(
-                        413,
-                        f"the image has {width} x {height} pixels; a side may have at "
-                        f"most {MAX_SIDE}: cut it into tiles",
-                    )
+                    fix = f"a side may have at most {MAX_SIDE}: cut it into tiles"
+                    raise RequestRefused(413, f"{size}; {fix}")
                 if image.mode not in _MODES:
-                    raise RequestRefused(
-                        415, f"the image's mode is {image.mode}: send 8 bits a channel"
-                    )
+                    fix = f"the image's mode is {image.mode}: send 8 bits a channel"
+                    raise RequestRefused(415, fix)
                 return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except RequestRefused:
         raise
     except Image.UnidentifiedImageError:
         raise RequestRefused(415, f"the body is not an image of {', '.join(TYPES)}") from None
     except Image.DecompressionBombError:  # Pillow's own limit, far beyond any of ours
-        raise RequestRefused(
-            413, f"the image has far more than {max_pixels} pixels: shrink it"
-        ) from None
+        why = f"the image has far more than {max_pixels} pixels: shrink it"
+        raise RequestRefused(413, why) from None
     except Exception as error:  # whatever Pillow raises for bytes made to break it
-        raise RequestRefused(
-            400, f"the image is truncated or damaged ({type(error).__name__})"
-        ) from None
+        why = f"the image is truncated or damaged ({type(error).__name__})"
+        raise RequestRefused(400, why) from None
