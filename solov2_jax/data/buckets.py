@@ -18,8 +18,7 @@ Bucket = tuple[int, int]  # padded (height, width)
 
 STRIDE = 32  # of the coarsest feature level: sides of a bucket are its multiples
 
-# Derived padded shapes: how many at most, and which share of padded pixels one more
-# must save to be worth its compilation.
+# Derived padded shapes: at most so many; one more must save this share of padded pixels.
 DERIVED = {"train": (5, 0.05), "test": (8, 0.02)}
 
 
@@ -110,11 +109,7 @@ def assign_buckets(
 
 
 def choose_buckets(
-    dataset: CocoDataset,
-    sizes: np.ndarray,
-    chosen: np.ndarray,
-    resize: Resize,
-    name: str,
+    dataset: CocoDataset, sizes: np.ndarray, chosen: np.ndarray, resize: Resize, name: str
 ) -> tuple[tuple[Bucket, ...], np.ndarray]:
     """Returns the padded shapes and each image's, per scale, int16 [N, S].
 

@@ -68,12 +68,7 @@ def build_train_batches(
     keypoints: Keypoints | None = None,
     pixel_maps: Mapping[str, PixelMap] | None = None,
 ) -> Batches:
-    """Returns the batches of steps `start_step` to `train.steps`.
-
-    Args:
-      shard: (i, n) fetches the i-th of n slices of each global batch.
-      keypoints, pixel_maps: for further fields, see `train_batches`.
-    """
+    """Returns the batches of steps `start_step` to `train.steps`; see `train_batches`."""
     return train_batches(
         dataset,
         seed=config.seed,
@@ -119,11 +114,8 @@ def build_loss_batches(
 def build_eval_batches(
     config: Any, dataset: CocoDataset, shard: tuple[int, int] = (0, 1)
 ) -> Batches:
-    """Returns batches of every image once, or of the first `eval.max_images`.
-
-    Args:
-      shard: (i, n) gives the i-th of n parts.
-    """
+    """Returns the i-th of n parts, `shard`, of batches that hold every image once, or the
+    first `eval.max_images`."""
     return eval_batches(
         dataset,
         batch_size=config.eval.batch_size,
@@ -150,10 +142,8 @@ def _test_resize(config: Any) -> Resize:
 
 
 def _augment(config: Any) -> Augment:
-    names = [field.name for field in dataclasses.fields(Augment)]
-    values: dict[str, Any] = {name: getattr(config.augment, name) for name in names}
-    lists: dict[str, Any] = {k: tuple(v) for k, v in values.items() if isinstance(v, tuple | list)}
-    return Augment(**(values | lists))
+    values: dict[str, Any] = dict(config.augment)
+    return Augment(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def _reading(config: Any) -> Reading:

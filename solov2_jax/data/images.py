@@ -156,15 +156,13 @@ def _several(image: Image.Image) -> bool:
     return image.format not in ("MPO", "PSD") and getattr(image, "is_animated", False)
 
 
-@functools.cache
-def _said(what: str) -> list[str]:
-    return []
+_said: set[str] = set()
 
 
 def _say_once(what: str, path: str) -> None:
     """Logs something about a picture, only of the first one that it is true of."""
-    if not _said(what):
-        _said(what).append(path)
+    if what not in _said:
+        _said.add(what)
         log.warning("%s: %s (said once)", path, what)
 
 

@@ -93,7 +93,8 @@ class Batches:
         iterator = iter(self._stream(pool))
         told = False
         try:
-            with _signals_held_back(bool(self.reading.num_workers)):
+            in_processes = self.reading.num_workers > 0
+            with _signals_held_back() if in_processes else contextlib.nullcontext():
                 batch = _next(iterator)  # starts the processes
             while batch is not None:
                 arrays = receive(batch, pool)
@@ -180,7 +181,6 @@ def _next(iterator: Any) -> Any:
 
 
 def _start_worker(number: int, count: int) -> None:
-    """Prepares a worker process."""
     del number, count
     threading.Thread(target=_end_with_parent, daemon=True).start()
     reuse_memory()
@@ -201,16 +201,13 @@ def _close(reference: "weakref.ref[Generator[ArrayDict, None, None]]") -> None:
 
 
 @contextlib.contextmanager
-def _signals_held_back(wanted: bool) -> Iterator[None]:
+def _signals_held_back() -> Iterator[None]:
     """Holds SIGINT and SIGTERM back inside `with`, for what this thread starts: for good.
 
     Threads and processes inherit what is held back, so a worker is safe from its first
     instruction on. In the present thread a signal arrives when the block ends.
-
-    Args:
-      wanted: False: nothing is held back.
     """
-    if not wanted or not hasattr(signal, "pthread_sigmask"):  # Windows
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
     # It would start with the first worker, and lets the signals through when it does.
@@ -248,15 +245,10 @@ def train_batches(
 
     Args:
       batch_size: global; `shard` (i, n) fetches the i-th of its n slices.
-      max_instances: padded objects per image; 0 for the data set's largest number.
-        Of more objects, the ones with the largest boxes are kept.
-      keep_empty: train on images without objects too.
-      repeat_threshold: show images of classes that fewer than this share of the images
-        have more often, see `sampler.repeat_factors`; 0: every image once an epoch.
+      max_instances: padded objects per image, those with the largest boxes; 0 for the
+        data set's largest number, or twice that where objects are pasted.
+      repeat_threshold: see `sampler.repeat_factors`; 0: every image once an epoch.
       max_images: train on the first ones only; 0 for all.
-      channel_order: "RGB" or "BGR".
-      augment: what may happen to an image beyond resize and flip. Where objects are
-        pasted and `max_instances` is 0, there is room for twice as many.
       keypoints: of the data set's objects, for a field `keypoints`.
       pixel_maps: further fields, uint8 [B, h, w], by name.
     """
@@ -306,8 +298,7 @@ def train_batches(
 
 
 def _training_images(dataset: CocoDataset, keep_empty: bool, max_images: int) -> np.ndarray:
-    """Returns the indices of the images to train on, increasing, and logs how many images
-    have no object."""
+    """Returns the indices of the images to train on, increasing."""
     num_objects = dataset.objects_per_image
     images = np.arange(len(dataset)) if keep_empty else np.flatnonzero(num_objects)
     if max_images:
@@ -377,8 +368,7 @@ def eval_batches(
 
     Args:
       max_images: only the first ones; 0 for all.
-      shard: (i, n) gives every n-th batch from the i-th on; together, n such parts hold
-        each image once.
+      shard: (i, n) gives every n-th batch from the i-th on.
     """
     resize = dataclasses.replace(resize, shorts=resize.shorts[:1])
     images = np.arange(len(dataset))[: max_images or None]

@@ -9,6 +9,7 @@ import dataclasses
 import numpy as np
 
 from solov2_jax.data.buckets import Bucket
+from solov2_jax.rle import ranks
 
 _CHUNK = 1 << 20  # images scheduled at once; changes nothing but memory
 
@@ -78,8 +79,7 @@ def _uniform(bits: np.ndarray) -> np.ndarray:
 
 
 def random_generator(seed: int, purpose: int, *keys: int) -> np.random.Generator:
-    """Returns the generator of one purpose of augmentation, such as of an image's own
-    look in an epoch: no two purposes share a stream."""
+    """Returns the generator of one purpose of augmentation; no two share a stream."""
     return np.random.Generator(np.random.PCG64(int(random_bits(seed, purpose, *keys))))
 
 
@@ -108,12 +108,10 @@ def train_schedule(
     """
     pending = [np.zeros((0, 2), np.int32) for _ in buckets]
     pieces: list[tuple[np.ndarray, np.ndarray]] = []
-    copies = np.ones(len(images), int) if repeats is None else np.ceil(repeats)
-    copies = copies.astype(int)
+    repeats = np.ones(len(images)) if repeats is None else repeats
+    copies = np.ceil(repeats).astype(int)
     most = int(copies.max())
-    if repeats is not None:
-        images, repeats = np.repeat(images, copies), np.repeat(repeats, copies)
-    copy = np.arange(len(images)) - np.repeat(np.cumsum(copies) - copies, copies)
+    images, repeats, copy = np.repeat(images, copies), np.repeat(repeats, copies), ranks(copies)
     made = epoch = 0
     while made < num_steps:
         wanted = (num_steps - made) * batch_size
@@ -125,7 +123,7 @@ def train_schedule(
         scales = scale_index(seed, key, chosen, image_buckets.shape[1])
         bucket = image_buckets[chosen, scales]
         stream = np.stack([chosen, key], axis=-1).astype(np.int32)
-        if repeats is not None:
+        if most > 1:
             # Of an image's copies all whole ones, the last one at random.
             shown = _uniform(random_bits(seed, _REPEAT, block, images)) < repeats - copy
             shown = np.take_along_axis(shown, order, axis=1)

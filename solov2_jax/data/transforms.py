@@ -13,20 +13,16 @@ from PIL import Image
 
 from solov2_jax.rle import Size
 
-_BILINEAR = Image.Resampling.BILINEAR
+_BILINEAR, _NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
 
 
 def shortest_edge_sizes(
-    heights: np.ndarray | int,
-    widths: np.ndarray | int,
-    short: np.ndarray | int,
-    max_size: int,
+    heights: np.ndarray | int, widths: np.ndarray | int, short: np.ndarray | int, max_size: int
 ) -> np.ndarray:
     """Returns (height, width) after the resize, int32 [..., 2].
 
     The shorter side becomes `short`, unless the longer would exceed `max_size`.
-    Source: detectron2 data/transforms/augmentation_impl.py,
-    ResizeShortestEdge.get_output_shape, in float64 as there. A side is at least 1 here;
+    Source: detectron2's ResizeShortestEdge.get_output_shape. A side is at least 1 here;
     the reference gets 0 for a very thin image, and fails.
     """
     h, w = np.asarray(heights, np.float64), np.asarray(widths, np.float64)
@@ -70,13 +66,11 @@ class Affine:
         return xy @ linear.T + shift
 
     def boxes(self, boxes: np.ndarray) -> np.ndarray:
-        """Returns boxes around the moved corners, cut to the image, float32 [n, 4].
+        """Returns boxes (x0, y0, x1, y1) around the moved corners, cut to the image,
+        float32 [n, 4].
 
-        Source: detectron2 data/detection_utils.py, transform_instance_annotations. There
-        a box of four integers is cut to integers again after the resize; not here.
-
-        Args:
-          boxes: (x0, y0, x1, y1) in the original.
+        Source: detectron2's transform_instance_annotations. There a box of four integers is
+        cut to integers again after the resize; not here.
         """
         corners = self.points(boxes[:, [0, 1, 2, 1, 0, 3, 2, 3]].reshape(-1, 4, 2))
         moved = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=-1)
@@ -111,12 +105,9 @@ class Affine:
         [h, w]; zero outside of the original."""
         picture, (height, width) = Image.fromarray(values), self.size
         if self.only_resized:
-            moved = np.asarray(picture.resize((width, height), Image.Resampling.NEAREST))
+            moved = np.asarray(picture.resize((width, height), _NEAREST))
             return moved[:, ::-1] if self.mirrored else moved
-        affine, back = Image.Transform.AFFINE, self.inverse().ravel().tolist()
-        return np.asarray(
-            picture.transform((width, height), affine, back, Image.Resampling.NEAREST)
-        )
+        return np.asarray(_transform(picture, self.size, self.inverse(), _NEAREST))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +145,14 @@ class AffineImage:
         return image
 
 
+def _transform(
+    picture: Image.Image, size: Size, back: np.ndarray, resampling: Image.Resampling
+) -> Image.Image:
+    """Returns a picture of `size`; `back` says where its points come from, [2, 3]."""
+    coefficients = back.ravel().tolist()
+    return picture.transform(size[::-1], Image.Transform.AFFINE, coefficients, resampling)
+
+
 def affine_image(picture: Image.Image) -> AffineImage:
     """Returns the picture as it is."""
     size = picture.height, picture.width
@@ -164,7 +163,7 @@ def rotate(view: AffineImage, degrees: float) -> AffineImage:
     """Returns the picture rotated counter-clockwise, large enough to hold its corners;
     what was outside is black.
 
-    Source: detectron2 data/transforms/transform.py, RotationTransform, with `expand`.
+    Source: detectron2's RotationTransform, with `expand`.
     """
     h, w = view.size
     angle = np.deg2rad(degrees)
@@ -173,12 +172,9 @@ def rotate(view: AffineImage, degrees: float) -> AffineImage:
     height = max(int(np.rint(h * abs(c) + w * abs(s))), 1)
     linear = np.array([[c, s], [-s, c]])
     shift = np.array([width, height]) / 2 - linear @ (np.array([w, h]) / 2)
-    # PIL asks where a target pixel comes from.
     back = np.concatenate([linear.T, -(linear.T @ shift)[:, None]], axis=1)
-    picture = view.picture.transform(
-        (width, height), Image.Transform.AFFINE, back.ravel().tolist(), _BILINEAR
-    )
     step = np.concatenate([linear, shift[:, None]], axis=1)
+    picture = _transform(view.picture, (height, width), back, _BILINEAR)
     return AffineImage(picture, view.affine.then(step, (height, width)))
 
 

@@ -52,8 +52,8 @@ def metric_names(
 ) -> list[str]:
     """Returns the keys of what `CocoEvaluator.evaluate` returns."""
     names = [*METRICS, *extra_metrics(max_detections)]
-    by_id = dict(zip(category_ids, unique_names(class_names, category_ids), strict=True))
-    per_class = [f"segm/AP/{by_id[i]}" for i in sorted(by_id)]
+    classes = zip(category_ids, unique_names(class_names, category_ids), strict=True)
+    per_class = [f"segm/AP/{name}" for _, name in sorted(classes)]
     return [f"{kind}/{name}" for kind in ("segm", "bbox") for name in names] + per_class
 
 
@@ -126,14 +126,11 @@ class CocoEvaluator:
         self.results.extend({**result, "image_id": image_id} for result in results)
 
     def state(self) -> dict[str, Any]:
-        """Returns what was processed so far, as JSON values, for `merge`."""
+        """Returns what was processed, as JSON values, for `merge`."""
         return {"images": self.image_ids, "results": self.results}
 
     def merge(self, states: Sequence[dict[str, Any]]) -> None:
-        """Replaces what was processed by the parts that several evaluators processed.
-
-        Raises a ValueError if two of them processed the same image.
-        """
+        """Replaces what was processed by the parts that several evaluators processed."""
         images = [image for state in states for image in state["images"]]
         twice = sorted(i for i, n in Counter(images).items() if n > 1)
         if twice:
@@ -191,8 +188,7 @@ class CocoEvaluator:
 
     def sorted_names(self) -> list[str]:
         """Returns the class names in the order of their category ids."""
-        named = dict(zip(self.category_ids, self.class_names, strict=True))
-        return [named[i] for i in sorted(named)]
+        return [name for _, name in sorted(zip(self.category_ids, self.class_names, strict=True))]
 
     def metric_names(self) -> list[str]:
         """Returns the keys of what `evaluate` returns."""

@@ -89,7 +89,7 @@ def compute_score(
     limits += [max_detections] if max_detections > COCO_LIMIT else []
     with contextlib.redirect_stdout(io.StringIO()):
         precision, recall = _evaluate(library, dataset, detections, kind, limits)
-    return Score(_summarize(precision, recall, limits), precision, recall)
+    return Score(_summarize(precision, recall, limits[-1]), precision, recall)
 
 
 _PYCOCOTOOLS = (pycocotools_coco.COCO, pycocotools_eval.COCOeval)
@@ -140,30 +140,24 @@ def _evaluate(
 
 def extra_metrics(max_detections: int) -> tuple[str, ...]:
     """Returns the names of the metrics with a limit beyond COCO's, such as AP@300."""
-    if max_detections <= COCO_LIMIT:
-        return ()
-    return tuple(f"{name}@{max_detections}" for name in _AT_LIMIT)
+    names = (*METRICS[:6], "AR", *METRICS[9:])
+    return tuple(f"{n}@{max_detections}" for n in names) if max_detections > COCO_LIMIT else ()
 
 
-_AT_LIMIT = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR", "ARs", "ARm", "ARl")
-
-
-def _summarize(
-    precision: np.ndarray, recall: np.ndarray, limits: Sequence[int]
-) -> dict[str, float]:
+def _summarize(precision: np.ndarray, recall: np.ndarray, limit: int) -> dict[str, float]:
     """Returns the means that COCO reports, and those with a limit beyond COCO's."""
 
     def at_limit(m: int) -> list[float]:
-        """Returns the values of `_AT_LIMIT`; thresholds 0 and 5 are IoU 0.5 and 0.75."""
+        """Returns AP and AR of each size; thresholds 0 and 5 are IoU 0.5 and 0.75."""
         p, r = precision[..., m], recall[..., m]
         ap = [_mean(p[..., 0]), _mean(p[0, ..., 0]), _mean(p[5, ..., 0])]
         ap += [_mean(p[..., size]) for size in (1, 2, 3)]
         return ap + [_mean(r[..., size]) for size in range(4)]
 
-    *ap, ar, ar_s, ar_m, ar_l = at_limit(2)
-    few = [_mean(recall[..., 0, m]) for m in (0, 1)]
-    metrics = dict(zip(METRICS, [*ap, *few, ar, ar_s, ar_m, ar_l], strict=True))
-    if extra := extra_metrics(limits[-1]):
+    values = at_limit(2)
+    values[6:6] = [_mean(recall[..., 0, m]) for m in (0, 1)]  # AR1, AR10
+    metrics = dict(zip(METRICS, values, strict=True))
+    if extra := extra_metrics(limit):
         metrics |= dict(zip(extra, at_limit(3), strict=True))
     return metrics
 

@@ -21,10 +21,8 @@ from solov2_jax.io import import_object, write_json
 
 log = logging.getLogger(__name__)
 
-# Seconds between two lines of progress.
-PROGRESS_EVERY = 10.0
-# Batches whose masks may wait for the encoder; more would only cost memory.
-WAITING_BATCHES = 1
+PROGRESS_EVERY = 10.0  # seconds between two lines of progress
+WAITING_BATCHES = 1  # for the encoder; more would only cost memory
 
 
 @runtime_checkable
@@ -164,7 +162,6 @@ def predict(
 
     with ThreadPoolExecutor(1) as thread:
         while True:
-            clock.start()
             batch = next(iterator, None)
             clock.lap("data")
             if batch is None:
@@ -173,12 +170,12 @@ def predict(
             clock.lap("compute", first_of=batch["image"].shape)
             kept |= {p.image_id: p for p in predictions[: keep - len(kept)]}
             encoding.append(thread.submit(encode, predictions))
-            while len(encoding) > WAITING_BATCHES:
+            if len(encoding) > WAITING_BATCHES:
                 encoding.popleft().result()
             clock.lap("encode")
             clock.count(len(predictions))
-        while encoding:
-            encoding.popleft().result()
+        for waiting in encoding:
+            waiting.result()
         clock.lap("encode")
     log.info("%s", clock.summary())
     return kept, clock
@@ -196,10 +193,6 @@ class EvaluationClock:
         self._seconds = {"data": 0.0, "compute": 0.0, "encode": 0.0, "first": 0.0}
         self._shapes: set[Any] = set()
         self._begin = self._shown = self._last = time.perf_counter()
-
-    def start(self) -> None:
-        """Begins a batch."""
-        self._last = time.perf_counter()
 
     def lap(self, part: str, first_of: Any = None) -> None:
         """Books the time since the last lap, the first of a shape as compilation."""

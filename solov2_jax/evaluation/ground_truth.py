@@ -1,8 +1,4 @@
-"""What is annotated, ready to be compared with predictions, and predictions from files.
-
-The annotations are what `data.annotations.read_instances` reads; results of any tool in
-COCO's format are read by the same rules.
-"""
+"""What is annotated, ready to be compared with predictions."""
 
 import os
 from collections.abc import Mapping
@@ -12,18 +8,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from solov2_jax.data.annotations import (
-    AnnotationTable,
-    Fields,
-    describe,
-    read_box,
-    read_instances,
-    whole_number,
-)
+from solov2_jax.data.annotations import AnnotationTable, read_instances
 from solov2_jax.data.coco import find_files
-from solov2_jax.data.outlines import are_numbers, as_json, is_polygon, read_outline, rle_areas
-from solov2_jax.io import InputError, read_json
-from solov2_jax.rle import polygons_to_rle
 
 rle: Any = coco_mask  # its type stubs are narrower than what it takes
 
@@ -59,10 +45,10 @@ def read_ground_truth(
     known = isinstance(annotations, AnnotationTable)
     table = annotations if known else read_instances(annotations)
     names = find_files(images, table)[0] if images else table.file_names
+    sides = zip(table.heights.tolist(), table.widths.tolist(), strict=True)
     records = {
-        image_id: {"id": image_id, "file_name": name, "height": size[0], "width": size[1]}
-        for i, (image_id, name) in enumerate(zip(table.image_ids, names, strict=True))
-        for size in [table.size(i)]
+        image_id: {"id": image_id, "file_name": name, "height": height, "width": width}
+        for image_id, name, (height, width) in zip(table.image_ids, names, sides, strict=True)
     }
     category_ids = list(table.categories)
     usable = []
@@ -89,84 +75,3 @@ def read_ground_truth(
         num_without_mask=len(table.ids) - len(usable),
         image_ids=dict(zip(table.batch_ids().tolist(), table.image_ids, strict=True)),
     )
-
-
-_FORMAT = (
-    "COCO's results format is a json list of objects with image_id, category_id, score "
-    "and segmentation"
-)
-
-
-def read_results(path: str, truth: GroundTruth) -> list[dict[str, Any]]:
-    """Returns the results of a file, masks as RLE, missing boxes taken from masks.
-
-    Raises:
-      InputError: naming the file, the entry and the field, also where ids of images or
-        categories are not the annotations'.
-    """
-    if not os.path.exists(path):
-        raise InputError(f"{path}: no such file of predictions")
-    content = read_json(path, "json", _FORMAT)
-    if not isinstance(content, list):
-        instances = isinstance(content, dict) and "annotations" in content
-        kind = "an instances json" if instances else "something else"
-        raise InputError(f"{path}: is {kind}, not a list of results; {_FORMAT}")
-    for i, record in enumerate(content):
-        if not isinstance(record, dict):
-            raise InputError(f"{path}: entry {i} is {as_json(record)}, not an object; {_FORMAT}")
-    field = Fields(content, path, lambda i: f"entry {i}")
-    images = _ids(field, "image_id", truth.images, truth.source)
-    categories = _ids(field, "category_id", truth.categories, truth.source)
-    field = Fields(content, path, lambda i: f"entry {i} (image {images[i]})")
-    scores = field("score", lambda v: float(v) if are_numbers([v]) else None, "a finite number")
-    boxes = field("bbox", read_box, "four numbers (x, y, width, height)", default=())
-    outlines = field("segmentation", lambda v: v, "polygons or run lengths")
-    sizes = [(truth.images[i]["height"], truth.images[i]["width"]) for i in images]
-    results = [
-        {
-            "image_id": images[i],
-            "category_id": categories[i],
-            "bbox": boxes[i],
-            "score": scores[i],
-            "segmentation": _mask(outline, size, field.name(i)),
-        }
-        for i, (outline, size) in enumerate(zip(outlines, sizes, strict=True))
-    ]
-    rle_areas(
-        [r["segmentation"]["counts"] for r in results],
-        [height * width for height, width in sizes],
-        field.name,
-    )
-    for result in results:  # only now: run lengths are known to be sound
-        if not result["bbox"]:
-            result["bbox"] = rle.toBbox(result["segmentation"]).tolist()
-    return results
-
-
-_FIXES = {
-    "image_id": "are these predictions of other images?",
-    "category_id": "write the ids of the annotations' `categories`, not places in a list of "
-    "classes",
-}
-
-
-def _ids(field: Fields, key: str, known: Mapping[int, Any], source: str) -> list[int]:
-    """Returns the image or category ids of all results."""
-    ids = field(key, whole_number, "a whole number")
-    if wrong := [i for i in ids if i not in known]:
-        raise InputError(
-            f"{field.source}: {len(wrong)} of {len(ids)} entries have a `{key}` that {source} has "
-            f"not: {describe(wrong)} (there are {describe(sorted(known))}); {_FIXES[key]}"
-        )
-    return ids
-
-
-def _mask(segmentation: Any, size: tuple[int, int], name: str) -> dict[str, Any]:
-    """Returns the RLE of a result."""
-    polygons, counts = read_outline(segmentation, size, lambda: name)
-    if counts:
-        return {"size": list(size), "counts": counts}
-    usable = [p for p in polygons if is_polygon(p)]
-    if not usable:
-        raise InputError(f"{name}: `segmentation` has no polygon of 3 points or more")
-    return polygons_to_rle(usable, size)

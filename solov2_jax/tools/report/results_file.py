@@ -2,13 +2,19 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from pycocotools import mask as coco_mask
+
+from solov2_jax.data.annotations import Fields, describe, read_box, whole_number
+from solov2_jax.data.outlines import are_numbers, as_json, is_polygon, read_outline, rle_areas
 from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.evaluation.evaluate import write_metrics
-from solov2_jax.evaluation.ground_truth import GroundTruth, read_ground_truth, read_results
-from solov2_jax.io import InputError
+from solov2_jax.evaluation.ground_truth import GroundTruth, read_ground_truth
+from solov2_jax.io import InputError, read_json
+from solov2_jax.rle import polygons_to_rle
 from solov2_jax.tools.report.diagnosis import diagnose
 from solov2_jax.tools.report.expected_results import ExpectedResult, check_names
 from solov2_jax.tools.report.outcomes import require_hotcoco
@@ -98,3 +104,84 @@ def _compare(
 def _report_data(evaluator: CocoEvaluator, metrics: dict[str, float], path: str) -> ReportData:
     facts = {"annotations": os.path.basename(evaluator.source)}
     return make_report_data(evaluator, metrics, os.path.basename(path), facts)
+
+
+_FORMAT = (
+    "COCO's results format is a json list of objects with image_id, category_id, score "
+    "and segmentation"
+)
+
+
+def read_results(path: str, truth: GroundTruth) -> list[dict[str, Any]]:
+    """Returns the results of a file, masks as RLE, missing boxes taken from masks.
+
+    Raises:
+      InputError: naming the file, the entry and the field, also where ids of images or
+        categories are not the annotations'.
+    """
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file of predictions")
+    content = read_json(path, "json", _FORMAT)
+    if not isinstance(content, list):
+        instances = isinstance(content, dict) and "annotations" in content
+        kind = "an instances json" if instances else "something else"
+        raise InputError(f"{path}: is {kind}, not a list of results; {_FORMAT}")
+    for i, record in enumerate(content):
+        if not isinstance(record, dict):
+            raise InputError(f"{path}: entry {i} is {as_json(record)}, not an object; {_FORMAT}")
+    field = Fields(content, path, lambda i: f"entry {i}")
+    images = _ids(field, "image_id", truth.images, truth.source)
+    categories = _ids(field, "category_id", truth.categories, truth.source)
+    field = Fields(content, path, lambda i: f"entry {i} (image {images[i]})")
+    scores = field("score", lambda v: float(v) if are_numbers([v]) else None, "a finite number")
+    boxes = field("bbox", read_box, "four numbers (x, y, width, height)", default=())
+    outlines = field("segmentation", lambda v: v, "polygons or run lengths")
+    sizes = [(truth.images[i]["height"], truth.images[i]["width"]) for i in images]
+    results = [
+        {
+            "image_id": images[i],
+            "category_id": categories[i],
+            "bbox": boxes[i],
+            "score": scores[i],
+            "segmentation": _mask(outline, size, field.name(i)),
+        }
+        for i, (outline, size) in enumerate(zip(outlines, sizes, strict=True))
+    ]
+    rle_areas(
+        [r["segmentation"]["counts"] for r in results],
+        [height * width for height, width in sizes],
+        field.name,
+    )
+    for result in results:  # only now: run lengths are known to be sound
+        if not result["bbox"]:
+            result["bbox"] = coco_mask.toBbox(result["segmentation"]).tolist()  # pyright: ignore
+    return results
+
+
+_FIXES = {
+    "image_id": "are these predictions of other images?",
+    "category_id": "write the ids of the annotations' `categories`, not places in a list of "
+    "classes",
+}
+
+
+def _ids(field: Fields, key: str, known: Mapping[int, Any], source: str) -> list[int]:
+    """Returns the image or category ids of all results."""
+    ids = field(key, whole_number, "a whole number")
+    if wrong := [i for i in ids if i not in known]:
+        raise InputError(
+            f"{field.source}: {len(wrong)} of {len(ids)} entries have a `{key}` that {source} has "
+            f"not: {describe(wrong)} (there are {describe(sorted(known))}); {_FIXES[key]}"
+        )
+    return ids
+
+
+def _mask(segmentation: Any, size: tuple[int, int], name: str) -> dict[str, Any]:
+    """Returns the RLE of a result."""
+    polygons, counts = read_outline(segmentation, size, lambda: name)
+    if counts:
+        return {"size": list(size), "counts": counts}
+    usable = [p for p in polygons if is_polygon(p)]
+    if not usable:
+        raise InputError(f"{name}: `segmentation` has no polygon of 3 points or more")
+    return polygons_to_rle(usable, size)
