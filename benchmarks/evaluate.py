@@ -23,7 +23,7 @@ from harness import Stages, Work
 from pycocotools import mask as coco_mask
 
 from solov2_jax.evaluation.coco import CocoEvaluator
-from solov2_jax.evaluation.ground_truth import read_ground_truth
+from solov2_jax.evaluation.coco_score import read_ground_truth
 from solov2_jax.inference.prediction import Prediction
 
 POOL = 24  # images whose masks are held: 30 MB each

@@ -297,19 +297,19 @@ def read_config(path: str | os.PathLike) -> Config:
 
 def _filled(values: dict[str, Any], path: str | os.PathLike) -> Config:
     """Returns the base config with all of `values` set."""
-    config, given = base_config(), flatten(values)
+    config, flat = base_config(), flatten(values)
     known, names = flatten(config), _base().RENAMED
-    for old in [key for key in names if key in given]:
+    for old in [key for key in names if key in flat]:
         log.info("%s: %s is now called %s; it is read as that", path, old, names[old])
-        given.setdefault(names[old], given.pop(old))
-    unknown = [key for key in given if key not in known and not _is_new(key, known)]
+        flat.setdefault(names[old], flat.pop(old))
+    unknown = [key for key in flat if key not in known and not _is_new(key, known)]
     if unknown:
         raise InputError(
             f"{path}: unknown keys: {', '.join(unknown)}"
             f"{suggest(unknown[0], known)}. Was it written by a newer version, or by "
             "hand? Delete what configs/base.py does not have"
         )
-    for key, value in given.items():
+    for key, value in flat.items():
         if key in known:
             try:
                 _group(config, key)[key.split(".")[-1]] = value
@@ -317,7 +317,7 @@ def _filled(values: dict[str, Any], path: str | os.PathLike) -> Config:
                 raise InputError(f"{path}: {key} = {value!r}: {reason(error)}") from error
         else:
             set_below(config, key, value)
-    if missing := [f"{k} = {v!r}" for k, v in known.items() if k not in given]:
+    if missing := [f"{k} = {v!r}" for k, v in known.items() if k not in flat]:
         log.info(
             "%s is older than these keys, which get configs/base.py's values: %s",
             path,

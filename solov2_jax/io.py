@@ -41,10 +41,10 @@ def atomic_path(path: Path, sync: bool = True) -> Iterator[pathlib.Path]:
     target = pathlib.Path(path)
     try:
         # Short and random: the target's own name may be as long as a name can be.
-        number, name = tempfile.mkstemp(prefix=".writing-", dir=target.parent)
+        descriptor, name = tempfile.mkstemp(prefix=".writing-", dir=target.parent)
     except OSError as error:
         raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
-    os.close(number)
+    os.close(descriptor)
     temporary = pathlib.Path(name)
     try:
         yield temporary

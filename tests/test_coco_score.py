@@ -11,8 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from solov2_jax.evaluation.coco import is_defined
-from solov2_jax.evaluation.coco_score import METRICS, compute_score
-from solov2_jax.evaluation.ground_truth import read_ground_truth
+from solov2_jax.evaluation.coco_score import METRICS, compute_score, read_ground_truth
 
 
 def encode(box, size, keep):

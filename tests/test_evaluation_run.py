@@ -13,9 +13,9 @@ from solov2_jax.data.buckets import Resize
 from solov2_jax.data.pipeline import Reading, eval_batches
 from solov2_jax.evaluation import coco
 from solov2_jax.evaluation.coco import CocoEvaluator, json_metrics
+from solov2_jax.evaluation.coco_score import read_ground_truth
 from solov2_jax.evaluation.evaluate import build_evaluator, build_reports
 from solov2_jax.evaluation.evaluate import evaluate as evaluate_all
-from solov2_jax.evaluation.ground_truth import read_ground_truth
 from solov2_jax.inference import predictor
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.training.build import build_evaluate

@@ -8,8 +8,8 @@ from jax import lax
 
 from solov2_jax.io import InputError
 from solov2_jax.tools.export.jaxpr import Equation, walk
-from solov2_jax.tools.export.rules import RULES, scan_inputs
 from solov2_jax.tools.export.onnx_graph import IR_VERSION, OPSET, Graph
+from solov2_jax.tools.export.rules import RULES, scan_inputs
 
 onnxruntime = pytest.importorskip("onnxruntime")
 

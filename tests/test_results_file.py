@@ -12,7 +12,7 @@ import pytest
 import tiny_coco
 from test_evaluation_run import TRUTH, squares
 
-from solov2_jax.evaluation.ground_truth import read_ground_truth
+from solov2_jax.evaluation.coco_score import read_ground_truth
 from solov2_jax.inference.prediction import to_coco_results
 from solov2_jax.tools.report.expected_results import check_names, misses, parse_expectations
 from solov2_jax.tools.report.results_file import evaluate_files, read_results

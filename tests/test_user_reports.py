@@ -22,7 +22,7 @@ from tiny_coco import annotation, content, encode_mask, write
 from solov2_jax.data import images
 from solov2_jax.data.coco import load_coco
 from solov2_jax.evaluation.coco import CocoEvaluator
-from solov2_jax.evaluation.ground_truth import read_ground_truth
+from solov2_jax.evaluation.coco_score import read_ground_truth
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.tools.doctor.data_report import Settings, examine
 from solov2_jax.tools.doctor.grids import Layout

@@ -223,8 +223,8 @@ def read_box(value: Any) -> list[float] | None:
 
 
 def _side(value: Any) -> int | None:
-    number = whole_number(value)
-    return number if number is not None and 1 <= number <= _LARGEST_ID else None
+    pixels = whole_number(value)
+    return pixels if pixels is not None and 1 <= pixels <= _LARGEST_ID else None
 
 
 def _text(value: Any) -> str | None:
@@ -232,8 +232,8 @@ def _text(value: Any) -> str | None:
 
 
 def _flag(value: Any) -> int | None:
-    number = int(value) if isinstance(value, bool) else whole_number(value)
-    return number if number in (0, 1) else None
+    flag = int(value) if isinstance(value, bool) else whole_number(value)
+    return flag if flag in (0, 1) else None
 
 
 def _area(value: Any) -> float | None:
@@ -312,10 +312,10 @@ def annotation_ids(records: Sequence[Any], source: str) -> np.ndarray:
     field = Fields(records, source, lambda i: f"annotation at place {i} (from 0)")
     ids = field("id", _own_id, "a whole number or text", default="")
     _check_unique((i for i in ids if i != ""), "annotation", source)
-    number = max((i for i in ids if type(i) is int), default=-1)
+    largest = max((i for i in ids if type(i) is int), default=-1)
     for i, value in enumerate(ids):
         if value == "":
-            ids[i] = number = number + 1
+            ids[i] = largest = largest + 1
     fits = all(type(i) is int and abs(i) < 2**63 for i in ids)
     return np.array(ids, np.int64) if fits else np.array([str(i) for i in ids])
 

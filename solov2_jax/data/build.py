@@ -16,7 +16,8 @@ from solov2_jax.io import InputError, import_object
 
 def load_datasets(config: Any) -> tuple[CocoDataset, CocoDataset]:
     """Returns the training and the validation data set, with equal categories."""
-    train = load_coco(*data_files(config)[0])
+    # Only the evaluation needs the whole table, which may be large.
+    train = dataclasses.replace(load_coco(*data_files(config)[0]), table=None)
     names = dict(zip(train.category_ids, train.class_names, strict=True))
     val = load_val_dataset(config, names)
     if config.model.num_classes not in (0, len(names)):

@@ -30,7 +30,7 @@ class CocoDataset:
     """N images in the json's order and their A usable objects, sorted by image.
 
     The objects of image i are `start[i]:start[i + 1]`, in the json's order. Crowds are
-    not among them; `evaluation.ground_truth` has those.
+    not among them; `evaluation.coco_score` has those.
     """
 
     image_root: str
@@ -48,6 +48,7 @@ class CocoDataset:
     annotation_ids: np.ndarray  # int64 [A], or text
     segmentations: Segmentations
     counts: Mapping[str, int]  # what was read and dropped, for `summary`
+    table: AnnotationTable | None = None  # all that the json holds, for the evaluation
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -133,11 +134,6 @@ def read_coco(
     table = annotations if is_read else read_instances(annotations)
     if categories is not None:
         _compare_categories(table.categories, categories, table.source)
-    if nameless := [i for i, n in zip(table.image_ids, table.file_names, strict=True) if not n]:
-        raise InputError(
-            f"{table.source}: {len(nameless)} of the images have no `file_name`, the first "
-            f"has id {nameless[0]}; add it."
-        )
     names, missing = find_files(images, table)
     counts = Counter(table.counts)
     counts["shared_files"] = len(names) - len(set(names))
@@ -171,6 +167,7 @@ def read_coco(
         annotation_ids=table.ids[rows],
         segmentations=table.segmentations.take(rows),
         counts=dict(counts),
+        table=table,
     )
 
 
@@ -229,9 +226,14 @@ def find_files(images: str, table: AnnotationTable) -> tuple[list[str], list[int
     in Unicode's composed and decomposed form. Lists every folder once.
 
     Raises:
-      InputError: if a name leads out of the image folder.
+      InputError: if an image has no name, or its name leads out of the image folder.
     """
     names = list(table.file_names)
+    if nameless := [i for i, n in zip(table.image_ids, names, strict=True) if not n]:
+        raise InputError(
+            f"{table.source}: {len(nameless)} of the images have no `file_name`, the first "
+            f"has id {nameless[0]}; add it."
+        )
     if records.is_records(images):
         return names, []
     folders: dict[str, set[str]] = {}

@@ -180,8 +180,7 @@ def _next(iterator: Any) -> Any:
         ) from error
 
 
-def _start_worker(number: int, count: int) -> None:
-    del number, count
+def _start_worker(_index: int, _count: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     reuse_memory()
 
@@ -252,12 +251,7 @@ def train_batches(
       keypoints: of the data set's objects, for a field `keypoints`.
       pixel_maps: further fields, uint8 [B, h, w], by name.
     """
-    index, count = shard
-    if batch_size % count or not 0 <= index < count:
-        raise InputError(
-            f"train.batch_size {batch_size} cannot be split into {count} equal slices "
-            f"(slice {index}); make it a multiple of the number of processes."
-        )
+    rows = _slice_of_batch(batch_size, shard)
     if pixel_maps and augment.adds_objects:
         raise InputError(
             "augment.paste_prob and augment.custom do not reach "
@@ -265,10 +259,9 @@ def train_batches(
         )
     for path in augment.custom:
         custom_function(path)  # an error before anything is read
+    sizes = resize.sizes(dataset.heights, dataset.widths)
     if augment.jitter_scale:
         sizes = np.full((len(dataset), 1, 2), augment.jitter_size, np.int32)
-    else:
-        sizes = resize.sizes(dataset.heights, dataset.widths)
     images = _training_images(dataset, keep_empty, max_images)
     buckets, assigned = choose_buckets(dataset, sizes, images, resize, "train")
     schedule = sampler.train_schedule(
@@ -280,9 +273,8 @@ def train_batches(
         batch_size=batch_size,
         repeats=_repeats(dataset, images, repeat_threshold),
     )
-    rows = slice(index * batch_size // count, (index + 1) * batch_size // count)
     maker = BatchMaker(
-        dataset=dataset,
+        dataset=dataclasses.replace(dataset, table=None),
         schedule=schedule.part(rows=rows),
         resize=resize,
         bgr=_IS_BGR[channel_order],
@@ -295,6 +287,17 @@ def train_batches(
         pixel_maps=pixel_maps,
     )
     return Batches(maker, start_step, reading)
+
+
+def _slice_of_batch(batch_size: int, shard: tuple[int, int]) -> slice:
+    """Returns the rows of the i-th of n equal slices of a batch."""
+    index, count = shard
+    if batch_size % count or not 0 <= index < count:
+        raise InputError(
+            f"train.batch_size {batch_size} cannot be split into {count} equal slices "
+            f"(slice {index}); make it a multiple of the number of processes."
+        )
+    return slice(index * batch_size // count, (index + 1) * batch_size // count)
 
 
 def _training_images(dataset: CocoDataset, keep_empty: bool, max_images: int) -> np.ndarray:
@@ -376,5 +379,6 @@ def eval_batches(
     buckets, assigned = choose_buckets(dataset, sizes, images, resize, "test")
     schedule = sampler.eval_schedule(assigned[images, 0], buckets, batch_size)
     part = schedule.part(steps=slice(shard[0], None, shard[1]))
+    dataset = dataclasses.replace(dataset, table=None)  # workers do not need it
     maker = EvalBatchMaker(dataset, part, resize, _IS_BGR[channel_order])
     return Batches(maker, 0, reading)

@@ -62,14 +62,14 @@ def read_bytes(path: str) -> bytes:
     return example["image"][0]
 
 
-def check(root: str, number: int) -> None:
+def check(root: str, num_images: int) -> None:
     """Raises if the shards are missing or do not hold so many images."""
     folder, _, split = root.removeprefix(PREFIX).partition("#")
-    found = len(_open(folder, split))
-    if found != number:
+    num_records = len(_open(folder, split))
+    if num_records != num_images:
         raise InputError(
-            f"{folder}: the shards of {split} have {found} images, the json beside "
-            f"them {number}; build the records again."
+            f"{folder}: the shards of {split} have {num_records} images, the json beside "
+            f"them {num_images}; build the records again."
         )
 
 

@@ -13,14 +13,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from solov2_jax.data.annotations import AnnotationTable
 from solov2_jax.evaluation.coco_score import (
     BACKENDS,
     COCO_LIMIT,
     METRICS,
+    GroundTruth,
     compute_score,
     extra_metrics,
+    read_ground_truth,
 )
-from solov2_jax.evaluation.ground_truth import GroundTruth, read_ground_truth
 from solov2_jax.inference.prediction import Prediction, to_coco_results
 
 # COCO's size ranges: areas in pixels of the original image, both ends included.
@@ -61,7 +63,7 @@ class CocoEvaluator:
     """Collects predictions image by image, then computes COCO's metrics.
 
     Args:
-      annotations: an instances json file, or its content, or what `read_ground_truth` returns.
+      annotations: an instances json file, its content, its table or its ground truth.
       category_ids: the annotation file's category id of each label 0..K-1.
       class_names: their names.
       backend: "fast" or "pycocotools"; the metrics are equal to the last digit.
@@ -70,7 +72,7 @@ class CocoEvaluator:
 
     def __init__(
         self,
-        annotations: str | os.PathLike[str] | dict[str, Any] | GroundTruth,
+        annotations: str | os.PathLike[str] | dict[str, Any] | AnnotationTable | GroundTruth,
         category_ids: Sequence[int],
         class_names: Sequence[str],
         *,

@@ -1,4 +1,4 @@
-"""Predictions and ground truth -> COCO's metrics, by hotcoco or by pycocotools.
+"""Ground truth and predictions -> COCO's metrics, by hotcoco or by pycocotools.
 
 pycocotools defines the numbers; hotcoco computes the same arrays bit for bit, in about a
 twentieth of the time. Source: pycocotools cocoeval.py, COCOeval.
@@ -9,6 +9,7 @@ import functools
 import io
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,8 +17,10 @@ from typing import Any, Literal
 import numpy as np
 from pycocotools import coco as pycocotools_coco
 from pycocotools import cocoeval as pycocotools_eval
+from pycocotools import mask
 
-from solov2_jax.evaluation.ground_truth import GroundTruth
+from solov2_jax.data.annotations import AnnotationTable, read_instances
+from solov2_jax.data.coco import find_files
 from solov2_jax.io import reason
 
 Kind = Literal["segm", "bbox"]
@@ -30,6 +33,70 @@ BACKENDS = ("fast", "pycocotools")
 COCO_LIMIT = 100  # detections per image and class that COCO's AP counts at most
 
 log = logging.getLogger(__name__)
+coco_mask: Any = mask  # its type stubs are narrower than what it takes
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """The images, categories and usable annotations of an instances json.
+
+    Annotations have every key that COCO's evaluation reads, crowds are among them,
+    their masks are RLE, and their ids count from 1: pycocotools takes a match with an
+    object of id 0 for no match.
+    """
+
+    source: str  # what to call it in a message
+    images: dict[int, dict[str, Any]]  # by id: id, file_name, height, width
+    categories: dict[int, str]  # id -> name
+    annotations: list[dict[str, Any]]
+    num_without_mask: int  # annotations that are left out
+    image_ids: dict[int, int]  # of a prediction, as batches carry it -> of the json
+
+
+def read_ground_truth(
+    annotations: str | os.PathLike[str] | Mapping[str, Any] | AnnotationTable, images: str = ""
+) -> GroundTruth:
+    """Returns the ground truth of an instances json: its file, its content, or as read.
+
+    Objects without a usable mask are left out; missing `area`, `bbox` and `iscrowd` are
+    filled in.
+
+    Args:
+      images: folder of the images, to find their files there; "": names stay as they are.
+    """
+    is_read = isinstance(annotations, AnnotationTable)
+    table = annotations if is_read else read_instances(annotations)
+    names = find_files(images, table)[0] if images else table.file_names
+    sides = zip(table.heights.tolist(), table.widths.tolist(), strict=True)
+    records = {
+        image_id: {"id": image_id, "file_name": name, "height": height, "width": width}
+        for image_id, name, (height, width) in zip(table.image_ids, names, sides, strict=True)
+    }
+    category_ids = list(table.categories)
+    usable = []
+    for row in np.flatnonzero(table.has_mask).tolist():
+        image = int(table.image[row])
+        rle = table.segmentations.rle(row, table.size(image))
+        box, area = table.boxes[row], float(table.areas[row])
+        usable.append(
+            {
+                "id": len(usable) + 1,
+                "image_id": table.image_ids[image],
+                "category_id": category_ids[table.label[row]],
+                "segmentation": rle,
+                "area": float(coco_mask.area(rle)) if np.isnan(area) else area,
+                "bbox": (coco_mask.toBbox(rle) if np.isnan(box[0]) else box).tolist(),
+                "iscrowd": int(table.crowd[row]),
+            }
+        )
+    return GroundTruth(
+        source=table.source,
+        images=records,
+        categories=table.categories,
+        annotations=usable,
+        num_without_mask=len(table.ids) - len(usable),
+        image_ids=dict(zip(table.batch_ids().tolist(), table.image_ids, strict=True)),
+    )
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,9 @@ Report = Callable[[FinishedEvaluation], None]
 
 
 def build_evaluator(config: Any, dataset: CocoDataset) -> CocoEvaluator:
-    """Returns the evaluator of a data set; reads its ground truth, once for a run."""
+    """Returns the evaluator of a data set, whose json is read once for a run."""
     return CocoEvaluator(
-        dataset.annotation_file,
+        dataset.table or dataset.annotation_file,
         dataset.category_ids,
         dataset.class_names,
         backend=config.eval.backend,

@@ -11,8 +11,8 @@ from pycocotools import mask as coco_mask
 from solov2_jax.data.annotations import Fields, describe, read_box, whole_number
 from solov2_jax.data.outlines import are_numbers, as_json, is_polygon, read_outline, rle_areas
 from solov2_jax.evaluation.coco import CocoEvaluator
+from solov2_jax.evaluation.coco_score import GroundTruth, read_ground_truth
 from solov2_jax.evaluation.evaluate import write_metrics
-from solov2_jax.evaluation.ground_truth import GroundTruth, read_ground_truth
 from solov2_jax.io import InputError, read_json
 from solov2_jax.rle import polygons_to_rle
 from solov2_jax.tools.report.diagnosis import diagnose
