@@ -58,4 +58,6 @@ def _draw(curves_of: dict[str, dict[str, tuple[list[int], list[float]]]]) -> Ima
         axes.set(xlim=(0, None), ylim=(0, None))
         if len(curves) > 1:
             axes.legend(fontsize=8, frameon=False)
-    return Image.open(io.BytesIO(charts.png(figure)))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer)

@@ -63,7 +63,6 @@ def build(name: str, output: str, splits: dict[str, tuple[str, str]]) -> str:
 
 
 def _builder(title: str, output: str, data: dict[str, CocoDataset]) -> Any:
-    """Returns the TFDS builder."""
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -173,7 +172,6 @@ FLAGS = (_NAME, _OUTPUT, _IMAGES, _ANNOTATIONS, _VAL_IMAGES, _VAL_ANNOTATIONS)
 
 
 def write(overrides: list[str]) -> None:
-    """Builds as the flags say."""
     if overrides:
         raise InputError(f"{overrides[0]}: this command has no config")
     splits = {
@@ -185,7 +183,6 @@ def write(overrides: list[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command."""
     app.run(write, FLAGS, argv=argv, platform=False)
 
 

@@ -85,7 +85,6 @@ def run(
 
 
 def wants_help(argv: Sequence[str]) -> bool:
-    """Returns whether arguments have --help among them."""
     return any(word in _HELP for word in argv)
 
 

@@ -77,7 +77,6 @@ def _output() -> str:
 
 
 def main(overrides: list[str]) -> None:
-    """Converts as the flags say."""
     if (overrides or _STRICT.value) and not _CONFIG.value:
         raise InputError("--config.KEY and --strict need a --config to check against")
     from solov2_jax.config import load_config

@@ -31,7 +31,6 @@ _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL", re.I)
 
 
 def main(overrides: list[str]) -> None:
-    """Prints the report."""
     print(f"solov2_jax {solov2_jax.__version__}, {os.path.dirname(solov2_jax.__file__)}")
     print(f"Python {platform.python_version()}, {sys.executable}")
     print(f"{platform.platform()}, {os.cpu_count()} CPU cores")

@@ -48,7 +48,6 @@ FLAGS += (*shared.VIEWS, *shared.PROCESSES)
 
 
 def main(overrides: list[str]) -> None:
-    """Evaluates as the flags say."""
     from solov2_jax.evaluation.coco import format_metric
     from solov2_jax.tools.report.expected_results import misses, parse_expectations
 
@@ -66,7 +65,6 @@ def main(overrides: list[str]) -> None:
 
 
 def score_run(overrides: list[str], expectations: list) -> dict[str, float]:
-    """Returns the metrics of a training run."""
     for flag in (_AGAINST, _ANNOTATIONS, _IMAGES, _MAX_DETECTIONS):
         if flag.value:
             raise InputError(f"--{flag.name} goes with --predictions")
@@ -89,7 +87,6 @@ def score_run(overrides: list[str], expectations: list) -> dict[str, float]:
 
 
 def score_files(overrides: list[str], expectations: list) -> dict[str, float]:
-    """Returns the metrics of a file of predictions."""
     if shared.WORKDIR.value or overrides:
         raise InputError("--predictions goes without --workdir and --config")
     if not _ANNOTATIONS.value:

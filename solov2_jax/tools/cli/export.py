@@ -57,7 +57,6 @@ FLAGS += (_EVALUATE, _OVERWRITE, _OUTPUT)
 
 
 def main(overrides: list[str]) -> None:
-    """Exports as the flags say."""
     shared.check_model()
     if not shared.WORKDIR.value and not (_OUTPUT.value and _IMAGES.value):
         raise InputError("--config and --weights need --output and --images")
@@ -103,7 +102,6 @@ def _parse_shape(text: str) -> tuple[int, int]:
 
 
 def _load(overrides: list[str]) -> "tuple[Any, Predictor]":
-    """Returns the config and the predictor that the flags name."""
     from solov2_jax.inference.predictor import load_workdir_config
 
     predictor = shared.load_predictor(overrides)

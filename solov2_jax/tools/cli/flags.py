@@ -62,7 +62,6 @@ class Flag:
         return value
 
     def lines(self) -> str:
-        """Returns the flag's part of the help."""
         kind, rule = self.rule.kind, self.rule
         head = f"  --[no]{self.name}" if kind is bool else f"  --{self.name}"
         any_text = kind is str and not rule.choices

@@ -134,7 +134,6 @@ def predict(overrides: list[str], scratch: str) -> "Summary":
 
 
 def main(overrides: list[str]) -> None:
-    """Predicts, and says what became of it."""
     shared.check_model()
     # Until predicting has handlers of its own: end, but delete what was downloaded.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

@@ -46,7 +46,6 @@ FLAGS += (_BODY_SECONDS, _HEADER_SECONDS, _WRITE_SECONDS, _CONNECTIONS)
 
 
 def main(overrides: list[str]) -> None:
-    """Serves as the flags say."""
     shared.check_model()
     try:
         from solov2_jax.tools.serving.app import Limits, make_app

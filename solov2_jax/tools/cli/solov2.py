@@ -28,13 +28,11 @@ COMMANDS = {
 
 
 def help_text() -> str:
-    """Returns what `solov2 --help` prints."""
     lines = [f"    {name:<9} {words}" for name, (_, words) in COMMANDS.items()]
     return "\n".join([(__doc__ or "").strip(), "", *lines, "", "solov2 COMMAND --help: its flags."])
 
 
 def main() -> None:
-    """Runs the command that the first argument names."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name.lstrip("-") in ("help", "h"):
         print(help_text())

@@ -20,7 +20,6 @@ FLAGS = (_CONFIG, _SIZE, _DEPTH)
 
 
 def main(overrides: list[str]) -> None:
-    """Prints the table."""
     size = parse_size(_SIZE.value) if _SIZE.value else None
     from solov2_jax.config import load_config
     from solov2_jax.tools.summary import report

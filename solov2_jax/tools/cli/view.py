@@ -24,7 +24,6 @@ FLAGS = (_CONFIG, _OUTPUT, _STEP, _BATCHES)
 
 
 def main(overrides: list[str]) -> None:
-    """Draws as the flags say."""
     from solov2_jax.config import load_config
     from solov2_jax.data.build import data_files
     from solov2_jax.data.coco import load_coco

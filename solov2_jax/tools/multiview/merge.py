@@ -230,5 +230,4 @@ def suppress(scores: np.ndarray, pairs: np.ndarray, iou: np.ndarray, nms: NmsOpt
 
 
 def _union(a: Rectangle, b: Rectangle) -> Rectangle:
-    """Returns the smallest rectangle that holds both."""
     return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])

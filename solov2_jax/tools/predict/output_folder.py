@@ -208,7 +208,6 @@ class ResultsFile:
         self._end = 0
 
     def add(self, image_id: int, results: list[dict[str, Any]]) -> None:
-        """Adds the results of one picture."""
         if self._file is None:
             path = os.path.join(self._folder.path, PARTIAL)
             self._folder.record(path)

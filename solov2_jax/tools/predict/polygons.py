@@ -49,7 +49,6 @@ def mask_polygons(
 
 
 def ring_area(ring: Ring) -> float:
-    """Returns the area that a ring encloses."""
     x, y = (ring - ring[:1]).T
     return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
 

@@ -348,7 +348,6 @@ class ProgressReport:
             handler.setStream(stream)
 
     def count(self, objects: int) -> None:
-        """Counts a picture with its objects."""
         self.pictures += 1
         self.objects += objects
         text = f"{self.objects} objects"

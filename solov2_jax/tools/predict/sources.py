@@ -277,7 +277,6 @@ def open_sources(
 
 
 def is_video(path: str) -> bool:
-    """Returns whether a file's name ends like a video's."""
     return path.lower().endswith(VIDEO_SUFFIXES)
 
 

@@ -40,12 +40,10 @@ class Metrics:
         return Histogram(f"solov2_{name}", help, buckets=buckets, registry=self.registry)
 
     def observe_batch(self, images: int, seconds: float) -> None:
-        """Counts a batch."""
         self.batch_images.observe(images)
         self.batch_seconds.observe(seconds)
 
     def text(self) -> bytes:
-        """Returns the answer of `/metrics`."""
         return prometheus_client.generate_latest(self.registry)
 
 
@@ -77,7 +75,6 @@ class Batcher:
         return future
 
     def is_alive(self) -> bool:
-        """Returns whether the computing thread works."""
         return self._thread.is_alive()
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ import itertools
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,10 +18,9 @@ from PIL import Image
 
 from solov2_jax.data.buckets import Bucket
 from solov2_jax.inference.draw import draw_prediction, shrink
-from solov2_jax.inference.prediction import Prediction
+from solov2_jax.inference.prediction import Prediction, to_coco_results
 from solov2_jax.inference.preprocess import make_batches
 from solov2_jax.inference.programs import paste_detections
-from solov2_jax.rle import rle_encode
 
 log = logging.getLogger(__name__)
 
@@ -106,56 +105,37 @@ class Engine:
                     continue
                 scores, labels, valid = (field[row] for field in fields)
                 kept = np.flatnonzero(valid & (scores >= jobs[i].score))[: jobs[i].limit]
-                image = ImageDetections(row_of(detections.soft_masks, row), kept)
-                answers[i] = self._body(jobs[i], image, scores[kept], labels[kept])
+                image = ImageDetections(
+                    soft_masks=row_of(detections.soft_masks, row),
+                    image_size=jobs[i].example["image_size"],
+                    threshold=self.predictor.mask_threshold,
+                    kept=kept,
+                    scores=scores[kept],
+                    labels=labels[kept],
+                )
+                picture = jobs[i].picture
+                if picture is None:
+                    answers[i] = self._json(image, jobs[i].example["original_size"].tolist())
+                else:
+                    answers[i] = self._png(image, picture)
         return answers
 
-    def _body(
-        self, job: Job, image: "ImageDetections", scores: np.ndarray, labels: np.ndarray
-    ) -> bytes:
-        if job.picture is None:
-            return self._json(job, image, scores, labels)
-        size = job.picture.shape[:2]
-        masks, boxes = image.paste(job.example["image_size"], size, self.predictor.mask_threshold)
-        nonempty = boxes[:, 2] > boxes[:, 0]
-        prediction = Prediction(
-            masks=masks[nonempty],
-            boxes=boxes[nonempty],
-            scores=scores[nonempty],
-            labels=labels[nonempty],
-            image_id=0,
-        )
-        drawn = draw_prediction(job.picture, prediction, self.class_names)
+    def _png(self, image: "ImageDetections", picture: np.ndarray) -> bytes:
+        prediction = image.paste(slice(None), picture.shape[:2])
+        drawn = draw_prediction(picture, prediction, self.class_names)
         file = io.BytesIO()
         Image.fromarray(drawn).save(file, "PNG", compress_level=1)
         return file.getvalue()
 
-    def _json(
-        self, job: Job, image: "ImageDetections", scores: np.ndarray, labels: np.ndarray
-    ) -> bytes:
-        height, width = (int(n) for n in job.example["original_size"])
-        threshold = self.predictor.mask_threshold
+    def _json(self, image: "ImageDetections", size: Sequence[int]) -> bytes:
+        height, width = size
         detections = []
         for start in range(0, len(image.kept), _TOGETHER):
-            part = slice(start, start + _TOGETHER)
-            some = replace(image, kept=image.kept[part])
-            masks, boxes = some.paste(job.example["image_size"], (height, width), threshold)
-            counts = rle_encode(masks, boxes)
-            for count, box, score, label in zip(
-                counts, boxes, scores[part], labels[part], strict=True
-            ):
-                if box[2] <= box[0]:  # no pixel is left at the original size
-                    continue
-                x0, y0, x1, y1 = (float(v) for v in box)
-                detections.append(
-                    {
-                        "class_name": self.class_names[int(label)],
-                        "category_id": self.predictor.category_ids[int(label)],
-                        "score": float(score),
-                        "bbox": [x0, y0, x1 - x0, y1 - y0],
-                        "segmentation": {"size": [height, width], "counts": count},
-                    }
-                )
+            prediction = image.paste(slice(start, start + _TOGETHER), (height, width))
+            results = to_coco_results(prediction, self.predictor.category_ids)
+            for result, label in zip(results, prediction.labels.tolist(), strict=True):
+                del result["image_id"]
+                detections.append({"class_name": self.class_names[label], **result})
         answer = {"height": height, "width": width, "detections": detections}
         return json.dumps(answer).encode()
 
@@ -168,48 +148,57 @@ def row_of(batch: jax.Array, row: int) -> jax.Array:
 
 @dataclass(frozen=True)
 class ImageDetections:
-    """Some detections of one image, on the device."""
+    """The n detections of one image that are answered."""
 
     soft_masks: jax.Array  # [1, D, h4, w4], one program for batches of any size
-    kept: np.ndarray
+    image_size: np.ndarray  # (height, width) at the network
+    threshold: float
+    kept: np.ndarray  # int [n], which of the D
+    scores: np.ndarray  # [n]
+    labels: np.ndarray  # [n]
 
-    def paste(
-        self, image_size: np.ndarray, size: tuple[int, int], threshold: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns masks bool [n, H, W] and boxes [n, 4] at a size (height, width)."""
-        canvas = canvas_of(size)
-        masks = np.zeros((len(self.kept), *size), bool)
-        boxes = np.zeros((len(self.kept), 4), np.float32)
-        reached = self._reached(image_size, size, threshold)
+    def paste(self, part: slice, size: tuple[int, int]) -> Prediction:
+        """Returns those of a part that have a pixel at a size (height, width)."""
+        kept, canvas = self.kept[part], canvas_of(size)
+        masks = np.zeros((len(kept), *size), bool)
+        boxes = np.zeros((len(kept), 4), np.float32)
+        first, end = self._reached(kept, size)
         rows, columns = (range(0, n, side) for n, side in zip(size, canvas, strict=True))
         for y, x in itertools.product(rows, columns):
-            low, high = np.array([y, x]), np.array([y + canvas[0], x + canvas[1]])
-            inside = np.flatnonzero(((reached[:, 0] < high) & (reached[:, 1] > low)).all(1))
+            inside = np.flatnonzero(
+                ((first < np.add((y, x), canvas)) & (end > np.array((y, x)))).all(1)
+            )
             if not len(inside):
                 continue
             part_masks, part_boxes = paste_detections(
                 self.soft_masks,
                 0,
-                self.kept[inside],
-                image_size,
+                kept[inside],
+                self.image_size,
                 size,
-                threshold,
+                self.threshold,
                 canvas=canvas,
                 origin=(y, x),
             )
             masks[inside, y : y + canvas[0], x : x + canvas[1]] = part_masks
             boxes[inside] = _united(boxes[inside], part_boxes, (x, y))
-        return masks, boxes
+        nonempty = boxes[:, 2] > boxes[:, 0]
+        return Prediction(
+            masks=masks[nonempty],
+            boxes=boxes[nonempty],
+            scores=self.scores[part][nonempty],
+            labels=self.labels[part][nonempty],
+            image_id=0,
+        )
 
-    def _reached(self, image_size: np.ndarray, size: tuple[int, int], threshold: float):
-        """Returns which rows and columns a mask may have, [n, (first, end), (y, x)]."""
-        soft = np.asarray(self.soft_masks)[0, self.kept] > threshold
-        ends = np.zeros((len(self.kept), 2, 2))
-        for axis in (0, 1):
-            used = soft.any(2 - axis)
-            ends[:, 0, axis] = used.argmax(1) - 1.0
-            ends[:, 1, axis] = used.shape[1] - used[:, ::-1].argmax(1) + 1.0
-        return ends * 4 * np.array(size) / np.asarray(image_size)
+    def _reached(self, kept: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the first and the end (row, column) that masks may have, [n, 2] each."""
+        soft = np.asarray(self.soft_masks)[0, kept] > self.threshold
+        scale = 4 * np.array(size) / np.asarray(self.image_size)
+        used = [soft.any(2), soft.any(1)]  # rows, columns
+        first = np.stack([u.argmax(1) - 1.0 for u in used], 1)
+        end = np.stack([u.shape[1] - u[:, ::-1].argmax(1) + 1.0 for u in used], 1)
+        return first * scale, end * scale
 
 
 def _united(boxes: np.ndarray, others: np.ndarray, shift: tuple[int, int]) -> np.ndarray:
