@@ -68,6 +68,7 @@ MAX_FILE, MAX_FUNCTION = 420, 60
 LONG_FUNCTIONS = {
     "solov2_jax.postprocess.detect",
     "solov2_jax.data.pipeline.train_batches",
+    "solov2_jax.training.loop.train",
     "solov2_jax.tools.export.run.export",
     "solov2_jax.tools.serving.app.make_app",
     "solov2_jax.tools.serving.server.make_server",  # a class within: uvicorn wants one

@@ -1,9 +1,10 @@
 """From a config to a task: the one place in training that unpacks the config."""
 
+import functools
 import hashlib
 import logging
 import pathlib
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from solov2_jax.data.build import (
+    build_eval_batches,
+    build_loss_batches,
+    build_train_batches,
+    load_datasets,
+)
+from solov2_jax.evaluation.coco import metric_names as coco_metric_names
+from solov2_jax.evaluation.evaluate import build_evaluator, build_reports, evaluate
+from solov2_jax.inference.predictor import build_predictor
 from solov2_jax.io import import_object
 from solov2_jax.models import build_model
 from solov2_jax.training.loss import Loss, ValidationLoss, build_loss
@@ -50,8 +60,6 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
     Args:
       val_is_train: evaluate on the training images instead of the validation's.
     """
-    from solov2_jax.data.build import build_train_batches, load_datasets
-
     train, val = load_datasets(config)
     val = train if val_is_train else val
     for path in config.train.checks:
@@ -72,14 +80,10 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
     log_trainable(params, trainable)
     log.info("%s", describe_rate(config))
     schedule, tx = build_optimizer(config, trainable)
-    shard = (jax.process_index(), jax.process_count())
     loss = build_loss(config, model)
-    evaluate = build_evaluate(config, model, val, workdir)
+    evaluate_val = build_evaluate(config, model, val, workdir)
     if config.eval.loss_images:
-        evaluate = with_validation_loss(evaluate, config, loss, val)
-
-    def batches(step: int) -> Generator[dict[str, np.ndarray], None, None]:
-        yield from build_train_batches(config, train, step, shard)
+        evaluate_val = with_validation_loss(evaluate_val, config, loss, val)
 
     return Task(
         config=config,
@@ -90,11 +94,15 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
         tx=tx,
         schedule=schedule,
         trainable=trainable,
-        batches=batches,
-        evaluate=evaluate,
+        batches=functools.partial(build_train_batches, config, train, shard=_shard()),
+        evaluate=evaluate_val,
         fingerprint=fingerprint(train),
         metric_names=metric_names(config, val),
     )
+
+
+def _shard() -> tuple[int, int]:
+    return jax.process_index(), jax.process_count()
 
 
 def build_trainable(config: Any, params: PyTree) -> PyTree:
@@ -130,11 +138,6 @@ def build_optimizer(
 
 def build_evaluate(config: Any, model: Any, dataset: Any, workdir: pathlib.Path) -> Evaluate:
     """Returns variables -> metrics on the validation data."""
-    from solov2_jax.data.build import build_eval_batches
-    from solov2_jax.evaluation.evaluate import build_evaluator, build_reports, evaluate
-    from solov2_jax.inference.predictor import build_predictor
-
-    shard = (jax.process_index(), jax.process_count())
     # Before training: what is wrong with the ground truth is told now.
     evaluator, reports = build_evaluator(config, dataset), build_reports(config)
 
@@ -144,7 +147,7 @@ def build_evaluate(config: Any, model: Any, dataset: Any, workdir: pathlib.Path)
         predictor = build_predictor(
             config, model, variables, dataset.class_names, dataset.category_ids
         )
-        batches = build_eval_batches(config, dataset, shard)
+        batches = build_eval_batches(config, dataset, _shard())
         return evaluate(
             predictor,
             evaluator,
@@ -159,31 +162,23 @@ def build_evaluate(config: Any, model: Any, dataset: Any, workdir: pathlib.Path)
     return evaluate_variables
 
 
-def with_validation_loss(evaluate: Evaluate, config: Any, loss: Loss, dataset: Any) -> Evaluate:
-    """Returns `evaluate` with the validation loss among its results."""
-    shard = (jax.process_index(), jax.process_count())
-
-    def batches() -> Iterator[dict[str, np.ndarray]]:
-        from solov2_jax.data.build import build_loss_batches
-
-        yield from build_loss_batches(config, dataset, shard)
-
+def with_validation_loss(evaluate_val: Evaluate, config: Any, loss: Loss, dataset: Any) -> Evaluate:
+    """Returns `evaluate_val` with the validation loss among its results."""
+    batches = functools.partial(build_loss_batches, config, dataset, _shard())
     validation_loss = ValidationLoss(loss, batches)
 
     def both(variables: dict[str, PyTree]) -> Mapping[str, float | None]:
         values = validation_loss(variables)
         log.info("%s", "  ".join(f"{k} {v:.4f}" for k, v in sorted(values.items())))
-        return {**evaluate(variables), **values}
+        return {**evaluate_val(variables), **values}
 
     return both
 
 
 def metric_names(config: Any, dataset: Any) -> tuple[str, ...]:
     """Returns the names of the metrics that an evaluation of a run gives."""
-    from solov2_jax.evaluation import coco
-
     limit = config.eval.max_detections
-    names = coco.metric_names(dataset.class_names, dataset.category_ids, limit)
+    names = coco_metric_names(dataset.class_names, dataset.category_ids, limit)
     if config.eval.loss_images:
         names += [f"val/{name}" for name in ("loss", "loss_ins", "loss_cate", "mean_iou")]
     raw = [f"raw/{name}" for name in names] if config.optim.ema_decay else []
@@ -193,8 +188,7 @@ def metric_names(config: Any, dataset: Any) -> tuple[str, ...]:
 def fingerprint(dataset: Any) -> str:
     """Returns a hash of what training reads of a data set, but not of where it lies."""
     digest = hashlib.sha256()
-    names = ("image_ids", "file_names", "heights", "widths", "start", "boxes", "labels")
-    for name in names:
+    for name in ("image_ids", "file_names", "heights", "widths", "start", "boxes", "labels"):
         digest.update(np.ascontiguousarray(getattr(dataset, name)).tobytes())
     digest.update(repr((dataset.class_names, dataset.category_ids)).encode())
     return digest.hexdigest()[:16]

@@ -88,7 +88,49 @@ def train(
         if distributed.is_primary():
             stack.enter_context(console.console_logging())
         stack.enter_context(logging_to(path / "train.log"))
-        run = _train(config, path, build, hooks=hooks, writers=writers, stack=stack)
+
+        # First everything that can refuse: it only reads.
+        mesh = sharding.make_mesh()
+        sharding.check_batch_size(config.train.batch_size, mesh, config.train.accumulate)
+        task = build(config, path)
+        config = task.config
+        if task.metric_names:
+            check_metric(config.train.best_metric, task.metric_names)
+        own_hooks = [*load_objects(config.train.hooks, "train.hooks", HookBase), *hooks]
+        all_writers = [*make_writers(config.train.writers), *writers]
+        check_workdir(path, config, task.class_names, task.category_ids)
+        start = restore(config, path, task, mesh)
+        step = int(start.state.step)
+        if not distributed.is_primary():
+            all_writers = []  # the first process writes for all
+        for writer in all_writers:
+            writer.check(path, step)
+
+        # From here on the folder changes.
+        describe_run(path, config, task.class_names, task.category_ids)
+        start.record(path)
+        if step >= config.train.steps:
+            log.info("%d of %d steps are done: nothing to train", step, config.train.steps)
+        run = make_run(config, task, start, mesh)
+        checkpoints = CheckpointManager(path, keep=config.train.keep_checkpoints)
+        stack.callback(checkpoints.close)
+        for writer in all_writers:
+            writer.open(path, step, config.to_dict())
+            stack.callback(writer.close)
+        saver = PeriodicCheckpoint(
+            checkpoints,
+            config.train.checkpoint_every,
+            about={
+                "seed": config.seed,
+                "batch_size": config.train.batch_size,
+                "data": task.fingerprint,
+                "classes": classes_record(task.class_names, task.category_ids),
+            },
+        )
+        all_hooks = make_hooks(config, path, task, saver, all_writers) + own_hooks
+        batches = stack.enter_context(contextlib.closing(task.batches(step)))
+        with stop_on_signal(run), saver.saving_after_error(run):
+            train_steps(run, batches, mesh, all_hooks)
         if not run.interrupted:
             return run.results
         log.info(
@@ -99,61 +141,6 @@ def train(
             run.total_steps,
         )
         return {}
-
-
-def _train(
-    config: Any,
-    path: pathlib.Path,
-    build: Callable[[Any, pathlib.Path], Task],
-    *,
-    hooks: Sequence[HookBase],
-    writers: Sequence[WriterBase],
-    stack: contextlib.ExitStack,
-) -> Run:
-    """Returns the run at its end; `stack` closes what it opens."""
-    # First everything that can refuse: it only reads.
-    mesh = sharding.make_mesh()
-    sharding.check_batch_size(config.train.batch_size, mesh, config.train.accumulate)
-    task = build(config, path)
-    config = task.config
-    if task.metric_names:
-        check_metric(config.train.best_metric, task.metric_names)
-    own_hooks = [*load_objects(config.train.hooks, "train.hooks", HookBase), *hooks]
-    all_writers = [*make_writers(config.train.writers), *writers]
-    check_workdir(path, config, task.class_names, task.category_ids)
-    start = restore(config, path, task, mesh)
-    step = int(start.state.step)
-    if not distributed.is_primary():
-        all_writers = []  # the first process writes for all
-    for writer in all_writers:
-        writer.check(path, step)
-
-    # From here on the folder changes.
-    describe_run(path, config, task.class_names, task.category_ids)
-    start.record(path)
-    if step >= config.train.steps:
-        log.info("%d of %d steps are done: nothing to train", step, config.train.steps)
-    run = make_run(config, task, start, mesh)
-    checkpoints = CheckpointManager(path, keep=config.train.keep_checkpoints)
-    stack.callback(checkpoints.close)
-    for writer in all_writers:
-        writer.open(path, step, config.to_dict())
-        stack.callback(writer.close)
-    saver = PeriodicCheckpoint(
-        checkpoints,
-        config.train.checkpoint_every,
-        about={
-            "seed": config.seed,
-            "batch_size": config.train.batch_size,
-            "data": task.fingerprint,
-            "classes": classes_record(task.class_names, task.category_ids),
-        },
-    )
-    all_hooks = make_hooks(config, path, task, saver, all_writers) + own_hooks
-    batches = stack.enter_context(contextlib.closing(task.batches(step)))
-    with stop_on_signal(run), saver.saving_after_error(run):
-        train_steps(run, batches, mesh, all_hooks)
-    return run
 
 
 @jax.transfer_guard("disallow")

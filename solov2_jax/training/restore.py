@@ -75,10 +75,10 @@ def restore(config: Any, workdir: pathlib.Path, task: Task, mesh: Mesh) -> Start
             return draw(leaves, key, mesh)
 
         variables, report = initial_weights(config, shapes.variables, init)
-        state = jax.jit(
-            lambda v: state_of(v, task.tx, ema=ema),
-            out_shardings=sharding.replicated(mesh),
-        )(sharding.copy_to_all(variables, mesh))
+        build = jax.jit(
+            lambda v: state_of(v, task.tx, ema=ema), out_shardings=sharding.replicated(mesh)
+        )
+        state = build(sharding.copy_to_all(variables, mesh))
         log.info("start: weights of %s, step 0", config.init_from)
         return Start(state, position, report=report)
     state = create_state(task.init, task.tx, key, mesh, ema=ema)

@@ -22,12 +22,7 @@ import numpy as np
 
 import solov2_jax
 from solov2_jax import distributed
-from solov2_jax.checkpoint import (
-    had_checkpoint,
-    list_steps,
-    read_best,
-    read_classes,
-)
+from solov2_jax.checkpoint import had_checkpoint, list_steps, read_best, read_classes
 from solov2_jax.classes import classes_difference, classes_record
 from solov2_jax.config import changed_keys, read_config, save_config
 from solov2_jax.io import InputError, reason, write_json
@@ -105,13 +100,16 @@ def logging_to(path: pathlib.Path) -> Iterator[None]:
     libraries.setLevel(logging.WARNING)
     log.addHandler(handler)
     logging.getLogger("absl").addHandler(libraries)
-    level, log_level = log.level, logging.INFO
-    log.setLevel(log_level)
+    level = log.level
+    log.setLevel(logging.INFO)
     try:
         yield
     except BaseException as error:
         log.debug("stopped by %r", error)
-        handler.handle(_record_of(error))
+        # With the traceback, for the file only.
+        info = (type(error), error, error.__traceback__)
+        text = "the run ended here"
+        handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), info))
         raise
     finally:
         log.setLevel(level)
@@ -122,14 +120,6 @@ def logging_to(path: pathlib.Path) -> Iterator[None]:
                 each.close()
             except OSError as error:  # a full disk, which whatever it stops reports
                 log.warning("%s: its end could not be written (%s)", path, reason(error))
-
-
-def _record_of(error: BaseException) -> logging.LogRecord:
-    """Returns a record with the traceback, for the file only."""
-    info = (type(error), error, error.__traceback__)
-    return logging.LogRecord(
-        "solov2_jax", logging.ERROR, __file__, 0, "the run ended here", (), info
-    )
 
 
 def check_workdir(
@@ -163,9 +153,8 @@ def check_writable(workdir: pathlib.Path) -> None:
     """Raises an InputError if something in the folder is in the way of what a run writes."""
     folders = ("checkpoints", "eval", "tensorboard", "profile")
     files = ("config.json", "classes.json", "environment.json", "metrics.jsonl", "metrics.csv")
-    for path, is_folder in [(workdir / n, True) for n in folders] + [
-        (workdir / n, False) for n in files
-    ]:
+    for name in (*folders, *files):
+        path, is_folder = workdir / name, name in folders
         if path.exists() and path.is_dir() != is_folder:
             kind = "a folder" if is_folder else "a file"
             raise InputError(f"{path} should be {kind}; move it away")
@@ -254,15 +243,13 @@ def environment() -> dict[str, Any]:
 
 def revision() -> str | None:
     """Returns the source's git commit, "+changes" if files differ from it, or None."""
-    folder = pathlib.Path(__file__).parent
-    git = ["git", "-C", str(folder)]
+    git = ["git", "-C", os.path.dirname(__file__)]
+    options = {"stderr": subprocess.DEVNULL, "text": True}
     try:
-        commit = subprocess.check_output(
-            [*git, "rev-parse", "HEAD"], stderr=subprocess.DEVNULL, text=True
-        ).strip()
+        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], **options)
         status = subprocess.check_output(
-            [*git, "status", "--porcelain", "--untracked-files=no"], text=True
+            [*git, "status", "--porcelain", "--untracked-files=no"], **options
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + ("+changes" if status.strip() else "")
+    return commit.strip() + ("+changes" if status.strip() else "")

@@ -202,72 +202,70 @@ def _fpn(lateral: str, output: str) -> tuple[Rule, ...]:
 
 
 def _heads(
+    *,
     towers: Mapping[str, tuple[str, str]],
     preds: Mapping[str, str],
-    mask: str,
-    mask_pred: str,
-    suffixes: tuple[str, str],
+    block: tuple[str, str],
+    mask_pred: tuple[str, str],
 ) -> tuple[Rule, ...]:
-    """Returns the rules of both heads.
+    """Returns the rules of both heads; pairs are a convolution and its norm.
 
     Args:
-      towers: (convolution, norm) of the class and the kernel tower.
-      preds: their last layers.
-      mask, mask_pred: a block's convolution with its norm, and the last one.
-      suffixes: of the convolution and the norm in `mask` and `mask_pred`.
+      towers, preds: the class and the kernel tower, and their last layers.
+      block, mask_pred: of the mask head, and its last one.
     """
     rules: list[Rule] = []
     for branch, (conv_name, norm_name) in towers.items():
         rules += conv(conv_name, f"ins_head/{branch}_tower/conv{{i}}")
         rules += group_norm(norm_name, f"ins_head/{branch}_tower/gn{{i}}")
         rules += conv(preds[branch], f"ins_head/{branch}_pred", bias=True)
-    block = f"{mask}.convs_all_levels.{{l}}.conv{{j}}"
-    rules += conv(block + suffixes[0], "mask_head/level{l}/conv{j}")
-    rules += group_norm(block + suffixes[1], "mask_head/level{l}/gn{j}")
-    rules += conv(mask_pred + suffixes[0], "mask_head/conv_pred")
-    rules += group_norm(mask_pred + suffixes[1], "mask_head/gn_pred")
+    rules += conv(block[0], "mask_head/level{l}/conv{j}")
+    rules += group_norm(block[1], "mask_head/level{l}/gn{j}")
+    rules += conv(mask_pred[0], "mask_head/conv_pred")
+    rules += group_norm(mask_pred[1], "mask_head/gn_pred")
     return tuple(rules)
 
 
 # adet/modeling/solov2/solov2.py, SOLOv2InsHead and SOLOv2MaskHead.
 _ADELAIDET_HEADS = _heads(
-    {b: (f"ins_head.{b}_tower.{{3i}}", f"ins_head.{b}_tower.{{3i+1}}") for b in ("cate", "kernel")},
-    {b: f"ins_head.{b}_pred" for b in ("cate", "kernel")},
-    mask="mask_head",
-    mask_pred="mask_head.conv_pred",
-    suffixes=(".0", ".1"),
+    towers={
+        "cate": ("ins_head.cate_tower.{3i}", "ins_head.cate_tower.{3i+1}"),
+        "kernel": ("ins_head.kernel_tower.{3i}", "ins_head.kernel_tower.{3i+1}"),
+    },
+    preds={"cate": "ins_head.cate_pred", "kernel": "ins_head.kernel_pred"},
+    block=(
+        "mask_head.convs_all_levels.{l}.conv{j}.0",
+        "mask_head.convs_all_levels.{l}.conv{j}.1",
+    ),
+    mask_pred=("mask_head.conv_pred.0", "mask_head.conv_pred.1"),
 )
 
 
-def _mmdet_heads(
-    ins: str, towers: Mapping[str, str], preds: Mapping[str, str], mask: str, mask_pred: str
-) -> tuple[Rule, ...]:
-    names = {branch: f"{ins}.{tower}_convs.{{i}}" for branch, tower in towers.items()}
-    return _heads(
-        {branch: (f"{name}.conv", f"{name}.gn") for branch, name in names.items()},
-        {branch: f"{ins}.{pred}" for branch, pred in preds.items()},
-        mask=mask,
-        mask_pred=f"{mask}.{mask_pred}",
-        suffixes=(".conv", ".gn"),
-    )
+def _conv_module(name: str) -> tuple[str, str]:
+    """Returns the convolution and the norm of mmcv's ConvModule."""
+    return f"{name}.conv", f"{name}.gn"
 
 
 # mmdet/models/dense_heads/solov2_head.py, mmdetection 2.x and 3.x.
-_MMDET_HEADS = _mmdet_heads(
-    ins="mask_head",
-    towers={"cate": "cls", "kernel": "kernel"},
-    preds={"cate": "conv_cls", "kernel": "conv_kernel"},
-    mask="mask_head.mask_feature_head",
-    mask_pred="conv_pred",
+_MMDET_HEADS = _heads(
+    towers={
+        "cate": _conv_module("mask_head.cls_convs.{i}"),
+        "kernel": _conv_module("mask_head.kernel_convs.{i}"),
+    },
+    preds={"cate": "mask_head.conv_cls", "kernel": "mask_head.conv_kernel"},
+    block=_conv_module("mask_head.mask_feature_head.convs_all_levels.{l}.conv{j}"),
+    mask_pred=_conv_module("mask_head.mask_feature_head.conv_pred"),
 )
 # WXinlong/SOLO, the paper's code on mmdetection 1.0:
 # mmdet/models/anchor_heads/solov2_head.py, mask_heads/mask_feat_head.py.
-_SOLO_HEADS = _mmdet_heads(
-    ins="bbox_head",
-    towers={"cate": "cate", "kernel": "kernel"},
-    preds={"cate": "solo_cate", "kernel": "solo_kernel"},
-    mask="mask_feat_head",
-    mask_pred="conv_pred.0",
+_SOLO_HEADS = _heads(
+    towers={
+        "cate": _conv_module("bbox_head.cate_convs.{i}"),
+        "kernel": _conv_module("bbox_head.kernel_convs.{i}"),
+    },
+    preds={"cate": "bbox_head.solo_cate", "kernel": "bbox_head.solo_kernel"},
+    block=_conv_module("mask_feat_head.convs_all_levels.{l}.conv{j}"),
+    mask_pred=_conv_module("mask_feat_head.conv_pred.0"),
 )
 
 _COUNTER = Drop(
