@@ -29,8 +29,8 @@ class InputError(ValueError):
 def atomic_path(path: Path, sync: bool = True) -> Iterator[pathlib.Path]:
     """Yields a temporary path in the same folder, which replaces `path` at the end.
 
-    A kill or an error leaves the old file as it was; after an error the temporary file
-    is deleted. The contents reach the disk before the name does.
+    A kill or an error leaves the old file as it was. The contents reach the disk before
+    the name does.
 
     Args:
       sync: wait for the disk; without, a power cut (not a kill) may lose the contents.
@@ -87,29 +87,24 @@ def write_json(values: Any, path: Path) -> None:
 def reading(path: Path, kind: str, fix: str = "") -> Iterator[None]:
     """Turns whatever a library raises while it reads `path` into one `InputError`.
 
-    An `InputError` raised inside passes: it says more than this could. So do the errors
-    of the process itself (MemoryError is not among them: a file may ask for too much).
+    An `InputError` raised inside passes: it says more than this could. MemoryError does
+    not: a file may ask for too much.
 
     Args:
       kind: what the file should be, such as "a COCO instances json".
       fix: what the user can do, as a sentence.
     """
+    advice = f". {fix}" if fix else ""
     try:
         yield
     except InputError:
         raise
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file{_sentence(fix)}") from error
+        raise InputError(f"{path}: no such file{advice}") from error
     # zlib, lzma, struct, Pillow, PyAV and json raise classes of their own, and bare
     # RecursionError, OverflowError, KeyError, ...: all mean that the file is unreadable.
     except Exception as error:
-        raise InputError(
-            f"{path}: cannot be read as {kind} ({reason(error)}){_sentence(fix)}"
-        ) from error
-
-
-def _sentence(fix: str) -> str:
-    return f". {fix}" if fix else ""
+        raise InputError(f"{path}: cannot be read as {kind} ({reason(error)}){advice}") from error
 
 
 def reason(error: BaseException) -> str:

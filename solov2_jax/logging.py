@@ -67,9 +67,7 @@ def _console() -> logging.Handler:
 
 
 def compilation_cache(cache: str) -> None:
-    """Caches compiled programs in a folder, so that a second start is quick.
-
-    JAX_COMPILATION_CACHE_DIR, where it is set, wins.
+    """Caches compiled programs in a folder; JAX_COMPILATION_CACHE_DIR wins over it.
 
     Args:
       cache: "": only what that variable asks for.

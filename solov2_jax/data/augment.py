@@ -295,8 +295,7 @@ def apply_custom(
       where: the image's name, for messages.
 
     Raises:
-      InputError: naming the function's path, if it fails or returns what is no training
-        image.
+      InputError: a function fails, or returns what is no training image.
     """
     for path in paths:
         boxes = sample.boxes.copy()

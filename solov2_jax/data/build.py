@@ -29,11 +29,8 @@ def load_datasets(config: Any) -> tuple[CocoDataset, CocoDataset]:
 
 
 def load_val_dataset(config: Any, categories: Mapping[int, str]) -> CocoDataset:
-    """Returns the validation data set; the training data need not be there.
-
-    Args:
-      categories: id -> name that it must have, those of the training.
-    """
+    """Returns the validation data set, which must have these categories, id -> name; the
+    training data need not be there."""
     return load_coco(*data_files(config)[1], categories=categories)
 
 

@@ -46,21 +46,16 @@ def _load_plugins() -> None:
 
 
 def image_suffixes() -> tuple[str, ...]:
-    """Returns the endings of names that mean an image, lower case, sorted.
-
-    Those of every format that Pillow decodes by itself, plugins included.
-    """
+    """Returns the endings of every format that Pillow decodes by itself, plugins included,
+    lower case, sorted."""
     _load_plugins()
     known = {*Image.OPEN, "MPO"} - _NO_PICTURES
     return tuple(sorted(s for s, kind in Image.EXTENSION.items() if kind in known))
 
 
 def reuse_memory() -> None:
-    """Lets PIL keep the memory of four pictures of up to 16 MB for the next ones.
-
-    Fresh memory comes as pages that the kernel clears, at about a fifth of the time
-    that reading and resizing a photograph takes.
-    """
+    """Lets PIL keep the memory of four pictures of up to 16 MB for the next ones: clearing
+    fresh pages costs a fifth of reading and resizing a photograph."""
     Image.core.set_blocks_max(4)
 
 

@@ -124,8 +124,8 @@ def read_outline(
 ) -> tuple[list[np.ndarray], bytes]:
     """Returns a segmentation's polygons, float64 [2 * points] each, or its run lengths.
 
-    Polygons with fewer than 3 points or an odd number of values are among them; the
-    run lengths are COCO's compressed string, which `rle_areas` checks.
+    Unusable polygons are among them; the run lengths are COCO's compressed string, which
+    `rle_areas` checks.
 
     Args:
       size: (height, width) of the image.

@@ -95,10 +95,9 @@ def train_schedule(
 ) -> BatchSchedule:
     """Returns the batches of a training run; a longer run begins with the same ones.
 
-    Each epoch goes through the images in a new order; images wait in their bucket,
-    over the end of an epoch too, until the bucket has a batch.
-    Source: detectron2 data/common.py, AspectRatioGroupedDataset, with buckets instead
-    of two orientations.
+    Each epoch has a new order; images wait in their bucket, over the end of an epoch too,
+    until the bucket has a batch.
+    Source: detectron2's AspectRatioGroupedDataset, with buckets instead of orientations.
 
     Args:
       images: indices of the images to train on, int [n].

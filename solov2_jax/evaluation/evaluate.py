@@ -86,16 +86,14 @@ def evaluate(
     """Returns COCO's metrics of the batches' images, see `CocoEvaluator.evaluate`.
 
     Of several processes, each has batches of its own, and all return the metrics of all
-    images; the first one writes.
-
-    Writes `metrics.json` into `out_dir`, with the numbers of images and predictions and
-    null for what is undefined, and `predictions.json` in COCO's results format.
+    images; the first one writes `metrics.json`, with null for what is undefined, and
+    `predictions.json` in COCO's results format into `out_dir`.
 
     Args:
       evaluator: of `dataset`; forgets what it has collected before.
       num_pictures: images whose predictions are kept for the reports.
       max_per_image: detections that the predictor keeps at most; images that reach it are
-        counted and told. 0: not known.
+        logged. 0: not known.
       reports: called with the finished evaluation, in this order.
     """
     out = Path(out_dir)
