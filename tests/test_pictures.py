@@ -17,7 +17,7 @@ def test_truth_is_the_annotated_masks(tmp_path):
     objects = annotated_objects(dataset, index)
     assert objects.masks.shape == (2, 48, 64)
     names = [dataset.class_names[label] for label in objects.labels]
-    areas = dict(zip(names, objects.masks.sum((1, 2)), strict=True))
+    areas = dict(zip(names, np.asarray(objects.masks).sum((1, 2)), strict=True))
     assert areas == {"cat": 20 * 20, "dog": 12 * 12}
     by_name = dict(zip(names, objects.boxes.tolist(), strict=True))
     assert by_name["dog"] == [30, 20, 42, 32]

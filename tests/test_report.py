@@ -102,5 +102,5 @@ def test_report_of_a_run_shows_the_images_and_the_time(tmp_path):
 def test_records_become_a_prediction():
     found = from_records(perfect()[:2], {5: 0, 20: 1}, 7, (48, 64))
     assert found.boxes.tolist() == [[10, 8, 30, 28], [30, 20, 42, 32]]
-    assert found.labels.tolist() == [0, 1] and found.masks.sum() == 400 + 144
+    assert found.labels.tolist() == [0, 1] and np.asarray(found.masks).sum() == 400 + 144
     assert len(from_records([], {}, 7, (48, 64))) == 0

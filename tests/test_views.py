@@ -15,7 +15,7 @@ from solov2_jax.inference.predictor import Predictor
 from solov2_jax.tools.multiview.build import build_views
 from solov2_jax.tools.multiview.tiling import TileOptions
 from solov2_jax.tools.multiview.tta import TtaOptions
-from solov2_jax.tools.report.full_resolution import FullResolutionBatches, FullResolutionPredictor
+from solov2_jax.tools.report.evaluate_run import FullResolutionBatches, FullResolutionPredictor
 
 
 @pytest.fixture(scope="module")

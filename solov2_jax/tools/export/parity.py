@@ -17,7 +17,7 @@ from solov2_jax.inference.preprocess import InputOptions, make_batches, make_exa
 from solov2_jax.io import InputError
 from solov2_jax.tools.export.exported import ExportedPredictor
 from solov2_jax.tools.export.program import Program
-from solov2_jax.tools.report.full_resolution import FullResolutionBatches, FullResolutionPredictor
+from solov2_jax.tools.report.evaluate_run import FullResolutionBatches, FullResolutionPredictor
 
 Outputs = Mapping[str, np.ndarray]
 # Masks that overlap less are different objects.

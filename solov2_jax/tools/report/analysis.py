@@ -1,15 +1,16 @@
 """What goes wrong in an evaluation: curves, errors and what they cost, sizes, images.
 
-Pure functions on `Outcome`. TIDE's errors and calibration are hotcoco's.
+TIDE's errors and calibration are hotcoco's; `make_report_data` puts all of it together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from solov2_jax.tools.report.diagnosis import RIGHT_IOU
-from solov2_jax.tools.report.outcomes import Outcome, evaluate_at_half
+from solov2_jax.evaluation.coco import CocoEvaluator
+from solov2_jax.tools.report.diagnosis import RIGHT_IOU, diagnose
+from solov2_jax.tools.report.outcomes import Outcome, evaluate_at_half, outcomes
 
 TOUCH_IOU = 0.1  # below, a mask has nothing to do with an object
 # The kinds of errors, with their names in TIDE and hotcoco.
@@ -42,24 +43,18 @@ class Curve:
     positives: int  # objects to be found
 
     @property
-    def best(self) -> int:
-        """Returns the place of the largest F1, -1 without detections."""
-        return int(self.f1.argmax()) if len(self.f1) else -1
-
-    @property
     def threshold(self) -> float:
         """Returns the score from which on F1 is largest, cut to three digits."""
         if not len(self.f1):
             return 0.0
-        return float(np.floor(self.score[self.best] * 1000) / 1000)
+        return float(np.floor(self.score[self.f1.argmax()] * 1000) / 1000)
 
     def at(self, score: float) -> tuple[float, float, float]:
         """Returns precision, recall and F1 of the detections from `score` on."""
         n = int((self.score >= score).sum())
         if not n:
-            return (0.0, 0.0, 0.0)
-        arrays = (self.precision, self.recall, self.f1)
-        return tuple(float(a[n - 1]) for a in arrays)  # pyright: ignore
+            return 0.0, 0.0, 0.0
+        return float(self.precision[n - 1]), float(self.recall[n - 1]), float(self.f1[n - 1])
 
 
 def curve(score: np.ndarray, right: np.ndarray, positives: int) -> Curve:
@@ -239,15 +234,104 @@ def by_image(outcome: Outcome, threshold: float, image_ids: Sequence[int]) -> li
     def count(images: np.ndarray) -> list[int]:
         return np.bincount(images, minlength=len(image_ids)).tolist()
 
-    columns = (
-        count(objects.image[~objects.crowd]),
-        count(detections.image[use & outcome.right]),
-        count(detections.image[use & ~outcome.right]),
-    )
-    return [ImageRow(i, *row) for i, *row in zip(image_ids, *columns, strict=True)]
+    annotated = count(objects.image[~objects.crowd])
+    right = count(detections.image[use & outcome.right])
+    false = count(detections.image[use & ~outcome.right])
+    return [ImageRow(*row) for row in zip(image_ids, annotated, right, false, strict=True)]
 
 
 def worst_first(rows: list[ImageRow]) -> list[ImageRow]:
     """Returns the images that were got wrong, lowest F1 first, then most errors."""
     wrong = [r for r in rows if r.missed + r.false]
     return sorted(wrong, key=lambda r: (r.f1, -(r.missed + r.false), r.image_id))
+
+
+# --- Everything of one evaluation ----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """One class; precision, recall and F1 from its own best threshold on."""
+
+    name: str
+    ap: float  # NaN: undefined
+    objects: int
+    predictions: int  # with any score
+    threshold: float
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """An evaluation, taken apart. Classes are sorted by category id."""
+
+    title: str
+    facts: dict[str, str]  # what was evaluated: data, weights ...
+    metrics: Mapping[str, float]
+    classes: list[ClassRow]
+    curve: Curve  # of all classes together
+    class_curves: list[Curve]
+    errors: ErrorSplit
+    shown_errors: dict[str, int]  # their numbers from the threshold on
+    confusion: np.ndarray  # int64 [K + 1, K + 1], at the threshold
+    sizes: list[SizeRow]
+    calibration: Calibration
+    images: list[ImageRow]
+    notes: list[str]  # why metrics are undefined, limited or 0
+    milliseconds: Mapping[str, float]  # per image, by part; empty: not measured
+
+    @property
+    def threshold(self) -> float:
+        """Returns the score from which on F1 of all classes together is largest."""
+        return self.curve.threshold
+
+    @property
+    def names(self) -> list[str]:
+        """Returns the class names."""
+        return [row.name for row in self.classes]
+
+
+def make_report_data(
+    evaluator: CocoEvaluator,
+    metrics: Mapping[str, float],
+    title: str,
+    facts: Mapping[str, str],
+    milliseconds: Mapping[str, float] | None = None,
+) -> ReportData:
+    """Returns the report's data of what `evaluator` has collected.
+
+    Args:
+      metrics: of `evaluator.evaluate`.
+      facts: shown below the title, before the numbers of images and predictions.
+    """
+    outcome = outcomes(evaluator)
+    names, num_classes = evaluator.sorted_names(), len(evaluator.category_ids)
+    whole, each = curves(outcome, num_classes)
+    predictions = np.bincount(outcome.detections.label, minlength=num_classes).tolist()
+    classes = []
+    for name, curve, count in zip(names, each, predictions, strict=True):
+        ap, best = metrics[f"segm/AP/{name}"], curve.threshold
+        classes.append(ClassRow(name, ap, curve.positives, count, best, *curve.at(best)))
+    threshold = whole.threshold
+    counts = {
+        "images": str(len(evaluator.image_ids)),
+        "predictions": str(len(evaluator.results)),
+    }
+    return ReportData(
+        title=title,
+        facts={**facts, **counts},
+        metrics=metrics,
+        classes=classes,
+        curve=whole,
+        class_curves=each,
+        errors=error_split(outcome),
+        shown_errors=errors_from(outcome, threshold),
+        confusion=confusion_matrix(outcome, threshold, num_classes),
+        sizes=by_size(outcome, threshold),
+        calibration=calibration(outcome),
+        images=by_image(outcome, threshold, evaluator.image_ids),
+        notes=evaluator.notes(metrics) + diagnose(evaluator, metrics),
+        milliseconds=dict(milliseconds or {}),
+    )

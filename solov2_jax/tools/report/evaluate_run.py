@@ -1,19 +1,24 @@
-"""The evaluation of a training run, from its folder."""
+"""The evaluation of a training run, from its folder; with tiles or scales on the files' own
+pixels."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import jax
+import numpy as np
 
 from solov2_jax.checkpoint import load_workdir_config
 from solov2_jax.data.build import build_eval_batches, load_val_dataset
+from solov2_jax.data.coco import CocoDataset
+from solov2_jax.data.images import open_sized
 from solov2_jax.evaluation.evaluate import build_evaluator, build_reports, evaluate
+from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.predictor import Predictor
 from solov2_jax.tools.multiview.build import build_views
-from solov2_jax.tools.multiview.tiling import TileOptions
+from solov2_jax.tools.multiview.tiling import PicturePredictor, TileOptions
 from solov2_jax.tools.multiview.tta import TtaOptions
 from solov2_jax.tools.report.expected_results import ExpectedResult, check_names
-from solov2_jax.tools.report.full_resolution import FullResolutionBatches, FullResolutionPredictor
 
 
 def evaluate_run(
@@ -71,3 +76,47 @@ def evaluate_run(
         max_per_image=0 if tta or tiles else config.test.max_per_image,
         reports=reports,
     )
+
+
+class FullResolutionBatches:
+    """Batches of one image each: image uint8 [1, H, W, 3] RGB, image_id [1].
+
+    Tiles and scales are made of the original image, so its size must not be lost before.
+
+    Args:
+      max_images: only the first ones; 0 for all.
+      shard: (i, n) gives every n-th of them from the i-th on.
+    """
+
+    def __init__(self, dataset: CocoDataset, max_images: int = 0, shard: tuple[int, int] = (0, 1)):
+        self._dataset = dataset
+        number = min(max_images or len(dataset), len(dataset))
+        self._chosen = range(shard[0], number, shard[1])
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]:
+        data = self._dataset
+        for i in self._chosen:
+            size = int(data.heights[i]), int(data.widths[i])
+            image = np.asarray(open_sized(data.path(i), *size, data.annotation_file))
+            ids = np.array([data.image_ids[i]], np.int64)
+            yield {"image": image[None], "image_id": ids}
+
+
+class FullResolutionPredictor:
+    """Predicts batches of `FullResolutionBatches`.
+
+    Args:
+      batch_size: views of an image that are computed together.
+    """
+
+    def __init__(self, predictor: PicturePredictor, batch_size: int = 1):
+        self._predictor, self._batch_size = predictor, batch_size
+
+    def predict_batch(self, batch: Mapping[str, np.ndarray]) -> list[Prediction]:
+        """Returns a prediction for each image of the batch."""
+        predictions = self._predictor.predict_images(batch["image"], self._batch_size)
+        ids = batch["image_id"].tolist()
+        return [replace(p, image_id=i) for p, i in zip(predictions, ids, strict=True)]

@@ -1,5 +1,6 @@
 """Ground truth beside prediction, for a look at what an evaluation saw."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from solov2_jax.data.rasterize import draw_object
 from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.evaluation.evaluate import FinishedEvaluation
 from solov2_jax.inference.draw import draw_prediction, enlarge
-from solov2_jax.inference.prediction import Prediction
+from solov2_jax.inference.prediction import MaskCrops, Prediction, pack
 from solov2_jax.io import InputError
 from solov2_jax.rle import Crop, rle_decode, rle_from_string
 
@@ -59,8 +60,12 @@ class Gallery:
         names = evaluator.sorted_names()
         self._names = names if len(names) > 1 else []  # one class needs no labels
         annotations, results = evaluator.counted()
-        self._annotations = _by_image([a for a in annotations if not a["iscrowd"]])
-        self._results = _by_image(results)
+        self._annotations, self._results = defaultdict(list), defaultdict(list)
+        for record in annotations:
+            if not record["iscrowd"]:
+                self._annotations[record["image_id"]].append(record)
+        for record in results:
+            self._results[record["image_id"]].append(record)
 
     def file_name(self, image_id: int) -> str:
         """Returns the image's file name, or its id where the file has no names."""
@@ -79,7 +84,7 @@ class Gallery:
                 f"{self._evaluator.source} says {size}"
             )
         annotated, predicted = (
-            from_records(records.get(image_id, []), self._labels, image_id, size)
+            from_records(records[image_id], self._labels, image_id, size)
             for records in (self._annotations, self._results)
         )
         pixels = side_by_side(image, annotated, predicted.above(threshold), self._names)
@@ -88,18 +93,8 @@ class Gallery:
         return picture
 
 
-def _by_image(records: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
-    of_image: dict[int, list[dict[str, Any]]] = {}
-    for record in records:
-        of_image.setdefault(record["image_id"], []).append(record)
-    return of_image
-
-
 def side_by_side(
-    image: np.ndarray,
-    left: Prediction,
-    right: Prediction,
-    class_names: Sequence[str],
+    image: np.ndarray, left: Prediction, right: Prediction, class_names: Sequence[str]
 ) -> np.ndarray:
     """Returns both drawn into the image [H, W, 3], small images enlarged.
 
@@ -128,51 +123,39 @@ def from_records(
       labels: category id -> label.
       size: (height, width) of the image.
     """
-    best_first = sorted(records, key=lambda record: -record.get("score", 1.0))
-    crops = []
-    for record in best_first:
+    objects = []
+    for record in sorted(records, key=lambda record: -record.get("score", 1.0)):
         counts = record["segmentation"]["counts"]
         counts = counts.encode("ascii") if isinstance(counts, str) else counts
-        crops.append(rle_decode(rle_from_string(counts), size))
-    nonempty = [i for i, crop in enumerate(crops) if crop is not None]
-    return _prediction(
-        [crop for crop in crops if crop is not None],
-        [labels[best_first[i]["category_id"]] for i in nonempty],
-        [best_first[i].get("score", 1.0) for i in nonempty],
-        image_id,
-        size,
-    )
+        crop = rle_decode(rle_from_string(counts), size)
+        objects.append((crop, labels[record["category_id"]], record.get("score", 1.0)))
+    return _prediction(objects, image_id, size)
 
 
 def annotated_objects(dataset: CocoDataset, index: int) -> Prediction:
     """Returns the annotated objects of an image, without crowds, with score 1."""
     size = (int(dataset.heights[index]), int(dataset.widths[index]))
-    crops, labels = [], []
-    for i in range(dataset.start[index], dataset.start[index + 1]):
-        crop = draw_object(dataset.segmentations, i, size)
-        if crop is not None:
-            crops.append(crop)
-            labels.append(int(dataset.labels[i]))
-    return _prediction(crops, labels, [1.0] * len(crops), int(dataset.image_ids[index]), size)
+    objects = [
+        (draw_object(dataset.segmentations, i, size), int(dataset.labels[i]), 1.0)
+        for i in range(dataset.start[index], dataset.start[index + 1])
+    ]
+    return _prediction(objects, int(dataset.image_ids[index]), size)
 
 
 def _prediction(
-    crops: Sequence[Crop],
-    labels: Sequence[int],
-    scores: Sequence[float],
-    image_id: int,
-    size: tuple[int, int],
+    objects: Sequence[tuple[Crop | None, int, float]], image_id: int, size: tuple[int, int]
 ) -> Prediction:
-    masks, boxes = np.zeros((len(crops), *size), bool), []
-    for mask, crop in zip(masks, crops, strict=True):
-        h, w = crop.pixels.shape
-        mask[crop.top : crop.top + h, crop.left : crop.left + w] = crop.pixels > 0
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        boxes.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+    """Returns the objects (mask, label, score) that have a pixel."""
+    kept = [
+        (packed, label, score)
+        for crop, label, score in objects
+        if crop and (packed := pack(crop.pixels.view(bool), crop.top, crop.left))
+    ]
+    masks = MaskCrops([packed for packed, _, _ in kept], size)
     return Prediction(
         masks=masks,
-        boxes=np.array(boxes, np.float32).reshape(-1, 4),
-        scores=np.array(scores, np.float32),
-        labels=np.array(labels, np.int32),
+        boxes=masks.boxes(),
+        scores=np.array([score for _, _, score in kept], np.float32),
+        labels=np.array([label for _, label, _ in kept], np.int32),
         image_id=image_id,
     )

@@ -1,8 +1,10 @@
-"""Scores files of predictions, whoever made them, with only the annotations."""
+"""Scores and compares files of predictions, whoever made them, with only the annotations."""
 
+import csv
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,19 @@ from pycocotools import mask as coco_mask
 
 from solov2_jax.data.annotations import Fields, describe, read_box, whole_number
 from solov2_jax.data.outlines import are_numbers, as_json, is_polygon, read_outline, rle_areas
-from solov2_jax.evaluation.coco import CocoEvaluator
+from solov2_jax.evaluation.coco import CocoEvaluator, format_metric, is_defined
 from solov2_jax.evaluation.coco_score import GroundTruth, read_ground_truth
 from solov2_jax.evaluation.evaluate import write_metrics
 from solov2_jax.io import InputError, read_json
 from solov2_jax.rle import polygons_to_rle
+from solov2_jax.tools.report.analysis import ImageRow, ReportData, make_report_data
 from solov2_jax.tools.report.diagnosis import diagnose
 from solov2_jax.tools.report.expected_results import ExpectedResult, check_names
 from solov2_jax.tools.report.outcomes import require_hotcoco
-from solov2_jax.tools.report.report_data import ReportData, make_report_data
 
 log = logging.getLogger(__name__)
+
+SHOWN = 10  # classes and images in the log
 
 
 def evaluate_files(
@@ -69,35 +73,28 @@ def evaluate_files(
     if out:
         out.mkdir(parents=True, exist_ok=True)
         write_metrics(evaluator, metrics, out)
+    if not (report or against):
+        return metrics
+    data = _report_data(evaluator, metrics, predictions)
     if out and report:
         from solov2_jax.tools.report.page import write_report
 
-        data = _report_data(evaluator, metrics, predictions)
         paths = {i: os.path.join(images, str(r["file_name"])) for i, r in truth.images.items()}
         write_report(out / "report", data, evaluator, paths if images else None)
     if other:
-        data = _report_data(evaluator, metrics, predictions)
-        other_data = _report_data(other, other.evaluate(), against)
-        _compare(data, other_data, (predictions, against), truth, out)
+        compared = compare(data, _report_data(other, other.evaluate(), against))
+        log.info("a: %s", predictions)
+        log.info("b: %s", against)
+        _tell(compared, {i: str(r.get("file_name") or i) for i, r in truth.images.items()}, out)
     return metrics
 
 
-def _compare(
-    data: ReportData,
-    other: ReportData,
-    paths: tuple[str, str],
-    truth: GroundTruth,
-    out: Path | None,
-) -> None:
-    """Logs what differs between two results files, and writes it into a folder."""
-    from solov2_jax.tools.report.compare import compare, comparison_lines, write_comparison
-
-    changes = compare(data, other)
-    files = {i: str(r.get("file_name") or i) for i, r in truth.images.items()}
-    for line in comparison_lines(changes, paths[0], paths[1], files):
+def _tell(compared: "Comparison", files: Mapping[int, str], out: Path | None) -> None:
+    """Logs a comparison, and writes it into a folder."""
+    for line in compared.lines(files):
         log.info("%s", line)
     if out:
-        write_comparison(changes, out, files)
+        compared.write(out, files)
         log.info("written: %s and comparison_images.csv", out / "comparison.csv")
 
 
@@ -105,6 +102,8 @@ def _report_data(evaluator: CocoEvaluator, metrics: dict[str, float], path: str)
     facts = {"annotations": os.path.basename(evaluator.source)}
     return make_report_data(evaluator, metrics, os.path.basename(path), facts)
 
+
+# --- A results file ------------------------------------------------------------------
 
 _FORMAT = (
     "COCO's results format is a json list of objects with image_id, category_id, score "
@@ -185,3 +184,93 @@ def _mask(segmentation: Any, size: tuple[int, int], name: str) -> dict[str, Any]
     if not usable:
         raise InputError(f"{name}: `segmentation` has no polygon of 3 points or more")
     return polygons_to_rle(usable, size)
+
+
+# --- Two sets of predictions ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MetricChange:
+    """A metric of the first predictions (a) and of the second (b); NaN: undefined."""
+
+    name: str
+    a: float
+    b: float
+
+    @property
+    def difference(self) -> float:
+        """Returns a - b; 0 where the metric is undefined."""
+        return self.a - self.b if is_defined(self.a) and is_defined(self.b) else 0.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What changes from b to a; classes and images by the size of the change."""
+
+    metrics: list[MetricChange]
+    classes: list[MetricChange]  # mask AP
+    images: list[tuple[ImageRow, ImageRow]]  # each from its own best threshold on
+
+    def lines(self, files: Mapping[int, str]) -> list[str]:
+        """Returns the lines of a table.
+
+        Args:
+          files: image id -> name.
+        """
+        lines = _table("metric", self.metrics)
+        classes = [c for c in self.classes if c.difference]
+        lines.append(f"{len(classes)} of {len(self.classes)} classes differ in mask AP")
+        lines += _table("class", classes[:SHOWN]) if classes else []
+        images = [(a, b) for a, b in self.images if a.f1 != b.f1]
+        lines.append(
+            f"{len(images)} of {len(self.images)} images differ in F1 (IoU 0.5, each from "
+            "its own best score on)"
+        )
+        if images:
+            lines.append(f"{'F1 a':>7} {'b':>7} {'a - b':>8}  found, false a and b; image")
+        for a, b in images[:SHOWN]:
+            counts = f"{a.right}, {a.false} and {b.right}, {b.false} of {a.objects}"
+            change = f"{a.f1:7.3f} {b.f1:7.3f} {a.f1 - b.f1:+8.3f}"
+            lines.append(f"{change}  {counts}; {files[a.image_id]}")
+        return lines
+
+    def write(self, folder: Path, files: Mapping[int, str]) -> None:
+        """Writes every change as csv, also those that the log leaves out."""
+        with (folder / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["metric or class", "a", "b", "a - b"])
+            for c in (*self.metrics, *self.classes):
+                values = [value if is_defined(value) else "" for value in (c.a, c.b)]
+                writer.writerow([c.name, *values, c.difference])
+        with (folder / "comparison_images.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            keys = ("f1", "right", "false", "missed")
+            heads = [f"{key} {side}" for side in "ab" for key in keys]
+            writer.writerow(["image_id", "file", *heads])
+            for rows in self.images:
+                values = [getattr(row, key) for row in rows for key in keys]
+                writer.writerow([rows[0].image_id, files[rows[0].image_id], *values])
+
+
+def compare(a: ReportData, b: ReportData) -> Comparison:
+    """Returns the comparison of two reports on the same ground truth."""
+    per_class = {f"segm/AP/{name}" for name in a.names}
+    names = [name for name in a.metrics if name not in per_class]
+    classes = [MetricChange(x.name, x.ap, y.ap) for x, y in zip(a.classes, b.classes, strict=True)]
+    images = list(zip(a.images, b.images, strict=True))
+    return Comparison(
+        [MetricChange(name, a.metrics[name], b.metrics[name]) for name in names],
+        sorted(classes, key=lambda c: -abs(c.difference)),
+        sorted(images, key=lambda rows: (-abs(rows[0].f1 - rows[1].f1), rows[0].image_id)),
+    )
+
+
+def _table(kind: str, changes: Sequence[MetricChange]) -> list[str]:
+    width = max(len(kind), *(len(c.name) for c in changes))
+    lines = [f"{kind:{width}} {'a':>7} {'b':>7} {'a - b':>8}"]
+    for c in changes:
+        both = is_defined(c.a) and is_defined(c.b)
+        difference = f"{c.difference:+.4f}" if both else "-"
+        values = f"{format_metric(c.a):>7} {format_metric(c.b):>7}"
+        lines.append(f"{c.name:{width}} {values} {difference:>8}")
+    return lines
