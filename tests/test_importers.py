@@ -16,7 +16,7 @@ from tiny_coco import annotation, content, square, whole, write
 from solov2_jax.data.coco import CocoDataset, load_coco
 from solov2_jax.data.rasterize import draw_object
 from solov2_jax.tools.importers.__main__ import main
-from solov2_jax.tools.importers.names import read_names
+from solov2_jax.tools.importers.instances import read_names
 from solov2_jax.tools.synthetic.shapes import ShapesSettings, write_shapes
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,8 +9,12 @@ from tiny_coco import annotation, content, write
 
 from configs import base
 from solov2_jax.data.transforms import Affine, Keypoints
-from solov2_jax.tools.fcpose.batches import build_pose_batches, read_basis
-from solov2_jax.tools.fcpose.keypoints import load_keypoints, mirror_order
+from solov2_jax.tools.fcpose.batches import (
+    build_pose_batches,
+    load_keypoints,
+    mirror_order,
+    read_basis,
+)
 
 COCO = (
     "nose left_eye right_eye left_ear right_ear "

@@ -19,10 +19,9 @@ from solov2_jax.data.coco import load_coco
 from solov2_jax.io import InputError
 from solov2_jax.tools.cli import app
 from solov2_jax.tools.cli.flags import Flag
-from solov2_jax.tools.importers.instances import Instances
+from solov2_jax.tools.importers.instances import Instances, read_names
 from solov2_jax.tools.importers.labelme import import_labelme
 from solov2_jax.tools.importers.masks import import_masks
-from solov2_jax.tools.importers.names import read_names
 from solov2_jax.tools.importers.yolo import (
     files_of_folders,
     files_of_yaml,

@@ -16,8 +16,13 @@ import numpy as np
 from solov2_jax.data.annotations import describe
 from solov2_jax.data.images import image_suffixes, list_files, list_images, read_header
 from solov2_jax.io import InputError
-from solov2_jax.tools.importers.instances import Instances
-from solov2_jax.tools.importers.names import names_of_yaml, number_names, read_text, read_yaml
+from solov2_jax.tools.importers.instances import (
+    Instances,
+    names_of_yaml,
+    number_names,
+    read_text,
+    read_yaml,
+)
 
 _SLACK = 0.01  # how far outside of the image rounding may put a point, of its side
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as coco_mask
 
-from solov2_jax.rle import mask_to_rle, polygons_to_rle, rle_decode, rle_from_string
-from solov2_jax.tools.synthetic.textures import texture
+from solov2_jax.rle import mask_to_rle, polygons_to_rle, rle_from_string
 
 log = logging.getLogger(__name__)
 
@@ -103,11 +103,9 @@ def data_files(config: Any) -> tuple[tuple[str, str], tuple[str, str]]:
             max_radius=generated.max_radius,
         ),
     )
-    train, val = (
-        (os.path.join(folder, split), os.path.join(folder, f"instances_{split}.json"))
-        for split in ("train", "val")
-    )
-    return train, val
+    train, val = os.path.join(folder, "train"), os.path.join(folder, "val")
+    jsons = [os.path.join(folder, f"instances_{split}.json") for split in ("train", "val")]
+    return (train, jsons[0]), (val, jsons[1])
 
 
 def _check(settings: ShapesSettings) -> None:
@@ -142,14 +140,8 @@ def _write_split(folder: str, split: str, number: int, settings: ShapesSettings)
         name = f"{image_id:06d}.{'jpg' if i % 2 else 'png'}"
         options: dict[str, Any] = {"quality": 92} if i % 2 else {}
         Image.fromarray(picture).save(os.path.join(folder, split, name), **options)
-        images.append(
-            {
-                "id": image_id,
-                "file_name": name,
-                "height": settings.height,
-                "width": settings.width,
-            }
-        )
+        size = {"height": settings.height, "width": settings.width}
+        images.append({"id": image_id, "file_name": name} | size)
         for obj in objects:
             annotations.append({"id": len(annotations) + 1, "image_id": image_id} | obj)
     content = {
@@ -225,10 +217,7 @@ def _place(
 
 
 def _object_color(
-    rng: np.random.Generator,
-    ground: np.ndarray,
-    category: int,
-    settings: ShapesSettings,
+    rng: np.random.Generator, ground: np.ndarray, category: int, settings: ShapesSettings
 ) -> np.ndarray:
     """Returns a colour unlike the ground's, in the class's band of hues or any."""
     if rng.random() >= settings.color_cue:
@@ -243,10 +232,7 @@ def _object_color(
 
 
 def _draw_crowd(
-    rng: np.random.Generator,
-    canvas: np.ndarray,
-    ground: np.ndarray,
-    settings: ShapesSettings,
+    rng: np.random.Generator, canvas: np.ndarray, ground: np.ndarray, settings: ShapesSettings
 ) -> dict[str, Any]:
     """Draws many tiny objects and returns their one crowd annotation."""
     h, w = settings.height, settings.width
@@ -291,15 +277,9 @@ def _outline(
 
 def _draw(rings: list[np.ndarray], h: int, w: int) -> np.ndarray:
     """Returns the pixels of an outline less its hole, bool [h, w]."""
-    drawn = np.zeros((len(rings), h, w), bool)
-    for mask, ring in zip(drawn, rings, strict=True):
-        polygon: Any = [ring.ravel()]
-        runs = polygons_to_rle(polygon, (h, w))
-        crop = rle_decode(rle_from_string(runs["counts"]), (h, w))
-        if crop is not None:
-            y, x = crop.pixels.shape
-            mask[crop.top : crop.top + y, crop.left : crop.left + x] = crop.pixels
-    return drawn[0] & ~drawn[1:].any(axis=0)
+    runs: Any = [polygons_to_rle([ring.ravel()], (h, w)) for ring in rings]
+    drawn = coco_mask.decode(runs).astype(bool)
+    return drawn[..., 0] & ~drawn[..., 1:].any(axis=-1)
 
 
 def _area(rings: list[np.ndarray]) -> float:
@@ -345,6 +325,62 @@ def _record(category: int, mask: np.ndarray, segmentation: Any) -> dict[str, Any
 
 def _uncompressed(mask: np.ndarray) -> dict[str, Any]:
     """Returns the run lengths as a list, column by column, zeros first."""
-    flat = np.concatenate([[0], mask.T.ravel().astype(np.int8), [-1]])
-    edges = np.flatnonzero(np.diff(flat))
-    return {"size": list(mask.shape), "counts": np.diff(edges, prepend=0).tolist()}
+    counts = rle_from_string(mask_to_rle(mask)["counts"])
+    return {"size": list(mask.shape), "counts": counts.tolist()}
+
+
+# --- Surfaces ------------------------------------------------------------------------
+
+
+def texture(rng: np.random.Generator, h: int, w: int, color: np.ndarray) -> np.ndarray:
+    """Returns a random surface around a colour, float64 [h, w, 3] in 0..255.
+
+    One of: plain, gradient, stripes, checks, soft blobs; always with fine noise.
+    """
+    contrast = rng.uniform(-45, 45, 3)
+    patterns = (_plain, _gradient, _stripes, _checks, _blobs)
+    pattern = patterns[rng.integers(len(patterns))](rng, h, w)
+    noise = rng.normal(0, rng.uniform(1, 8), (h, w, 1))
+    return np.clip(color + contrast * pattern[..., None] + noise, 0, 255)
+
+
+def _plain(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
+    """Returns zeros; as every pattern, float64 [h, w] in about -1..1."""
+    return np.zeros((h, w))
+
+
+def _along(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
+    """Returns the coordinate along a random direction, in pixels."""
+    angle = rng.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[:h, :w]
+    return np.cos(angle) * x + np.sin(angle) * y
+
+
+def _gradient(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
+    position = _along(rng, h, w)
+    low, high = position.min(), position.max()
+    return 2 * (position - low) / (high - low) - 1
+
+
+def _stripes(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
+    period = rng.uniform(4, 16)
+    return np.sin(2 * np.pi * _along(rng, h, w) / period)
+
+
+def _checks(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
+    size = int(rng.integers(3, 9))
+    y, x = np.mgrid[:h, :w]
+    return 1.0 - 2.0 * ((y // size + x // size) % 2)
+
+
+def _blobs(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
+    """Returns coarse noise, interpolated."""
+    cell = int(rng.integers(6, 20))
+    rows, columns = -(-h // cell) + 2, -(-w // cell) + 2
+    coarse = rng.uniform(-1, 1, (rows, columns))
+    y, x = np.arange(h) / cell, np.arange(w) / cell
+    y0, x0 = y.astype(int), x.astype(int)
+    fy, fx = (y - y0)[:, None], (x - x0)[None]
+    top = coarse[y0][:, x0] * (1 - fx) + coarse[y0][:, x0 + 1] * fx
+    below = coarse[y0 + 1][:, x0] * (1 - fx) + coarse[y0 + 1][:, x0 + 1] * fx
+    return top * (1 - fy) + below * fy
