@@ -29,7 +29,7 @@ from test_faults import assert_same_run
 from test_serve_command import picture, post
 
 from solov2_jax.checkpoint import list_steps, restore_variables
-from solov2_jax.tools.predict.output_folder import MANIFEST, PARTIAL, RECOVERED, RESULTS
+from solov2_jax.tools.predict.output_folder import MANIFEST, PARTIAL
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("SOLOV2_KILLS", 20))
@@ -200,6 +200,7 @@ def test_kills_of_predict(tmp_path):
     for mine in ("notes.txt", "masks/by_hand.png"):
         (killed / mine).write_text("the user's")
     ended: Counter[str] = Counter()
+    held: list[bytes] = []  # what killed runs had predicted
     for number in range(KILLS):
         which = rng.choice((signal.SIGKILL, signal.SIGTERM))
         pictures, wait = rng.choice((-1, 0, 10, 50, 100)), rng.uniform(0, 0.3)
@@ -220,6 +221,8 @@ def test_kills_of_predict(tmp_path):
                 assert run.process.returncode in (143, 0), run.printed()
             assert "not written by this command" not in run.printed()
         done = partial_results(killed)
+        if done.get(PARTIAL):
+            held.append((killed / PARTIAL).read_bytes())
         print(f"{number + 1}: {which.name} after {pictures} pictures and {wait:.2f} s: {done}")
     for out in (killed, tmp_path / "whole"):
         with life(out.with_suffix(".log"), *arguments(out)) as run:
@@ -228,7 +231,10 @@ def test_kills_of_predict(tmp_path):
     for name in ("notes.txt", "masks/by_hand.png"):
         assert (killed / name).read_text() == "the user's"
         (killed / name).unlink()
-    (killed / RECOVERED).unlink(missing_ok=True)  # of the last killed run: stays for the user
+    recovered = sorted(killed.glob("predictions.recovered*.json"))
+    assert sorted(p.read_bytes() for p in recovered) == sorted(held)
+    for path in recovered:
+        path.unlink()
     contents = [
         {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
         for out in (killed, tmp_path / "whole")
@@ -246,8 +252,8 @@ def test_kills_of_predict(tmp_path):
 
 def partial_results(folder: Path) -> dict[str, int]:
     """Returns the number of results in each file of them, which is whole json."""
-    names = [n for n in (RESULTS, PARTIAL, RECOVERED) if (folder / n).exists()]
-    return {name: len(json.loads((folder / name).read_bytes())) for name in names}
+    paths = sorted(folder.glob("predictions.*"))
+    return {path.name: len(json.loads(path.read_bytes())) for path in paths}
 
 
 def test_kills_of_serve_under_load(tmp_path):

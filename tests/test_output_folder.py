@@ -244,6 +244,77 @@ def test_a_killed_run_keeps_its_results_and_the_next_one_cleans_up(photos, tmp_p
     assert len(json.loads((out / "predictions.json").read_text())) == 12
 
 
+def test_each_killed_run_keeps_its_results(tmp_path):
+    for image_id in (3, 5, None):
+        folder = OutputFolder(tmp_path)
+        folder.check([])
+        with contextlib.suppress(KeyboardInterrupt), folder.opened():
+            results = ResultsFile(folder)
+            results.add(image_id or 0, [{"image_id": image_id}] if image_id else [])
+            results._file.close()
+            killed(folder)
+    with OutputFolder(tmp_path).opened():
+        recovered = sorted(tmp_path.glob("predictions.*"))
+    assert [p.name for p in recovered] == [RECOVERED, "predictions.recovered_2.json"]
+    assert [json.loads(p.read_text())[0]["image_id"] for p in recovered] == [3, 5]
+
+
+def killed(folder):
+    """Ends a run without the line that says so, as a kill does."""
+    folder._append = lambda entry: None
+    raise KeyboardInterrupt
+
+
+def test_a_kill_between_listing_and_renaming_leaves_both_files_ours(tmp_path):
+    path = tmp_path / "a.txt"
+    for text in ("first", "second, killed"):
+        folder = OutputFolder(tmp_path)
+        with contextlib.suppress(KeyboardInterrupt), folder.opened():
+            with folder.replacing(str(path)) as temporary:
+                temporary.write_text(text)
+                if text != "first":
+                    folder.record(str(path), temporary)
+                    killed(folder)
+    assert path.read_text() == "first"
+    OutputFolder(tmp_path).check([str(path)])
+    path.write_text("edited")
+    with pytest.raises(ValueError, match="a.txt: not written by this command"):
+        OutputFolder(tmp_path).check([str(path)])
+
+
+def test_a_line_of_the_list_that_was_cut_spoils_no_other(tmp_path):
+    manifest = tmp_path / MANIFEST
+    manifest.write_text('"begin"\n["a.png", 12')
+    folder = OutputFolder(tmp_path)
+    with contextlib.suppress(KeyboardInterrupt), folder.opened():
+        (tmp_path / ".writing-abc").touch()
+        killed(folder)
+    assert manifest.read_text().splitlines()[-1] == '"begin"'
+    with OutputFolder(tmp_path).opened():
+        assert not (tmp_path / ".writing-abc").exists()
+
+
+def test_a_list_that_cannot_grow_is_an_error(tmp_path):
+    folder = OutputFolder(tmp_path)
+    with folder.opened():
+        real = folder._manifest
+
+        class Short:
+            def write(self, data):
+                return real.write(data[:5])
+
+            def close(self):
+                real.close()
+
+        folder._manifest = Short()
+        with (
+            pytest.raises(OSError, match="No space left"),
+            folder.replacing(str(tmp_path / "a.txt")) as temporary,
+        ):
+            temporary.write_text("x")
+    assert not (tmp_path / "a.txt").exists() and not list(tmp_path.glob(".writing-*"))
+
+
 def test_a_terminated_run_ends_in_order(photos, tmp_path):
     out = tmp_path / "out"
     with started(photos, out) as process:

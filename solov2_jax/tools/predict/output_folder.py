@@ -33,6 +33,7 @@ RECOVERED = "predictions.recovered.json"
 SUBFOLDERS = ("masks", "cutouts", "yolo", "labelme", "frames")
 NAMED_CONFLICTS = 3  # in an error
 _TAIL = b"\n]\n"
+_GROWING = -1, -1  # listed for results that grow while a run lasts
 
 
 class OutputFolder:
@@ -46,8 +47,11 @@ class OutputFolder:
         self.path, self.overwrite = os.fspath(path), overwrite
         self._lock = threading.Lock()
         self._manifest: Any = None
-        self._written: dict[str, list[int]] = {}  # relative path -> size, mtime in ns
+        # Relative path -> each (size, mtime in ns) that was listed: a kill between a file's
+        # listing and its renaming leaves the older one.
+        self._written: dict[str, set[tuple[int, int]]] = {}
         self._unfinished = False  # the last run was killed
+        self._cut = False  # so was the manifest's last line
 
     def check(self, paths: Iterable[str]) -> None:
         """Raises if a path cannot be written to, or holds a file of the user's."""
@@ -67,9 +71,8 @@ class OutputFolder:
             status = os.lstat(path)
         except (FileNotFoundError, NotADirectoryError):
             return True
-        written = self._written.get(os.path.relpath(path, self.path))
-        # A size of -1: results that grow while a run lasts.
-        return written is not None and written in ([status.st_size, status.st_mtime_ns], [-1, -1])
+        written = self._written.get(os.path.relpath(path, self.path), set())
+        return (status.st_size, status.st_mtime_ns) in written or _GROWING in written
 
     def _refuse(self, conflicts: list[str]) -> None:
         names = ", ".join(sorted(conflicts)[:NAMED_CONFLICTS])
@@ -99,6 +102,8 @@ class OutputFolder:
                         f"--output {self.path}: another prediction is writing there; wait for "
                         "it, or choose another folder"
                     ) from None
+            if self._cut:
+                self._manifest.write(b"\n")
             if self._unfinished:
                 self._clean_up()
             self._append("begin")
@@ -130,13 +135,13 @@ class OutputFolder:
 
     def record(self, path: str, file: str | os.PathLike[str] | None = None) -> None:
         """Lists a file as ours, as it is now. None: as ours, whatever it holds."""
-        values = [-1, -1]
+        values = _GROWING
         if file is not None:
             status = os.stat(file)
-            values = [status.st_size, status.st_mtime_ns]
+            values = status.st_size, status.st_mtime_ns
         relative = os.path.relpath(path, self.path)
         with self._lock:
-            self._written[relative] = values
+            self._written.setdefault(relative, set()).add(values)
             if self._manifest is not None:
                 self._append([relative, *values])
 
@@ -150,15 +155,19 @@ class OutputFolder:
                 os.unlink(path)
 
     def _append(self, entry: Any) -> None:
-        self._manifest.write(json.dumps(entry).encode() + b"\n")
+        line = json.dumps(entry).encode() + b"\n"
+        if self._manifest.write(line) < len(line):  # unbuffered: a part of it, without an error
+            path = os.path.join(self.path, MANIFEST)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
     def _read_manifest(self) -> None:
         self._written = {}
         try:
-            lines = Path(self.path, MANIFEST).read_bytes().splitlines()
+            text = Path(self.path, MANIFEST).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return
-        for line in lines:
+        self._cut = bool(text) and not text.endswith(b"\n")
+        for line in text.splitlines():
             try:
                 entry = json.loads(line)
             except ValueError:  # cut off by a kill or a full disk
@@ -166,7 +175,7 @@ class OutputFolder:
             if isinstance(entry, str):
                 self._unfinished = entry == "begin"
             elif isinstance(entry, list) and len(entry) == 3:
-                self._written[str(entry[0])] = entry[1:]
+                self._written.setdefault(str(entry[0]), set()).add((entry[1], entry[2]))
 
     def _clean_up(self) -> None:
         """Deletes a killed run's temporary files and keeps its results."""
@@ -179,10 +188,22 @@ class OutputFolder:
         log.warning("%s: an earlier run was killed; its temporary files are deleted", self.path)
         partial = os.path.join(self.path, PARTIAL)
         if os.path.lexists(partial) and self.is_ours(partial):
-            recovered = os.path.join(self.path, RECOVERED)
+            if os.path.getsize(partial) <= len(b"[" + _TAIL):  # nothing was predicted
+                os.unlink(partial)
+                return
+            recovered = self._free_path(RECOVERED)
+            self.record(recovered, partial)
             os.replace(partial, recovered)
-            self.record(recovered, recovered)
             log.warning("%s: holds what it had predicted", recovered)
+
+    def _free_path(self, name: str) -> str:
+        """Returns the path of a name, or of name_2, name_3, ... where that is taken."""
+        stem, suffix = os.path.splitext(name)
+        path, number = os.path.join(self.path, name), 1
+        while os.path.lexists(path):
+            number += 1
+            path = os.path.join(self.path, f"{stem}_{number}{suffix}")
+        return path
 
 
 def matching_files(folder: str, pattern: str) -> list[str]:
