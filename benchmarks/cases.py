@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict
 from harness import ROOT
 from jax.sharding import Mesh
 
+from solov2_jax import distributed
 from solov2_jax.config import load_config, save_config, split_overrides
 from solov2_jax.data.images import read_image
 from solov2_jax.data.transforms import resize_image
@@ -27,7 +28,6 @@ from solov2_jax.structs import Batch
 from solov2_jax.targets import assign_targets
 from solov2_jax.tools import dry_run
 from solov2_jax.tools.summary import summarize
-from solov2_jax.training import sharding
 from solov2_jax.weights import names
 from solov2_jax.weights.names import fill, match, skeleton
 from tests.golden_weights import golden_weight
@@ -211,7 +211,7 @@ def build_step(config: Any, mesh: Mesh | None = None) -> tuple[Any, PyTree, Mesh
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.train.batch_size, config.train.accumulate = 0, 1  # 0: every mesh divides it
-    return dry_run.build_step(config, mesh or sharding.make_mesh(1))
+    return dry_run.build_step(config, mesh or distributed.make_mesh(1))
 
 
 def start_state(shapes: PyTree, variables: PyTree = None) -> PyTree:

@@ -110,8 +110,8 @@ def phases(what: str, name: str, size: tuple[int, int], started: float) -> dict[
     import cases
     import jax
 
+    from solov2_jax.distributed import put_batch
     from solov2_jax.inference.predictor import build_predictor
-    from solov2_jax.training.sharding import put_batch
 
     phase("imports")
     jax.monitoring.register_event_duration_secs_listener(on_span)

@@ -21,12 +21,12 @@ from harness import Stages, Work, serve
 
 from solov2_jax import ops
 from solov2_jax.config import read_config
+from solov2_jax.distributed import put_batch
 from solov2_jax.inference.predictor import Predictor
 from solov2_jax.inference.programs import DetectOptions
 from solov2_jax.models import build_model
 from solov2_jax.postprocess import detect
 from solov2_jax.structs import Outputs
-from solov2_jax.training.sharding import put_batch
 
 FIELDS = ("cate", "kernel", "mask_feat")
 # A part of the network -> the parts whose outputs it needs.

@@ -259,7 +259,7 @@ def emulated(args: Any) -> dict[str, Any]:
     """Returns what the sharded step sends, its losses and its cost, by devices."""
     from cases import build_step, make_train_batch, read_config
 
-    from solov2_jax.training.sharding import make_mesh, put_batch
+    from solov2_jax.distributed import make_mesh, put_batch
 
     h, w = args.size or (64, 64)
     config = read_config(args.emulated_config)
@@ -370,17 +370,17 @@ def described_arrays() -> Iterator[None]:
     """Makes what would be put on a mesh's devices shapes only, within the context."""
     import jax
 
-    from solov2_jax.training import sharding
+    from solov2_jax import distributed
 
     def describe(tree: Any, placed: Any) -> Any:
         placed = (
-            placed if isinstance(placed, jax.sharding.Sharding) else sharding.replicated(placed)
+            placed if isinstance(placed, jax.sharding.Sharding) else distributed.replicated(placed)
         )
         shape = jax.ShapeDtypeStruct
         return jax.tree.map(lambda x: shape(x.shape, x.dtype, sharding=placed), tree)
 
     put = mock.patch("jax.device_put", describe)
-    with put, mock.patch.object(sharding, "copy_to_all", describe):
+    with put, mock.patch.object(distributed, "copy_to_all", describe):
         yield
 
 

@@ -1,9 +1,10 @@
-"""Several processes, one for each host or accelerator: starting, agreeing, ending.
+"""Processes and devices: starting, agreeing, ending; where arrays live.
 
-All of them run the same program on one mesh of everybody's devices. A process that ends
-before the others leaves them waiting in an operation that it takes part in. So a
-failing one does not wait for anybody, and JAX ends the others once its sign of life is
-missing.
+There is one mesh axis, "data": batches are split over it, the state is copied. All
+processes, one for each host or accelerator, run the same program on one mesh of
+everybody's devices. A process that ends before the others leaves them waiting in an
+operation that it takes part in. So a failing one does not wait for anybody, and JAX ends
+the others once its sign of life is missing.
 """
 
 import json
@@ -20,6 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from solov2_jax.io import InputError
 
@@ -187,13 +190,6 @@ def broadcast_from_host0(make: Callable[[], Any]) -> Any:
     return gather(make() if is_primary() else None)[0]
 
 
-def put_rows(rows: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Returns this process's rows as a part of a global array."""
-    # Of several processes, JAX takes this for a hidden copy, which it is not.
-    with jax.transfer_guard("allow"):
-        return jax.make_array_from_process_local_data(sharding, rows)
-
-
 class AgreeOnStop:
     """Whether any process wants to stop, known to all at the same step.
 
@@ -201,11 +197,9 @@ class AgreeOnStop:
     its own answer at once.
     """
 
-    def __init__(self, mesh: jax.sharding.Mesh):
-        spec = jax.sharding.PartitionSpec
-        self._split = jax.sharding.NamedSharding(mesh, spec("data"))
-        replicated = jax.sharding.NamedSharding(mesh, spec())
-        self._any = jax.jit(lambda x: x.max(), out_shardings=replicated)
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
+        self._any = jax.jit(lambda x: x.max(), out_shardings=replicated(mesh))
         self._latest: jax.Array | None = None
 
     def __call__(self, wants_to_stop: bool) -> bool:
@@ -213,5 +207,70 @@ class AgreeOnStop:
         if jax.process_count() == 1:
             return wants_to_stop
         own = np.full(jax.local_device_count(), wants_to_stop, np.int32)
-        previous, self._latest = self._latest, self._any(put_rows(own, self._split))
+        previous, self._latest = self._latest, self._any(_put_rows(own, self._mesh))
         return previous is not None and bool(jax.device_get(previous))
+
+
+def make_mesh(num_devices: int | None = None) -> Mesh:
+    """Returns a mesh with the one axis "data" over the first devices, or over all."""
+    # In the order of processes: each holds rows of the batch that follow one another.
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    # JAX's default is Explicit, where contracting over the batch axis raises.
+    return Mesh(np.array(devices[:num_devices]), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of the state: a copy on each device."""
+    return NamedSharding(mesh, P())
+
+
+def split_by_batch(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a batch: rows over the devices."""
+    return NamedSharding(mesh, P("data"))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
+    """Raises an InputError if the global batch cannot be split evenly.
+
+    Args:
+      microbatches: computed one after the other, each on all devices.
+    """
+    devices = mesh.devices.size
+    divisor = devices * microbatches
+    if batch_size % divisor:
+        below = batch_size - batch_size % divisor
+        options = [str(n) for n in (below, below + divisor) if n > 0]
+        times = f" times train.accumulate = {microbatches}" if microbatches > 1 else ""
+        raise InputError(
+            f"train.batch_size = {batch_size} cannot be split over {devices} devices"
+            f"{times}: use {' or '.join(options)}"
+        )
+
+
+def copy_to_all(tree: Any, mesh: Mesh) -> Any:
+    """Returns arrays and keys, equal in all processes, as copies on each device."""
+    sharding = replicated(mesh)
+
+    def put(x: Any) -> jax.Array:
+        if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = put(jax.random.key_data(x))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree)
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
+    """Returns a host's rows as global arrays, split over the mesh's devices."""
+    return {
+        name: _put_rows(np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype)), mesh)
+        for name, x in batch.items()
+    }
+
+
+def _put_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Returns this process's rows as a part of a global array."""
+    # Of several processes, JAX takes this for a hidden copy, which it is not.
+    with jax.transfer_guard("allow"):
+        return jax.make_array_from_process_local_data(split_by_batch(mesh), rows)

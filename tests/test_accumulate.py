@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from configs import base
+from solov2_jax import distributed
 from solov2_jax.structs import Outputs
-from solov2_jax.training import optim, sharding
+from solov2_jax.training import optim
 from solov2_jax.training.build import build_optimizer
 from solov2_jax.training.loss import build_loss
 from solov2_jax.training.restore import state_of
@@ -76,13 +77,13 @@ def run(parts, num_devices):
     config, params = make_config(), make_params()
     trainable = optim.trainable_mask(params, 0)
     _, tx = build_optimizer(config, trainable)
-    mesh = sharding.make_mesh(num_devices)
+    mesh = distributed.make_mesh(num_devices)
     loss, key = build_loss(config, Network()), jax.random.key(0)
     step = TrainStep(loss=loss, tx=tx, mesh=mesh, key=key, trainable=trainable, accumulate=parts)
-    state = jax.device_put(state_of({"params": params}, tx), sharding.replicated(mesh))
+    state = jax.device_put(state_of({"params": params}, tx), distributed.replicated(mesh))
     metrics = []
     for seed in (0, 1):
-        state, m = step(state, sharding.put_batch(make_batch(seed), mesh))
+        state, m = step(state, distributed.put_batch(make_batch(seed), mesh))
         metrics.append(jax.device_get(m))
     return metrics, jax.device_get(state.params)
 
@@ -102,11 +103,11 @@ def test_parts_give_the_whole(whole, parts, num_devices):
 
 
 def test_the_batch_must_be_divisible_by_devices_times_parts():
-    mesh = sharding.make_mesh(2)
-    sharding.check_batch_size(8, mesh, 4)
+    mesh = distributed.make_mesh(2)
+    distributed.check_batch_size(8, mesh, 4)
     message = "batch_size = 12 .* 2 devices times train.accumulate = 4: use 8 or 16"
     with pytest.raises(ValueError, match=message):
-        sharding.check_batch_size(12, mesh, 4)
+        distributed.check_batch_size(12, mesh, 4)
 
 
 def test_without_parts_the_program_has_no_loop():
@@ -114,7 +115,7 @@ def test_without_parts_the_program_has_no_loop():
     config, params = make_config(), make_params()
     trainable = optim.trainable_mask(params, 0)
     _, tx = build_optimizer(config, trainable)
-    mesh, key = sharding.make_mesh(1), jax.random.key(0)
+    mesh, key = distributed.make_mesh(1), jax.random.key(0)
     loss = build_loss(config, Network())
     state = state_of({"params": params}, tx)
     loops = []

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import toy
 
+from solov2_jax import distributed
 from solov2_jax.checkpoint import restore_variables
-from solov2_jax.training import sharding
 from solov2_jax.training.loop import train
 from solov2_jax.training.restore import create_state
 from solov2_jax.training.step import TrainStep
@@ -18,7 +18,7 @@ DECAY = 0.3  # reached at step 3: the warm-up and what comes after it are both s
 
 def test_it_follows_the_formula_and_skipped_steps_leave_it_alone():
     task = toy.toy_task(toy.toy_config(optim__warmup_steps=0), None)
-    mesh, key = sharding.make_mesh(2), jax.random.key(0)
+    mesh, key = distributed.make_mesh(2), jax.random.key(0)
     state = create_state(task.init, task.tx, key, mesh, ema=True)
     step = TrainStep(
         loss=task.loss,
@@ -34,7 +34,7 @@ def test_it_follows_the_formula_and_skipped_steps_leave_it_alone():
         batch = toy.toy_batch(t)
         if t == 2:
             batch["image"][0] = np.nan
-        state, metrics = step(state, sharding.put_batch(batch, mesh))
+        state, metrics = step(state, distributed.put_batch(batch, mesh))
         assert metrics["skipped"] == (t == 2)
         if t != 2:
             d = min(DECAY, (1 + t) / (10 + t))
@@ -47,7 +47,7 @@ def test_it_follows_the_formula_and_skipped_steps_leave_it_alone():
 
 
 def test_without_it_nothing_is_kept(tmp_path):
-    task, mesh = toy.toy_task(toy.toy_config(), None), sharding.make_mesh(1)
+    task, mesh = toy.toy_task(toy.toy_config(), None), distributed.make_mesh(1)
     state = create_state(task.init, task.tx, jax.random.key(0), mesh)
     assert state.ema is None
     train(toy.toy_config(train__steps=1), tmp_path, toy.toy_task)

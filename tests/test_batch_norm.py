@@ -7,11 +7,11 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from solov2_jax import distributed
 from solov2_jax.config import check_config
 from solov2_jax.models.layers import ConvNorm
 from solov2_jax.models.resnet import BasicBlock, ResNet
 from solov2_jax.structs import Outputs
-from solov2_jax.training import sharding
 from solov2_jax.training.hooks import PreciseBN
 from solov2_jax.training.optim import make_optimizer
 from solov2_jax.training.restore import state_of
@@ -100,7 +100,7 @@ def make_loss():
 
 def two_steps(num_devices, parts=1):
     loss_fn, variables = make_loss()
-    mesh, key = sharding.make_mesh(num_devices), jax.random.key(0)
+    mesh, key = distributed.make_mesh(num_devices), jax.random.key(0)
     trainable = jax.tree.map(lambda _: True, variables["params"])
     tx = make_optimizer(
         lambda step: 0.05,
@@ -113,10 +113,10 @@ def two_steps(num_devices, parts=1):
     )
     step = TrainStep(loss=loss_fn, tx=tx, mesh=mesh, key=key, trainable=trainable, accumulate=parts)
     start = jax.tree.map(np.array, variables)  # the state is donated
-    state = jax.device_put(state_of(variables, tx), sharding.replicated(mesh))
+    state = jax.device_put(state_of(variables, tx), distributed.replicated(mesh))
     metrics = []
     for seed in (0, 1):
-        state, m = step(state, sharding.put_batch(make_batch(seed), mesh))
+        state, m = step(state, distributed.put_batch(make_batch(seed), mesh))
         metrics.append(float(m["loss"]))
     return metrics, jax.device_get(state), start
 

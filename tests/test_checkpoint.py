@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import toy
 
-from solov2_jax import checkpoint
+from solov2_jax import checkpoint, distributed
 from solov2_jax.checkpoint import CheckpointManager, list_steps, restore_parts, restore_variables
-from solov2_jax.training import sharding
 from solov2_jax.training.restore import abstract, create_state
 from solov2_jax.training.step import TrainState
 
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(scope="module")
 def start():
     task = toy.toy_task(toy.toy_config(), None, width=64)
-    mesh = sharding.make_mesh(8)
+    mesh = distributed.make_mesh(8)
     return task, mesh, create_state(task.init, task.tx, jax.random.key(0), mesh)
 
 
@@ -62,11 +61,11 @@ def test_restores_what_was_saved_on_any_number_of_devices(tmp_path, start):
     _, mesh, state = start
     save_all(tmp_path, state, [3])
     for devices in (8, 1):
-        target = sharding.make_mesh(devices)
+        target = distributed.make_mesh(devices)
         restored, position = restored_state(tmp_path, abstract(state, target))
         assert_equal(restored, at_step(state, 3))
         kernel = restored.params["ins_head"]["cate_pred"]["kernel"]
-        assert kernel.sharding == sharding.replicated(target)
+        assert kernel.sharding == distributed.replicated(target)
         assert position["next_step"] == 3
     variables, step = restore_variables(tmp_path)
     assert_equal(variables, at_step(state, 3).variables)

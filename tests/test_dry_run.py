@@ -16,12 +16,12 @@ from tiny_network import tiny_config, tiny_variables
 
 from configs import base
 from solov2_jax.data.build import build_loss_batches, build_train_batches
+from solov2_jax.distributed import make_mesh, put_batch, replicated
 from solov2_jax.models import build_model
 from solov2_jax.tools.cli.train import overfit_config, verdict
 from solov2_jax.tools.dry_run import batch_shapes, dry_run, format_rows
 from solov2_jax.training.loss import ValidationLoss, build_loss
 from solov2_jax.training.restore import state_of
-from solov2_jax.training.sharding import make_mesh, put_batch, replicated
 from solov2_jax.training.step import TrainStep
 
 

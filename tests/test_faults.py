@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import toy
 
+from solov2_jax import distributed
 from solov2_jax.checkpoint import list_steps, restore_parts, restore_variables
-from solov2_jax.training import sharding
 from solov2_jax.training.restore import abstract, state_of
 
 SCRIPT = Path(toy.__file__).with_name("fault_injection.py")
@@ -117,7 +117,7 @@ def test_a_run_goes_on_on_other_devices_with_a_longer_schedule(tmp_path):
     task = toy.toy_task(toy.toy_config(), None)
     shapes = jax.eval_shape(lambda k: state_of(task.init(k), task.tx), jax.random.key(0))
     for devices in (8, 3):
-        mesh = sharding.make_mesh(devices)
+        mesh = distributed.make_mesh(devices)
         restored = restore_parts(tmp_path / "moved", abstract(shapes, mesh).parts())
         assert restored is not None
         kernel = restored.parts["variables"]["params"]["ins_head"]["cate_pred"]["kernel"]

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 import toy
 
+from solov2_jax import distributed
 from solov2_jax.checkpoint import CheckpointManager
-from solov2_jax.training import sharding
 from solov2_jax.training.checkpoint_hooks import (
     BestCheckpoint,
     EarlyStop,
@@ -58,7 +58,7 @@ class FakeWriter(WriterBase):
 
 
 def make_run(step=0, total=10, window=()):
-    task, mesh = toy.toy_task(toy.toy_config(), None), sharding.make_mesh(1)
+    task, mesh = toy.toy_task(toy.toy_config(), None), distributed.make_mesh(1)
     key = jax.random.key(0)
     step_fn = TrainStep(loss=task.loss, tx=task.tx, mesh=mesh, key=key, trainable=task.trainable)
     state = TrainState(step, {}, {}, ())

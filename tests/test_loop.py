@@ -13,9 +13,9 @@ import pytest
 import toy
 from flax.traverse_util import flatten_dict
 
+from solov2_jax import distributed
 from solov2_jax.checkpoint import list_steps, read_position, restore_variables
 from solov2_jax.io import InputError
-from solov2_jax.training import sharding
 from solov2_jax.training import workdir as workdirs
 from solov2_jax.training.loop import train
 from solov2_jax.training.restore import restore
@@ -281,7 +281,7 @@ def test_init_from_another_run(tmp_path, caplog):
 def test_what_the_weights_lack_is_drawn_as_without_them(tmp_path):
     config = toy.toy_config(init_from=str(tmp_path / "part.safetensors"))
     task = toy.toy_task(config, tmp_path)
-    mesh = sharding.make_mesh(2)
+    mesh = distributed.make_mesh(2)
     scratch = restore(toy.toy_config(), tmp_path, task, mesh)
     flat = flatten_dict(jax.device_get(scratch.state.variables), sep="/")
     lacking = "params/ins_head/cate_pred/kernel"

@@ -20,7 +20,6 @@ from flax.traverse_util import flatten_dict
 
 from solov2_jax import distributed
 from solov2_jax.checkpoint import list_steps, restore_variables
-from solov2_jax.training import sharding
 
 # Gradients of the same rows are added in another order.
 TOLERANCE = 1e-6
@@ -230,10 +229,10 @@ def test_alone_nothing_is_waited_for():
     assert distributed.gather({"a": 1}) == [{"a": 1}]
     assert distributed.broadcast_from_host0(lambda: (1, 2)) == (1, 2)
     distributed.barrier("nobody else")
-    agree_on_stop = distributed.AgreeOnStop(sharding.make_mesh())
+    agree_on_stop = distributed.AgreeOnStop(distributed.make_mesh())
     assert [agree_on_stop(wish) for wish in (False, True, False)] == [False, True, False]
 
 
 def test_rows_of_a_batch_follow_the_order_of_the_processes():
-    devices = sharding.make_mesh().devices.tolist()
+    devices = distributed.make_mesh().devices.tolist()
     assert devices == sorted(devices, key=lambda d: (d.process_index, d.id))

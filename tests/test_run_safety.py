@@ -16,11 +16,11 @@ import pytest
 import toy
 from test_loop import contents_of, lines_of
 
-from solov2_jax import checkpoint
+from solov2_jax import checkpoint, distributed
 from solov2_jax.checkpoint import CheckpointManager, list_steps, read_best, read_classes
 from solov2_jax.config import read_config
 from solov2_jax.io import InputError, write_json
-from solov2_jax.training import HookBase, WriterBase, sharding, train
+from solov2_jax.training import HookBase, WriterBase, train
 from solov2_jax.training.metric_files import read_metrics
 from solov2_jax.training.restore import abstract, create_state
 from solov2_jax.training.step import TrainState
@@ -457,7 +457,7 @@ def test_the_loop_runs_under_a_transfer_guard(tmp_path, level):
 
 def test_a_checkpoint_with_the_part_average_loads(tmp_path):
     """The layout before the moving average was called ema."""
-    task, mesh = toy.toy_task(toy.toy_config(), None), sharding.make_mesh(1)
+    task, mesh = toy.toy_task(toy.toy_config(), None), distributed.make_mesh(1)
     state = create_state(task.init, task.tx, jax.random.key(0), mesh, ema=True)
     state = state.replace(ema=jax.tree.map(lambda x: x + 1, state.ema))
     parts = state.parts()

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_network import tiny_config
 
-from solov2_jax.training import sharding
+from solov2_jax import distributed
 
 HOSTS = {"chips_per_host": 4, "inside": 100.0, "outside": 10.0, "axes": 0}
 TORUS = {"chips_per_host": 4, "inside": 100.0, "axes": 2, "full_torus": 16}
@@ -19,8 +19,8 @@ TORUS = {"chips_per_host": 4, "inside": 100.0, "axes": 2, "full_torus": 16}
 
 def test_the_bytes_of_a_compiled_program_are_those_counted_by_hand():
     """A gradient of two parameters over four devices, and nothing else, is summed."""
-    mesh = sharding.make_mesh(4)
-    copied, by_batch = sharding.replicated(mesh), sharding.split_by_batch(mesh)
+    mesh = distributed.make_mesh(4)
+    copied, by_batch = distributed.replicated(mesh), distributed.split_by_batch(mesh)
 
     def loss(params, x):
         return jnp.mean(jnp.square(x @ params["kernel"] + params["bias"][None]))
@@ -34,8 +34,8 @@ def test_the_bytes_of_a_compiled_program_are_those_counted_by_hand():
 
 
 def test_what_is_gathered_is_counted_whole():
-    mesh = sharding.make_mesh(2)
-    copied, by_batch = sharding.replicated(mesh), NamedSharding(mesh, P("data"))
+    mesh = distributed.make_mesh(2)
+    copied, by_batch = distributed.replicated(mesh), NamedSharding(mesh, P("data"))
     gather = jax.jit(lambda x: x, in_shardings=by_batch, out_shardings=copied)
     text = gather.lower(jnp.ones((4, 3), jnp.int32)).compile().as_text()
     (found,) = scaling.read_collectives(text)

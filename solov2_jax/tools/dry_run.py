@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from solov2_jax import distributed
 from solov2_jax.data.buckets import (
     DERIVED,
     Bucket,
@@ -21,7 +22,6 @@ from solov2_jax.data.buckets import (
 )
 from solov2_jax.data.build import train_resize
 from solov2_jax.models import build_model
-from solov2_jax.training import sharding
 from solov2_jax.training.build import build_optimizer, build_trainable
 from solov2_jax.training.loss import build_loss
 from solov2_jax.training.restore import abstract, state_of
@@ -86,8 +86,8 @@ def build_step(
     config: Any, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[TrainStep, TrainState, jax.sharding.Mesh]:
     """Returns the train step, the shapes of its state, and the mesh, as the loop's."""
-    mesh, accumulate = mesh or sharding.make_mesh(), config.train.accumulate
-    sharding.check_batch_size(config.train.batch_size, mesh, accumulate)
+    mesh, accumulate = mesh or distributed.make_mesh(), config.train.accumulate
+    distributed.check_batch_size(config.train.batch_size, mesh, accumulate)
     model = build_model(config, config.model.num_classes)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     key = jax.random.key(0)
@@ -126,7 +126,7 @@ def batch_shapes(
         "valid": ((slots,), jnp.bool_),
         "image_id": ((), jnp.int32),
     }
-    split = sharding.split_by_batch(mesh)
+    split = distributed.split_by_batch(mesh)
     return {
         name: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=split)
         for name, (shape, dtype) in fields.items()

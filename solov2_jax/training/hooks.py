@@ -22,8 +22,8 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
+from solov2_jax import distributed
 from solov2_jax.io import InputError, reading, reason
-from solov2_jax.training import sharding
 from solov2_jax.training.metrics import MetricsWindow
 from solov2_jax.training.step import TrainState, TrainStep
 from solov2_jax.training.writers import WriterBase, call_writers
@@ -290,8 +290,8 @@ class PreciseBN(HookBase):
         num_batches: int,
     ):
         self._batches, self._every, self._num_batches = batches, every, num_batches
-        self._mesh = sharding.make_mesh()
-        copied, split = sharding.replicated(self._mesh), sharding.split_by_batch(self._mesh)
+        self._mesh = distributed.make_mesh()
+        copied, split = distributed.replicated(self._mesh), distributed.split_by_batch(self._mesh)
         self._moments = jax.jit(moments, in_shardings=(copied, split), out_shardings=copied)
 
     def after_step(self, run: Run) -> None:
@@ -309,7 +309,7 @@ class PreciseBN(HookBase):
         total: dict[tuple, Any] = {}
         with contextlib.closing(self._batches(0)) as batches:
             for batch in itertools.islice(batches, self._num_batches):
-                arrays = sharding.put_batch(batch, self._mesh)
+                arrays = distributed.put_batch(batch, self._mesh)
                 moments = dict(flatten_dict(self._moments(variables, arrays)))
                 for path, value in moments.items():
                     if path[-1] == "var":  # E[x^2] can be added

@@ -18,7 +18,6 @@ from solov2_jax import logging as console
 from solov2_jax.checkpoint import CheckpointManager
 from solov2_jax.classes import classes_record
 from solov2_jax.io import InputError, reason
-from solov2_jax.training import sharding
 from solov2_jax.training.build import Task, build_task
 from solov2_jax.training.checkpoint_hooks import (
     BestCheckpoint,
@@ -90,8 +89,8 @@ def train(
         stack.enter_context(logging_to(path / "train.log"))
 
         # First everything that can refuse: it only reads.
-        mesh = sharding.make_mesh()
-        sharding.check_batch_size(config.train.batch_size, mesh, config.train.accumulate)
+        mesh = distributed.make_mesh()
+        distributed.check_batch_size(config.train.batch_size, mesh, config.train.accumulate)
         task = build(config, path)
         config = task.config
         if task.metric_names:
@@ -173,7 +172,7 @@ def train_steps(
             ) from error
         run.data_seconds = time.perf_counter() - start
         with jax.profiler.StepTraceAnnotation("train", step_num=run.step + 1):
-            arrays = sharding.put_batch(batch, mesh)
+            arrays = distributed.put_batch(batch, mesh)
             run.state, metrics = run.step_fn(run.state, arrays)
         # The host stays one step ahead of the devices and not further: each step that
         # waits holds a batch in their memory.

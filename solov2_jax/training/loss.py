@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from solov2_jax import ops
+from solov2_jax import distributed, ops
 from solov2_jax.losses import normalizers_of, solov2_loss
 from solov2_jax.structs import Batch, Targets
 from solov2_jax.targets import assign_targets
-from solov2_jax.training import sharding
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -103,8 +102,8 @@ class ValidationLoss:
 
     def __init__(self, loss: Loss, batches: Callable[[], Iterable[dict[str, np.ndarray]]]):
         self._batches, self.compiles = batches, 0
-        self._mesh = sharding.make_mesh()
-        copied = sharding.replicated(self._mesh)
+        self._mesh = distributed.make_mesh()
+        copied = distributed.replicated(self._mesh)
 
         def metrics(variables: PyTree, batch: PyTree) -> Metrics:
             self.compiles += 1  # runs when traced: once for each padded shape
@@ -112,14 +111,14 @@ class ValidationLoss:
             # The key only chooses among more pairs than there are slots.
             return loss(variables["params"], state, batch, jax.random.key(0))[1]
 
-        by_batch = sharding.split_by_batch(self._mesh)
+        by_batch = distributed.split_by_batch(self._mesh)
         self._metrics = jax.jit(metrics, in_shardings=(copied, by_batch), out_shardings=copied)
 
     def __call__(self, variables: PyTree) -> dict[str, float]:
-        variables = sharding.copy_to_all(variables, self._mesh)
+        variables = distributed.copy_to_all(variables, self._mesh)
         metrics = []
         for batch in self._batches():
-            arrays = sharding.put_batch(batch, self._mesh)
+            arrays = distributed.put_batch(batch, self._mesh)
             metrics.append(jax.device_get(self._metrics(variables, arrays)))
         column = {name: np.array([m[name] for m in metrics]) for name in metrics[0]}
         pairs, cells = column["num_pairs"], column["num_cells"]

@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from solov2_jax import distributed
 from solov2_jax.checkpoint import list_steps, move_aside, read_run, restore_parts
 from solov2_jax.io import InputError, write_json
-from solov2_jax.training import sharding
 from solov2_jax.training.build import Task
 from solov2_jax.training.step import TrainState
 from solov2_jax.weights import convert
@@ -76,9 +75,9 @@ def restore(config: Any, workdir: pathlib.Path, task: Task, mesh: Mesh) -> Start
 
         variables, report = initial_weights(config, shapes.variables, init)
         build = jax.jit(
-            lambda v: state_of(v, task.tx, ema=ema), out_shardings=sharding.replicated(mesh)
+            lambda v: state_of(v, task.tx, ema=ema), out_shardings=distributed.replicated(mesh)
         )
-        state = build(sharding.copy_to_all(variables, mesh))
+        state = build(distributed.copy_to_all(variables, mesh))
         log.info("start: weights of %s, step 0", config.init_from)
         return Start(state, position, report=report)
     state = create_state(task.init, task.tx, key, mesh, ema=ema)
@@ -148,7 +147,7 @@ def draw(init_fn: Callable[[jax.Array], PyTree], key: jax.Array, mesh: Mesh) -> 
     # saves.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
-    build = jax.jit(init_fn, out_shardings=sharding.replicated(mesh), compiler_options=options)
+    build = jax.jit(init_fn, out_shardings=distributed.replicated(mesh), compiler_options=options)
     return build(key)
 
 
@@ -170,5 +169,5 @@ def state_of(
 
 def abstract(state: TrainState, mesh: Mesh) -> TrainState:
     """Returns shapes, types and shardings of a state on a mesh."""
-    copied = sharding.replicated(mesh)
+    copied = distributed.replicated(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=copied), state)

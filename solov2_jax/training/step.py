@@ -17,7 +17,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from solov2_jax.training import sharding
+from solov2_jax import distributed
 from solov2_jax.training.loss import Loss, Metrics
 
 PyTree = Any
@@ -99,10 +99,10 @@ class TrainStep:
         self._shapes: set[tuple] = set()
         self._loss, self._tx, self._trainable = loss, tx, trainable
         self._accumulate, self._ema_decay = accumulate, ema_decay
-        copied, by_batch = sharding.replicated(mesh), sharding.split_by_batch(mesh)
+        copied, by_batch = distributed.replicated(mesh), distributed.split_by_batch(mesh)
         self._microbatches = NamedSharding(mesh, P(None, "data"))
         # An argument: as a constant, each seed would be another program to compile.
-        self._key = sharding.copy_to_all(key, mesh)
+        self._key = distributed.copy_to_all(key, mesh)
         self._step = jax.jit(
             self._update,
             in_shardings=(copied, by_batch, copied),
