@@ -15,7 +15,7 @@ import numpy as np
 
 from solov2_jax.data.annotations import annotation_ids, read_content, read_instances
 from solov2_jax.data.build import build_train_batches
-from solov2_jax.data.coco import CocoDataset
+from solov2_jax.data.coco import CocoDataset, read_coco
 from solov2_jax.data.pipeline import Batches
 from solov2_jax.data.transforms import Affine, Keypoints
 from solov2_jax.io import InputError, reading

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from solov2_jax.data.images import list_files, read_header
 from solov2_jax.data.outlines import MAX_COORDINATE, are_numbers
+from solov2_jax.data.rasterize import spans_to_masks
 from solov2_jax.io import InputError, read_json, reading
+from solov2_jax.rle import polygons_to_rle, spans_from_rle
 from solov2_jax.tools.importers.instances import Instances
 
 _WITHOUT_AREA = ("point", "points", "line", "linestrip")
@@ -197,5 +198,5 @@ def _decode(
 
 def _fill(outline: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Returns a polygon's pixels, bool [height, width]."""
-    flat: Any = [outline.ravel()]
-    return coco_mask.decode(coco_mask.frPyObjects(flat, *size))[..., 0] > 0
+    runs = polygons_to_rle([outline.ravel()], size)
+    return spans_to_masks(spans_from_rle([runs["counts"]], size), 1, size)[0]

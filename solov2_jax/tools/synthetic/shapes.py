@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 
-from solov2_jax.rle import mask_to_rle, polygons_to_rle, rle_from_string
+from solov2_jax.data.rasterize import spans_to_masks
+from solov2_jax.rle import mask_to_rle, polygons_to_rle, rle_from_string, spans_from_rle
 
 log = logging.getLogger(__name__)
 
@@ -277,9 +277,9 @@ def _outline(
 
 def _draw(rings: list[np.ndarray], h: int, w: int) -> np.ndarray:
     """Returns the pixels of an outline less its hole, bool [h, w]."""
-    runs: Any = [polygons_to_rle([ring.ravel()], (h, w)) for ring in rings]
-    drawn = coco_mask.decode(runs).astype(bool)
-    return drawn[..., 0] & ~drawn[..., 1:].any(axis=-1)
+    counts = [polygons_to_rle([ring.ravel()], (h, w))["counts"] for ring in rings]
+    drawn = spans_to_masks(spans_from_rle(counts, (h, w)), len(rings), (h, w))
+    return drawn[0] & ~drawn[1:].any(axis=0)
 
 
 def _area(rings: list[np.ndarray]) -> float:
