@@ -276,13 +276,14 @@ Augmentation = Callable[[Sample], Sample]
 @functools.lru_cache(maxsize=64)
 def custom_function(path: str) -> Augmentation:
     """Returns what a path of `augment.custom` names; each process imports it once."""
-    function = import_object(path, "augment.custom")
+    function: Any = import_object(path, "augment.custom")
     if not callable(function):
         raise InputError(
             f"augment.custom: {path!r} is a {type(function).__name__}; name a function "
             "that takes a Sample and returns it changed."
         )
-    return function
+    augmentation: Any = function
+    return augmentation
 
 
 def apply_custom(

@@ -141,7 +141,8 @@ def _test_resize(config: Any) -> Resize:
 
 def _augment(config: Any) -> Augment:
     values: dict[str, Any] = dict(config.augment)
-    return Augment(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    values |= {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+    return Augment(**values)
 
 
 def _reading(config: Any) -> Reading:

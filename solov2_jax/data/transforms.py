@@ -150,7 +150,7 @@ def _transform(
 ) -> Image.Image:
     """Returns a picture of `size`; `back` says where its points come from, [2, 3]."""
     coefficients = back.ravel().tolist()
-    return picture.transform(size[::-1], Image.Transform.AFFINE, coefficients, resampling)
+    return picture.transform((size[1], size[0]), Image.Transform.AFFINE, coefficients, resampling)
 
 
 def affine_image(picture: Image.Image) -> AffineImage:
