@@ -85,6 +85,9 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
     if config.eval.loss_images:
         evaluate_val = with_validation_loss(evaluate_val, config, loss, val)
 
+    def batches(step: int) -> Generator[dict[str, np.ndarray], None, None]:
+        yield from build_train_batches(config, train, step, _shard())
+
     return Task(
         config=config,
         class_names=tuple(train.class_names),
@@ -94,7 +97,7 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
         tx=tx,
         schedule=schedule,
         trainable=trainable,
-        batches=functools.partial(build_train_batches, config, train, shard=_shard()),
+        batches=batches,
         evaluate=evaluate_val,
         fingerprint=fingerprint(train),
         metric_names=metric_names(config, val),
