@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,8 @@ log = logging.getLogger("solov2_jax")
 
 # Exit codes: an error here, and an operation that another process broke off.
 FAILED, OTHERS_FAILED = 1, 3
+
+_told_to_stop = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,16 @@ def gather(value: Any) -> list[Any]:
 def broadcast_from_host0(make: Callable[[], Any]) -> Any:
     """Returns make() of the first process, which alone calls it; JSON values only."""
     return gather(make() if is_primary() else None)[0]
+
+
+def request_stop(wanted: bool = True) -> None:
+    """Notes that this process was told to stop; `stop_requested` tells the others."""
+    (_told_to_stop.set if wanted else _told_to_stop.clear)()
+
+
+def stop_requested() -> bool:
+    """Returns, to all processes alike, whether any was told to stop; all must call it."""
+    return any(gather(_told_to_stop.is_set()))
 
 
 class AgreeOnStop:

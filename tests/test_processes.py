@@ -178,7 +178,7 @@ def test_sigterm_at_one_process_saves_and_ends_both(runs, tmp_path):
     assert list_steps(tmp_path)[-1] == lines_of(tmp_path)[-1]["step"] < 500
 
 
-def test_evaluation_counts_every_image_once(tmp_path):
+def test_evaluation_counts_every_image_once_and_ends_when_one_process_is_told(tmp_path):
     images, annotations = tiny_coco.write(tmp_path)
     out = tmp_path / "out"
     given = (f"--images={images}", f"--annotations={annotations}", f"--out={out}")
@@ -188,6 +188,9 @@ def test_evaluation_counts_every_image_once(tmp_path):
     assert text.count("segm/AP 1.000") == 4, "both processes know both results"
     assert "one: process 0 predicted 1 batches" in text
     assert "one: process 1 predicted 0 batches" in text
+    for index in (0, 1):
+        assert f"told: process {index} predicted 4 batches" in text, "of 20 and 21"
+    assert not (out / "told" / "metrics.json").exists()
     for name, number in (("all", 3), ("one", 1)):
         assert json.loads((out / name / "metrics.json").read_text())["num_images"] == number
     found = json.loads((out / "all" / "predictions.json").read_text())

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,11 @@ from test_loop import contents_of, lines_of
 from solov2_jax import checkpoint, distributed
 from solov2_jax.checkpoint import CheckpointManager, list_steps, read_best, read_classes
 from solov2_jax.config import read_config
+from solov2_jax.evaluation.evaluate import StopEvaluation
 from solov2_jax.io import InputError, write_json
 from solov2_jax.training import HookBase, WriterBase, train
+from solov2_jax.training.checkpoint_hooks import Evaluation
+from solov2_jax.training.hooks import Run
 from solov2_jax.training.metric_files import read_metrics
 from solov2_jax.training.restore import abstract, create_state
 from solov2_jax.training.step import TrainState
@@ -379,6 +383,32 @@ def test_a_signal_in_an_evaluation_saves_within_seconds_and_it_is_made_up_for(tm
     assert list_steps(tmp_path) == [3] and "segm/AP" not in lines_of(tmp_path)[-1]
     assert train(config, tmp_path, task_with(evaluate=evaluate)) == {"segm/AP": 0.5}
     assert [x["step"] for x in lines_of(tmp_path) if "segm/AP" in x] == [3, 6]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_of_several_processes_all_evaluate_and_stop_at_one_step(told, monkeypatch):
+    """Also the one that a signal has reached: the others do not know of it yet."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    evaluated = []
+
+    def evaluate(variables):
+        evaluated.append(1)
+        raise StopEvaluation
+
+    run = Mock(
+        spec=Run,
+        step=3,
+        interrupted=told,
+        stop="SIGTERM" if told else "",
+        all_stop=False,
+        finished=False,
+        due=Mock(return_value=True),
+        window=Mock(),
+        state=Mock(variables={}, ema=None),
+    )
+    Evaluation(evaluate, 3, [], {}).after_step(run)
+    assert evaluated and run.all_stop and run.interrupted
+    assert run.stop == ("SIGTERM" if told else "another process")
 
 
 def test_a_second_signal_has_its_usual_effect(tmp_path):

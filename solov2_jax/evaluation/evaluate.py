@@ -1,5 +1,6 @@
 """Predictor and data set -> metrics on disk, with progress and timing."""
 
+import itertools
 import logging
 import os
 import time
@@ -23,6 +24,11 @@ log = logging.getLogger(__name__)
 
 PROGRESS_EVERY = 10.0  # seconds between two lines of progress
 WAITING_BATCHES = 1  # for the encoder; more would only cost memory
+ASK_EVERY = 4  # batches, after which several processes ask each other whether to stop
+
+
+class StopEvaluation(BaseException):
+    """Raised in the middle of an evaluation by a signal; its result is dropped."""
 
 
 @runtime_checkable
@@ -95,6 +101,9 @@ def evaluate(
       max_per_image: detections that the predictor keeps at most; images that reach it are
         logged. 0: not known.
       reports: called with the finished evaluation, in this order.
+
+    Raises:
+      StopEvaluation: in all of several processes, once one was told to stop.
     """
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -151,7 +160,7 @@ def predict(
     """
     kept: dict[int, Prediction] = {}
     clock = EvaluationClock(len(batches))
-    iterator = iter(batches)
+    iterator = stoppable(batches)
     encoding: deque[Future[None]] = deque()
 
     def encode(predictions: Sequence[Prediction]) -> None:
@@ -177,6 +186,23 @@ def predict(
         clock.lap("encode")
     log.info("%s", clock.summary())
     return kept, clock
+
+
+def stoppable(batches: BatchSource) -> Iterator[Mapping[str, np.ndarray]]:
+    """Yields this process's batches.
+
+    Raises:
+      StopEvaluation: in all of several processes, once one was told to stop. They may have
+        different numbers of batches, but ask each other equally often.
+    """
+    if jax.process_count() == 1:
+        yield from batches
+        return
+    iterator = iter(batches)
+    for _ in range(max(distributed.gather(-(-len(batches) // ASK_EVERY)))):
+        yield from itertools.islice(iterator, ASK_EVERY)
+        if distributed.stop_requested():
+            raise StopEvaluation
 
 
 class EvaluationClock:

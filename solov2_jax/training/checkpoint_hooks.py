@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from solov2_jax.checkpoint import CheckpointManager
 from solov2_jax.config import suggest
+from solov2_jax.evaluation.evaluate import StopEvaluation
 from solov2_jax.io import InputError
 from solov2_jax.training.build import Evaluate
 from solov2_jax.training.hooks import HookBase, Run
@@ -98,10 +99,6 @@ class PeriodicCheckpoint(HookBase):
             raise
 
 
-class StopEvaluation(BaseException):
-    """Raised by a signal in the middle of an evaluation, whose result is dropped."""
-
-
 class Evaluation(HookBase):
     """Evaluates every so many steps and at the end.
 
@@ -137,7 +134,9 @@ class Evaluation(HookBase):
             self._run(run)
 
     def after_step(self, run: Run) -> None:
-        if self._due(run) and not run.interrupted:
+        # Of several processes, all evaluate or none: the others may not know of the signal.
+        alone = jax.process_count() == 1
+        if self._due(run) and not (run.interrupted and alone):
             self._run(run)
 
     def _due(self, run: Run) -> bool:
@@ -156,6 +155,8 @@ class Evaluation(HookBase):
                 results = {**raw, **self._evaluate(run.state.ema)}
         except StopEvaluation:
             log.info("the evaluation of step %d is broken off", run.step)
+            run.stop, run.interrupted = run.stop or "another process", True
+            run.all_stop = True
             return
         finally:
             run.evaluating = False

@@ -48,6 +48,7 @@ class Run:
     # this step, with its checkpoint saved.
     stop: str = ""
     interrupted: bool = False  # by a signal: the same command would continue
+    all_stop: bool = False  # every process knows of it
     evaluating: bool = False  # a signal ends an evaluation without waiting for it
     # What hooks found out since the last line was written; `PeriodicWriter` writes it.
     scalars: dict[str, float] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from solov2_jax import distributed
 from solov2_jax import logging as console
 from solov2_jax.checkpoint import CheckpointManager
 from solov2_jax.classes import classes_record
+from solov2_jax.evaluation.evaluate import StopEvaluation
 from solov2_jax.io import InputError, reason
 from solov2_jax.training.build import Task, build_task
 from solov2_jax.training.checkpoint_hooks import (
@@ -24,7 +25,6 @@ from solov2_jax.training.checkpoint_hooks import (
     EarlyStop,
     Evaluation,
     PeriodicCheckpoint,
-    StopEvaluation,
     check_metric,
 )
 from solov2_jax.training.hooks import (
@@ -151,7 +151,7 @@ def train_steps(
     previous: Any = ()
     agree_on_stop = distributed.AgreeOnStop(mesh)
     while not run.finished:
-        if agree_on_stop(bool(run.stop)):
+        if run.all_stop or agree_on_stop(bool(run.stop)):
             if not run.stop:
                 run.stop, run.interrupted = "another process", True
             break
@@ -246,8 +246,8 @@ def make_hooks(
 def stop_on_signal(run: Run) -> Iterator[None]:
     """Lets SIGTERM and SIGINT end the run after the present step, or break off an evaluation.
 
-    Of several processes, all finish the evaluation first: they compute it in common. A
-    second signal has its usual effect: the process ends at once.
+    Of several processes, all leave the evaluation at the same place: they compute it in
+    common. A second signal has its usual effect: the process ends at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may install handlers
@@ -260,6 +260,7 @@ def stop_on_signal(run: Run) -> Iterator[None]:
         log.warning("%s: saving a checkpoint; a second one ends at once", run.stop)
         for number, handler in usual.items():
             signal.signal(number, handler)
+        distributed.request_stop()
         if run.evaluating and jax.process_count() == 1:
             raise StopEvaluation
 
@@ -268,5 +269,6 @@ def stop_on_signal(run: Run) -> Iterator[None]:
     try:
         yield
     finally:
+        distributed.request_stop(False)
         for number, handler in usual.items():
             signal.signal(number, handler)
