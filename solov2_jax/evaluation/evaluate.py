@@ -118,14 +118,7 @@ def evaluate(
         write_results(results, out / "predictions.json")
         metrics = evaluator.evaluate()
         write_metrics(evaluator, metrics, out)
-        if full := evaluator.images_with(max_per_image) if max_per_image else 0:
-            log.warning(
-                "%d of %d images have %d detections, as many as are kept: objects may be "
-                "missing; raise --config.test.max_per_image",
-                full,
-                len(evaluator.image_ids),
-                max_per_image,
-            )
+        warn_of_full_images(evaluator, max_per_image)
         evaluation = FinishedEvaluation(
             folder=out,
             dataset=dataset,
@@ -139,6 +132,18 @@ def evaluate(
         return metrics
 
     return distributed.broadcast_from_host0(finish)
+
+
+def warn_of_full_images(evaluator: CocoEvaluator, max_per_image: int) -> None:
+    """Logs how many images have as many detections as are kept; 0: not known."""
+    if full := evaluator.images_with(max_per_image) if max_per_image else 0:
+        log.warning(
+            "%d of %d images have %d detections, as many as are kept: objects may be missing; "
+            "raise --config.test.max_per_image",
+            full,
+            len(evaluator.image_ids),
+            max_per_image,
+        )
 
 
 def write_metrics(evaluator: CocoEvaluator, metrics: Mapping[str, float], folder: Path) -> None:
