@@ -11,7 +11,6 @@ import errno
 import json
 import logging
 import os
-import re
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -145,12 +144,9 @@ class OutputFolder:
             if self._manifest is not None:
                 self._append([relative, *values])
 
-    def remove_ours(self, folder: str, pattern: str) -> None:
-        """Deletes the files of a folder whose names match and that are ours.
-
-        With `overwrite`, the others too.
-        """
-        for path in matching_files(folder, pattern):
+    def remove_ours(self, paths: Iterable[str]) -> None:
+        """Deletes the files that are ours; with `overwrite`, the others too."""
+        for path in paths:
             if self.overwrite or self.is_ours(path):
                 os.unlink(path)
 
@@ -206,13 +202,12 @@ class OutputFolder:
         return path
 
 
-def matching_files(folder: str, pattern: str) -> list[str]:
-    """Returns the paths in a folder whose whole name matches a regular expression."""
+def names_in(folder: str) -> list[str]:
+    """Returns what is in a folder, nothing where there is none."""
     try:
-        names = os.listdir(folder)
+        return os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return [os.path.join(folder, name) for name in names if re.fullmatch(pattern, name)]
 
 
 class ResultsFile:

@@ -28,18 +28,17 @@ from solov2_jax.tools.predict.output_folder import (
     RECOVERED,
     RESULTS,
     OutputFolder,
-    matching_files,
+    names_in,
 )
 from solov2_jax.tools.predict.polygons import join_rings, mask_polygons
-from solov2_jax.tools.predict.sources import Frame, ImageFiles, Source, VideoFile
+from solov2_jax.tools.predict.sources import BrokenFile, Frame, ImageFiles, Source
 from solov2_jax.tools.predict.video import CODECS
 
 FORMATS = ("overlay", "coco", "masks", "cutouts", "yolo", "labelme")
 JPEG_QUALITY = 92
 JPEGS = (".jpg", ".jpeg", ".jfif")
 OBJECT_FILE = r"\d{3,}_.*\.png"  # of masks and cutouts
-# Where labels go: folders, and the end of the name.
-LABEL_FILES = {"yolo": ("yolo", "labels", ".txt"), "labelme": ("labelme", ".json")}
+LABELS, OBJECTS = {"yolo", "labelme"}, {"masks", "cutouts"}
 
 
 @dataclass(frozen=True)
@@ -115,49 +114,64 @@ def check_outputs(sources: Sequence[Source], folder: OutputFolder, formats: Sequ
 def planned_files(source: Source, output: str, formats: Sequence[str]) -> list[str]:
     """Returns the paths that a source's outputs may be written to.
 
-    Names that are known only later (a video's frames, an object's mask) are those that
+    Of a video's frames and of objects, whose names are known only later: the files that
     exist and look like one.
     """
-    paths, patterns = [], []  # patterns: (folder, regular expression)
-    per_frame = ""  # expression of the names of a video's frames
-    if isinstance(source, ImageFiles):
-        stems = list(zip(source.names, source.paths, strict=True))
-        frames = not source.stays
-    elif isinstance(source, VideoFile):
-        base = os.path.join(output, source.name)
-        if "overlay" in formats and source.makes_video:
-            paths += [base + suffix for suffix in sorted({suffix for _, suffix, _ in CODECS})]
-        elif "overlay" in formats:
-            patterns.append((output, re.escape(source.name) + r"_\d{6,}\.png"))
-        stems, frames = [], True
-        per_frame = re.escape(source.name) + r"_\d{6,}"
-    else:
+    if isinstance(source, BrokenFile):
         return []
-    for name, path in stems:
-        paths += [overlay_path(output, name, path)] if "overlay" in formats else []
-        paths += [os.path.join(output, "frames", f"{name}.jpg")] if frames else []
-    for kind, parts in LABEL_FILES.items():
-        if kind not in formats:
-            continue
-        where = os.path.join(output, *parts[:-1])
-        paths += [os.path.join(where, name + parts[-1]) for name, _ in stems]
-        if not stems:
-            patterns.append((where, per_frame + re.escape(parts[-1])))
-            patterns.append((os.path.join(output, "frames"), per_frame + r"\.jpg"))
-    for kind in {"masks", "cutouts"} & set(formats):
-        folders = [os.path.join(output, kind, name) for name, _ in stems]
-        if not stems:
-            folders = matching_files(os.path.join(output, kind), per_frame)
-        patterns += [(folder, OBJECT_FILE) for folder in folders]
-    for where, pattern in patterns:
-        paths += matching_files(where, pattern)
+    paths = []
+    if isinstance(source, ImageFiles):
+        suffixes = {n: overlay_suffix(p) for n, p in zip(source.names, source.paths, strict=True)}
+        stays = source.stays
+    else:
+        if "overlay" in formats and source.makes_video:
+            paths += [os.path.join(output, source.name + s) for s in {c[1] for c in CODECS}]
+        a_frame = re.compile(re.escape(source.name) + r"_\d{6,}")
+        folders = [
+            os.path.join(output, f) for f in ("", "frames", "yolo/labels", "labelme", *OBJECTS)
+        ]
+        names = {os.path.splitext(n)[0] for folder in folders for n in names_in(folder)}
+        suffix = "" if source.makes_video else ".png"
+        suffixes, stays = {n: suffix for n in names if a_frame.fullmatch(n)}, False
+    for name, suffix in suffixes.items():
+        for kind, path in picture_paths(output, formats, name, suffix, stays).items():
+            paths += object_files(path) if kind in OBJECTS else [path]
     return paths
 
 
-def overlay_path(output: str, name: str, path: str) -> str:
-    """Returns where the overlay of an image file goes: .jpg of a JPEG, else .png."""
-    suffix = os.path.splitext(path)[1].lower()
-    return os.path.join(output, name + (".jpg" if suffix in JPEGS else ".png"))
+def object_files(folder: str) -> list[str]:
+    """Returns the files of a folder that are named as objects' are."""
+    return [os.path.join(folder, n) for n in names_in(folder) if re.fullmatch(OBJECT_FILE, n)]
+
+
+def picture_paths(
+    output: str, formats: Sequence[str], name: str, suffix: str, stays: bool
+) -> dict[str, str]:
+    """Returns where what is written about a picture goes, by format; also its "frame".
+
+    Args:
+      suffix: of the overlay; "": it goes into a video.
+      stays: the picture is a file already, else labels need one.
+    """
+    files = {
+        "overlay": name + suffix,
+        "frame": f"frames/{name}.jpg",
+        "yolo": f"yolo/labels/{name}.txt",
+        "labelme": f"labelme/{name}.json",
+        "masks": f"masks/{name}",
+        "cutouts": f"cutouts/{name}",
+    }
+    kinds = set(formats)
+    if not suffix:
+        kinds.discard("overlay")
+    if not stays and kinds & LABELS:
+        kinds.add("frame")
+    return {k: os.path.join(output, *f.split("/")) for k, f in files.items() if k in kinds}
+
+
+def overlay_suffix(path: str) -> str:
+    """Returns what the overlay of an image file ends with: .jpg of a JPEG, else .png."""
+    return ".jpg" if os.path.splitext(path)[1].lower() in JPEGS else ".png"
 
 
 class OutputFiles:
@@ -188,54 +202,50 @@ class OutputFiles:
     def write(self, frame: Frame, prediction: Prediction) -> np.ndarray | None:
         """Writes a picture's files; returns the overlay of a video's frame."""
         assert frame.image is not None
+        suffix = "" if frame.in_video else overlay_suffix(frame.path)
+        where = picture_paths(self.folder.path, self.formats, frame.name, suffix, frame.stays)
         overlay = None
         if "overlay" in self.formats:
             overlay = draw_prediction(
                 frame.image, prediction, self.class_names, self.color_by, self.labels
             )
-            if not frame.in_video:
-                self._save(overlay, overlay_path(self.folder.path, frame.name, frame.path))
-                overlay = None
-        source = frame.path
-        if not frame.stays and {"yolo", "labelme"} & set(self.formats):
-            source = self._path("frames", f"{frame.name}.jpg")
-            self._save(frame.image, source)
-        for kind in ("masks", "cutouts"):
-            if kind in self.formats:
-                self._write_objects(kind, frame, prediction)
-        if "yolo" in self.formats:
-            path = self._path("yolo", "labels", f"{frame.name}.txt")
-            self._write_text(yolo_lines(prediction), path)
-        if "labelme" in self.formats:
-            path = self._path("labelme", f"{frame.name}.json")
-            image_path = os.path.relpath(source, os.path.dirname(path))
+        if overlay is not None and "overlay" in where:
+            self._save(overlay, where["overlay"])
+            overlay = None
+        if "frame" in where:
+            self._save(frame.image, where["frame"])
+        for kind in OBJECTS & where.keys():
+            self._write_objects(kind, frame.image, prediction, where[kind])
+        if "yolo" in where:
+            self._write_text(yolo_lines(prediction), where["yolo"])
+        if "labelme" in where:
+            image = where.get("frame", frame.path)
+            image_path = os.path.relpath(image, os.path.dirname(where["labelme"]))
             content = labelme_content(prediction, self.class_names, image_path)
-            self._write_text(json.dumps(content, indent=1), path)
+            self._write_text(json.dumps(content, indent=1), where["labelme"])
         return overlay
 
-    def _path(self, *parts: str) -> str:
-        return os.path.join(self.folder.path, *parts)
-
-    def _write_objects(self, kind: str, frame: Frame, prediction: Prediction) -> None:
-        where = self._path(kind, frame.name)
-        self.folder.remove_ours(where, OBJECT_FILE)  # of a run that found more
-        assert frame.image is not None
+    def _write_objects(
+        self, kind: str, image: np.ndarray, prediction: Prediction, where: str
+    ) -> None:
+        self.folder.remove_ours(object_files(where))  # of a run that found more
         for i, label in enumerate(prediction.labels.tolist()):
             window, mask = prediction.crop(i)
             if kind == "masks":
-                picture = np.zeros(frame.image.shape[:2], bool)
+                picture = np.zeros(image.shape[:2], bool)
                 picture[window] = mask
             else:
                 alpha = (mask * np.uint8(255))[..., None]
-                picture = np.concatenate([frame.image[window], alpha], axis=2)
+                picture = np.concatenate([image[window], alpha], axis=2)
             name = f"{i:03d}_{file_word(self.class_names[label])}.png"
             self._save(picture, os.path.join(where, name))
 
     def _write_yolo_classes(self) -> None:
+        folder = os.path.join(self.folder.path, "yolo")
         lines = [f"  {i}: {json.dumps(name)}" for i, name in enumerate(self.class_names)]
-        self._write_text("\n".join(["names:", *lines, ""]), self._path("yolo", "data.yaml"))
+        self._write_text("\n".join(["names:", *lines, ""]), os.path.join(folder, "data.yaml"))
         names = [" ".join(name.split()) for name in self.class_names]  # one line each
-        self._write_text("\n".join([*names, ""]), self._path("yolo", "classes.txt"))
+        self._write_text("\n".join([*names, ""]), os.path.join(folder, "classes.txt"))
 
     def _save(self, picture: np.ndarray, path: str) -> None:
         file_format = "JPEG" if path.endswith(".jpg") else "PNG"
