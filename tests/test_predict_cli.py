@@ -260,7 +260,7 @@ def test_predict_with_a_workdir(workdir, photos, tmp_path):
     assert {r["category_id"] for r in results} <= {5, 20}
     assert np.asarray(Image.open(out / "a_2.png")).shape == (40, 60, 3)
     assert "objects may be missing: an image reaches test.max_per_image (3)" in text
-    assert re.search(r"device busy \d+ % of [\d.]+ s \(compiling: ", text)
+    assert re.search(r"device busy \d+ % of [\d.]+ s \(plus ", text)
 
 
 def test_a_mistyped_class_names_the_nearest(workdir, photos, tmp_path):

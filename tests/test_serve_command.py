@@ -73,7 +73,7 @@ def test_a_service_answers_as_the_predictor_does_and_ends_in_order(workdir):
         assert ends.pop(200) > CLIENTS
         assert set(ends) <= {None}, ends
         assert process.wait(60) == 0
-        assert "every request that was taken is answered" in process.stdout.read()
+        assert "every accepted request was answered" in process.stdout.read()
     finally:
         process.kill()
         process.communicate()

@@ -87,7 +87,7 @@ def test_format_shapes(shapes, text):
 
 def test_command_prints_the_table(capsys):
     command.run(
-        ["--config", CONFIG, "--size", "64,96", "--depth", "1"]
+        argv=["--config", CONFIG, "--size", "64,96", "--depth", "1"]
         + ["--config.model.backbone.depth=18", "--config.model.num_classes=3"]
     )
     out = capsys.readouterr().out

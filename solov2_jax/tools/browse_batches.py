@@ -1,9 +1,4 @@
-"""Pictures of training batches as the network gets them: what `solov2 view` draws.
-
-A picture per image: the padded, augmented input with its stride-4 masks, and for each
-level the grid with the cells that are positive, in their object's colour; cells of
-several objects have a white frame.
-"""
+"""Pictures of training batches as the network gets them: what `solov2 view` draws."""
 
 import os
 from collections.abc import Sequence

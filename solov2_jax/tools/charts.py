@@ -53,9 +53,7 @@ def label(ax: Axes, title: str, x: str = "", y: str = "") -> None:
 
 
 def horizontal_bars(
-    ax: Axes,
-    names: Sequence[str],
-    series: Sequence[tuple[str, str, Values, Sequence[str]]],
+    ax: Axes, names: Sequence[str], series: Sequence[tuple[str, str, Values, Sequence[str]]]
 ) -> None:
     """Draws a group of bars for each name, the first one on top.
 
@@ -104,10 +102,7 @@ def above_columns(ax: Axes, heights: Values, texts: Sequence[str]) -> None:
 
 
 def histograms(
-    ax: Axes,
-    series: Mapping[str, np.ndarray],
-    edges: Values,
-    ticks: Values = (),
+    ax: Axes, series: Mapping[str, np.ndarray], edges: Values, ticks: Values = ()
 ) -> None:
     """Draws the outlines of histograms in per cent, by name; with ticks on a log scale."""
     for color, (name, values) in zip(COLORS, series.items(), strict=False):

@@ -13,13 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from solov2_jax import distributed
-from solov2_jax.data.buckets import (
-    DERIVED,
-    Bucket,
-    Resize,
-    check_buckets,
-    derive_buckets,
-)
+from solov2_jax.data.buckets import DERIVED, Bucket, Resize, check_buckets, derive_buckets
 from solov2_jax.data.build import train_resize
 from solov2_jax.models import build_model
 from solov2_jax.training.build import build_optimizer, build_trainable

@@ -1,8 +1,4 @@
-"""The network as a table: module, what it is, output, parameters, FLOPs.
-
-`solov2 summary --config configs/r50_3x.py` prints it. Nothing is
-computed and no array allocated: the network is traced with shapes only.
-"""
+"""The network as a table, `solov2 summary`: traced with shapes only, nothing is computed."""
 
 import dataclasses
 import math
@@ -14,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from solov2_jax.inference.programs import round_up
 from solov2_jax.models import build_model
 from solov2_jax.models.layers import ConvNorm, FrozenBatchNorm, GroupNorm, SharedConv
 from solov2_jax.training.optim import trainable_mask
@@ -83,11 +80,11 @@ def _describe(module: nn.Module, channels: int) -> str:
 
 def _count(rows: dict[tuple[str, ...], Row], variables, freeze_at: int) -> None:
     """Adds each array of `variables` to the rows of all modules around it."""
-    params = _flatten(variables["params"])
-    stats = _flatten(variables.get("batch_stats", {}))
+    params: Any = flatten_dict(variables["params"])
+    stats: Any = flatten_dict(variables.get("batch_stats", {}))
     frozen = {path[:-1] for path in stats}
     norm = "frozen_bn" if frozen else "gn"
-    trainable = _flatten(trainable_mask(variables["params"], freeze_at, norm))
+    trainable: Any = flatten_dict(trainable_mask(variables["params"], freeze_at, norm))
     for path, array in params.items():
         flops = 0
         if path[-1] == "kernel":
@@ -109,10 +106,6 @@ def _count(rows: dict[tuple[str, ...], Row], variables, freeze_at: int) -> None:
             rows[path[:depth]].frozen_norm += array.size
 
 
-def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
-    return flatten_dict(tree)  # type: ignore[return-value]
-
-
 def format_table(rows: Sequence[Row], depth: int = 0) -> str:
     """Returns the rows as lines of text with their total.
 
@@ -125,7 +118,8 @@ def format_table(rows: Sequence[Row], depth: int = 0) -> str:
         if depth and level > depth:
             continue
         name = "  " * (level - 1) + row.path[-1] if row.path else "(all)"
-        numbers = (f"{row.parameters:,}", f"{row.trainable:,}", _giga(row.flops))
+        flops = f"{row.flops / 1e9:,.3f}" if row.flops else ""
+        numbers = (f"{row.parameters:,}", f"{row.trainable:,}", flops)
         lines.append((name, row.what, format_shapes(row.outputs), *numbers))
     widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
     text = []
@@ -135,10 +129,6 @@ def format_table(rows: Sequence[Row], depth: int = 0) -> str:
         text.append("  ".join([*left, *right]).rstrip())
     text.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(text)
-
-
-def _giga(flops: int) -> str:
-    return f"{flops / 1e9:,.3f}" if flops else ""
 
 
 def format_shapes(shapes: Sequence[tuple[int, ...]]) -> str:
@@ -162,11 +152,7 @@ def padded_test_size(config: Any) -> tuple[int, int]:
     if buckets:
         lying = [size for size in buckets if size[0] <= size[1]]
         return max(lying or buckets, key=math.prod)
-    return _up_to_32(config.input.min_size_test), _up_to_32(config.input.max_size_test)
-
-
-def _up_to_32(side: int) -> int:
-    return max(-(-side // 32), 1) * 32
+    return round_up(config.input.min_size_test, 32), round_up(config.input.max_size_test, 32)
 
 
 def report(config: Any, size: tuple[int, int] | None = None, depth: int = 0) -> str:

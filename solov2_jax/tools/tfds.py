@@ -23,7 +23,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from solov2_jax.config_schema import text
-from solov2_jax.data.annotations import AnnotationTable, read_instances
+from solov2_jax.data.annotations import read_instances
 from solov2_jax.data.coco import CocoDataset, load_coco
 from solov2_jax.data.records import PREFIX, SPLITS
 from solov2_jax.io import InputError
@@ -128,7 +128,8 @@ def examples(dataset: CocoDataset) -> Iterator[dict[str, Any]]:
     category_ids = list(table.categories)
     if not all(abs(c) < 2**63 for c in category_ids):
         category_ids = list(range(len(category_ids)))
-    by_image = np.split(np.argsort(table.image, kind="stable"), _ends(table))
+    ends = np.cumsum(np.bincount(table.image, minlength=len(table.image_ids)))[:-1]
+    by_image = np.split(np.argsort(table.image, kind="stable"), ends)
     for i, image_id in enumerate(table.batch_ids().tolist()):
         size = table.size(i)
         objects = []
@@ -155,11 +156,6 @@ def examples(dataset: CocoDataset) -> Iterator[dict[str, Any]]:
             "image/width": size[1],
             "objects": objects,
         }
-
-
-def _ends(table: AnnotationTable) -> np.ndarray:
-    """Returns where the annotations of each image but the last end, sorted by image."""
-    return np.cumsum(np.bincount(table.image, minlength=len(table.image_ids)))[:-1]
 
 
 _NAME = Flag("name", text(), "Of the data set, in lower case.", required=True)

@@ -55,11 +55,7 @@ def _read() -> "Weights":
 
     settings = dict(parse_setting(text) for text in _SETTING.value)
     return read_weights(
-        _INPUT.value,
-        _SOURCE.value,
-        sha256=_SHA256.value,
-        settings=settings,
-        prefix=_PREFIX.value,
+        _INPUT.value, _SOURCE.value, sha256=_SHA256.value, settings=settings, prefix=_PREFIX.value
     )
 
 

@@ -9,12 +9,12 @@ r"""Predicts objects in images and videos: overlays, `predictions.json`, masks, 
         --write overlay,masks,cutouts,yolo,labelme
 
 Each image is padded to its own multiple of 32, exactly as the reference does with one
-image; every new padded shape compiles once. `--shapes 4` derives at most four shapes
-from the images, which many images want. `--tile 512` cuts large images into overlapping
+image; every new padded shape compiles once. With many images `--shapes 4` saves time: at
+most four shapes, derived from them. `--tile 512` cuts large images into overlapping
 tiles, `--tta flip,0.8,1,1.25` averages several views. `--score 0` keeps every detection
 that the network's own thresholds (`--config.test.*`) let through.
 
-Files of others in the output folder are never replaced or deleted without --overwrite.
+Other files in the output folder are never replaced or deleted without --overwrite.
 SIGINT (Ctrl-C) and SIGTERM end the reading; what was read is finished and written.
 
 Exit code 0: done; 1: some images, frames or pages could not be read or written, which the
@@ -42,7 +42,7 @@ _INPUT = Flag(
     "An image, a video, a folder, a quoted pattern, an http(s) or rtsp address, or camera:0.",
     required=True,
 )
-_OUTPUT = Flag("output", text(), "Folder to write to; made if need be.", required=True)
+_OUTPUT = Flag("output", text(), "Folder to write to.", required=True)
 _WRITE = Flag(
     "write",
     several(("overlay", "coco"), text()),
@@ -51,7 +51,7 @@ _WRITE = Flag(
 )
 _SCORE = Flag("score", share(0.3), "Least score of a detection.")
 _CLASSES = Flag("classes", several((), text()), "Only these: names or category ids.")
-_MAX = Flag("max", whole(0), "Best detections of an image. 0: all.")
+_MAX = Flag("max", whole(0), "Most detections per image, best first. 0: all.")
 _HIDE_LABELS = Flag("hide_labels", switch(False), "Overlays without text.")
 _COLOR_BY = Flag(
     "color_by",
@@ -62,8 +62,8 @@ _COLOR_BY = Flag(
 _TRACK = Flag("track", switch(False), "Follow objects from frame to frame and number them.")
 _BATCH_SIZE = Flag("batch_size", whole(1, 1, 4096), "Images of one padded shape per batch.")
 _SHAPES = Flag("shapes", whole(0, high=10_000), "Most padded shapes. 0: each image's own.")
-_FRAMES = Flag("frames", whole(0), "Of a video or camera: so many at most. 0: all.")
-_EVERY = Flag("every", whole(1, 1), "Of a video or camera: the first of every so many.")
+_FRAMES = Flag("frames", whole(0), "Most frames of a video or camera. 0: all.")
+_EVERY = Flag("every", whole(1, 1), "Of a video or camera: use every Nth frame.")
 _READERS = Flag("readers", whole(2, 1, 1024), "Threads that read and resize images.")
 _OVERWRITE = Flag("overwrite", switch(False), "Replace files that this command did not write.")
 _MAX_PIXELS = Flag(

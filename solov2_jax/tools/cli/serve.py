@@ -26,20 +26,22 @@ from solov2_jax.tools.cli.flags import Flag
 log = logging.getLogger(__name__)
 
 _HOST = Flag("host", text("127.0.0.1"), "Address to listen on.")
-_PORT = Flag("port", whole(8000, high=65_535), "To listen on; 0: a free one.")
+_PORT = Flag("port", whole(8000, high=65_535), "Port to listen on; 0 picks a free one.")
 _BATCH = Flag("batch_size", whole(1, 1, 4096), "Most images computed together; above 1 for GPUs.")
 _WAIT = Flag("batch_wait_ms", number(5.0, 0, high=60_000), "Time that an image waits for others.")
 _QUEUE = Flag("queue", whole(16, 1, 1_000_000), "Most requests at once; one more is answered 429.")
-_MAX_MB = Flag("max_mb", number(10.0, 0.001, high=1e6), "Megabytes of a body.")
-_MAX_MEGAPIXELS = Flag("max_megapixels", number(25.0, 0.001, high=1e6), "Of an image.")
-_BODY_SECONDS = Flag("body_seconds", number(30.0, 0.01, high=86_400), "To send a body.")
+_MAX_MB = Flag("max_mb", number(10.0, 0.001, high=1e6), "Most megabytes of a body.")
+_MAX_MEGAPIXELS = Flag(
+    "max_megapixels", number(25.0, 0.001, high=1e6), "Most megapixels of an image."
+)
+_BODY_SECONDS = Flag("body_seconds", number(30.0, 0.01, high=86_400), "Seconds to send a body.")
 _HEADER_SECONDS = Flag(
-    "header_seconds", number(10.0, 0.01, high=86_400), "To send a header; idle between requests."
+    "header_seconds", number(10.0, 0.01, high=86_400), "Seconds to send a header, or idle."
 )
-_CONNECTIONS = Flag(
-    "max_connections", whole(512, 1, 1_000_000), "Open at once; one more is closed."
+_CONNECTIONS = Flag("max_connections", whole(512, 1, 1_000_000), "Most open ones; more are closed.")
+_WRITE_SECONDS = Flag(
+    "write_seconds", number(30.0, 0.01, high=86_400), "Seconds to read an answer."
 )
-_WRITE_SECONDS = Flag("write_seconds", number(30.0, 0.01, high=86_400), "To read an answer.")
 _SCORE = Flag("score", share(0.3), "Least score of a detection, unless a request says another.")
 FLAGS = (*shared.MODEL, _HOST, _PORT, _SCORE, _BATCH, _WAIT, _QUEUE, _MAX_MB, _MAX_MEGAPIXELS)
 FLAGS += (_BODY_SECONDS, _HEADER_SECONDS, _WRITE_SECONDS, _CONNECTIONS)
@@ -78,7 +80,7 @@ def main(overrides: list[str]) -> None:
         write_seconds=_WRITE_SECONDS.value,
     )
     server.run(sockets=[sock])
-    log.info("stopped: every request that was taken is answered")
+    log.info("stopped; every accepted request was answered")
 
 
 run = functools.partial(app.run, main, FLAGS)

@@ -24,7 +24,7 @@ from solov2_jax.tools.cli import app, shared
 from solov2_jax.tools.cli.flags import Flag
 
 _CONFIG = Flag("config", text(), "Config file; keys: configs/base.py.", required=True)
-_WORKDIR = Flag("workdir", text(), "Of the run; resumed if it has checkpoints.", required=True)
+_WORKDIR = Flag("workdir", text(), "Run's folder; resumed if it has checkpoints.", required=True)
 _DRY_RUN = Flag("dry_run", switch(False), "Compile only; print time, FLOPs and memory.")
 _OVERFIT = Flag("overfit", whole(0), "Self-test: overfit so many training images. 0: train.")
 FLAGS = (_CONFIG, _WORKDIR, _DRY_RUN, _OVERFIT, *shared.PROCESSES)

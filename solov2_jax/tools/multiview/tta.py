@@ -87,10 +87,7 @@ class AugmentedPredictor(MultiviewPredictor):
         )
 
     def _fuse(
-        self,
-        found: Sequence[Detections],
-        soft_masks: Float[Array, "N h w"],
-        cells: Int[Array, "2"],
+        self, found: Sequence[Detections], soft_masks: Float[Array, "N h w"], cells: Int[Array, "2"]
     ) -> Detections:
         """Returns the detections of all views as one image's, in the frame."""
         fields = [(f.scores, f.labels, f.valid) for f in found]
@@ -182,9 +179,7 @@ def mask_iou(soft_masks: Float[Array, "N h w"], threshold: float) -> Float[Array
 
 @jax.jit
 def average(
-    weights: Float[Array, "D N"],
-    soft_masks: Float[Array, "N h w"],
-    cells: Int[Array, "2"],
+    weights: Float[Array, "D N"], soft_masks: Float[Array, "N h w"], cells: Int[Array, "2"]
 ) -> Float[Array, "D h w"]:
     """Returns weighted sums of soft masks in the frame, continued beyond its cells.
 

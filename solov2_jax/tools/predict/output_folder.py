@@ -7,7 +7,6 @@ lasts, so a killed run is noticed, its temporary files are deleted and its resul
 """
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -55,14 +54,24 @@ class OutputFolder:
     def check(self, paths: Iterable[str]) -> None:
         """Raises if a path cannot be written to, or holds a file of the user's."""
         self._read_manifest()
+        self._check_free(paths)
+
+    def _check_free(self, paths: Iterable[str]) -> None:
         conflicts = []
         for path in paths:
             if os.path.isdir(path) and not os.path.islink(path):
                 raise InputError(f"{path}: is a folder, and a file must go there; remove it")
-            if not self.is_ours(path):
+            if not self.overwrite and not self.is_ours(path):
                 conflicts.append(path)
-        if conflicts and not self.overwrite:
-            self._refuse(conflicts)
+        if conflicts:
+            names = ", ".join(sorted(conflicts)[:NAMED_CONFLICTS])
+            more = len(conflicts) - NAMED_CONFLICTS
+            others = f" and {more} more" if more > 0 else ""
+            raise InputError(
+                f"--output {self.path}: {names}{others}: not written by this command, or changed "
+                "since; move these files, choose another folder, or give --overwrite to replace "
+                "them"
+            )
 
     def is_ours(self, path: str) -> bool:
         """Returns whether a path is free, or holds a file as a run of ours left it."""
@@ -72,15 +81,6 @@ class OutputFolder:
             return True
         written = self._written.get(os.path.relpath(path, self.path), set())
         return (status.st_size, status.st_mtime_ns) in written or _GROWING in written
-
-    def _refuse(self, conflicts: list[str]) -> None:
-        names = ", ".join(sorted(conflicts)[:NAMED_CONFLICTS])
-        more = len(conflicts) - NAMED_CONFLICTS
-        others = f" and {more} more" if more > 0 else ""
-        raise InputError(
-            f"--output {self.path}: {names}{others}: not written by this command, or changed "
-            "since; move these files, choose another folder, or give --overwrite to replace them"
-        )
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
@@ -93,16 +93,10 @@ class OutputFolder:
         self._read_manifest()
         self._manifest = open(os.path.join(self.path, MANIFEST), "ab", buffering=0)
         try:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(self._manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise InputError(
-                        f"--output {self.path}: another prediction is writing there; wait for "
-                        "it, or choose another folder"
-                    ) from None
+            self._take_lock()
             if self._cut:
-                self._manifest.write(b"\n")
+                self._manifest.write(b"
+")
             if self._unfinished:
                 self._clean_up()
             self._append("begin")
@@ -115,6 +109,17 @@ class OutputFolder:
             self._manifest.close()
             self._manifest = None
 
+    def _take_lock(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"--output {self.path}: another prediction is writing there; wait for it, or "
+                "choose another folder"
+            ) from None
+
     @contextlib.contextmanager
     def replacing(self, path: str) -> Iterator[Path]:
         """Yields a temporary file that replaces `path` at the end, whole or not at all.
@@ -122,10 +127,7 @@ class OutputFolder:
         Raises:
           InputError: if there is a file of the user's.
         """
-        if os.path.isdir(path) and not os.path.islink(path):
-            raise IsADirectoryError(errno.EISDIR, "is a folder", path)
-        if not self.overwrite and not self.is_ours(path):
-            self._refuse([path])
+        self._check_free([path])
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with atomic_path(path, sync=False) as temporary:
             yield temporary

@@ -289,18 +289,14 @@ def labelme_content(
     shapes = []
     for i, label in enumerate(prediction.labels.tolist()):
         parts = object_polygons(prediction, i)
-        for part in parts:
-            points = join_rings(part).round(2).tolist()
-            shapes.append(
-                {
-                    "label": class_names[label],
-                    "points": points,
-                    "group_id": i if len(parts) > 1 else None,
-                    "description": f"score {prediction.scores[i]:.3f}",
-                    "shape_type": "polygon",
-                    "flags": {},
-                }
-            )
+        shape = {
+            "label": class_names[label],
+            "group_id": i if len(parts) > 1 else None,
+            "description": f"score {prediction.scores[i]:.3f}",
+            "shape_type": "polygon",
+            "flags": {},
+        }
+        shapes += [{**shape, "points": join_rings(part).round(2).tolist()} for part in parts]
     height, width = prediction.masks.shape[1:]
     return {
         "version": "5.5.0",

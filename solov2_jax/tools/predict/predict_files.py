@@ -21,15 +21,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from solov2_jax.inference.prediction import Prediction, to_coco_results
 from solov2_jax.io import InputError, printable
@@ -112,7 +105,7 @@ class Summary:
             log.info("video: %s", path)
         if self.busy is not None:
             share, seconds, compiled = self.busy
-            besides = f" (compiling: {compiled:.1f} s besides)" if compiled > 0 else ""
+            besides = f" (plus {compiled:.1f} s compiling)" if compiled > 0 else ""
             log.info("device busy %.0f %% of %.1f s%s", 100 * share, seconds, besides)
         if not problems:
             return ""
@@ -123,10 +116,7 @@ class Summary:
 
 
 def predict_files(
-    predictor: PicturePredictor,
-    sources: Sequence[Source],
-    output: str,
-    options: FileOptions,
+    predictor: PicturePredictor, sources: Sequence[Source], output: str, options: FileOptions
 ) -> Summary:
     """Predicts and writes every picture; returns what became of them.
 
@@ -319,18 +309,18 @@ class ProgressReport:
         self.total = total
         self.pictures = self.objects = 0
         self._shown = time.perf_counter()
-        self._bar: Progress | None = None
+        self._bar: rich_progress.Progress | None = None
         self._streams: list[tuple[logging.StreamHandler, Any]] = []
 
     def __enter__(self) -> "ProgressReport":
         console = Console(file=sys.stdout)
         if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.fields[text]}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
+            self._bar = rich_progress.Progress(
+                rich_progress.TextColumn("{task.fields[text]}"),
+                rich_progress.BarColumn(),
+                rich_progress.MofNCompleteColumn(),
+                rich_progress.TimeElapsedColumn(),
+                rich_progress.TimeRemainingColumn(),
                 console=console,
             )
             self._bar.start()

@@ -154,12 +154,12 @@ class VideoReader:
         self._check_pixels(self._stream.width, self._stream.height)
         rate = self._stream.average_rate or self._stream.guessed_rate
         self.fps = float(rate) if rate and 0.1 <= rate <= 1000 else DEFAULT_FPS
-        # As the file's header says.
-        stream_seconds = float((self._stream.duration or 0) * (self._stream.time_base or 0))
-        only_video = len(self._container.streams) == 1
-        self._seconds = stream_seconds or (self._container.duration or 0) / 1e6 * only_video
-        duration = self._seconds or (self._container.duration or 0) / 1e6
-        self.num_frames = self._stream.frames or round(duration * self.fps)
+        # As the file's header says; sound may be longer than the frames.
+        seconds = (self._container.duration or 0) / 1e6
+        self._seconds = float((self._stream.duration or 0) * (self._stream.time_base or 0))
+        if not self._seconds and len(self._container.streams) == 1:
+            self._seconds = seconds
+        self.num_frames = self._stream.frames or round((self._seconds or seconds) * self.fps)
         self._rest = self._decode()
         self._first = next(self._rest)
         self.size = self._first[0].shape[:2]  # (height, width), upright
@@ -220,8 +220,8 @@ class VideoReader:
         told += [f"reading ended with: {reason}"] if reason else []
         if told:
             raise InputError(
-                f"{self.name}: the video is damaged or cut off: {', '.join(told)}; those that "
-                "were read are done"
+                f"{self.name}: the video is damaged or cut off: {', '.join(told)}; what was read "
+                "is done"
             )
 
     def _open(self, name: str) -> Any:
@@ -276,8 +276,7 @@ class VideoWriter:
       path: without a suffix, which is the codec's.
       fps: frames a second, where no times are given.
       codecs: (name, suffix, options), the first that works is taken.
-      replacing: gives a temporary path that becomes the named one, such as
-        `io.atomic_path`.
+      replacing: gives a temporary path that becomes the named one.
     """
 
     def __init__(

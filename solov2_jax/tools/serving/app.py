@@ -261,10 +261,7 @@ _BODY = {
 
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The detections.",
-        "content": {"application/json": {}, "image/png": {}},
-    },
+    200: {"description": "The detections.", "content": {"application/json": {}, "image/png": {}}},
     400: {"description": "The image is damaged, or the body empty."},
     408: {"description": "The body came too slowly."},
     413: {"description": "Too many bytes or pixels."},

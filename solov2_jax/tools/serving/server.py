@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import signal
 import socket
@@ -66,6 +67,96 @@ def _accept_waiting(listening: list[socket.socket]) -> list[socket.socket]:
     return found
 
 
+class BoundedProtocol(H11Protocol):
+    """HTTP/1.1 with time limits for its clients; see `make_server`."""
+
+    deadline: asyncio.TimerHandle | None = None
+    write_deadline: asyncio.TimerHandle | None = None
+    stopping = False
+
+    def __init__(
+        self,
+        *args: Any,
+        max_connections: int,
+        header_seconds: float,
+        write_seconds: float,
+        **options: Any,
+    ):
+        super().__init__(*args, **options)
+        self.max_connections = max_connections
+        self.header_seconds, self.write_seconds = header_seconds, write_seconds
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            log.warning("closed a connection: more than %d are open", self.max_connections)
+            transport.abort()
+            return
+        self._expect_header()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_clock()
+        if self.write_deadline is not None:
+            self.write_deadline.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        before = self.cycle
+        super().data_received(data)
+        if self.cycle is not before:
+            self._stop_clock()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._expect_reading()
+        if self.cycle is None or self.cycle.response_complete:
+            self._expect_header()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_reading()
+
+    def shutdown(self) -> None:
+        """Ends the connection when its request is answered; the client has no say."""
+        self.stopping = True
+        super().shutdown()
+        self._expect_reading(anew=True)
+        self.loop.call_later(_STOPPING_SECONDS, self._expect_body)
+
+    def _expect_body(self) -> None:
+        if self.conn.their_state is h11.SEND_BODY:
+            self.transport.abort()
+
+    def _expect_reading(self, anew: bool = False) -> None:
+        """Starts the clock of an answer that waits in the buffer, unless it runs."""
+        if self.write_deadline is not None:
+            if not anew:
+                return
+            self.write_deadline.cancel()
+            self.write_deadline = None
+        if self.transport.get_write_buffer_size():
+            stopping = _STOPPING_SECONDS if self.stopping else self.write_seconds
+            seconds = min(self.write_seconds, stopping)
+            self.write_deadline = self.loop.call_later(seconds, self._check_read, self.cycle)
+
+    def _check_read(self, cycle: Any) -> None:
+        self.write_deadline = None
+        if cycle is not self.cycle:  # another answer by now, with a clock of its own
+            self._expect_reading()
+        elif self.transport.get_write_buffer_size():
+            log.warning("closed a connection: its client did not read the answer")
+            self.transport.abort()
+
+    def _expect_header(self) -> None:
+        self._stop_clock()
+        self.deadline = self.loop.call_later(self.header_seconds, self.transport.abort)
+
+    def _stop_clock(self) -> None:
+        if self.deadline is not None:
+            self.deadline.cancel()
+            self.deadline = None
+
+
 def make_server(
     app: Any, *, max_connections: int, header_seconds: float, write_seconds: float = 30.0
 ) -> Server:
@@ -77,86 +168,15 @@ def make_server(
         how long one may be idle between two.
       write_seconds: within which a client must have read an answer.
     """
-
-    class Protocol(H11Protocol):
-        """HTTP/1.1 whose clients may not take for ever."""
-
-        deadline: asyncio.TimerHandle | None = None
-        write_deadline: asyncio.TimerHandle | None = None
-        stopping = False
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            if len(self.connections) > max_connections:
-                log.warning("more than %d connections: one is closed", max_connections)
-                transport.abort()
-                return
-            self._expect_header()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_clock()
-            if self.write_deadline is not None:
-                self.write_deadline.cancel()
-            super().connection_lost(exc)
-
-        def data_received(self, data: bytes) -> None:
-            before = self.cycle
-            super().data_received(data)
-            if self.cycle is not before:
-                self._stop_clock()
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            self._expect_reading()
-            if self.cycle is None or self.cycle.response_complete:
-                self._expect_header()
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._expect_reading()
-
-        def shutdown(self) -> None:
-            """Ends the connection when its request is answered; the client has no say."""
-            self.stopping = True
-            super().shutdown()
-            self._expect_reading(anew=True)
-            self.loop.call_later(_STOPPING_SECONDS, self._expect_body)
-
-        def _expect_body(self) -> None:
-            if self.conn.their_state is h11.SEND_BODY:
-                self.transport.abort()
-
-        def _expect_reading(self, anew: bool = False) -> None:
-            """Starts the clock of an answer that waits in the buffer, unless it runs."""
-            if self.write_deadline is not None:
-                if not anew:
-                    return
-                self.write_deadline.cancel()
-                self.write_deadline = None
-            if self.transport.get_write_buffer_size():
-                seconds = min(write_seconds, _STOPPING_SECONDS) if self.stopping else write_seconds
-                self.write_deadline = self.loop.call_later(seconds, self._check_read, self.cycle)
-
-        def _check_read(self, cycle: Any) -> None:
-            self.write_deadline = None
-            if cycle is not self.cycle:  # another answer by now, with a clock of its own
-                self._expect_reading()
-            elif self.transport.get_write_buffer_size():
-                log.warning("a client did not read its answer: its connection is closed")
-                self.transport.abort()
-
-        def _expect_header(self) -> None:
-            self._stop_clock()
-            self.deadline = self.loop.call_later(header_seconds, self.transport.abort)
-
-        def _stop_clock(self) -> None:
-            if self.deadline is not None:
-                self.deadline.cancel()
-                self.deadline = None
-
+    protocol: Any = functools.partial(
+        BoundedProtocol,
+        max_connections=max_connections,
+        header_seconds=header_seconds,
+        write_seconds=write_seconds,
+    )
     config = uvicorn.Config(
         app,
-        http=Protocol,
+        http=protocol,
         ws="none",
         loop="asyncio",
         log_config=None,
