@@ -7,6 +7,7 @@ lasts, so a killed run is noticed, its temporary files are deleted and its resul
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -95,8 +96,7 @@ class OutputFolder:
         try:
             self._take_lock()
             if self._cut:
-                self._manifest.write(b"
-")
+                self._manifest.write(b"\n")
             if self._unfinished:
                 self._clean_up()
             self._append("begin")
