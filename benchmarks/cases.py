@@ -1,11 +1,10 @@
-"""What programs are given: weights, images, objects and targets; a train step of a config.
+"""What programs are given: weights, images and objects; a train step of a config.
 
 Weights are the ones of the tests (`tests/golden_weights.py`): random, but scaled so
 that a picture has some hundred candidates. They are written under the names that each
 side reads, from one set of arrays. Pictures are made here, unless a file is given.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -20,12 +19,10 @@ from harness import ROOT
 from jax.sharding import Mesh
 
 from solov2_jax import distributed
-from solov2_jax.config import load_config, save_config, split_overrides
+from solov2_jax.config import load_config, save_config
 from solov2_jax.data.images import read_image
 from solov2_jax.data.transforms import resize_image
 from solov2_jax.models import build_model
-from solov2_jax.structs import Batch
-from solov2_jax.targets import assign_targets
 from solov2_jax.tools import dry_run
 from solov2_jax.tools.summary import summarize
 from solov2_jax.weights import names
@@ -49,34 +46,11 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> Any:
     return config
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what all benchmarks of the network ask for."""
-    parser.add_argument("--config", default="configs/r50_3x.py")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), default=(800, 1333))
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--image", help="a picture to use instead of the generated one")
-
-
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Any, Any]:
-    """Returns (arguments, config with the "--config.key=value" overrides)."""
-    rest, overrides = split_overrides(argv)
-    args = parser.parse_args(rest)
-    args.overrides = overrides
-    return args, read_config(args.config, overrides)
-
-
-def describe(args: Any) -> dict[str, Any]:
-    """Returns what a result says about its work."""
-    work = {"config": args.config, "overrides": args.overrides, "size": list(args.size)}
-    return work | {"batch": args.batch, "image": "given" if args.image else "made"}
-
-
-def write_case(folder: Path, config: Any, arrays: Mapping[str, np.ndarray]) -> Path:
-    """Writes config, weights' paths and arrays into a folder, and returns it."""
+def write_case(folder: Path, config: Any, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes config, weights' paths and arrays into a folder."""
     save_config(config, folder / "config.json")
     (folder / "weights.json").write_text(json.dumps(write_weights(config)))
     np.savez(folder / "arrays.npz", **arrays)
-    return folder
 
 
 def variable_shapes(model: Any) -> PyTree:
@@ -190,20 +164,6 @@ def make_train_batch(config: Any, size: tuple[int, int], batch: int) -> dict[str
     fields = make_batch(config, size, batch) | make_objects(config, size, batch)
     del fields["full_masks"]
     return fields
-
-
-def add_targets(batch: Mapping[str, np.ndarray], config: Any) -> dict[str, np.ndarray]:
-    """Returns our targets of a batch, for a program that does not build them itself."""
-    targets = assign_targets(
-        Batch(**{k: v for k, v in batch.items() if k != "full_masks"}),
-        num_grids=tuple(config.model.ins_head.num_grids),
-        scale_ranges=tuple(map(tuple, config.targets.scale_ranges)),
-        sigma=config.targets.sigma,
-        num_classes=config.model.num_classes,
-        max_pairs=config.targets.max_pairs,
-        key=jax.random.key(0),
-    )
-    return {f"target_{k}": np.asarray(v) for k, v in vars(targets).items()}
 
 
 def build_step(config: Any, mesh: Mesh | None = None) -> tuple[Any, PyTree, Mesh]:
