@@ -16,8 +16,8 @@ from solov2_jax.evaluation.coco import CocoEvaluator, json_metrics
 from solov2_jax.evaluation.coco_score import read_ground_truth
 from solov2_jax.evaluation.evaluate import build_evaluator, build_reports
 from solov2_jax.evaluation.evaluate import evaluate as evaluate_all
-from solov2_jax.inference import predictor
 from solov2_jax.inference.prediction import Prediction
+from solov2_jax.training import build
 from solov2_jax.training.build import build_evaluate
 
 # tiny_coco's objects: image id -> [(label, x, y, side)]; labels by sorted ids 5, 20.
@@ -161,7 +161,7 @@ def test_training_reads_the_ground_truth_once(dataset, tmp_path, monkeypatch):
         return read_ground_truth(*args)
 
     monkeypatch.setattr(coco, "read_ground_truth", read)
-    monkeypatch.setattr(predictor, "build_predictor", lambda *args: Oracle())
+    monkeypatch.setattr(build, "build_predictor", lambda *args: Oracle())
     config = base.get_config()
     config.input.min_size_test = config.input.max_size_test = 64
     config.data.num_workers, config.eval.batch_size = 0, 2

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -263,6 +264,72 @@ def test_predict_with_a_workdir(workdir, photos, tmp_path):
     assert re.search(r"device busy \d+ % of [\d.]+ s \(plus ", text)
 
 
+def test_the_limit_of_pixels_is_a_flag(workdir, photos, tmp_path):
+    given = ("--workdir", workdir, "--input", photos / "a.png", "--score=0")
+    code, text = command("predict.py", *given, "--output", tmp_path / "few", "--max_pixels=1000")
+    assert code == 2 and "more than 1000 pixels" in text, text
+    assert "--max_pixels" in text.splitlines()[-1] and "Traceback" not in text
+    flags = ("--max_pixels=2400", "--tile=48", "--output", tmp_path / "all")
+    code, text = command("predict.py", *given, *flags)
+    assert code == 0 and "1 pictures" in text, text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("early", [True, False])
+def test_the_exit_code_names_the_signal(workdir, tmp_path, number, early):
+    for i in range(600):
+        Image.new("RGB", (60, 40), (i % 255, 0, 0)).save(tmp_path / f"{i:03}.png")
+    out = tmp_path / "out"
+    flags = [f"--workdir={workdir}", f"--input={tmp_path}", f"--output={out}", "--score=0"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "predict.py"), *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        first = next(line for line in process.stdout if "weights of step" in line)
+        while not early and not (out / "000.png").exists():
+            assert process.poll() is None, first
+            time.sleep(0.01)
+        process.send_signal(number)
+        text = process.communicate(timeout=120)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number, text
+    assert "Traceback" not in text
+    assert not list(out.rglob(".writing-*"))
+    if not early:
+        results = json.loads((out / "predictions.json").read_text())
+        assert 0 < len({r["image_id"] for r in results}) < 600
+
+
+def test_a_full_disk_while_a_video_is_written_costs_the_video_alone(tmp_path):
+    """The system refuses to write a file beyond a size, as a full disk would."""
+    noise = np.random.default_rng(0)
+    writer = VideoWriter(str(tmp_path / "clip"), 10.0)
+    for _ in range(60):
+        writer.write(noise.integers(0, 255, (96, 128, 3), dtype=np.uint8))
+    code = f"""
+import resource, test_predict_cli as t
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
+t.predict({writer.close()!r}, {str(tmp_path / "out")!r})
+"""
+    tests = Path(__file__).resolve().parent
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tests,
+        env={**os.environ, "PYTHONPATH": str(tests.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert f"cannot be written: File too large: '{tmp_path}/out/clip.mp4'" in found.stderr
+    assert json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [MANIFEST, "predictions.json"]
+
+
 def test_a_mistyped_class_names_the_nearest(workdir, photos, tmp_path):
     code, text = command(
         "predict.py",
@@ -304,6 +371,10 @@ def test_evaluate_a_workdir(workdir, tmp_path):
     assert len(results) == metrics["num_predictions"] > 0
     assert {r["image_id"] for r in results} <= {7, 3, 9}
     assert f"segm/AP {metrics['segm/AP']:.4f}" in text
+    # Limits within the network are told by it, that of detections once for all images.
+    assert "an image reaches test.nms_pre (20)" in text
+    assert "an image reaches test.max_per_image" not in text
+    assert "images have 10 detections, as many as are kept" in text
 
 
 GIVEN = ("--workdir=nowhere", "--output=o")

@@ -18,8 +18,9 @@ Other files in the output folder are never replaced or deleted without --overwri
 SIGINT (Ctrl-C) and SIGTERM end the reading; what was read is finished and written.
 
 Exit code 0: done; 1: some images, frames or pages could not be read or written, which the
-line `error: ...` names, and the others are done; 2: an error, nothing was predicted;
-130 and 143: ended by SIGINT or SIGTERM (a camera that is ended by Ctrl-C: 0).
+line `error: ...` names, and the others are done; 2: an error, before the first picture or
+one that ends the run, such as a full disk (what was done is written); 130 and 143: ended
+by SIGINT or SIGTERM (a camera that is ended by Ctrl-C: 0).
 """
 
 import functools

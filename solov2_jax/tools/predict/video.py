@@ -308,15 +308,17 @@ class VideoWriter:
         seconds = float(self.num_frames / self.fps) if seconds is None else seconds
         self._tick = max(round(seconds / self._time_base), self._tick + 1)
         frame.pts, frame.time_base = self._tick, self._time_base
-        self._container.mux(self._stream.encode(frame))
+        with self._named_errors():
+            self._container.mux(self._stream.encode(frame))
         self.num_frames += 1
 
     def close(self) -> str:
         """Finishes the file and returns its path; "" if there was no frame."""
         if self._container is None or self._file is None:
             return ""
-        self._container.mux(self._stream.encode(None))
-        self._container.close()
+        with self._named_errors():
+            self._container.mux(self._stream.encode(None))
+            self._container.close()
         self._container = None
         self._file.close()
         return self.path
@@ -328,6 +330,15 @@ class VideoWriter:
                 self._container.close()  # writes what it still holds
             self._container = None
             self._file.__exit__(InputError, InputError("discarded"), None)
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Names the video where FFmpeg names a temporary file, such as on a full disk."""
+        try:
+            yield
+        except self._av.error.FFmpegError as error:
+            text = f"cannot be written: {error.strerror}"
+            raise OSError(error.errno, text, self.path) from error
 
     def _open(self, picture: np.ndarray) -> None:
         self._av = load_av()
