@@ -109,6 +109,6 @@ def join_rings(rings: Sequence[Ring]) -> Ring:
 
 def _shortest_way(a: Ring, b: Ring) -> tuple[float, int, int]:
     """Returns (length, corner of a, corner of b) of the shortest way."""
-    lengths, corners = KDTree(b).query(a)
+    lengths, corners = (np.asarray(values) for values in KDTree(b).query(a))
     i = int(np.argmin(lengths))
     return float(lengths[i]), i, int(corners[i])

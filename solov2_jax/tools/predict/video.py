@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 
 from solov2_jax.data.images import _to_rgb, opened
 from solov2_jax.io import InputError, atomic_path, printable
@@ -102,16 +102,12 @@ class PageReader:
         seconds, number = 0.0, 0
         try:
             with opened(self.name) as image:
-                while True:
-                    try:
-                        image.seek(number)
-                    except EOFError:
-                        break
-                    page = _to_rgb(ImageOps.exif_transpose(image), self.name)
-                    yield np.array(page), seconds if self.has_times else None
-                    seconds += (image.info.get("duration") or 1000 / self.fps) / 1000
-                    number += 1
                 is_gif = image.format == "GIF"
+                for page in ImageSequence.Iterator(image):
+                    pixels = _to_rgb(ImageOps.exif_transpose(page), self.name)
+                    yield np.array(pixels), seconds if self.has_times else None
+                    seconds += (page.info.get("duration") or 1000 / self.fps) / 1000
+                    number += 1
             if number < self.num_frames or (is_gif and not _has_trailer(self.name)):
                 raise InputError("the file ends there")
         except ValueError as error:
@@ -259,14 +255,13 @@ def _why(error: Any, live: bool) -> str:
     if isinstance(error, EOFError):
         return NO_FRAME
     if live:
-        return (
-            f"no such camera or stream, or it is in use ({error.strerror}); cameras "
-            "are named camera:0, camera:1, ..."
+        why, fix = "no such camera or stream, or it is in use", "name camera:0, camera:1, ..."
+    else:
+        why, fix = (
+            "is not a video that can be read",
+            "convert it, such as by ffmpeg, or give images",
         )
-    return (
-        f"is not a video that can be read ({error.strerror}). Convert it, for example "
-        "by ffmpeg, or give images"
-    )
+    return f"{why} ({error.strerror}); {fix}"
 
 
 class VideoWriter:
@@ -349,14 +344,14 @@ class VideoWriter:
         for codec, suffix, options in self._codecs:
             try:
                 self._begin(codec, suffix, options)
+            except InputError:
+                raise
             except (self._av.error.FFmpegError, ValueError) as error:
-                if isinstance(error, InputError):
-                    raise
                 tried.append(f"{codec}: {error}")
-                continue
-            if tried:
-                log.info("codec %s; not usable: %s", codec, "; ".join(tried))
-            return
+            else:
+                if tried:
+                    log.info("codec %s; not usable: %s", codec, "; ".join(tried))
+                return
         raise InputError(
             f"{self._base}: this FFmpeg has no codec to write a video with "
             f"({'; '.join(tried)}); pip install --force-reinstall av"
