@@ -323,10 +323,7 @@ def _newest_readable(
             return result, step, list(unreadable)
         unreadable[step] = reason
         log.warning(
-            "%s/checkpoints/%d is unreadable (%s): trying the one before",
-            workdir,
-            step,
-            reason,
+            "%s/checkpoints/%d is unreadable (%s): trying the one before", workdir, step, reason
         )
     reasons = "; ".join(f"{step}: {why}" for step, why in unreadable.items())
     raise ValueError(

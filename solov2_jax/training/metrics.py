@@ -42,11 +42,7 @@ class MetricsWindow:
 
     def saved(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of the steps fetched so far."""
-        return {
-            "window": list(self.values),
-            "skipped": self.skipped,
-            "streak": self.streak,
-        }
+        return {"window": list(self.values), "skipped": self.skipped, "streak": self.streak}
 
     def add(self, step: int, metrics: dict[str, jax.Array], image_ids: Any) -> None:
         """Remembers the metrics of a step and the images it saw."""

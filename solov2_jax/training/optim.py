@@ -108,10 +108,7 @@ def cosine(rate: float, final: float, steps: int) -> optax.Schedule:
 
 
 def trainable_mask(
-    params: PyTree,
-    freeze_at: int,
-    norm: str = "frozen_bn",
-    patterns: Sequence[str] = (),
+    params: PyTree, freeze_at: int, norm: str = "frozen_bn", patterns: Sequence[str] = ()
 ) -> PyTree:
     """Returns a tree of bools: True for the parameters that training may change.
 

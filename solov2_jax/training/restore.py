@@ -86,9 +86,7 @@ def restore(config: Any, workdir: pathlib.Path, task: Task, mesh: Mesh) -> Start
 
 
 def initial_weights(
-    config: Any,
-    shapes: dict[str, PyTree],
-    init: Callable[[Sequence[str]], dict[str, jax.Array]],
+    config: Any, shapes: dict[str, PyTree], init: Callable[[Sequence[str]], dict[str, jax.Array]]
 ) -> tuple[dict[str, PyTree], convert.Report]:
     """Returns (variables with those of `init_from` put in, report of what went where).
 

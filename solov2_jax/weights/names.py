@@ -195,10 +195,7 @@ def _caffe2_backbone() -> tuple[Rule, ...]:
 
 
 def _fpn(lateral: str, output: str) -> tuple[Rule, ...]:
-    return (
-        *conv(lateral, "fpn/lateral{l}", bias=True),
-        *conv(output, "fpn/output{l}", bias=True),
-    )
+    return (*conv(lateral, "fpn/lateral{l}", bias=True), *conv(output, "fpn/output{l}", bias=True))
 
 
 def _heads(
@@ -233,10 +230,7 @@ _ADELAIDET_HEADS = _heads(
         "kernel": ("ins_head.kernel_tower.{3i}", "ins_head.kernel_tower.{3i+1}"),
     },
     preds={"cate": "ins_head.cate_pred", "kernel": "ins_head.kernel_pred"},
-    block=(
-        "mask_head.convs_all_levels.{l}.conv{j}.0",
-        "mask_head.convs_all_levels.{l}.conv{j}.1",
-    ),
+    block=("mask_head.convs_all_levels.{l}.conv{j}.0", "mask_head.convs_all_levels.{l}.conv{j}.1"),
     mask_pred=("mask_head.conv_pred.0", "mask_head.conv_pred.1"),
 )
 
@@ -273,8 +267,7 @@ _COUNTER = Drop(
     "a counter, of batches or averaged steps",
 )
 _CLASSIFIER = Drop(
-    r"((stem\.)?fc|fc1000|pred|classifier|linear)[._].*",
-    "ImageNet classifier, not used",
+    r"((stem\.)?fc|fc1000|pred|classifier|linear)[._].*", "ImageNet classifier, not used"
 )
 _OTHER_HEADS = Drop(
     r"(proposal_generator|roi_heads?|rpn_head|bbox_head|sem_seg_head|anchor_generator"
@@ -290,10 +283,7 @@ _DETECTRON2_NETWORK = (
     *_detectron2_backbone("backbone.bottom_up."),
     *_fpn("backbone.fpn_lateral{l}", "backbone.fpn_output{l}"),
 )
-ADELAIDET = NameTable(
-    (*_DETECTRON2_NETWORK, *_ADELAIDET_HEADS),
-    (_COUNTER, _PIXELS, _OTHER_HEADS),
-)
+ADELAIDET = NameTable((*_DETECTRON2_NETWORK, *_ADELAIDET_HEADS), (_COUNTER, _PIXELS, _OTHER_HEADS))
 DETECTRON2 = NameTable(
     (*_caffe2_backbone(), *_detectron2_backbone(""), *_DETECTRON2_NETWORK),
     (_COUNTER, _PIXELS, _OTHER_HEADS, _CLASSIFIER, _MOMENTUM, _STEM_BIAS),

@@ -148,9 +148,7 @@ class RestrictedUnpickler:
     """
 
     def __init__(
-        self,
-        symbols: Mapping[str, Builder],
-        persistent: Callable[[Any], Any] | None = None,
+        self, symbols: Mapping[str, Builder], persistent: Callable[[Any], Any] | None = None
     ):
         self._symbols, self._persistent = symbols, persistent
         self._stack: list[Any] = []
