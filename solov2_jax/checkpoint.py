@@ -238,7 +238,7 @@ def restore_variables(
     """
     which, _, kind = which.partition(":")
     if kind not in ("", "raw"):
-        raise InputError(f"checkpoint {which}:{kind}: after the colon only 'raw' can be")
+        raise InputError(f"checkpoint {which}:{kind}: only 'raw' may follow the colon")
     steps = list_steps(workdir)
     if not steps:
         raise InputError(f"{workdir}: no checkpoint in checkpoints/; train first")
@@ -357,7 +357,7 @@ def read_run(workdir: str | os.PathLike, checkpoint: str = "last") -> Weights:
     """
     folder = pathlib.Path(workdir)
     variables, step = restore_variables(folder, checkpoint)
-    flat = flatten_dict(jax.device_get(variables), sep="/")
+    flat: dict[str, Any] = {**flatten_dict(jax.device_get(variables), sep="/")}
     settings = settings_of_config(read_config(folder / "config.json"))
     settings.update(settings_of_shapes(flat))
     drop_needless(settings)

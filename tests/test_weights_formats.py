@@ -313,7 +313,7 @@ HOSTILE_VALUES = {
     "has \\(24\\)": p_tensor("0", "f4", 24, (2**30,), strides=(0,)),
     "offset|more numbers": p_tensor("0", "f4", 24, (24,), offset=1),
     "should have": p_tensor("0", "f4", 2**30, (2**30,)),
-    "no count": p_tensor("0", "f4", 24, (2,), strides=(-1,)),
+    "not a count": p_tensor("0", "f4", 24, (2,), strides=(-1,)),
     "storage 'nope'": p_tensor("nope", "f4", 24, (24,)),
     "storage '../../etc/passwd'": p_tensor("../../etc/passwd", "f4", 24, (24,)),
     # Structures that cannot be.
@@ -347,7 +347,7 @@ def test_copies_without_end_are_refused(tmp_path):
     text = p_str("x" * 100_000) + b"q\x00"  # BINPUT 0
     encode = p_global("_codecs", "encode") + b"(h\x00" + p_str("latin1") + b"tR"
     path = write_zip(tmp_path / "x.pth", p_list(text, *[encode] * 1000), {})
-    with pytest.raises(ValueError, match="copies its contents more often"):
+    with pytest.raises(ValueError, match="duplicates its data"):
         read_weights(path)
 
 
@@ -360,8 +360,8 @@ _SAVED = p_list(*[p_int(1)] * 1000) + b"q\x01"
 COLLIDING = [i * (2**61 - 1) for i in range(30_000)]
 BOMBS = {
     # message -> a pickled value that took seconds or gigabytes.
-    "copies its contents": p_list(_SAVED, *[p_call("torch", "Size", b"h\x01")] * 3000),
-    "more often than weights do": p_list(
+    "duplicates its data": p_list(_SAVED, *[p_call("torch", "Size", b"h\x01")] * 3000),
+    "more than weights files do": p_list(
         b"\x96" + struct.pack("<Q", 100_000) + bytes(100_000) + b"q\x01",
         *[p_call("builtins", "bytearray", b"h\x01")] * 3000,
     ),
@@ -384,12 +384,12 @@ BOMBS = {
     ),
     "memo that nobody writes": b"Nr" + struct.pack("<I", 2**28),
     "key of type tuple": b"}" + doubled(40) + b"Ns",
-    "no short text": p_call("_codecs", "encode", p_str("x"), doubled(40)),
-    "no short text .tuple": doubled(40) + b"\x8c\x01x\x93",
+    "not a short string": p_call("_codecs", "encode", p_str("x"), doubled(40)),
+    "not a short string .tuple": doubled(40) + b"\x8c\x01x\x93",
     "small objects": b"(" + b"\x8f" * 1_000_000 + b"t",
     "key of more than 64 bits": b"}(" + b"".join(p_int(i) + b"N" for i in COLLIDING) + b"u",
     "of more than 64 bits: refused": b"(" + b"".join(map(p_int, COLLIDING)) + b"d",
-    "size that is no count": p_tensor("0", "f4", 24, (2**62 + 1,)),
+    "size that is not a count": p_tensor("0", "f4", 24, (2**62 + 1,)),
 }
 
 
@@ -424,7 +424,7 @@ def test_bytes_that_many_arrays_share_are_refused(tmp_path):
     path = tmp_path / "x.pkl"
     value = data + b"0" + dtype + b"0" + p_dict({f"w{i}": a for i, a in enumerate(arrays)})
     path.write_bytes(pickle_of(value))
-    with pytest.raises(InputError, match="more often than weights do"):
+    with pytest.raises(InputError, match="more than weights files do"):
         read_weights(str(path))
 
 
@@ -450,7 +450,7 @@ def test_views_without_end_are_refused(tmp_path):
     pairs = {f"w{i}": p_tensor("0", "f4", 10_000, (10_000,)) for i in range(1000)}
     storage = {"0": bytes(40_000)}
     path = write_zip(tmp_path / "x.pth", p_dict(pairs), storage)
-    with pytest.raises(ValueError, match="share storages more often"):
+    with pytest.raises(ValueError, match="share storages more"):
         read_weights(path)
 
 
@@ -645,7 +645,7 @@ def test_integer_weights_and_deformable_ones_are_refused(tmp_path):
     path = str(tmp_path / "x.npz")
     state = small_state("r18")
     np.savez(path, **{n: a.astype(np.int32) for n, a in state.items()})
-    with pytest.raises(ValueError, match="weights that are integers: params/"):
+    with pytest.raises(ValueError, match="integer weights: params/"):
         read_weights(path)
     for name in (
         "backbone.bottom_up.res3.0.conv2_offset.weight",

@@ -154,7 +154,7 @@ class Evaluation(HookBase):
                 raw = {f"raw/{name}": value for name, value in results.items()}
                 results = {**raw, **self._evaluate(run.state.ema)}
         except StopEvaluation:
-            log.info("the evaluation of step %d is broken off", run.step)
+            log.info("the evaluation of step %d was interrupted", run.step)
             run.stop, run.interrupted = run.stop or "another process", True
             run.all_stop = True
             return
@@ -165,7 +165,7 @@ class Evaluation(HookBase):
         if self._metric in run.results and run.results[self._metric] is None:
             log.warning(
                 "step %d: %s is undefined, because the validation data has no object to "
-                "compare with. It is neither the best nor compared with it, and null in "
+                "compare with. It does not count for the best checkpoint and is null in "
                 "metrics.jsonl",
                 run.step,
                 self._metric,

@@ -311,7 +311,7 @@ class PreciseBN(HookBase):
         with contextlib.closing(self._batches(0)) as batches:
             for batch in itertools.islice(batches, self._num_batches):
                 arrays = distributed.put_batch(batch, self._mesh)
-                moments = dict(flatten_dict(self._moments(variables, arrays)))
+                moments: dict[tuple, Any] = {**flatten_dict(self._moments(variables, arrays))}
                 for path, value in moments.items():
                     if path[-1] == "var":  # E[x^2] can be added
                         value = value + jnp.square(moments[(*path[:-1], "mean")])

@@ -167,7 +167,7 @@ def train_steps(
                 raise  # names the image or annotation
             raise InputError(
                 f"no batch could be read after step {run.step} ({reason(error)}). If a "
-                "reading process was killed for want of memory, lower data.num_workers or "
+                "reader process ran out of memory and was killed, lower data.num_workers or "
                 "data.prefetch. The traceback is in train.log"
             ) from error
         run.data_seconds = time.perf_counter() - start

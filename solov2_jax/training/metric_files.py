@@ -57,7 +57,7 @@ def read_csv(path: pathlib.Path) -> list[dict[str, str]]:
     for i, row in enumerate(rows, 2):
         with reading(f"{path}, line {i}", "a row of metrics", _fix_line(path)):
             if None in row or not row["step"].isdigit():
-                raise ValueError("the first column is no step, or there are too many columns")
+                raise ValueError("the first column is not a step, or there are too many columns")
     return rows
 
 

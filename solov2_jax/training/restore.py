@@ -68,7 +68,7 @@ def restore(config: Any, workdir: pathlib.Path, task: Task, mesh: Mesh) -> Start
         def init(names: Sequence[str]) -> dict[str, jax.Array]:
             # Only these are drawn: the file's leaves need no random generator.
             def leaves(key: jax.Array) -> dict[str, jax.Array]:
-                flat = flatten_dict(task.init(key), sep="/")
+                flat: dict[str, Any] = {**flatten_dict(task.init(key), sep="/")}
                 return {name: flat[name] for name in names}
 
             return draw(leaves, key, mesh)

@@ -119,7 +119,7 @@ def logging_to(path: pathlib.Path) -> Iterator[None]:
             try:
                 each.close()
             except OSError as error:  # a full disk, which whatever it stops reports
-                log.warning("%s: its end could not be written (%s)", path, reason(error))
+                log.warning("%s: its last lines could not be written (%s)", path, reason(error))
 
 
 def check_workdir(
@@ -159,7 +159,7 @@ def check_writable(workdir: pathlib.Path) -> None:
             kind = "a folder" if is_folder else "a file"
             raise InputError(f"{path} should be {kind}; move it away")
         if path.exists() and not os.access(path, os.W_OK):
-            raise InputError(f"{path}: you may not write to it; change its permissions")
+            raise InputError(f"{path}: not writable; change its permissions")
 
 
 def check_nothing_lost(workdir: pathlib.Path) -> None:

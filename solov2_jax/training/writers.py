@@ -104,7 +104,7 @@ def load_objects(paths: Sequence[str], key: str, base: type[T]) -> list[T]:
     for path in paths:
         made = import_object(path, key)()
         if not isinstance(made, base):
-            raise InputError(f"{key}: {path} is no class derived from training.{base.__name__}")
+            raise InputError(f"{key}: {path} is not a class derived from training.{base.__name__}")
         objects.append(made)
     return objects
 
@@ -363,7 +363,7 @@ def _close(file: Any, path: pathlib.Path) -> None:
     try:
         file.close()
     except OSError as error:
-        log.warning("%s: its end could not be written (%s)", path, reason(error))
+        log.warning("%s: its last lines could not be written (%s)", path, reason(error))
 
 
 def _tag(name: str) -> str:

@@ -51,7 +51,7 @@ def check_members(archive: zipfile.ZipFile, size: int) -> None:
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise WeightsError(f"{shown} is neither stored nor deflated; save it again")
         if info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size:
-            raise WeightsError(f"{shown} is stored and gives two different sizes")
+            raise WeightsError(f"{shown} is stored but declares two different sizes")
         seen.add(name)
     if sum(info.compress_size for info in archive.infolist()) > size:
         raise WeightsError("archive members overlap, or the file is truncated")
@@ -69,7 +69,7 @@ def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
     with archive.open(name) as stream:
         data = stream.read(declared)
     if len(data) != declared:
-        raise WeightsError(f"archive member {name[:80]!r} is shorter than it says")
+        raise WeightsError(f"archive member {name[:80]!r} is shorter than declared")
     return data
 
 

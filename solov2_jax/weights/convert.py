@@ -103,7 +103,7 @@ def _other_classes(flat: Flat, targets: Mapping[str, Any]) -> bool:
         for leaf, value in flat.items()
         if leaf.startswith(_CLASS_LAYER) and leaf in targets
     ]
-    return any(ours[:-1] == theirs[:-1] and ours != theirs for theirs, ours in shapes)
+    return any(a[:-1] == b[:-1] and a != b for a, b in shapes)
 
 
 def _refuse_misfits(weights: Weights, flat: Flat, targets: Mapping[str, Any]) -> None:
@@ -121,14 +121,15 @@ def _refuse_misfits(weights: Weights, flat: Flat, targets: Mapping[str, Any]) ->
             f"model.ins_head, model.mask_head, model.num_classes): {shorten(wrong, 20)}"
         )
     if not flat:
-        raise ValueError(f"{weights.path}: no tensor of it fits the network")
+        raise ValueError(f"{weights.path}: none of its tensors fits the network")
 
 
 def match(
     weights: Weights, variables: Mapping[str, Any], *, strict: bool = False
 ) -> tuple[Flat, Report]:
     """Returns (leaves of the file that fit the network, report), see `fit`."""
-    targets, flat, dropped = flatten_dict(variables, sep="/"), dict(weights.flat), []
+    targets: dict[str, Any] = {**flatten_dict(variables, sep="/")}
+    flat, dropped = dict(weights.flat), []
     if not strict and _other_classes(flat, targets):
         for leaf in [leaf for leaf in flat if leaf.startswith(_CLASS_LAYER)]:
             classes = flat.pop(leaf).shape[-1]
@@ -171,7 +172,7 @@ def fit(
     _log.info("%s", report.summary())
     for group, count in _partly_new(report).items():
         _log.warning("%s: %d leaves of %s are missing", weights.path, count, group)
-    targets = flatten_dict(variables, sep="/")
+    targets: dict[str, Any] = {**flatten_dict(variables, sep="/")}
     loaded = {n: np.array(v, targets[n].dtype, order="C") for n, v in flat.items()}
     if report.new and not hasattr(targets[report.new[0]], "__array__"):
         if init is None:

@@ -118,7 +118,7 @@ def as_key(value: Any) -> str | bytes:
 def as_count(value: Any) -> int:
     """Returns a size, offset or stride; refuses what no file could hold."""
     if type(value) is not int or not 0 <= value <= _MAX_COUNT:
-        raise WeightsError(f"a size that is no count ({type(value).__name__}): refused")
+        raise WeightsError(f"a size that is not a count ({type(value).__name__}): refused")
     return value
 
 
@@ -127,7 +127,7 @@ def as_text(value: Any, limit: int = 256) -> str:
     """Returns short text; anything else is refused without being printed."""
     value = value.decode("latin-1") if isinstance(value, bytes) else value
     if not isinstance(value, str) or len(value) > limit:
-        raise WeightsError(f"a name that is no short text ({_describe(value)}): refused")
+        raise WeightsError(f"a name that is not a short string ({_describe(value)}): refused")
     return value
 
 
@@ -159,7 +159,7 @@ class RestrictedUnpickler:
         """Refuses files that make a little data into a lot; `amount` in bytes."""
         self._budget -= amount
         if self._budget < 0:
-            raise WeightsError("the file copies its contents more often than weights do")
+            raise WeightsError("the file duplicates its data more than weights files do")
 
     def load(self, file: BufferedIOBase, size: int) -> Any:
         """Returns the pickled value; the file, of `size` bytes, then stands behind it.
@@ -193,7 +193,7 @@ class RestrictedUnpickler:
     def _put(self, place: int | None) -> None:
         place = len(self._memo) if place is None else place
         if not 0 <= place <= self._operations:  # writers count from 0 or 1
-            raise WeightsError("malformed pickle (a place in the memo that nobody writes)")
+            raise WeightsError("malformed pickle (a memo index out of range)")
         self._memo[place] = self._stack[-1]
 
     def _pop_mark(self) -> list[Any]:
@@ -209,13 +209,13 @@ class RestrictedUnpickler:
     def _set_items(self, items: list[Any]) -> None:
         target = self._stack[-1]
         if not isinstance(target, dict) or len(items) % 2:
-            raise WeightsError("malformed pickle (items of what is no dict)")
+            raise WeightsError("malformed pickle (items of something other than a dict)")
         fill_dict(target, zip(items[::2], items[1::2], strict=True))
 
     def _append(self, items: list[Any]) -> None:
         target = self._stack[-1]
         if not isinstance(target, list):
-            raise WeightsError("malformed pickle (appends to what is no list)")
+            raise WeightsError("malformed pickle (appends to something other than a list)")
         target.extend(items)
 
     def _push_symbol(self, name: str) -> None:
@@ -260,7 +260,7 @@ class RestrictedUnpickler:
     def _add_items(self, _: None) -> None:
         items = self._pop_mark()
         if not isinstance(self._stack[-1], set):
-            raise WeightsError("malformed pickle (adds to what is no set)")
+            raise WeightsError("malformed pickle (adds to something other than a set)")
         self._stack[-1].update(map(as_key, items))
 
     def _make_dict(self, _: None) -> None:

@@ -177,10 +177,8 @@ def _read_container(path: str, container: str, prefix: str) -> Contents:
         tensors: dict[str, np.ndarray] = {}
         for name, value in network.tensors.items():
             if isinstance(value, torch_files.StoredTensor):
-                tensors[name] = file.array(value)
-            else:
-                pickled = isinstance(value, torch_files.PickledArray)
-                tensors[name] = value.value if pickled else value
+                value = file.array(value)
+            tensors[name] = getattr(value, "value", value)  # of a PickledArray
     return Contents(container, tensors, network.dropped, metadata or network.metadata)
 
 
@@ -205,7 +203,7 @@ def _as_float32(flat: names.Flat) -> names.Flat:
     """Returns the leaves as float32; ValueError naming all that are no such numbers."""
     kinds = [leaf for leaf, value in flat.items() if value.dtype.kind != "f"]
     if kinds:
-        raise ValueError(f"weights that are integers: {names.shorten(kinds)}")
+        raise ValueError(f"integer weights: {names.shorten(kinds)}")
     with np.errstate(over="ignore"):  # becomes infinity, refused below
         flat = {leaf: np.asarray(value, np.float32) for leaf, value in flat.items()}
     bad = [leaf for leaf, value in flat.items() if not np.isfinite(value).all()]
@@ -219,7 +217,7 @@ def _named(contents: Contents, source: str) -> tuple[names.Flat, list[tuple[str,
     deformable = [name for name in contents.tensors if _DEFORMABLE.fullmatch(name)]
     if deformable:
         raise ValueError(
-            "these weights have deformable convolutions, which this network has not: "
+            "these weights have deformable convolutions, which this network does not have: "
             + names.shorten(deformable)
         )
     table = names.TABLES[source]

@@ -94,7 +94,7 @@ class DType(Stateful):
     def __init__(self, code: Any):
         code = as_text(code)
         if not re.fullmatch(r"[<>|=]?[fiub][1248]", code):
-            raise WeightsError(f"arrays of type {code[:20]!r} are no numbers: refused")
+            raise WeightsError(f"arrays of type {code[:20]!r} are not numeric: refused")
         self.value = np.dtype(code)
 
     def set_state(self, state: Any, unpickler: RestrictedUnpickler) -> None:
@@ -120,7 +120,7 @@ def _as_array(
     shape: Any, dtype: Any, fortran: bool, data: bytes, unpickler: RestrictedUnpickler
 ) -> np.ndarray:
     if not isinstance(dtype, DType):
-        raise WeightsError("an array without a number type: refused")
+        raise WeightsError("an array without a numeric type: refused")
     if not isinstance(shape, tuple) or len(shape) > _MAX_RANK:
         raise WeightsError("an array with a malformed shape: refused")
     need = math.prod(map(as_count, shape)) * dtype.value.itemsize
@@ -152,7 +152,7 @@ def _scalar(unpickler: RestrictedUnpickler, args: tuple) -> Any:
 def _encode(unpickler: RestrictedUnpickler, args: tuple) -> bytes:
     text, encoding = args
     if as_text(encoding) not in ("latin1", "latin-1") or not isinstance(text, str):
-        raise WeightsError("text encoded as another thing than latin-1: refused")
+        raise WeightsError("text in an encoding other than latin-1: refused")
     return _raw(text, unpickler)
 
 
@@ -267,7 +267,7 @@ def _tensor(unpickler: RestrictedUnpickler, args: tuple) -> StoredTensor:
 
 def _parameter(unpickler: RestrictedUnpickler, args: tuple) -> StoredTensor:
     if not isinstance(args[0], StoredTensor):
-        raise WeightsError("a parameter that is no tensor: refused")
+        raise WeightsError("a parameter that is not a tensor: refused")
     return args[0]
 
 
@@ -308,7 +308,7 @@ class TorchFile:
             self.cache[storage.key] = self.read_storage(storage.key, last * size)
         self.budget -= math.prod(tensor.shape) * size
         if self.budget < 0:
-            raise WeightsError("its tensors share storages more often than weights do")
+            raise WeightsError("its tensors share storages more than weights files do")
         if all(tensor.shape):
             view = np.ndarray(
                 tensor.shape,
@@ -334,7 +334,7 @@ def _folder(archive: zipfile.ZipFile) -> str:
             )
     pickles = [n for n in archive.namelist() if n.count("/") == 1 and n.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise WeightsError("no PyTorch checkpoint: the archive lacks a NAME/data.pkl")
+        raise WeightsError("not a PyTorch checkpoint: the archive lacks a NAME/data.pkl")
     return pickles[0].removesuffix("data.pkl")
 
 
@@ -401,7 +401,7 @@ def open_legacy(path: str) -> Iterator[TorchFile]:
     with open(path, "rb") as file:
         magic, protocol, system = (RestrictedUnpickler({}).load(file, size) for _ in range(3))
         if magic != MAGIC or protocol != _PROTOCOL or not isinstance(system, dict):
-            raise WeightsError("no PyTorch checkpoint (magic number or protocol)")
+            raise WeightsError("not a PyTorch checkpoint (magic number or protocol)")
         content = RestrictedUnpickler(SYMBOLS, persistent).load(file, size)
         keys = RestrictedUnpickler({}).load(file, size)
         order = "<" if system.get("little_endian", True) else ">"
