@@ -382,7 +382,7 @@ BOMBS = {
         b"h\x01",
         b"h\x01",
     ),
-    "memo that nobody writes": b"Nr" + struct.pack("<I", 2**28),
+    "memo index out of range": b"Nr" + struct.pack("<I", 2**28),
     "key of type tuple": b"}" + doubled(40) + b"Ns",
     "not a short string": p_call("_codecs", "encode", p_str("x"), doubled(40)),
     "not a short string .tuple": doubled(40) + b"\x8c\x01x\x93",
