@@ -133,6 +133,11 @@ def printable(text: str) -> str:
     return "".join(c for c in " ".join(text.split()) if c.isprintable())
 
 
+def without_controls(text: str) -> str:
+    """Returns text of several lines without what a terminal would obey, as `printable`."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")
+
+
 def import_object(path: str, key: str) -> Any:
     """Returns what an import path such as "mypackage.augment:cutout" names.
 

@@ -11,6 +11,8 @@ import socket
 import sys
 from collections.abc import Iterator
 
+from solov2_jax.io import without_controls
+
 CACHE = "~/.cache/solov2_jax"
 
 log = logging.getLogger("solov2_jax")
@@ -59,10 +61,17 @@ def console_logging() -> Iterator[None]:
         log.removeHandler(handler)
 
 
+class PlainFormatter(logging.Formatter):
+    """Leaves out what a terminal would obey: names of files and classes are others'."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_controls(super().format(record))
+
+
 def _console() -> logging.Handler:
     handler = logging.StreamHandler(sys.stdout)
     handler.set_name(_NAME)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(PlainFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     return handler
 
 

@@ -1,6 +1,7 @@
 """One atomic write and one boundary around the reading of other people's files."""
 
 import json
+import logging
 import os
 import pathlib
 import stat
@@ -9,6 +10,8 @@ import zlib
 import pytest
 
 from solov2_jax import io
+from solov2_jax.logging import PlainFormatter
+from solov2_jax.tools.cli import app
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -76,3 +79,12 @@ def test_import_paths():
     for bad in ("json", "json:nothing", "no_such_package:f"):
         with pytest.raises(io.InputError, match="augment.custom"):
             io.import_object(bad, "augment.custom")
+
+
+def test_what_a_terminal_would_obey_is_left_out_of_logs(tmp_path, capsys):
+    name = "cat\x1b[2J\ud800\x07 \u202e\xfc"
+    assert io.without_controls(f"a\n\t{name}") == "a\n\tcat[2J \xfc"
+    record = logging.LogRecord("x", logging.INFO, "", 0, "class %s", (name,), None)
+    assert PlainFormatter("%(message)s").format(record) == "class cat[2J \xfc"
+    app.echo(name)
+    assert capsys.readouterr().out == "cat[2J \xfc\n"

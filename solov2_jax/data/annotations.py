@@ -256,7 +256,7 @@ def _check_unique(ids: Iterable[Any], kind: str, source: str) -> None:
 def describe(values: Iterable[Any], limit: int = 5) -> str:
     """Returns the first few of the values, and how many there are."""
     values = list(values)
-    text = ", ".join(str(v) for v in values[:limit])
+    text = ", ".join(str(v)[:200] for v in values[:limit])
     return text if len(values) <= limit else f"{text}, ... ({len(values)} in all)"
 
 

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from solov2_jax.data.build import build_train_batches
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.inference.draw import distinct_colors, draw_objects
+from solov2_jax.io import without_controls
 from solov2_jax.tools.grid_assignment import (
     Collisions,
     GridAssignment,
@@ -44,7 +45,7 @@ def browse(config: Any, dataset: CocoDataset, folder: str, step: int, num_steps:
             title = f"step {step + i}, {names[image_id]} (image {image_id})"
             path = os.path.join(folder, f"step_{step + i:06d}_{row}_{image_id}.jpg")
             Image.fromarray(caption(picture, title)).save(path, quality=90)
-            print(list_objects(fields, config, dataset.class_names, title))
+            print(without_controls(list_objects(fields, config, dataset.class_names, title)))
             paths.append(path)
     return paths
 

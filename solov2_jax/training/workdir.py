@@ -26,6 +26,7 @@ from solov2_jax.checkpoint import had_checkpoint, list_steps, read_best, read_cl
 from solov2_jax.classes import classes_difference, classes_record
 from solov2_jax.config import changed_keys, read_config, save_config
 from solov2_jax.io import InputError, reason, write_json
+from solov2_jax.logging import PlainFormatter
 from solov2_jax.training.optim import build_schedule
 
 log = logging.getLogger("solov2_jax")
@@ -94,7 +95,7 @@ def logging_to(path: pathlib.Path) -> Iterator[None]:
     if number := jax.process_index():
         path = path.with_stem(f"{path.stem}_process_{number}")
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
     libraries = logging.FileHandler(path)
     libraries.setFormatter(handler.formatter)
     libraries.setLevel(logging.WARNING)

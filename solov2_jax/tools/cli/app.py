@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from solov2_jax import logging as session
 from solov2_jax.config_schema import switch, text, whole
-from solov2_jax.io import printable
+from solov2_jax.io import printable, without_controls
 from solov2_jax.tools.cli import flags
 
 # Gets the "--config.key=value" arguments.
@@ -97,6 +97,11 @@ def user_errors() -> Iterator[None]:
         if DEBUG.value:
             raise
         _fail(error)
+
+
+def echo(text: str) -> None:
+    """Prints lines that may hold names from files, without what a terminal would obey."""
+    print(without_controls(text))
 
 
 def _fail(error: BaseException) -> NoReturn:

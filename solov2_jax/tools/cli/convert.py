@@ -87,7 +87,7 @@ def main(overrides: list[str]) -> None:
         config = load_config(_CONFIG.value, overrides)
         flat, report = check_network(config, weights, _STRICT.value)
     save_weights(output, flat, weights.settings)
-    print(report.summary())
+    app.echo(report.summary())
     print("settings: " + json.dumps(weights.settings))
     print(f"wrote {output}: {len(flat)} leaves, sha256 {sha256_of(output)}")
     if output != _OUTPUT.value:

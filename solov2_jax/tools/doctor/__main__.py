@@ -43,7 +43,7 @@ def examine(overrides: list[str]) -> None:
     config = load_config(_CONFIG.value, overrides)
     train, val = _files(config)
     report = examine_data(train, val, settings_of(config, _MAX_IMAGES.value))
-    print(text_report(report))
+    app.echo(text_report(report))
     if _OUTPUT.value:
         from solov2_jax.tools.doctor.page import write_page
 

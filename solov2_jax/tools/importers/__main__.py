@@ -95,7 +95,7 @@ def _import(kind: str) -> tuple[str, Instances]:
         labels = _LABELS.value or _IMAGES.value
         instances, left_out = import_labelme(_IMAGES.value, labels, categories, ignored)
         for what, number in left_out.items():
-            print(f"{number} shapes left out: {what}")
+            app.echo(f"{number} shapes left out: {what}")
         return _IMAGES.value, instances
     if categories is None:
         raise InputError("--names: give the class names (see --help).")
