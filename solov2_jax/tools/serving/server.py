@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
 import logging
 import signal
 import socket
@@ -68,23 +67,14 @@ def _accept_waiting(listening: list[socket.socket]) -> list[socket.socket]:
 
 
 class BoundedProtocol(H11Protocol):
-    """HTTP/1.1 with time limits for its clients; see `make_server`."""
+    """HTTP/1.1 with time limits for its clients, which `make_server` sets."""
 
+    max_connections: int
+    header_seconds: float
+    write_seconds: float
     deadline: asyncio.TimerHandle | None = None
     write_deadline: asyncio.TimerHandle | None = None
     stopping = False
-
-    def __init__(
-        self,
-        *args: Any,
-        max_connections: int,
-        header_seconds: float,
-        write_seconds: float,
-        **options: Any,
-    ):
-        super().__init__(*args, **options)
-        self.max_connections = max_connections
-        self.header_seconds, self.write_seconds = header_seconds, write_seconds
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -168,15 +158,14 @@ def make_server(
         how long one may be idle between two.
       write_seconds: within which a client must have read an answer.
     """
-    protocol: Any = functools.partial(
-        BoundedProtocol,
-        max_connections=max_connections,
-        header_seconds=header_seconds,
-        write_seconds=write_seconds,
-    )
+    limits = {
+        "max_connections": max_connections,
+        "header_seconds": header_seconds,
+        "write_seconds": write_seconds,
+    }
     config = uvicorn.Config(
         app,
-        http=protocol,
+        http=type("LimitedProtocol", (BoundedProtocol,), limits),  # Uvicorn makes them
         ws="none",
         loop="asyncio",
         log_config=None,
