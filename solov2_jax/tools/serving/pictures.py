@@ -50,13 +50,18 @@ def decode(body: bytes, max_pixels: int) -> np.ndarray:
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(body), formats=list(TYPES.values())) as image:
                 width, height = image.size
-                size = f"the image has {width} x {height} pixels"
                 if width * height > max_pixels:
-                    fix = f"this service takes at most {max_pixels}: shrink it"
-                    raise RequestRefused(413, f"{size}; {fix}")
+                    raise RequestRefused(
+                        413,
+                        f"the image has {width} x {height} pixels; this service takes at most "
+                        f"{max_pixels}: shrink it",
+                    )
                 if max(width, height) > MAX_SIDE:
-                    fix = f"a side may have at most {MAX_SIDE}: cut it into tiles"
-                    raise RequestRefused(413, f"{size}; {fix}")
+                    raise RequestRefused(
+                        413,
+                        f"the image has {width} x {height} pixels; a side may have at most "
+                        f"{MAX_SIDE}: cut it into tiles",
+                    )
                 if image.mode not in _MODES:
                     fix = f"the image's mode is {image.mode}: send 8 bits a channel"
                     raise RequestRefused(415, fix)
