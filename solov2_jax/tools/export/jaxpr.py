@@ -49,11 +49,7 @@ class Equation:
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.params:
-            raise InputError(
-                f"{self.format}: {self.name} has no parameter {name!r} in JAX "
-                f"{jax.__version__}, which this version does not know; install jax 0.10 to "
-                f"0.12, or {_REMEDY}"
-            )
+            raise self._other_jax("no", name)
         self._used.add(name)
         return self.params[name]
 
@@ -68,11 +64,14 @@ class Equation:
         """Raises InputError on a parameter that the rule has not looked at: a newer JAX
         may have given the primitive another meaning."""
         if unknown := sorted(set(self.params) - self._used - _HINTS):
-            raise InputError(
-                f"{self.format}: {self.name} has the parameter {unknown[0]!r} in JAX "
-                f"{jax.__version__}, which this version does not know; install jax 0.10 to "
-                f"0.12, or {_REMEDY}"
-            )
+            raise self._other_jax("the", unknown[0])
+
+    def _other_jax(self, article: str, parameter: str) -> InputError:
+        return InputError(
+            f"{self.format}: {self.name} has {article} parameter {parameter!r} in JAX "
+            f"{jax.__version__}, which this version does not know; install jax 0.10 to "
+            f"0.12, or {_REMEDY}"
+        )
 
 
 def is_constant(value: Value) -> bool:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import solov2_jax
 from solov2_jax.data.buckets import STRIDE, Bucket
 from solov2_jax.data.transforms import shortest_edge_sizes
 from solov2_jax.inference.preprocess import InputOptions
-from solov2_jax.inference.programs import DetectOptions
 from solov2_jax.io import InputError, read_json
 from solov2_jax.tools.export.formats import FORMATS
 from solov2_jax.tools.export.program import MASKS, output_names
@@ -47,30 +46,32 @@ def default_buckets(options: InputOptions) -> tuple[Bucket, ...]:
     return tuple(dict.fromkeys([(short, long), (long, short)]))
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is exported, and how."""
+
+    file_format: str
+    precision: str = "float32"
+    masks: str = "input"  # see `program.MASKS`
+    batch: int = 1  # images per call
+    buckets: tuple[Bucket, ...] = ()  # (): the config's, or landscape and portrait
+
+
 def describe_export(
-    *,
-    file_format: str,
-    precision: str,
-    masks: str,
-    batch: int,
-    buckets: Sequence[Bucket],
-    input_options: InputOptions,
-    detect_options: DetectOptions,
-    class_names: Sequence[str],
-    category_ids: Sequence[int],
-    source: str,
+    options: ExportOptions, buckets: Sequence[Bucket], predictor: Any, source: str
 ) -> dict[str, Any]:
-    """Returns the metadata of an export, as JSON has it."""
-    size, longest = input_options.min_size, input_options.max_size
+    """Returns the metadata of an export of a predictor, as JSON has it."""
+    size, longest = predictor.input.min_size, predictor.input.max_size
     example = shortest_edge_sizes(480, 640, size, longest)
+    ids = [int(i) for i in predictor.category_ids]
     return {
         "version": VERSION,
         "solov2_jax": solov2_jax.__version__,
         "jax": jax.__version__,
         "source": source,
-        "format": file_format,
-        "precision": precision,
-        "classes": {"names": list(class_names), "ids": [int(i) for i in category_ids]},
+        "format": options.file_format,
+        "precision": options.precision,
+        "classes": {"names": list(predictor.class_names), "ids": ids},
         "preprocessing": {
             "channel_order": "RGB",
             "dtype": "uint8",
@@ -86,12 +87,12 @@ def describe_export(
             "image": "uint8 [batch, height, width, 3]",
             "image_size": "int32 [batch, 2]: (height, width) before padding",
         },
-        "outputs": list(output_names(masks)),
-        "masks": masks,
-        "max_detections": detect_options.max_per_image,
-        "batch": batch,
-        "files": {file_name(b, file_format): list(b) for b in buckets},
-        "options": asdict(detect_options),
+        "outputs": list(output_names(options.masks)),
+        "masks": options.masks,
+        "max_detections": predictor.options.max_per_image,
+        "batch": options.batch,
+        "files": {file_name(b, options.file_format): list(b) for b in buckets},
+        "options": asdict(predictor.options),
     }
 
 

@@ -7,20 +7,21 @@ The folder then holds a file for each padded shape, `metadata.json`, and in
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from solov2_jax.data.buckets import Bucket, check_buckets
+from solov2_jax.data.buckets import check_buckets
 from solov2_jax.io import InputError, write_json
 from solov2_jax.tools.export.exported import ExportedPredictor, input_of
 from solov2_jax.tools.export.formats import Format, find_format, quantize_onnx
 from solov2_jax.tools.export.metadata import (
     FILE,
     REPORT,
+    ExportOptions,
     default_buckets,
     describe_export,
     file_name,
@@ -30,17 +31,6 @@ from solov2_jax.tools.export.parity import calibration, check_images, measure_pa
 from solov2_jax.tools.export.program import MASKS, Program, make_program
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What is exported, and how."""
-
-    file_format: str
-    precision: str = "float32"
-    masks: str = "input"  # see `program.MASKS`
-    batch: int = 1  # images per call
-    buckets: tuple[Bucket, ...] = ()  # (): the config's, or landscape and portrait
 
 
 def export(
@@ -69,30 +59,13 @@ def export(
         file that is not an export's; before anything is written.
     """
     check_options(find_format(options.file_format), model, options)
-    buckets = check_buckets(options.buckets, "--shape")
-    buckets = buckets or default_buckets(predictor.input)
-    metadata = describe_export(
-        file_format=options.file_format,
-        precision=options.precision,
-        masks=options.masks,
-        batch=options.batch,
-        buckets=buckets,
-        input_options=predictor.input,
-        detect_options=predictor.options,
-        class_names=predictor.class_names,
-        category_ids=predictor.category_ids,
-        source=source,
-    )
+    buckets = check_buckets(options.buckets, "--shape") or default_buckets(predictor.input)
+    metadata = describe_export(options, buckets, predictor, source)
 
     def program_of(half_weights: bool) -> Program:
-        return make_program(
-            model,
-            predictor.variables,
-            predictor.input,
-            predictor.options,
-            options.masks,
-            half_weights=half_weights,
-        )
+        weights, preprocessing = predictor.variables, predictor.input
+        detection, masks = predictor.options, options.masks
+        return make_program(model, weights, preprocessing, detection, masks, half_weights)
 
     original = program_of(half_weights=False)
     # The other formats store halved weights themselves.
@@ -118,11 +91,7 @@ def export(
 
 
 def _write_programs(
-    program: Any,
-    exported: ExportedPredictor,
-    options: ExportOptions,
-    folder: Path,
-    images: Sequence[str],
+    program: Any, exported: ExportedPredictor, options: ExportOptions, folder: Path, images: Any
 ) -> dict[str, int]:
     """Writes a program for each image shape; returns the files' sizes in bytes."""
     chosen, sizes = find_format(options.file_format), {}

@@ -34,19 +34,6 @@ from solov2_jax.tools.report.pictures import Gallery
 
 log = logging.getLogger(__name__)
 
-MEANINGS = {
-    "localisation": "the right class, but the mask fits an object only with IoU 0.1 to 0.5",
-    "class": "the mask is an object's (IoU 0.5 or more), the class is not",
-    "both": "touches an object (IoU 0.1 or more), and neither class nor mask fit",
-    "duplicate": "fits an object that a better scored detection has taken",
-    "background": "touches no object (IoU below 0.1)",
-    "missed": "an object that no detection is about",
-}
-PARTS = {
-    "data": "waiting for images",
-    "compute": "network, NMS and masks at full size",
-    "encode": "waiting for the mask encoder, which works beside it",
-}
 MAX_CONFUSED = 8  # pairs of classes that are named
 MAX_PICTURES = 12  # images of the gallery
 WIDE = 700  # pixels from which on a picture has a row of its own
@@ -130,12 +117,11 @@ def _page(
             (["", *names], [["masks", *row("segm", names)], ["boxes", *row("bbox", names)]])
             for names in groups
         ],
-        meanings=MEANINGS,
+        kinds=list(ERRORS),
         worst=max(ERRORS, key=lambda kind: data.errors.gains[kind]),
         threshold=f"{data.threshold:.3f}",
         best=data.curve.at(data.threshold),
         confused=_confused(data),
-        times=[(PARTS[part], f"{ms:.1f}") for part, ms in data.milliseconds.items()],
         charts=drawn,
         pictures=pictures,
         defined=is_defined,
