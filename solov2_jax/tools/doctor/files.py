@@ -14,7 +14,7 @@ from PIL import Image
 from solov2_jax.data.coco import CocoDataset, missing_files
 from solov2_jax.data.images import read_header, read_image
 from solov2_jax.data.records import read_bytes
-from solov2_jax.tools.doctor.findings import ERROR, NOTE, WARNING, Finding, one_finding, share
+from solov2_jax.tools.doctor.findings import ERROR, NOTE, WARNING, Finding, counted
 
 THREADS = 4
 _THUMB = 16  # side of the small picture that is compared for looks
@@ -92,16 +92,8 @@ def file_findings(
     """Returns unreadable files, wrong sizes, orientations and equal images."""
     name = {i: str(dataset.file_names[i]) for i in indices}
     known = dict(zip(indices, facts, strict=True))
-    total, findings = len(known), []
-    absent = set(missing_files(dataset))
-    if absent:
-        text = f"{len(absent)} of {len(dataset)} images are not in the folder"
-        names = [str(dataset.file_names[i]) for i in sorted(absent)]
-        findings += one_finding(ERROR, text, names)
-    bad = [i for i, f in known.items() if f.problem and i not in absent]
-    if bad:
-        text = f"{share(len(bad), total)} images cannot be read"
-        findings += one_finding(ERROR, text, [known[i].problem for i in bad])
+    total, absent = len(known), sorted(missing_files(dataset))
+    bad = [i for i, f in known.items() if f.problem and i not in set(absent)]
     good = {i: f for i, f in known.items() if not f.problem}
     stated = {i: (int(dataset.heights[i]), int(dataset.widths[i])) for i in good}
     wrong = [i for i, f in good.items() if (f.height, f.width) != stated[i]]
@@ -110,48 +102,47 @@ def file_findings(
         for i in wrong
         if good[i].orientation != 1 and (good[i].width, good[i].height) == stated[i]
     ]
-    if turned:
-        text = (
-            f"{share(len(turned), total)} images have annotations for the picture "
-            "before its EXIF orientation is applied; annotate the upright picture or "
-            "remove the tag"
-        )
-        findings += one_finding(ERROR, text, [name[i] for i in turned])
-    if rest := [i for i in wrong if i not in set(turned)]:
-        text = f"{share(len(rest), total)} images have another size than the json says"
-        said = [
-            f"{name[i]} is {good[i].height} x {good[i].width}, json {stated[i][0]} x {stated[i][1]}"
-            for i in rest
-        ]
-        findings += one_finding(ERROR, text, said)
+    resized = [i for i in wrong if i not in set(turned)]
+    sizes = [
+        f"{name[i]} is {good[i].height} x {good[i].width}, json {stated[i][0]} x {stated[i][1]}"
+        for i in resized
+    ]
     tagged = [i for i, f in good.items() if f.orientation != 1 and i not in wrong]
-    if tagged:
-        text = (
-            f"{share(len(tagged), total)} images are turned by their EXIF tag, as the json expects"
-        )
-        findings += one_finding(NOTE, text)
+    text = f"of {len(dataset)} images are not in the folder"
+    findings = counted(ERROR, len(absent), text, [str(dataset.file_names[i]) for i in absent])
+    text, problems = "images cannot be read", [known[i].problem for i in bad]
+    findings += counted(ERROR, len(bad), text, problems, of=total)
+    text = (
+        "images have annotations for the picture before its EXIF orientation is applied; "
+        "annotate the upright picture or remove the tag"
+    )
+    findings += counted(ERROR, len(turned), text, [name[i] for i in turned], of=total)
+    text = "images have another size than the json says"
+    findings += counted(ERROR, len(resized), text, sizes, of=total)
+    text = "images are turned by their EXIF tag, as the json expects"
+    findings += counted(NOTE, len(tagged), text, of=total)
     return findings + _equal_images(name, good)
 
 
 def _equal_images(name: dict[int, str], facts: dict[int, FileFacts]) -> list[Finding]:
-    findings = []
     same = defaultdict(list)
     for i, f in facts.items():
         same[f.digest].append(i)
     groups = [g for g in same.values() if len(g) > 1]
-    if groups:
-        number = sum(len(g) - 1 for g in groups)
-        text = f"{number} images are copies of another one, byte for byte"
-        pairs = [" = ".join(name[i] for i in g) for g in groups]
-        findings += one_finding(WARNING, text, pairs, [i for g in groups for i in g])
+    findings = counted(
+        WARNING,
+        sum(len(g) - 1 for g in groups),
+        "images are copies of another one, byte for byte",
+        [" = ".join(name[i] for i in g) for g in groups],
+        [i for g in groups for i in g],
+    )
     first = [g[0] for g in same.values()]
     looks = np.array([facts[i].look for i in first], np.uint8)
-    if len(first) > 1 and (near := alike(looks)):
-        text = f"{len(near)} pairs of different files look the same"
-        pairs = [f"{name[first[a]]} ~ {name[first[b]]}" for a, b in near]
-        shown = [first[i] for pair in near for i in pair]
-        findings += one_finding(NOTE, text, pairs, shown)
-    return findings
+    near = alike(looks) if len(first) > 1 else []
+    pairs = [f"{name[first[a]]} ~ {name[first[b]]}" for a, b in near]
+    shown = [first[i] for pair in near for i in pair]
+    text = "pairs of different files look the same"
+    return findings + counted(NOTE, len(near), text, pairs, shown)
 
 
 def leaked(
@@ -163,14 +154,9 @@ def leaked(
     """Returns images that are in the training and in the validation data."""
     seen = {f.digest: i for i, f in train_facts if f.digest}
     both = [(i, seen[f.digest]) for i, f in val_facts if f.digest in seen]
-    if not both:
-        return []
-    text = (
-        f"{share(len(both), len(val_facts))} validation images are in the training "
-        "data too: its AP would flatter"
-    )
     names = [
         f"{os.path.basename(str(val.file_names[i]))} = {os.path.basename(str(train.file_names[j]))}"
         for i, j in both
     ]
-    return one_finding(WARNING, text, names)
+    text = "validation images are in the training data too: its AP would flatter"
+    return counted(WARNING, len(both), text, names, of=len(val_facts))

@@ -45,6 +45,20 @@ def one_finding(
     return [Finding(level, text, kept, tuple(dict.fromkeys(images))[:MAX_EXAMPLES])]
 
 
+def counted(
+    level: str,
+    number: int,
+    text: str,
+    examples: Sequence[str] = (),
+    images: Sequence[int] = (),
+    *,
+    of: int = 0,
+) -> list[Finding]:
+    """Returns the finding that a number of things (of so many) are so; none for 0."""
+    count = share(number, of) if of else str(number)
+    return one_finding(level, f"{count} {text}", examples, images) if number else []
+
+
 def worst(findings: Sequence[Finding]) -> str:
     """Returns the gravest level, NOTE if there is none."""
     levels = {f.level for f in findings}
@@ -62,9 +76,8 @@ def share(part: int, of: int) -> str:
 def object_findings(dataset: CocoDataset, objects: MeasuredObjects) -> list[Finding]:
     """Returns broken outlines, wrong boxes, doubles, vanishing masks."""
     findings = dropped_findings(dataset)
-    if objects.damaged:
-        text = f"{len(objects.damaged)} annotations have damaged run lengths"
-        findings += one_finding(ERROR, text, objects.damaged)
+    text = "annotations have damaged run lengths"
+    findings += counted(ERROR, len(objects.damaged), text, objects.damaged)
     beyond = objects.outside > BEYOND * objects.sizes.max()
     gone, tiny = objects.quarter == 0, (objects.quarter > 0) & (objects.quarter < TINY)
     twins = np.array([b for _, b in objects.twins], int)
@@ -85,10 +98,9 @@ def object_findings(dataset: CocoDataset, objects: MeasuredObjects) -> list[Find
         ),
         (WARNING, twins, "are annotated twice"),
     ):
-        if len(rows):
-            text = f"{share(len(rows), len(objects.image))} objects {text}"
-            names = [_name(dataset, objects, row) for row in rows[:MAX_EXAMPLES].tolist()]
-            findings += one_finding(level, text, names, objects.image[rows].tolist())
+        names = [_name(dataset, objects, row) for row in rows[:MAX_EXAMPLES].tolist()]
+        images, total = objects.image[rows].tolist(), len(objects.image)
+        findings += counted(level, len(rows), f"objects {text}", names, images, of=total)
     return findings
 
 
@@ -102,8 +114,7 @@ def dropped_findings(dataset: CocoDataset) -> list[Finding]:
     findings = []
     for key, text in DROPPED.items():
         level = NOTE if key in ("crowds", "derived_boxes") else WARNING
-        if number := dataset.counts.get(key, 0):
-            findings += one_finding(level, f"{number} {text}")
+        findings += counted(level, dataset.counts.get(key, 0), text)
     return findings
 
 
@@ -132,22 +143,21 @@ def class_findings(train: CocoDataset, val: CocoDataset | None) -> list[Finding]
     if crowds:
         findings += one_finding(WARNING, crowds)
     shared, count = np.unique(names, return_counts=True)
-    if (several := shared[count > 1]).size:
-        text = f"{len(several)} names stand for several categories"
-        findings += one_finding(WARNING, text, several.tolist())
-    if (none := names[number == 0]).size:
-        text = f"{share(len(none), len(names))} classes have no object to train on"
-        findings += one_finding(WARNING, text, none.tolist())
-    if (few := names[(number > 0) & (number < FEW)]).size:
-        text = f"{share(len(few), len(names))} classes have fewer than {FEW} objects"
-        findings += one_finding(NOTE, text, few.tolist())
+    several = shared[count > 1].tolist()
+    findings += counted(WARNING, len(several), "names stand for several categories", several)
+    none, few = names[number == 0].tolist(), names[(number > 0) & (number < FEW)].tolist()
+    text = "classes have no object to train on"
+    findings += counted(WARNING, len(none), text, none, of=len(names))
+    text = f"classes have fewer than {FEW} objects"
+    findings += counted(NOTE, len(few), text, few, of=len(names))
     if val is not None and not len(val.labels):
         crowds = crowd_warning(val)
         text = "the validation data has no object: AP is undefined, so no checkpoint is the best"
         findings += one_finding(WARNING, f"{text}{crowds and '; '}{crowds}")
-    elif val is not None and (unseen := names[(class_counts(val) > 0) & (number == 0)]).size:
-        text = f"{len(unseen)} classes are only in the validation data"
-        findings += one_finding(WARNING, text, unseen.tolist())
+    elif val is not None:
+        unseen = names[(class_counts(val) > 0) & (number == 0)].tolist()
+        text = "classes are only in the validation data"
+        findings += counted(WARNING, len(unseen), text, unseen)
     return findings
 
 
@@ -172,8 +182,7 @@ def empty_findings(dataset: CocoDataset, keep_empty: bool) -> list[Finding]:
     """Returns how many images have no object."""
     empty = int((dataset.objects_per_image == 0).sum())
     what = "trained on as negatives" if keep_empty else "left out (data.keep_empty)"
-    text = f"{share(empty, len(dataset))} images have no object: {what}"
-    return one_finding(NOTE, text) if empty else []
+    return counted(NOTE, empty, f"images have no object: {what}", of=len(dataset))
 
 
 # --- Limits of the configuration -----------------------------------------------------
@@ -224,12 +233,9 @@ def training_limit_findings(
 
 def _over(numbers: np.ndarray, limit: int, text: str, key: str) -> list[Finding]:
     """Returns a warning if some of the numbers, one per image, are above a limit."""
-    over = np.flatnonzero(numbers > limit)
-    if not over.size:
-        return []
-    most = int(numbers.max())
-    text = f"{share(len(over), len(numbers))} {text}, up to {most}: set {key}={most}, not {limit}"
-    return one_finding(WARNING, text)
+    most = int(numbers.max(initial=0))
+    text = f"{text}, up to {most}: set {key}={most}, not {limit}"
+    return counted(WARNING, int((numbers > limit).sum()), text, of=len(numbers))
 
 
 def _most_of_one_class(dataset: CocoDataset) -> np.ndarray:

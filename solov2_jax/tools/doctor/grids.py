@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from solov2_jax.data.coco import CocoDataset
-from solov2_jax.tools.doctor.findings import WARNING, Finding, one_finding, share
+from solov2_jax.tools.doctor.findings import WARNING, Finding, counted
 from solov2_jax.tools.doctor.measure import MeasuredObjects
 from solov2_jax.tools.grid_assignment import assign_grid, count_collisions
 
@@ -98,12 +98,11 @@ def grid_findings(objects: MeasuredObjects, collisions: GridCollisions) -> list[
     alone = "objects have no grid cell of their own: others take all of theirs"
     outside = "objects are in no level's scale range and are not trained"
     for rows, text in ((collisions.without_cell, alone), (collisions.out_of_range, outside)):
-        if len(rows):
-            images = objects.image[rows]
-            # Fullest images first: those are worth a look.
-            order = np.argsort(-np.bincount(images)[images], kind="stable")
-            text = f"{share(len(rows), collisions.total)} {text}"
-            findings += one_finding(WARNING, text, images=images[order].tolist())
+        images = objects.image[rows]
+        # Fullest images first: those are worth a look.
+        order = np.argsort(-np.bincount(images)[images], kind="stable")
+        shown = images[order].tolist()
+        findings += counted(WARNING, len(rows), text, images=shown, of=collisions.total)
     return findings
 
 
