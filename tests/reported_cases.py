@@ -82,7 +82,7 @@ JSONS = {
         "objects of one class, up to 150",
     ),
     "e4_empty/empty": ("no object to train on", "no object to train on", "AP is undefined"),
-    "p1_tiff/upright": ("images are turned by their EXIF tag", TRAINED, ""),
+    "p1_tiff/upright": ("images are rotated by their EXIF tag", TRAINED, ""),
     "t1_one/one": (START, TRAINED, ""),
 }
 # What torch.compile, DistributedDataParallel, Lightning and averaged models put before

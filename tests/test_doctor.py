@@ -157,7 +157,7 @@ def test_orientations(tmp_path):
     upright["images"][0] |= {"height": 64, "width": 48}
     Path(path).write_text(json.dumps(upright))
     _, found = examine((images, path))
-    assert any(f[0] == NOTE and "turned by their EXIF tag" in f[1] for f in found)
+    assert any(f[0] == NOTE and "rotated by their EXIF tag" in f[1] for f in found)
     assert not any(f[0] == ERROR for f in found)
 
 

@@ -119,7 +119,7 @@ def file_findings(
     findings += counted(ERROR, len(turned), text, [name[i] for i in turned], of=total)
     text = "images have another size than the json says"
     findings += counted(ERROR, len(resized), text, sizes, of=total)
-    text = "images are turned by their EXIF tag, as the json expects"
+    text = "images are rotated by their EXIF tag, as the json expects"
     findings += counted(NOTE, len(tagged), text, of=total)
     return findings + _equal_images(name, good)
 
@@ -158,5 +158,5 @@ def leaked(
         f"{os.path.basename(str(val.file_names[i]))} = {os.path.basename(str(train.file_names[j]))}"
         for i, j in both
     ]
-    text = "validation images are in the training data too: its AP would flatter"
+    text = "validation images are in the training data too: its AP would be too high"
     return counted(WARNING, len(both), text, names, of=len(val_facts))

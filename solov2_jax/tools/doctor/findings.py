@@ -144,7 +144,7 @@ def class_findings(train: CocoDataset, val: CocoDataset | None) -> list[Finding]
         findings += one_finding(WARNING, crowds)
     shared, count = np.unique(names, return_counts=True)
     several = shared[count > 1].tolist()
-    findings += counted(WARNING, len(several), "names stand for several categories", several)
+    findings += counted(WARNING, len(several), "names are shared by several categories", several)
     none, few = names[number == 0].tolist(), names[(number > 0) & (number < FEW)].tolist()
     text = "classes have no object to train on"
     findings += counted(WARNING, len(none), text, none, of=len(names))

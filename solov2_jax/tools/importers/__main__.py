@@ -36,17 +36,17 @@ _NAMES = (
 
 
 _DATA = Flag("data", text(), "yolo: data.yaml with names, and folders or lists of images.")
-_SPLIT = Flag("split", text("train"), "yolo: of data.yaml: train, val, test.")
-_IGNORE = Flag("ignore", text(), "labelme: labels that are no class, separated by commas.")
-_OBJECTS = Flag("objects", text(), "masks: folder of object numbers.")
-_CLASSES = Flag("classes", text(), "masks: folder of class numbers.")
+_SPLIT = Flag("split", text("train"), "yolo: split of data.yaml: train, val or test.")
+_IGNORE = Flag("ignore", text(), "labelme: labels to leave out, separated by commas.")
+_OBJECTS = Flag("objects", text(), "masks: folder of PNGs with object numbers.")
+_CLASSES = Flag("classes", text(), "masks: folder of PNGs with class numbers.")
 _VOID = Flag(
-    "void", whole(255, high=65_535), "masks: value that means nothing; VOC's is 255.", optional=True
+    "void", whole(255, high=65_535), "masks: value of pixels to ignore; 255 in VOC.", optional=True
 )
 _IMAGES = Flag("images", text(), "Folder of the images.")
 _LABELS = Flag("labels", text(), "yolo and labelme: folder of the label files.")
 _NAMES_FLAG = Flag("names", text(), _NAMES)
-_OUTPUT = Flag("output", text(), "The json to write.", required=True)
+_OUTPUT = Flag("output", text(), "JSON file to write.", required=True)
 _FOR = {
     "yolo": (_DATA, _SPLIT, _LABELS),
     "labelme": (_IGNORE, _LABELS),
