@@ -18,7 +18,7 @@ from solov2_jax.data.augment import Augment
 from solov2_jax.data.buckets import Resize
 from solov2_jax.data.coco import load_coco
 from solov2_jax.io import InputError
-from solov2_jax.tools.fcpose import batches as pose
+from solov2_jax.tools import fcpose as pose
 
 OFF = Augment(jitter_size=(96, 96))
 SETTINGS = [

@@ -17,9 +17,14 @@ from solov2_jax.inference.predictor import build_predictor
 from solov2_jax.inference.preprocess import InputOptions
 from solov2_jax.io import InputError
 from solov2_jax.models import build_model
-from solov2_jax.tools.export.exported import ExportedPredictor, resize_masks, tight_boxes
+from solov2_jax.tools.export.exported import (
+    ExportedPredictor,
+    default_buckets,
+    read_metadata,
+    resize_masks,
+    tight_boxes,
+)
 from solov2_jax.tools.export.formats import FORMATS
-from solov2_jax.tools.export.metadata import default_buckets, read_metadata
 from solov2_jax.tools.export.parity import compare
 from solov2_jax.tools.export.program import make_program
 from solov2_jax.tools.export.run import ExportOptions, export

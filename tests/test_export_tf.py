@@ -14,7 +14,7 @@ from PIL import Image
 
 from solov2_jax.inference.predictor import build_predictor
 from solov2_jax.models import build_model
-from solov2_jax.tools.export.metadata import read_metadata
+from solov2_jax.tools.export.exported import read_metadata
 from solov2_jax.tools.export.run import ExportOptions, export
 
 pytest.importorskip("tensorflow")

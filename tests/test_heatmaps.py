@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solov2_jax.tools.fcpose import heatmaps
+from solov2_jax.tools import fcpose as heatmaps
 
 SIZE = (64, 96)
 

@@ -9,7 +9,7 @@ from tiny_coco import annotation, content, write
 
 from configs import base
 from solov2_jax.data.transforms import Affine, Keypoints
-from solov2_jax.tools.fcpose.batches import (
+from solov2_jax.tools.fcpose import (
     build_pose_batches,
     load_keypoints,
     mirror_order,

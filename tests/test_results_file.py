@@ -14,8 +14,13 @@ from test_evaluation_run import TRUTH, squares
 
 from solov2_jax.evaluation.coco_score import read_ground_truth
 from solov2_jax.inference.prediction import to_coco_results
-from solov2_jax.tools.report.expected_results import check_names, misses, parse_expectations
-from solov2_jax.tools.report.results_file import evaluate_files, read_results
+from solov2_jax.tools.report.results_file import (
+    check_names,
+    evaluate_files,
+    misses,
+    parse_expectations,
+    read_results,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {7: (48, 64), 3: (64, 48), 9: (40, 40)}

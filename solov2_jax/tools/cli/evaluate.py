@@ -49,7 +49,7 @@ FLAGS += (*shared.VIEWS, *shared.PROCESSES)
 
 def main(overrides: list[str]) -> None:
     from solov2_jax.evaluation.coco import format_metric
-    from solov2_jax.tools.report.expected_results import misses, parse_expectations
+    from solov2_jax.tools.report.results_file import misses, parse_expectations
 
     expectations = parse_expectations(_EXPECT.value)
     if _PREDICTIONS.value:

@@ -66,7 +66,7 @@ def main(overrides: list[str]) -> None:
     find_format(_FORMAT.value)  # raises now instead of after loading weights
     config, predictor = _load(overrides)
     from solov2_jax.models import build_model
-    from solov2_jax.tools.export.metadata import default_buckets
+    from solov2_jax.tools.export.exported import default_buckets
     from solov2_jax.tools.export.run import ExportOptions, export
 
     options = ExportOptions(

@@ -56,7 +56,7 @@ def main(overrides: list[str]) -> None:
         raise InputError(
             f'serving needs {error.name}, which is not installed: pip install "solov2_jax[serve]"'
         ) from error
-    from solov2_jax.tools.export.metadata import default_buckets
+    from solov2_jax.tools.export.exported import default_buckets
     from solov2_jax.tools.serving.engine import Engine
 
     sock = bind(_HOST.value, _PORT.value)  # raises now instead of after compiling

@@ -36,9 +36,8 @@ def examine(overrides: list[str]) -> None:
     """Examines as the flags say."""
     from solov2_jax.config import load_config
     from solov2_jax.tools.doctor.data_report import examine as examine_data
-    from solov2_jax.tools.doctor.data_report import settings_of
+    from solov2_jax.tools.doctor.data_report import settings_of, text_report
     from solov2_jax.tools.doctor.findings import ERROR
-    from solov2_jax.tools.doctor.text_report import text_report
 
     config = load_config(_CONFIG.value, overrides)
     train, val = _files(config)

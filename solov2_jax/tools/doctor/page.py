@@ -103,6 +103,7 @@ def _picture(part: Part, index: int) -> html.PagePicture:
     crops = []
     for position in np.unique(spans.owner):
         crop = spans_to_crop(select_spans(spans, np.array([position]), len(objects)))
+        assert crop is not None, "a position that owns a span has a pixel"
         height, width = crop.pixels.shape
         window = slice(crop.top, crop.top + height), slice(crop.left, crop.left + width)
         crops.append((window, crop.pixels > 0))

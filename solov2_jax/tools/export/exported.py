@@ -1,20 +1,178 @@
-"""An export's folder, run by the format's own runtime."""
+"""An export's folder: what its metadata says, and running it by the format's own runtime."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+import solov2_jax
+from solov2_jax.data.buckets import STRIDE, Bucket
+from solov2_jax.data.transforms import shortest_edge_sizes
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.preprocess import InputOptions, make_batches, make_example
 from solov2_jax.inference.programs import paste_detections
-from solov2_jax.io import InputError, reading
-from solov2_jax.tools.export.formats import Runner, find_format
-from solov2_jax.tools.export.metadata import file_name, read_metadata
+from solov2_jax.io import InputError, read_json, reading
+from solov2_jax.tools.export.formats import FORMATS, Runner, find_format
+from solov2_jax.tools.export.program import MASKS, output_names
+
+FILE = "metadata.json"
+REPORT = "export.json"
+# Of this file's form; a reader refuses what it does not know.
+VERSION = 1
+# What a reader uses, as types; [T] is a list of T.
+_FORM = {
+    "version": int,
+    "format": str,
+    "masks": str,
+    "batch": int,
+    "outputs": [str],
+    "classes": {"names": [str], "ids": [int]},
+    "preprocessing": {"channel_order": str, "min_size": int, "max_size": int},
+    "options": {"mask_threshold": float},
+    "files": {},
+}
+_FIX = "Give a folder that export.py wrote, or export again"
+
+
+def default_buckets(options: InputOptions) -> tuple[Bucket, ...]:
+    """Returns the config's padded shapes, or a landscape and a portrait one.
+
+    The two hold every image: the short side is at most `min_size`, the long `max_size`.
+    """
+    if options.buckets:
+        return options.buckets
+    short, long = (-(-n // STRIDE) * STRIDE for n in (options.min_size, options.max_size))
+    return tuple(dict.fromkeys([(short, long), (long, short)]))
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is exported, and how."""
+
+    file_format: str
+    precision: str = "float32"
+    masks: str = "input"  # see `program.MASKS`
+    batch: int = 1  # images per call
+    buckets: tuple[Bucket, ...] = ()  # (): the config's, or landscape and portrait
+
+
+def describe_export(
+    options: ExportOptions, buckets: Sequence[Bucket], predictor: Any, source: str
+) -> dict[str, Any]:
+    """Returns the metadata of an export of a predictor, as JSON has it."""
+    size, longest = predictor.input.min_size, predictor.input.max_size
+    example = shortest_edge_sizes(480, 640, size, longest)
+    ids = [int(i) for i in predictor.category_ids]
+    return {
+        "version": VERSION,
+        "solov2_jax": solov2_jax.__version__,
+        "jax": jax.__version__,
+        "source": source,
+        "format": options.file_format,
+        "precision": options.precision,
+        "classes": {"names": list(predictor.class_names), "ids": ids},
+        "preprocessing": {
+            "channel_order": "RGB",
+            "dtype": "uint8",
+            "normalised_inside": True,
+            "min_size": size,
+            "max_size": longest,
+            "resize": "bilinear, antialiased (Pillow's BILINEAR); the short side to "
+            "min_size unless the long side would exceed max_size",
+            "example": {"from": [480, 640], "to": [int(n) for n in example]},
+            "pad": "zeros at the right and bottom, up to one of `files`",
+        },
+        "inputs": {
+            "image": "uint8 [batch, height, width, 3]",
+            "image_size": "int32 [batch, 2]: (height, width) before padding",
+        },
+        "outputs": list(output_names(options.masks)),
+        "masks": options.masks,
+        "max_detections": predictor.options.max_per_image,
+        "batch": options.batch,
+        "files": {file_name(b, options.file_format): list(b) for b in buckets},
+        "options": asdict(predictor.options),
+    }
+
+
+def file_name(bucket: Bucket, file_format: str) -> str:
+    """Returns the file, or folder, of one padded shape."""
+    height, width = bucket
+    return f"{height}x{width}.{file_format}"
+
+
+def read_metadata(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the metadata of an export's folder.
+
+    Raises:
+      InputError: naming the file and the entry that is missing or of another form.
+    """
+    path = Path(folder) / FILE
+    metadata = read_json(path, "an export's metadata", _FIX)
+    version = metadata.get("version") if isinstance(metadata, dict) else None
+    if type(version) is int and version != VERSION:
+        raise InputError(f"{path}: has form {version}, this version reads {VERSION}; export again")
+    _check_form(path, "", metadata, _FORM)
+    classes, files = metadata["classes"], metadata["files"]
+    names = {
+        name: isinstance(size, list)
+        and len(size) == 2
+        and all(type(n) is int and n > 0 for n in size)
+        and name == file_name((size[0], size[1]), metadata["format"])
+        for name, size in files.items()
+    }
+    for holds, what in (
+        (len(classes["names"]) == len(classes["ids"]), "as many classes.ids as classes.names"),
+        (metadata["format"] in FORMATS, f"format one of {', '.join(FORMATS)}"),
+        (metadata["masks"] in MASKS, f"masks one of {', '.join(MASKS)}"),
+        (metadata["batch"] > 0, "batch at least 1"),
+        (names and all(names.values()), "files such as {'64x96.onnx': [64, 96]}"),
+        (set(output_names(metadata["masks"])) == set(metadata["outputs"]), "the outputs of masks"),
+    ):
+        if not holds:
+            raise InputError(f"{path}: not an export's metadata: must have {what}. {_FIX}")
+    return metadata
+
+
+def _check_form(path: Path, key: str, value: Any, form: Any) -> None:
+    """Raises InputError naming the first entry whose type is another."""
+    if isinstance(form, dict):
+        fits, kind = isinstance(value, dict), "an object"
+    elif isinstance(form, list):
+        fits = isinstance(value, list) and all(type(v) is form[0] for v in value)
+        kind = f"a list of {form[0].__name__}"
+    elif form is float:
+        fits, kind = type(value) in (int, float), "a number"
+    else:
+        fits, kind = type(value) is form, form.__name__
+    if not fits:
+        shown = "is missing" if value is None else f"is of type {type(value).__name__}"
+        raise InputError(f"{path}: {key or 'the file'} {shown}, should be {kind}. {_FIX}")
+    if isinstance(form, dict) and isinstance(value, dict):
+        for name, inner in form.items():
+            _check_form(path, f"{key}.{name}".strip("."), value.get(name), inner)
+
+
+def written_by_exports(folder: Path) -> set[str]:
+    """Returns the names in a folder that earlier exports wrote; none if it is no export's."""
+    try:
+        written = {FILE, REPORT, *read_metadata(folder)["files"]}
+    except InputError:
+        return set()
+    if (folder / REPORT).exists():
+        report = read_json(folder / REPORT, "an export's report")
+        earlier = report.get("written") if isinstance(report, dict) else None
+        written |= {name for name in earlier or () if isinstance(name, str)}
+    return written
+
+
+# --- Running it ----------------------------------------------------------------------
 
 
 def input_of(metadata: dict[str, Any]) -> InputOptions:

@@ -16,17 +16,18 @@ import jax.numpy as jnp
 
 from solov2_jax.data.buckets import check_buckets
 from solov2_jax.io import InputError, write_json
-from solov2_jax.tools.export.exported import ExportedPredictor, input_of
-from solov2_jax.tools.export.formats import Format, find_format, quantize_onnx
-from solov2_jax.tools.export.metadata import (
+from solov2_jax.tools.export.exported import (
     FILE,
     REPORT,
+    ExportedPredictor,
     ExportOptions,
     default_buckets,
     describe_export,
     file_name,
+    input_of,
     written_by_exports,
 )
+from solov2_jax.tools.export.formats import Format, find_format, quantize_onnx
 from solov2_jax.tools.export.parity import calibration, check_images, measure_parity
 from solov2_jax.tools.export.program import MASKS, Program, make_program
 

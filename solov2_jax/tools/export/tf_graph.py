@@ -196,9 +196,9 @@ class TensorFlowGraph:
             return test(state) if test else at < length
 
         def turn(at: Any, state: list[Any], arrays: list[Any]) -> tuple[Any, ...]:
-            state, rows = body(at, state)
+            after, rows = body(at, state)
             arrays = [a.write(at, x) for a, x in zip(arrays, rows, strict=True)]
-            return at + 1, self.tensors(state, carried_avals), arrays
+            return at + 1, self.tensors(after, carried_avals), arrays
 
         start = (self.tf.constant(0), self.tensors(carried, carried_avals), arrays)
         _, state, arrays = self.tf.while_loop(is_going, turn, start)

@@ -18,7 +18,7 @@ from solov2_jax.inference.predictor import Predictor
 from solov2_jax.tools.multiview.build import build_views
 from solov2_jax.tools.multiview.tiling import PicturePredictor, TileOptions
 from solov2_jax.tools.multiview.tta import TtaOptions
-from solov2_jax.tools.report.expected_results import ExpectedResult, check_names
+from solov2_jax.tools.report.results_file import ExpectedResult, check_names
 
 
 def evaluate_run(

@@ -2,7 +2,9 @@
 
 import csv
 import logging
+import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 from pycocotools import mask as coco_mask
 
+from solov2_jax.config import suggest
 from solov2_jax.data.annotations import Fields, describe, read_box, whole_number
 from solov2_jax.data.outlines import are_numbers, as_json, is_polygon, read_outline, rle_areas
 from solov2_jax.evaluation.coco import CocoEvaluator, format_metric, is_defined
@@ -19,12 +22,77 @@ from solov2_jax.io import InputError, read_json
 from solov2_jax.rle import polygons_to_rle
 from solov2_jax.tools.report.analysis import ImageRow, ReportData, make_report_data
 from solov2_jax.tools.report.diagnosis import diagnose
-from solov2_jax.tools.report.expected_results import ExpectedResult, check_names
 from solov2_jax.tools.report.outcomes import require_hotcoco
 
 log = logging.getLogger(__name__)
 
 SHOWN = 10  # classes and images in the log
+
+
+# --- Ranges that results must lie in: `segm/AP=0.42+-0.02` ---------------------------
+# Source: detectron2 evaluation/testing.py, verify_results (TEST.EXPECTED_RESULTS).
+
+_FORM = re.compile(r"(.+)=([^=+±]+)(?:\+-|±)([^=]+)")
+
+
+@dataclass(frozen=True)
+class ExpectedResult:
+    """A metric's value and how far from it the result may be."""
+
+    metric: str
+    value: float
+    tolerance: float
+
+    def miss(self, metrics: Mapping[str, float]) -> str:
+        """Returns how the result leaves the range, "" where it does not."""
+        result = metrics[self.metric]
+        expected = f"expected {self.value:g} +- {self.tolerance:g}"
+        if not is_defined(result):
+            return f"{self.metric} is undefined (nothing of that kind is annotated), {expected}"
+        # One unit in the last digit of the sums is no difference.
+        slack = 1e-9
+        if abs(result - self.value) <= self.tolerance + slack:
+            return ""
+        return f"{self.metric} is {result:.4f}, {expected}"
+
+
+def parse_expectations(texts: Sequence[str]) -> list[ExpectedResult]:
+    """Returns the expectations, or raises InputError for one that cannot be read."""
+    expectations = []
+    for text in texts:
+        form = _FORM.fullmatch(text.strip())
+        try:
+            if form is None:
+                raise ValueError
+            value, tolerance = float(form[2]), float(form[3])
+            if not math.isfinite(value) or not 0 <= tolerance < math.inf:
+                raise ValueError
+        except ValueError:
+            raise InputError(
+                f"--expect={text}: cannot be read; write METRIC=VALUE+-TOLERANCE, "
+                "such as --expect=segm/AP=0.42+-0.02"
+            ) from None
+        expectations.append(ExpectedResult(form[1].strip(), value, tolerance))
+    return expectations
+
+
+def check_names(expectations: Sequence[ExpectedResult], metrics: Sequence[str]) -> None:
+    """Raises InputError for an expectation of a metric that does not exist."""
+    for expectation in expectations:
+        if expectation.metric not in metrics:
+            raise InputError(
+                f"--expect={expectation.metric}=...: the evaluation has no such "
+                f"metric{suggest(expectation.metric, metrics)}"
+            )
+
+
+def misses(expectations: Sequence[ExpectedResult], metrics: Mapping[str, float]) -> list[str]:
+    """Returns a line for each result outside of its range."""
+    lines = [expectation.miss(metrics) for expectation in expectations]
+    return [line for line in lines if line]
+
+
+# --- A results file ------------------------------------------------------------------
 
 
 def evaluate_files(
@@ -102,8 +170,6 @@ def _report_data(evaluator: CocoEvaluator, metrics: dict[str, float], path: str)
     facts = {"annotations": os.path.basename(evaluator.source)}
     return make_report_data(evaluator, metrics, os.path.basename(path), facts)
 
-
-# --- A results file ------------------------------------------------------------------
 
 _FORMAT = (
     "COCO's results format is a json list of objects with image_id, category_id, score "
