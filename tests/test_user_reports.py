@@ -596,3 +596,48 @@ def test_the_script_of_reported_cases_tells_right_from_wrong(tmp_path):
     assert fault("2 images").startswith("not said: ")
     assert fault("1 images", code=1).startswith("exit code 0")
     assert fault("1 images", check=lambda printed, out: "no " + out.name[:3]) == "no tmp"
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("nc: 3\nnames: [cat]", "`nc` is 3, but `names` has 1"),
+        ("nc: [1]\nnames: [cat]", "`nc` is ['1'], but `names` has 1"),
+        ("names: {0: cat, 5: dog}", "without gaps"),
+        ("names: cat", "has no `names`"),
+        ("names: [[cat]]", "must be a list of texts"),
+        ("names: {? [0] : cat}", "cannot be read as YAML"),
+    ],
+)
+def test_a_data_yaml_that_contradicts_itself(tmp_path, capsys, yaml, message):
+    photo(tmp_path / "images" / "x.jpg")
+    label(tmp_path / "labels" / "x.txt")
+    (tmp_path / "data.yaml").write_text(f"train: images\n{yaml}\n")
+    with pytest.raises(SystemExit):
+        imported(tmp_path, "yolo", f"--data={tmp_path}/data.yaml")
+    assert message in capsys.readouterr().err
+    (tmp_path / "data.yaml").write_text("train: images\nnc: 1\nnames: [cat]\n")
+    assert imported(tmp_path, "yolo", f"--data={tmp_path}/data.yaml")["annotations"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label": 5}, "`label` is 5, not text"),
+        ({"label": None}, "has no `label`"),
+        ({"points": "x"}, "`points` must be pairs"),
+        ({"shape_type": ["polygon"]}, "`shape_type` ['polygon'] with 3 points"),
+        ({"group_id": [1]}, ""),
+    ],
+)
+def test_odd_shapes_of_labelme(tmp_path, capsys, changes, message):
+    photo(tmp_path / "x.jpg")
+    shape = {"label": "cat", "points": [[1, 1], [20, 1], [20, 20]], "shape_type": "polygon"}
+    record = {"imagePath": "x.jpg", "shapes": [{**shape, **changes}, {**shape, **changes}]}
+    (tmp_path / "x.json").write_text(json.dumps(record))
+    if message:
+        with pytest.raises(SystemExit):
+            imported(tmp_path, "labelme", f"--images={tmp_path}")
+        assert message in capsys.readouterr().err
+    else:
+        assert len(imported(tmp_path, "labelme", f"--images={tmp_path}")["annotations"]) == 1

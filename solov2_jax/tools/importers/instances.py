@@ -128,6 +128,11 @@ def names_of_yaml(content: dict[str, Any], path: str) -> list[str]:
         raise InputError(f"{path}: has no `names`; list the class names there.")
     if not all(isinstance(name, str) for name in names):
         raise InputError(f"{path}: `names` must be a list of texts; put quotes around them.")
+    number = content.get("nc")
+    if number is not None and number != str(len(names)):
+        raise InputError(
+            f"{path}: `nc` is {number}, but `names` has {len(names)}; correct one of them."
+        )
     return [name.strip() for name in names]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from solov2_jax.data.annotations import as_json
 from solov2_jax.data.images import list_files, read_header
 from solov2_jax.data.outlines import MAX_COORDINATE, are_numbers
 from solov2_jax.data.rasterize import spans_to_masks
@@ -102,9 +103,12 @@ def _add_image(instances: Instances, path: Path, record: dict[str, Any], images:
 
 
 def _label(shape: Any, where: str) -> str:
-    if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
+    label = shape.get("label") if isinstance(shape, dict) else None
+    if label is None:
         raise InputError(f"{where}: has no `label`; add it.")
-    return shape["label"]
+    if not isinstance(label, str):
+        raise InputError(f"{where}: `label` is {as_json(label)}, not text; put it in quotes.")
+    return label
 
 
 def _add_shapes(
@@ -132,7 +136,8 @@ def _add_shapes(
             left_out[f"shape_type {kind}"] += 1
         else:
             group = shape.get("group_id")
-            key = index if group is None else (label, group)
+            # As text: a damaged file may hold a list there.
+            key = index if group is None else (label, as_json(group))
             groups.setdefault(key, []).append((index, shape))
     for parts in groups.values():
         label = parts[0][1]["label"]
