@@ -9,12 +9,13 @@ import pytest
 import tiny_coco
 
 from configs import base
+from solov2_jax import distributed
 from solov2_jax.data.buckets import Resize
 from solov2_jax.data.pipeline import Reading, eval_batches
 from solov2_jax.evaluation import coco
 from solov2_jax.evaluation.coco import CocoEvaluator, json_metrics
 from solov2_jax.evaluation.coco_score import read_ground_truth
-from solov2_jax.evaluation.evaluate import build_evaluator, build_reports
+from solov2_jax.evaluation.evaluate import StopEvaluation, build_evaluator, build_reports
 from solov2_jax.evaluation.evaluate import evaluate as evaluate_all
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.training import build
@@ -139,6 +140,22 @@ def test_reports_are_called_with_the_evaluation(dataset, tmp_path, monkeypatch):
     config.eval.reports = ("solov2_jax.tools.report:nothing",)
     with pytest.raises(ValueError, match="eval.reports: .*cannot be imported"):
         build_reports(config)
+
+
+def test_an_evaluation_ends_when_told_although_the_exception_was_lost(dataset, tmp_path):
+    class Told(Oracle):
+        def predict_batch(self, batch):
+            distributed.request_stop()
+            return super().predict_batch(batch)
+
+    told = Told()
+    try:
+        with pytest.raises(StopEvaluation):
+            evaluate(told, dataset, batches_of(dataset), tmp_path / "out")
+    finally:
+        distributed.request_stop(False)
+    assert len(told.shapes) == 1 and len(batches_of(dataset)) == 2
+    assert not (tmp_path / "out" / "metrics.json").exists()
 
 
 def test_images_that_reach_the_limit_of_detections_are_told(dataset, tmp_path, caplog):

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from solov2_jax.config import save_config
 from solov2_jax.inference.prediction import Prediction
+from solov2_jax.tools.cli.predict import EarlySignal
 from solov2_jax.tools.predict import predict_files as files
 from solov2_jax.tools.predict.output_folder import MANIFEST
 from solov2_jax.tools.predict.outputs import DetectionFilter
@@ -304,6 +305,15 @@ def test_the_exit_code_names_the_signal(workdir, tmp_path, number, early):
     if not early:
         results = json.loads((out / "predictions.json").read_text())
         assert 0 < len({r["image_id"] for r in results}) < 600
+
+
+def test_a_signal_whose_exception_is_lost_is_not():
+    early = EarlySignal()
+    early.check()
+    with pytest.raises(SystemExit, match="143"):
+        early(signal.SIGTERM, None)
+    with pytest.raises(SystemExit, match="143"):
+        early.check()
 
 
 def test_a_full_disk_while_a_video_is_written_costs_the_video_alone(tmp_path):

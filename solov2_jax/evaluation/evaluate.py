@@ -197,11 +197,15 @@ def stoppable(batches: BatchSource) -> Iterator[Mapping[str, np.ndarray]]:
     """Yields this process's batches.
 
     Raises:
-      StopEvaluation: in all of several processes, once one was told to stop. They may have
-        different numbers of batches, but ask each other equally often.
+      StopEvaluation: once this process was told to stop; of several, in all, once one was.
+        They may have different numbers of batches, but ask each other equally often.
     """
     if jax.process_count() == 1:
-        yield from batches
+        for batch in batches:
+            # The signal's own exception is lost where it meets a library's callback.
+            if distributed.stop_requested():
+                raise StopEvaluation
+            yield batch
         return
     iterator = iter(batches)
     for _ in range(max(distributed.gather(-(-len(batches) // ASK_EVERY)))):

@@ -81,6 +81,29 @@ FLAGS += (_BATCH_SIZE, _TRACK, _COLOR_BY, _HIDE_LABELS, _FRAMES, _EVERY, _READER
 FLAGS += (_MAX_PIXELS, _DOWNLOAD_MB, _SECONDS)
 
 
+class EarlySignal:
+    """Ends the process until predicting has handlers; what was downloaded is deleted.
+
+    Python drops an exception that a signal raises within a library's callback, so the
+    signal is remembered as well.
+    """
+
+    def __init__(self):
+        self.number = 0
+
+    def __call__(self, number: int, _: object) -> None:
+        self.number = number
+        self.check()
+
+    def check(self) -> None:
+        """Ends the process if there was a signal."""
+        if self.number:
+            sys.exit(128 + self.number)
+
+
+_EARLY = EarlySignal()
+
+
 def predict(overrides: list[str], scratch: str) -> "Summary":
     """Predicts as the flags say.
 
@@ -131,17 +154,19 @@ def predict(overrides: list[str], scratch: str) -> "Summary":
     if _SHAPES.value and not tiles and not predictor.input.buckets:
         shapes = shapes_of(sources, predictor.padded_shape, _SHAPES.value)
         predictor = predictor.with_shapes(shapes)
-    return predict_files(build_views(predictor, tta, tiles), sources, _OUTPUT.value, options)
+    multiview = build_views(predictor, tta, tiles)
+    _EARLY.check()
+    return predict_files(multiview, sources, _OUTPUT.value, options)
 
 
 def main(overrides: list[str]) -> None:
     shared.check_model()
-    # Until predicting has handlers of its own: end, but delete what was downloaded.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, _EARLY)
     with tempfile.TemporaryDirectory() as scratch:
         try:
             summary = predict(overrides, scratch)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # the second signal while predicting
             sys.exit(128 + signal.SIGINT)
         problems = summary.report(_OUTPUT.value)
     if problems:
