@@ -41,6 +41,10 @@ _NO_JITTER = only("augment.jitter_scale", ())
 
 # Keys that had another name: {old: new}. An old one is still read, and a line says so.
 RENAMED: dict[str, str] = {}
+# Keys that are gone, and why none is missed. One that is given is passed over with a line.
+REMOVED = {
+    "eval.exact_padding": "every image has the results of its own padding, in any shape",
+}
 
 
 def _leaves_something(patterns: tuple[str, ...]) -> bool:
@@ -417,11 +421,6 @@ def keys() -> Section:
     )
     # Images drawn with ground truth beside prediction [VIS_PERIOD].
     config.eval.num_pictures = whole(16, high=100_000)
-    # Pad every image to its own multiples of 32, as the reference does with single
-    # images, instead of to one of a few shapes: an object's grid cell depends on the
-    # padded size. About 40 shapes on COCO, each compiled once. Where
-    # `input.buckets_test` is given, it decides.
-    config.eval.exact_padding = switch(False, used=only("input.buckets_test", ()))
 
     # Keys of your own: `config.user.margin = 3` in a config file. Nothing reads them but
     # what you wrote (augmentations, hooks, checks), and any key may stand here.

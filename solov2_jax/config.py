@@ -77,7 +77,7 @@ def _listing(file: pathlib.Path) -> str:
 
 def _call_file(file: pathlib.Path) -> ConfigDict:
     _bind_configs(file.resolve().parent)
-    old = tuple(_base().RENAMED)
+    old = (*_base().RENAMED, *_base().REMOVED)
     token = old_names.set(old)
     try:
         with reading(file, "a config file", "It is Python with a function get_config()"):
@@ -87,7 +87,7 @@ def _call_file(file: pathlib.Path) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise InputError(f"config file {file}: get_config() returned no ConfigDict")
     for key in old:
-        _rename(config, key, _base().RENAMED[key], str(file))
+        _rename(config, key, _base().RENAMED.get(key), str(file))
     return config
 
 
@@ -106,14 +106,18 @@ def _base() -> types.ModuleType:
     return _run(shipped_configs() / "base.py")
 
 
-def _rename(config: ConfigDict, old: str, new: str, place: str) -> None:
-    """Moves what a file gave an old key to the new one."""
+def _rename(config: ConfigDict, old: str, new: str | None, place: str) -> None:
+    """Moves what a file gave an old key to the new one; None: there is none."""
     value = _group(config, old).get(old.split(".")[-1])
     with config.unlocked():
         _delete(config, old)
-    if value is not None:
-        log.info("%s: %s is now called %s; it is read as that", place, old, new)
-        _group(config, new)[new.split(".")[-1]] = value
+    if value is None:
+        return
+    if new is None:
+        log.info("%s: %s is gone: %s", place, old, _base().REMOVED[old])
+        return
+    log.info("%s: %s is now called %s; it is read as that", place, old, new)
+    _group(config, new)[new.split(".")[-1]] = value
 
 
 def _group(config: ConfigDict, key: str) -> ConfigDict:
@@ -175,10 +179,16 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def renamed_overrides(overrides: Sequence[str]) -> list[str]:
-    """Returns overrides with the old names of keys replaced, which log lines tell."""
-    renamed, names = [], _base().RENAMED
+    """Returns overrides with today's names of keys, which log lines tell.
+
+    Those of keys that are gone are left out.
+    """
+    renamed, names, removed = [], _base().RENAMED, _base().REMOVED
     for override in overrides:
         key, equals, value = override.removeprefix("--config.").partition("=")
+        if key in removed:
+            log.info("--config.%s: the key is gone: %s", key, removed[key])
+            continue
         if key in names:
             log.info("--config.%s: the key is now called %s", key, names[key])
         renamed.append(f"--config.{names.get(key, key)}{equals}{value}")
@@ -302,6 +312,9 @@ def _filled(values: dict[str, Any], path: str | os.PathLike) -> Config:
     for old in [key for key in names if key in flat]:
         log.info("%s: %s is now called %s; it is read as that", path, old, names[old])
         flat.setdefault(names[old], flat.pop(old))
+    for old in [key for key in _base().REMOVED if key in flat]:
+        log.info("%s: %s is gone: %s", path, old, _base().REMOVED[old])
+        del flat[old]
     unknown = [key for key in flat if key not in known and not _is_new(key, known)]
     if unknown:
         raise InputError(

@@ -1,7 +1,12 @@
 """Primitives with torch's semantics, in forms that are fast forward and backward.
 
 Gathers differentiate into scatters, which XLA runs slowly; here resizes are slices
-(factor 2) or products with a small static matrix (any other size).
+(factor 2) or products with a small matrix (any other size).
+
+`extent`, where a function takes it, makes one compiled shape serve images of any smaller
+size: (height, width) of each image's own map at the top left of the array, int32 [B, 2].
+The result within it is that of an array of exactly that size, whatever finite values the
+rest of the array holds; None: the map is the whole array.
 """
 
 import functools
@@ -11,7 +16,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
+
+
+def inside(extent: Int[Array, "B 2"], h: int, w: int) -> Bool[Array, "B h w"]:
+    """Returns which pixels of arrays [h, w] belong to each image's own map."""
+    rows = jnp.arange(h)[None, :, None] < extent[:, 0, None, None]
+    return rows & (jnp.arange(w)[None, None, :] < extent[:, 1, None, None])
+
+
+def zero_outside(
+    x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None
+) -> Float[Array, "B h w C"]:
+    """Returns `x` with 0 beyond each image's own map: what a convolution pads it with."""
+    if extent is None:
+        return x
+    return jnp.where(inside(extent, *x.shape[1:3])[..., None], x, 0)
 
 
 def normalize_image(
@@ -29,13 +49,8 @@ def normalize_image(
     Source: adet/modeling/solov2/solov2.py, SOLOv2.preprocess_image: normalise first,
     pad second, so that a padded pixel is the mean colour.
     """
-    _, h, w, _ = image.shape
     shift, scale = (np.asarray(c, np.float32)[None, None, None] for c in (mean, std))
-    inside = (jnp.arange(h)[None, :, None] < image_size[:, 0, None, None]) & (
-        jnp.arange(w)[None, None, :] < image_size[:, 1, None, None]
-    )
-    x = (image.astype(jnp.float32) - shift) / scale
-    return jnp.where(inside[..., None], x, 0.0)
+    return zero_outside((image.astype(jnp.float32) - shift) / scale, image_size)
 
 
 def coord_grid(h: int, w: int) -> np.ndarray:
@@ -46,6 +61,18 @@ def coord_grid(h: int, w: int) -> np.ndarray:
     """
     x, y = np.linspace(-1, 1, w), np.linspace(-1, 1, h)
     return np.stack(np.meshgrid(x, y), axis=-1).astype(np.float32)
+
+
+def coord_grid_within(extent: Int[Array, "B 2"], h: int, w: int) -> Float[Array, "B h w 2"]:
+    """Returns `coord_grid` of each image's own map, at the top left of [h, w]."""
+
+    def axis(size: Int[Array, "B"], length: int) -> Float[Array, "B _"]:
+        intervals = size[:, None] - 1
+        steps = 2 * jnp.arange(length)[None] - intervals  # one rounding: the division's
+        return jnp.where(intervals > 0, steps / jnp.maximum(intervals, 1), -1.0)
+
+    y, x = axis(extent[:, 0], h)[:, :, None], axis(extent[:, 1], w)[:, None]
+    return jnp.stack(jnp.broadcast_arrays(x, y), axis=-1)
 
 
 @functools.lru_cache(maxsize=256)
@@ -69,10 +96,54 @@ def bilinear_matrix(size_in: int, size_out: int) -> np.ndarray:
     return matrix
 
 
-def resize_bilinear(x: Float[Array, "B h w C"], size: tuple[int, int]) -> Float[Array, "B H W C"]:
-    """Returns `x` at `size`, as `bilinear_matrix` does along each axis."""
-    _, h, w, _ = x.shape
+def bilinear_matrix_within(
+    size_in: Int[Array, "B"], size_out: Int[Array, "B"], columns: int, rows: int
+) -> Float[Array, "B rows columns"]:
+    """Returns `bilinear_matrix(size_in, size_out)` at the top left of [rows, columns].
+
+    For sizes below 2048 it is equal in every bit. Rows beyond `size_out` are weights of
+    columns within `size_in` too.
+    """
+    scale = size_in.astype(jnp.float32) / size_out.astype(jnp.float32)
+    # The product has one rounding there. Here the scale's upper 12 bits (Veltkamp's
+    # splitting) times a half integer of 12 bits is exact, and so is what is taken from it.
+    spread = scale * 4097.0
+    upper = (spread - (spread - scale))[:, None]
+    middle = (jnp.arange(rows, dtype=jnp.float32) + 0.5)[None]
+    source = jnp.maximum((upper * middle - 0.5) + (scale[:, None] - upper) * middle, 0.0)
+    last = size_in[:, None] - 1
+    low = jnp.minimum(jnp.floor(source).astype(jnp.int32), last)
+    high = jnp.minimum(low + 1, last)
+    weight = (source - low.astype(jnp.float32))[..., None]
+    # Beyond `size_out` the source may lie beyond the last column.
+    weight = jnp.minimum(weight, 1.0)
+    column = jnp.arange(columns)[None, None]
+    at_low, at_high = column == low[..., None], column == high[..., None]
+    return jnp.where(at_low, 1 - weight, 0.0) + jnp.where(at_high, weight, 0.0)
+
+
+def resize_bilinear(
+    x: Float[Array, "B h w C"],
+    size: tuple[int, int],
+    extent: Int[Array, "B 2"] | None = None,
+    extent_out: Int[Array, "B 2"] | None = None,
+) -> Float[Array, "B H W C"]:
+    """Returns `x` at `size`, as `bilinear_matrix` does along each axis.
+
+    Args:
+      extent_out: of the result, beside `extent`; None: `size`.
+    """
+    b, h, w, _ = x.shape
     dot = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    if extent is not None:
+        if extent_out is None:
+            extent_out = jnp.broadcast_to(jnp.array(size, jnp.int32)[None], (b, 2))
+        rows, columns = (
+            bilinear_matrix_within(extent[:, i], extent_out[:, i], x.shape[1 + i], size[i])
+            for i in range(2)
+        )
+        x = dot("bgh,bhwc->bgwc", rows.astype(x.dtype), x)
+        return dot("bgw,bhwc->bhgc", columns.astype(x.dtype), x)
     if h != size[0]:
         x = dot("gh,bhwc->bgwc", jnp.asarray(bilinear_matrix(h, size[0]), x.dtype), x)
     if w != size[1]:
@@ -97,24 +168,31 @@ def conv2d(
     )
 
 
-def _neighbours(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+def _neighbours(
+    x: jax.Array, axis: int, extent: Int[Array, "B 2"] | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Returns, for every element, the ones before and after it; ends are repeated."""
     size = x.shape[axis]
     first = lax.slice_in_dim(x, 0, 1, axis=axis)
     last = lax.slice_in_dim(x, size - 1, size, axis=axis)
     before = lax.concatenate([first, lax.slice_in_dim(x, 0, size - 1, axis=axis)], axis)
     after = lax.concatenate([lax.slice_in_dim(x, 1, size, axis=axis), last], axis)
+    if extent is not None:
+        shape = [1] * x.ndim
+        shape[axis] = size
+        end = extent[:, axis - 1].reshape(-1, *[1] * (x.ndim - 1)) - 1
+        after = jnp.where(jnp.arange(size).reshape(shape) == end, x, after)
     return before, after
 
 
-def _upsample2x_axis(x: jax.Array, axis: int) -> jax.Array:
-    before, after = _neighbours(x, axis)
+def _upsample2x_axis(x: jax.Array, axis: int, extent: Int[Array, "B 2"] | None = None) -> jax.Array:
+    before, after = _neighbours(x, axis, extent)
     parts = [0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after]
     return _interleave(parts, axis)
 
 
-def _upsample4x_axis(x: jax.Array, axis: int) -> jax.Array:
-    before, after = _neighbours(x, axis)
+def _upsample4x_axis(x: jax.Array, axis: int, extent: Int[Array, "B 2"] | None = None) -> jax.Array:
+    before, after = _neighbours(x, axis, extent)
     parts = [share * before + (1 - share) * x for share in (0.375, 0.125)]
     parts += [(1 - share) * x + share * after for share in (0.125, 0.375)]
     return _interleave(parts, axis)
@@ -126,14 +204,18 @@ def _interleave(parts: Sequence[jax.Array], axis: int) -> jax.Array:
     return jnp.stack(parts, axis + 1).reshape(sides)
 
 
-def upsample2x_bilinear(x: Float[Array, "B h w C"]) -> Float[Array, "B 2*h 2*w C"]:
+def upsample2x_bilinear(
+    x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None = None
+) -> Float[Array, "B 2*h 2*w C"]:
     """Returns `resize_bilinear(x, (2 * h, 2 * w))`, by shifts and no gather."""
-    return _upsample2x_axis(_upsample2x_axis(x, 1), 2)
+    return _upsample2x_axis(_upsample2x_axis(x, 1, extent), 2, extent)
 
 
-def upsample4x_bilinear(x: Float[Array, "B h w C"]) -> Float[Array, "B 4*h 4*w C"]:
+def upsample4x_bilinear(
+    x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None = None
+) -> Float[Array, "B 4*h 4*w C"]:
     """Returns `resize_bilinear(x, (4 * h, 4 * w))`, by shifts and no gather."""
-    return _upsample4x_axis(_upsample4x_axis(x, 1), 2)
+    return _upsample4x_axis(_upsample4x_axis(x, 1, extent), 2, extent)
 
 
 def upsample2x_nearest(x: Float[Array, "B h w C"]) -> Float[Array, "B 2*h 2*w C"]:
@@ -160,6 +242,8 @@ def downsample2x_bilinear(x: Float[Array, "B h w C"]) -> Float[Array, "B _ _ C"]
 def max_pool_3x3_stride2(x: Float[Array, "B h w C"]) -> Float[Array, "B _ _ C"]:
     """Returns the 3x3 maximum at stride 2, padded by one with -inf.
 
+    Within an even extent no result looks beyond it.
+
     Source: detectron2/modeling/backbone/resnet.py, BasicStem.forward.
     """
     for axis in (1, 2):
@@ -180,6 +264,7 @@ def group_norm(
     bias: Float[Array, "C"],
     groups: int,
     epsilon: float = 1e-5,
+    extent: Int[Array, "B 2"] | None = None,
 ) -> Float[Array, "B h w C"]:
     """Returns group normalisation, statistics in float32 over (h, w, C / groups).
 
@@ -188,14 +273,16 @@ def group_norm(
     """
     b, h, w, c = x.shape
     x32 = x.astype(jnp.float32)
-    count = h * w * (c // groups)
+    pixels = h * w if extent is None else (extent[:, 0] * extent[:, 1])[:, None, None]
+    count = pixels * (c // groups)
+    counted = zero_outside(x32, extent)
 
     def grouped_mean(per_channel):  # [B, C] -> [B, C], equal within a group
         total = per_channel.reshape(b, groups, c // groups).sum(-1, keepdims=True)
         return jnp.broadcast_to(total / count, (b, groups, c // groups)).reshape(b, c)
 
-    mean = grouped_mean(x32.sum((1, 2)))
-    variance = grouped_mean(jnp.square(x32).sum((1, 2))) - jnp.square(mean)
+    mean = grouped_mean(counted.sum((1, 2)))
+    variance = grouped_mean(jnp.square(counted).sum((1, 2))) - jnp.square(mean)
     factor = scale[None] * lax.rsqrt(jnp.maximum(variance, 0.0) + epsilon)
     shift = bias[None] - mean * factor
     return (x32 * factor[:, None, None] + shift[:, None, None]).astype(x.dtype)

@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 # side, that holds it; elsewhere so many whole ones are enlarged together.
 WINDOWS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 PASTE_BATCH = 20
+# Sides of the network's input are multiples of it; beyond them a larger array is empty.
+PADDING = 32
 
 
 @jax.named_scope("paste")
@@ -44,10 +46,12 @@ def paste_masks(
     bilinear to the original size. The first factor is always 4; the reference derives
     it from the unpadded height, wrongly for small images. Its boxes are all 0.
     """
-    _, h4, w4 = soft_masks.shape
+    w4 = soft_masks.shape[2]
     y, x = (None, None) if origin is None else origin
-    rows = _taps(h4, image_size[0], original_size[0], canvas[0], y)
-    columns = _taps(w4, image_size[1], original_size[1], canvas[1], x)
+    # Of the soft mask: the image with the padding that the reference gives it.
+    h, w = -(-image_size // PADDING) * (PADDING // 4)
+    rows = _taps(h, image_size[0], original_size[0], canvas[0], y)
+    columns = _taps(w, image_size[1], original_size[1], canvas[1], x)
     taps = zip(columns.weights, columns.indices, strict=True)
     hot = [w[:, None] * (i[:, None] == jnp.arange(w4)[None]) for w, i in taps]
     across = functools.reduce(jnp.add, hot)
@@ -92,7 +96,7 @@ class _Taps(NamedTuple):
 
 
 def _taps(
-    size: int,
+    size: Int[Array, ""],
     image: Int[Array, ""],
     original: Int[Array, ""],
     canvas: int,

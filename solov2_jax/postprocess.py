@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from solov2_jax import ops
 from solov2_jax.nms import mask_nms, matrix_nms, point_nms
 from solov2_jax.structs import Detections, Outputs
 
@@ -42,6 +43,7 @@ def detect(
     nms_sigma: float,
     nms_iou: float,
     max_candidates: int,
+    extent: Int[Array, "B 2"] | None = None,
 ) -> Detections:
     """Returns the detections of every image, best first.
 
@@ -56,6 +58,7 @@ def detect(
         to the second.
       max_candidates: cell-class pairs whose masks are looked at, best class score
         first. With at most so many the result is the reference's.
+      extent: of the mask features, see `ops`; soft masks are 0 beyond it.
 
     Source: AdelaiDet adet/modeling/solov2/solov2.py, inference_single_image, which has
     no `max_candidates` and applies `update_threshold` to matrix NMS only.
@@ -70,8 +73,11 @@ def detect(
     nms_pre = min(nms_pre, limit)
 
     def detect_image(image):
-        cate, kernel, feat = image
-        pixels = feat.reshape(-1, feat.shape[-1])  # [h4 * w4, E]
+        cate, kernel, feat, *own = image
+        pixels = _Pixels(feat.reshape(-1, feat.shape[-1]))
+        if own:
+            inside = ops.inside(own[0][None], *feat.shape[:2]).reshape(-1)
+            pixels = _Pixels(pixels.features, inside, own[0][0] * feat.shape[1])
         scores = jax.nn.sigmoid(cate.astype(jnp.float32))
         scores = point_nms(scores, num_grids)
         candidates, num_candidates = _select_candidates(scores, score_threshold, limit)
@@ -88,8 +94,10 @@ def detect(
             score = jnp.where(mask_nms(candidates.label, iou, nms_iou), score, 0.0)
         kept = (score >= update_threshold) & (score > 0)
         score, best = lax.top_k(jnp.where(kept, score, 0.0), min(max_per_image, nms_pre))
-        soft = jax.nn.sigmoid(_mask_logits(kernel[candidates.cell[best]], pixels))
-        soft = jnp.where(score[:, None] > 0, soft, 0.0).reshape(-1, *feat.shape[:2])
+        soft = jax.nn.sigmoid(_mask_logits(kernel[candidates.cell[best]], pixels.features))
+        shown = score[:, None] > 0
+        shown = shown if pixels.inside is None else shown & pixels.inside[None]
+        soft = jnp.where(shown, soft, 0.0).reshape(-1, *feat.shape[:2])
         return {
             "scores": score,
             "labels": candidates.label[best],
@@ -98,9 +106,18 @@ def detect(
             "num_candidates": num_candidates,
         }
 
-    detections = lax.map(detect_image, (outputs.cate, outputs.kernel, outputs.mask_feat))
+    images = (outputs.cate, outputs.kernel, outputs.mask_feat)
+    detections = lax.map(detect_image, images if extent is None else (*images, extent))
     missing = max(max_per_image - nms_pre, 0)
     return Detections(**{name: _pad_axis_1(x, missing) for name, x in detections.items()})
+
+
+class _Pixels(NamedTuple):
+    """The mask features of an image, pixel by pixel, row by row."""
+
+    features: Float[Array, "n E"]
+    inside: Bool[Array, "n"] | None = None  # None: all
+    end: Int[Array, ""] | int | None = None  # none is inside from here on
 
 
 class _Candidates(NamedTuple):
@@ -187,28 +204,36 @@ def _rescore(
 def _mask_sums(
     kernels: Float[Array, "N E"],
     *,
-    pixels: Float[Array, "n E"],
+    pixels: _Pixels,
     threshold: float,
     overlaps: bool,
 ) -> tuple[Float[Array, "N"], Float[Array, "N"], Float[Array, "N N"] | None]:
     """Returns each mask's area, its sum of probabilities, and pairs' common pixels."""
-    num_pixels, size = pixels.shape[0], kernels.shape[0]
+    (num_pixels, channels), size = pixels.features.shape, kernels.shape[0]
     tile = max(n for n in range(1, TILE_PIXELS + 1) if num_pixels % n == 0)
 
-    def step(total, tile_pixels):
+    def add_tile(total, tile_pixels, inside):
         soft = jax.nn.sigmoid(_mask_logits(kernels, tile_pixels))
-        hard = (soft > threshold).astype(jnp.float32)
+        hard = soft > threshold
+        hard = (hard if inside is None else hard & inside[None]).astype(jnp.float32)
         new = [jnp.sum(hard, axis=1), jnp.sum(soft * hard, axis=1)]
         if overlaps:
             # Exact at any precision of the product: zeros, ones and float32 sums.
             new.append(jnp.einsum("nx,mx->nm", hard, hard))
-        return [a + b for a, b in zip(total, new, strict=True)], None
+        return [a + b for a, b in zip(total, new, strict=True)]
 
-    zeros = [jnp.zeros(size), jnp.zeros(size)]
-    zeros += [jnp.zeros((size, size))] if overlaps else []
-    tiles = pixels.reshape(-1, tile, pixels.shape[1])
-    (area, total, *overlap), _ = lax.scan(step, zeros, tiles)
-    return area, total, overlap[0] if overlaps else None
+    total = [jnp.zeros(size), jnp.zeros(size)]
+    total += [jnp.zeros((size, size))] if overlaps else []
+    tiles = pixels.features.reshape(-1, tile, channels)
+    if pixels.inside is None:
+        total, _ = lax.scan(lambda t, p: (add_tile(t, p, None), None), total, tiles)
+    else:
+        inside = pixels.inside.reshape(-1, tile)
+        # Tiles below the image are not looked at.
+        num_tiles = (pixels.end + tile - 1) // tile
+        total = lax.fori_loop(0, num_tiles, lambda i, t: add_tile(t, tiles[i], inside[i]), total)
+    area, probability, *overlap = total
+    return area, probability, overlap[0] if overlaps else None
 
 
 def _mask_logits(kernels: Float[Array, "N E"], pixels: Float[Array, "n E"]) -> Float[Array, "N n"]:

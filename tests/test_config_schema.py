@@ -223,7 +223,6 @@ def test_a_given_key_without_effect_is_an_error(config, given, reason):
         ["augment.jitter_scale=(0.5, 2.0)", "input.max_size_train=64"],
         ["augment.jitter_scale=(0.5, 2.0)", "input.size_sampling=range"],
         ["optim.warmup_steps=0", "optim.warmup_factor=0.5"],
-        ["input.buckets_test=((64, 64),)", "eval.exact_padding=True"],
         ["train.log_every=0", "train.watch_steps=5"],
     ],
 )

@@ -14,12 +14,11 @@ import tiny_network
 from PIL import Image
 
 from solov2_jax.inference.predictor import build_predictor
-from solov2_jax.inference.preprocess import InputOptions
+from solov2_jax.inference.preprocess import default_buckets
 from solov2_jax.io import InputError
 from solov2_jax.models import build_model
 from solov2_jax.tools.export.exported import (
     ExportedPredictor,
-    default_buckets,
     read_metadata,
     resize_masks,
     tight_boxes,
@@ -283,10 +282,8 @@ def test_metadata_that_is_no_object_is_one_sentence(tmp_path, text):
 
 
 def test_two_shapes_hold_every_image():
-    options = InputOptions("RGB", (0.0,) * 3, (1.0,) * 3, 800, 1333, ())
-    assert default_buckets(options) == ((800, 1344), (1344, 800))
-    small = InputOptions("RGB", (0.0,) * 3, (1.0,) * 3, 128, 128, ())
-    assert default_buckets(small) == ((128, 128),)
+    assert default_buckets(800, 1333) == ((800, 1344), (1344, 800))
+    assert default_buckets(128, 128) == ((128, 128),)
 
 
 def outputs(scores, masks, labels=None):

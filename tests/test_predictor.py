@@ -57,12 +57,13 @@ class Painter:
 
     name: str
 
-    def apply(self, variables, image):
+    def apply(self, variables, image, extent):
         TRACES.append((self.name, image.shape))
         b, h, w, _ = image.shape
         on = image[:, 2::4, 2::4] > 128
-        bar = jnp.broadcast_to(jnp.arange(h // 4) >= h // 4 - 4, (b, w // 4, h // 4))
-        on = jnp.concatenate([on, bar.swapaxes(1, 2)[..., None]], axis=-1)
+        bar = jnp.arange(h // 4)[None] >= extent[:, :1] // 4 - 4
+        bar = jnp.broadcast_to(bar[:, :, None, None], (b, h // 4, w // 4, 1))
+        on = jnp.concatenate([on, bar], axis=-1)
         kernel = np.zeros((CELLS, 4), np.float32)
         cate = np.full((CELLS, 3), -10, np.float32)
         for cell, (feature, label, logit) in OBJECTS.items():
@@ -163,10 +164,11 @@ def replace_bar(p):
 
 
 def test_a_mask_only_in_the_padding_is_dropped():
-    # 64 x 80 has padded rows beyond 64 only if its padded shape is given.
-    full = list(predictor(buckets=((96, 96),)).predict_images([picture(64, 80)]))[0]
-    assert len(full) == 3
-    assert len(list(predictor().predict_images([picture(64, 80)]))[0]) == 4
+    # 80 rows are padded to 96, and 64 not at all, in whichever shape.
+    for buckets in ((), ((160, 160),)):
+        full = list(predictor(buckets=buckets).predict_images([picture(80, 64)]))[0]
+        assert len(full) == 3
+        assert len(list(predictor(buckets=buckets).predict_images([picture(64, 80)]))[0]) == 4
     assert (full.boxes[:, 2:] > full.boxes[:, :2]).all()
 
 
@@ -241,9 +243,9 @@ def test_masks_pasted_in_small_chunks_are_the_same(monkeypatch):
 
 
 def test_masks_of_a_large_image_are_held_packed(monkeypatch):
-    (plain,) = predictor(buckets=((96, 96),)).predict_images([picture(64, 80)])
+    (plain,) = predictor(buckets=((96, 96),)).predict_images([picture(80, 64)])
     monkeypatch.setattr(predictor_module, "PACK_BYTES", 2 * 64 * 80)
-    (packed,) = predictor(buckets=((96, 96),)).predict_images([picture(64, 80)])
+    (packed,) = predictor(buckets=((96, 96),)).predict_images([picture(80, 64)])
     assert isinstance(packed.masks, MaskCrops) and len(packed) == len(plain) == 3
     np.testing.assert_array_equal(np.asarray(packed.masks), plain.masks)
     np.testing.assert_array_equal(packed.boxes, plain.boxes)

@@ -19,7 +19,7 @@ Bucket = tuple[int, int]  # padded (height, width)
 STRIDE = 32  # of the coarsest feature level: sides of a bucket are its multiples
 
 # Derived padded shapes: at most so many; one more must save this share of padded pixels.
-DERIVED = {"train": (5, 0.05), "test": (8, 0.02)}
+DERIVED = {"train": (5, 0.05), "test": (2, 0.02)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,6 @@ class Resize:
     shorts: tuple[int, ...]  # shorter side; one is drawn per image and epoch
     max_size: int  # longer side at most
     buckets: tuple[Sequence[int], ...] = ()  # padded (h, w); () derives them
-    exact: bool = False  # with (): each image's own multiples of 32, however many
 
     def size(self, original: Size, scale: int = 0) -> Size:
         """Returns (height, width) of an image of this size at one of the scales."""
@@ -123,8 +122,6 @@ def choose_buckets(
     if resize.buckets:
         buckets = check_buckets(resize.buckets, key)
     else:
-        if resize.exact:
-            limit, tolerance = sizes.size, -1.0  # no two shapes are ever joined
         buckets = derive_buckets(sizes[chosen], limit, tolerance)
         log.info("%s, derived from %d images: %s", key, len(chosen), buckets)
     assigned = np.zeros(sizes.shape[:2], np.int16)

@@ -1,6 +1,5 @@
 """Data sets and batches from a config: the one place here that reads its keys."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -117,7 +116,7 @@ def build_eval_batches(
     return eval_batches(
         dataset,
         batch_size=config.eval.batch_size,
-        resize=dataclasses.replace(_test_resize(config), exact=config.eval.exact_padding),
+        resize=_test_resize(config),
         channel_order=config.input.channel_order,
         max_images=config.eval.max_images,
         shard=shard,

@@ -22,13 +22,18 @@ from solov2_jax.checkpoint import load_workdir_config, read_classes, restore_var
 from solov2_jax.config import load_config
 from solov2_jax.data.buckets import Bucket, check_buckets
 from solov2_jax.inference.prediction import MaskCrops, Prediction, pack
-from solov2_jax.inference.preprocess import InputOptions, make_batches, make_example, padded_shape
+from solov2_jax.inference.preprocess import (
+    InputOptions,
+    default_buckets,
+    make_batches,
+    make_example,
+    padded_shape,
+)
 from solov2_jax.inference.programs import (
     DetectOptions,
     compile_detect,
     compile_kernel_transform,
     paste_detections,
-    round_up,
 )
 from solov2_jax.models import build_model
 from solov2_jax.structs import Detections
@@ -47,12 +52,13 @@ PACK_BYTES = 256 << 20
 class Predictor:
     """Turns images into predictions at their original size.
 
-    One program is compiled for each padded shape and batch size, when it is first
-    needed or by `compile`. Predictors of one model with the same options share them.
+    One program is compiled for each of `input_options.buckets` and batch size, when it is
+    first needed or by `compile`; which of them an image goes into changes no result.
+    Predictors of one model with the same options share them.
     All methods may be called from several threads.
 
     Args:
-      model: `model.apply(variables, image)` gives `Outputs`; hashable.
+      model: `model.apply(variables, image, extent)` gives `Outputs`, see `SOLOv2`; hashable.
       class_names, category_ids: of the labels 0..K-1.
       transform_kernels: variables -> what the model is applied with instead, once; see
         `programs.compile_kernel_transform`.
@@ -338,8 +344,7 @@ def build_predictor(
     }
     names = class_names or [f"class {i + 1}" for i in range(model.num_classes)]
     buckets = check_buckets(input_.buckets_test, "input.buckets_test")
-    longest = (input_.min_size_test, input_.max_size_test)
-    size = max(buckets, default=tuple(round_up(side, 32) for side in longest))
+    buckets = buckets or default_buckets(input_.min_size_test, input_.max_size_test)
     return Predictor(
         model,
         variables,
@@ -354,5 +359,5 @@ def build_predictor(
         DetectOptions(num_grids=tuple(config.model.ins_head.num_grids), **options),
         names,
         category_ids or range(1, len(names) + 1),
-        compile_kernel_transform(model, size),
+        compile_kernel_transform(model, max(buckets)),
     )

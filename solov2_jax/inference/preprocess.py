@@ -21,9 +21,18 @@ class InputOptions:
     std: tuple[float, float, float]
     min_size: int
     max_size: int
-    # Padded shapes to choose from. (): each image's own multiples of 32, as the
-    # reference pads a single image, for the price of a compilation per shape.
+    # Padded shapes to choose from, a compilation each; results do not depend on them.
+    # (): each image's own multiples of 32.
     buckets: tuple[Bucket, ...]
+
+
+def default_buckets(min_size: int, max_size: int) -> tuple[Bucket, ...]:
+    """Returns a landscape and a portrait shape that hold every image.
+
+    After the resize the short side is at most `min_size`, the long one `max_size`.
+    """
+    short, long = (round_up(side, STRIDE) for side in (min_size, max_size))
+    return tuple(dict.fromkeys([(short, long), (long, short)]))
 
 
 def load_image(image: np.ndarray | str | os.PathLike[str], name: str) -> np.ndarray:

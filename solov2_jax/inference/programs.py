@@ -16,10 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Int, UInt8
 
 from solov2_jax import ops
+from solov2_jax.data.buckets import STRIDE
 from solov2_jax.paste import paste_masks
 from solov2_jax.postprocess import detect
+from solov2_jax.structs import Detections
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +64,32 @@ def compile_detect(
     def run(variables, image, image_size):
         # Python runs this line only while it is traced: once per shape.
         log.info("compiling for %d image(s) padded to %d x %d", *image.shape[:3])
-        pixels = ops.normalize_image(image, image_size, mean, std)
-        return detect(model.apply(variables, pixels), **asdict(options))
+        return detect_images(
+            model, variables, image, image_size, mean=mean, std=std, options=options
+        )
 
     return jax.jit(run)
+
+
+def detect_images(
+    model: Any,
+    variables: Any,
+    image: UInt8[Array, "B h w 3"],
+    image_size: Int[Array, "B 2"],
+    *,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    options: DetectOptions,
+) -> Detections:
+    """Returns the detections of images in the config's channel order.
+
+    They are those of each image alone, padded to multiples of 32 as the reference pads
+    it, whatever shape holds the batch.
+    """
+    pixels = ops.normalize_image(image, image_size, mean, std)
+    extent = -(-image_size // STRIDE) * STRIDE
+    outputs = model.apply(variables, pixels, extent)
+    return detect(outputs, **asdict(options), extent=extent // 4)
 
 
 @functools.lru_cache(maxsize=16)

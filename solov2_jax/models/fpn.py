@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
+from jaxtyping import Array, Int
 
 from solov2_jax import ops
 from solov2_jax.models.layers import Conv, xavier_init
@@ -24,13 +25,17 @@ class FPN(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, features: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def __call__(
+        self, features: dict[str, jax.Array], extent: Int[Array, "B 2"] | None = None
+    ) -> dict[str, jax.Array]:
+        """Returns the features; `extent`, see `ops`, is the image's."""
         conv = functools.partial(Conv, self.channels, kernel_init=xavier_init, dtype=self.dtype)
 
         out, top = {}, None
         for level in (5, 4, 3, 2):
             x = conv(1, name=f"lateral{level}")(features[f"res{level}"])
             top = x if top is None else x + ops.upsample2x_nearest(top)
-            out[f"p{level}"] = conv(3, name=f"output{level}")(top)
+            of_level = None if extent is None else extent // 2**level
+            out[f"p{level}"] = conv(3, name=f"output{level}")(top, of_level)
         out["p6"] = out["p5"][:, ::2, ::2]
         return {name: out[name] for name in sorted(out)}

@@ -11,26 +11,37 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
+from jaxtyping import Array, Int
 
 from solov2_jax import ops
 from solov2_jax.models.layers import Conv, ConvTower, GroupNorm, SharedConv
 
+# Of the instance head's inputs, as `split_features` gives them.
+STRIDES = (8, 8, 16, 32, 32)
 
-def append_coords(x: jax.Array) -> jax.Array:
+Extent = Int[Array, "B 2"] | None  # see `ops`; here the image's, of multiples of 32
+
+
+def append_coords(x: jax.Array, extent: Extent = None) -> jax.Array:
     """Returns `x` with two more channels: x and y in [-1, 1] over the whole map."""
     b, h, w, _ = x.shape
-    xy = jnp.asarray(ops.coord_grid(h, w), x.dtype)
-    return jnp.concatenate([x, jnp.broadcast_to(xy[None], (b, h, w, 2))], axis=-1)
+    if extent is None:
+        xy = jnp.broadcast_to(jnp.asarray(ops.coord_grid(h, w), x.dtype)[None], (b, h, w, 2))
+    else:
+        xy = ops.coord_grid_within(extent, h, w).astype(x.dtype)
+    return jnp.concatenate([x, xy], axis=-1)
 
 
-def split_features(features: dict[str, jax.Array]) -> list[jax.Array]:
-    """Returns the instance head's five inputs, at strides 8, 8, 16, 32, 32.
+def split_features(features: dict[str, jax.Array], extent: Extent = None) -> list[jax.Array]:
+    """Returns the instance head's five inputs, at `STRIDES`.
 
     Source: SOLOv2.split_feats: p2 halved, p6 brought to the size of p5.
     """
     p2, p3, p4, p5, p6 = (features[f"p{i}"] for i in range(2, 7))
-    size = (p5.shape[1], p5.shape[2])
-    return [ops.downsample2x_bilinear(p2), p3, p4, p5, ops.resize_bilinear(p6, size)]
+    of_p5 = None if extent is None else extent // 32
+    of_p6 = None if of_p5 is None else (of_p5 + 1) // 2
+    p6 = ops.resize_bilinear(p6, (p5.shape[1], p5.shape[2]), of_p6, of_p5)
+    return [ops.downsample2x_bilinear(p2), p3, p4, p5, p6]
 
 
 class InstanceHead(nn.Module):
@@ -49,12 +60,14 @@ class InstanceHead(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, levels: Sequence[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+    def __call__(
+        self, levels: Sequence[jax.Array], extent: Extent = None
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
         """Returns class logits [B, g, g, K] and kernels [B, g, g, E] per level."""
-        grids = [
-            ops.resize_bilinear(append_coords(x), (g, g))
-            for x, g in zip(levels, self.num_grids, strict=True)
-        ]
+        grids = []
+        for x, stride, g in zip(levels, STRIDES, self.num_grids, strict=True):
+            of_level = None if extent is None else extent // stride
+            grids.append(ops.resize_bilinear(append_coords(x, of_level), (g, g), of_level))
         prior = nn.initializers.constant(-math.log(1 / self.prior_prob - 1))
         tower = functools.partial(ConvTower, self.channels, self.num_convs, self.dtype)
         conv = functools.partial(SharedConv, kernel_size=3, dtype=self.dtype)
@@ -72,12 +85,14 @@ class MaskLevel(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, extent: Extent = None) -> jax.Array:
+        """Returns the level at stride 4; `extent` is that of `x`."""
         for j in range(max(self.num_ups, 1)):
             conv = Conv(self.channels, 3, use_bias=False, dtype=self.dtype, name=f"conv{j}")
-            x = nn.relu(GroupNorm(name=f"gn{j}")(conv(x)))
+            x = nn.relu(GroupNorm(name=f"gn{j}")(conv(x, extent), extent))
             if self.num_ups:
-                x = ops.upsample2x_bilinear(x)
+                x = ops.upsample2x_bilinear(x, extent)
+                extent = None if extent is None else 2 * extent
         return x
 
 
@@ -89,14 +104,16 @@ class MaskHead(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, features: dict[str, jax.Array]) -> jax.Array:
+    def __call__(self, features: dict[str, jax.Array], extent: Extent = None) -> jax.Array:
         """Returns non-negative mask features [B, h / 4, w / 4, E]."""
         levels = []
         for i in range(4):
             x = features[f"p{i + 2}"]
-            x = append_coords(x) if i == 3 else x
+            of_level = None if extent is None else extent // 2 ** (i + 2)
+            x = append_coords(x, of_level) if i == 3 else x
             level = MaskLevel(self.channels, i, self.dtype, name=f"level{i}")
-            levels.append(level(x))
+            levels.append(level(x, of_level))
         total = functools.reduce(jnp.add, levels)
         conv = Conv(self.num_kernels, 1, use_bias=False, dtype=self.dtype, name="conv_pred")
-        return nn.relu(GroupNorm(name="gn_pred")(conv(total)))
+        of_result = None if extent is None else extent // 4
+        return nn.relu(GroupNorm(name="gn_pred")(conv(total), of_result))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from solov2_jax import ops
 from solov2_jax.models.conv import Kernel, conv2d, conv2d_levels, transform_kernel
@@ -78,14 +78,24 @@ class BatchNorm(FrozenBatchNorm):
     momentum: float = 0.1
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+    def __call__(
+        self, x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None = None
+    ) -> Float[Array, "B h w C"]:
         channels = x.shape[-1]
         scale = self.param("scale", self.scale_init, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         y = x.astype(jnp.float32)
-        mean, var = jnp.mean(y, (0, 1, 2)), jnp.var(y, (0, 1, 2))
-        count = x.size // channels
-        of_batch = {"mean": mean, "var": var * (count / max(count - 1, 1))}
+        if extent is None:
+            mean, var = jnp.mean(y, (0, 1, 2)), jnp.var(y, (0, 1, 2))
+            count = x.size // channels
+            unbiased = var * (count / max(count - 1, 1))
+        else:
+            count = jnp.sum(jnp.prod(extent, axis=1)).astype(jnp.float32)
+            mean = jnp.sum(ops.zero_outside(y, extent), (0, 1, 2)) / count
+            deviation = ops.zero_outside(y - mean[None, None, None], extent)
+            var = jnp.sum(jnp.square(deviation), (0, 1, 2)) / count
+            unbiased = var * (count / jnp.maximum(count - 1, 1))
+        of_batch = {"mean": mean, "var": unbiased}
         for name, value in of_batch.items():
             old = self.get_variable("batch_stats", name)
             new = old + self.momentum * (lax.stop_gradient(value) - old)
@@ -113,7 +123,10 @@ class ConvNorm(nn.Module):
     scale_init: Initializer = nn.initializers.ones
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B _ _ D"]:
+    def __call__(
+        self, x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None = None
+    ) -> Float[Array, "B _ _ D"]:
+        """Returns the normalised result; `extent`, see `ops`, is that of `x`."""
         k = self.kernel_size
         shape = (k, k, x.shape[-1], self.features)
         if self.norm not in NORMS:
@@ -130,11 +143,13 @@ class ConvNorm(nn.Module):
             kernel = kernel if factor is None else kernel * factor[None, None, None]
             return kernel.astype(self.dtype)
 
+        x = ops.zero_outside(x, extent) if k > 1 else x
         y = conv2d(x, _transformed(self, folded_kernel, [x], self.stride), self.stride)
+        extent = None if extent is None else -(-extent // self.stride)
         if trained:
-            return BatchNorm(scale_init=self.scale_init, name="norm")(y)
+            return BatchNorm(scale_init=self.scale_init, name="norm")(y, extent)
         if shift is None:
-            return GroupNorm(scale_init=self.scale_init, name="norm")(y)
+            return GroupNorm(scale_init=self.scale_init, name="norm")(y, extent)
         return y + shift.astype(self.dtype)[None, None, None]
 
 
@@ -171,8 +186,11 @@ class Conv(SharedConv):
     """Convolution with an optional bias."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w D"]:
-        return self._convolve([x])[0]
+    def __call__(
+        self, x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None = None
+    ) -> Float[Array, "B h w D"]:
+        """Returns the convolution; see `ops` for `extent`."""
+        return self._convolve([ops.zero_outside(x, extent) if self.kernel_size > 1 else x])[0]
 
 
 class GroupNorm(nn.Module):
@@ -183,7 +201,9 @@ class GroupNorm(nn.Module):
     scale_init: Initializer = nn.initializers.ones
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+    def __call__(
+        self, x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None = None
+    ) -> Float[Array, "B h w C"]:
         channels = x.shape[-1]
         if channels % self.groups:
             raise ValueError(
@@ -192,7 +212,7 @@ class GroupNorm(nn.Module):
             )
         scale = self.param("scale", self.scale_init, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        return ops.group_norm(x, scale, bias, self.groups, self.epsilon)
+        return ops.group_norm(x, scale, bias, self.groups, self.epsilon, extent)
 
 
 class ConvTower(nn.Module):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from solov2_jax import ops
 from solov2_jax.models.layers import ConvNorm, residual_scale_init
@@ -25,6 +25,10 @@ STAGES = {
 }
 
 
+def _strided(extent: Int[Array, "B 2"] | None, stride: int) -> Int[Array, "B 2"] | None:
+    return None if extent is None else extent // stride
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions; the stride is in the first."""
 
@@ -34,12 +38,15 @@ class BasicBlock(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B _ _ D"]:
+    def __call__(
+        self, x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None = None
+    ) -> Float[Array, "B _ _ D"]:
         conv = functools.partial(ConvNorm, norm=self.norm, dtype=self.dtype)
-        y = nn.relu(conv(self.features, 3, self.stride, name="conv1")(x))
-        y = conv(self.features, 3, scale_init=residual_scale_init, name="conv2")(y)
+        y = nn.relu(conv(self.features, 3, self.stride, name="conv1")(x, extent))
+        last = conv(self.features, 3, scale_init=residual_scale_init, name="conv2")
+        y = last(y, _strided(extent, self.stride))
         if x.shape[-1] != self.features:
-            x = conv(self.features, 1, self.stride, name="shortcut")(x)
+            x = conv(self.features, 1, self.stride, name="shortcut")(x, extent)
         return nn.relu(x + y)
 
 
@@ -57,15 +64,18 @@ class BottleneckBlock(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B _ _ D"]:
+    def __call__(
+        self, x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None = None
+    ) -> Float[Array, "B _ _ D"]:
         conv = functools.partial(ConvNorm, norm=self.norm, dtype=self.dtype)
         width = self.features // 4
         stride1, stride2 = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
-        y = nn.relu(conv(width, 1, stride1, name="conv1")(x))
-        y = nn.relu(conv(width, 3, stride2, name="conv2")(y))
-        y = conv(self.features, 1, scale_init=residual_scale_init, name="conv3")(y)
+        y = nn.relu(conv(width, 1, stride1, name="conv1")(x, extent))
+        y = nn.relu(conv(width, 3, stride2, name="conv2")(y, _strided(extent, stride1)))
+        last = conv(self.features, 1, scale_init=residual_scale_init, name="conv3")
+        y = last(y, _strided(extent, self.stride))
         if x.shape[-1] != self.features:
-            x = conv(self.features, 1, self.stride, name="shortcut")(x)
+            x = conv(self.features, 1, self.stride, name="shortcut")(x, extent)
         return nn.relu(x + y)
 
 
@@ -76,8 +86,10 @@ class Stem(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B h w 3"]) -> Float[Array, "B _ _ 64"]:
-        x = nn.relu(ConvNorm(64, 7, 2, norm=self.norm, dtype=self.dtype, name="conv1")(x))
+    def __call__(
+        self, x: Float[Array, "B h w 3"], extent: Int[Array, "B 2"] | None = None
+    ) -> Float[Array, "B _ _ 64"]:
+        x = nn.relu(ConvNorm(64, 7, 2, norm=self.norm, dtype=self.dtype, name="conv1")(x, extent))
         return ops.max_pool_3x3_stride2(x)
 
 
@@ -94,11 +106,15 @@ class ResNet(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, image: Float[Array, "B h w 3"]) -> dict[str, jax.Array]:
+    def __call__(
+        self, image: Float[Array, "B h w 3"], extent: Int[Array, "B 2"] | None = None
+    ) -> dict[str, jax.Array]:
+        """Returns the features; `extent`, see `ops`, is of multiples of 32."""
         if self.depth not in STAGES:
             raise ValueError(f"model.backbone.depth is {self.depth}; known are {list(STAGES)}")
         num_blocks, bottleneck = STAGES[self.depth]
-        x = Stem(self._norm_of(1), self.dtype, name="stem")(image)
+        x = Stem(self._norm_of(1), self.dtype, name="stem")(image, extent)
+        extent = _strided(extent, 4)
         if self.freeze_at >= 1:
             x = lax.stop_gradient(x)
         features = {}
@@ -107,13 +123,15 @@ class ResNet(nn.Module):
             if bottleneck:
                 block = functools.partial(BottleneckBlock, stride_in_1x1=self.stride_in_1x1)
             for i in range(blocks):
+                stride = 2 if stage > 2 and i == 0 else 1
                 x = block(
                     features=(256 if bottleneck else 64) * 2 ** (stage - 2),
-                    stride=2 if stage > 2 and i == 0 else 1,
+                    stride=stride,
                     norm=self._norm_of(stage),
                     dtype=self.dtype,
                     name=f"res{stage}_{i}",
-                )(x)
+                )(x, extent)
+                extent = _strided(extent, stride)
             if self.freeze_at >= stage:
                 x = lax.stop_gradient(x)
             features[f"res{stage}"] = x

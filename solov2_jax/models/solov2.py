@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from flax.typing import Dtype
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from solov2_jax.models.fpn import FPN
 from solov2_jax.models.heads import InstanceHead, MaskHead, split_features
@@ -38,7 +38,16 @@ class SOLOv2(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, image: Float[Array, "B h w 3"]) -> Outputs:
+    def __call__(
+        self, image: Float[Array, "B h w 3"], extent: Int[Array, "B 2"] | None = None
+    ) -> Outputs:
+        """Returns what the network computes of normalised images, 0 where padded.
+
+        Args:
+          extent: (height, width) of each image with its own padding, multiples of 32,
+            where the array is larger than that; the outputs are those of an array of
+            this size. Mask features beyond it mean nothing. None: the array's.
+        """
         _, h, w, _ = image.shape
         if h % 32 or w % 32:
             raise ValueError(
@@ -52,8 +61,8 @@ class SOLOv2(nn.Module):
             norm=self.backbone_norm,
             dtype=self.dtype,
             name="backbone",
-        )(image.astype(self.dtype))
-        features = FPN(self.fpn_channels, self.dtype, name="fpn")(features)
+        )(image.astype(self.dtype), extent)
+        features = FPN(self.fpn_channels, self.dtype, name="fpn")(features, extent)
         cate, kernel = InstanceHead(
             num_classes=self.num_classes,
             num_kernels=self.num_kernels,
@@ -63,9 +72,9 @@ class SOLOv2(nn.Module):
             prior_prob=self.prior_prob,
             dtype=self.dtype,
             name="ins_head",
-        )(split_features(features))
+        )(split_features(features, extent), extent)
         mask_head = MaskHead(self.mask_channels, self.num_kernels, self.dtype, name="mask_head")
-        return Outputs(_join_levels(cate), _join_levels(kernel), mask_head(features))
+        return Outputs(_join_levels(cate), _join_levels(kernel), mask_head(features, extent))
 
 
 def _join_levels(levels: Sequence[jax.Array]) -> jax.Array:

@@ -66,7 +66,6 @@ def main(overrides: list[str]) -> None:
     find_format(_FORMAT.value)  # raises now instead of after loading weights
     config, predictor = _load(overrides)
     from solov2_jax.models import build_model
-    from solov2_jax.tools.export.exported import default_buckets
     from solov2_jax.tools.export.run import ExportOptions, export
 
     options = ExportOptions(
@@ -74,7 +73,7 @@ def main(overrides: list[str]) -> None:
         _PRECISION.value,
         _MASKS.value,
         _BATCH.value,
-        buckets or default_buckets(predictor.input),
+        buckets or predictor.input.buckets,
     )
     source = shared.WEIGHTS.value or os.path.basename(os.path.abspath(shared.WORKDIR.value))
     name = f"{_FORMAT.value}_{_PRECISION.value}"

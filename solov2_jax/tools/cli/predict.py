@@ -8,9 +8,9 @@ r"""Predicts objects in images and videos: overlays, `predictions.json`, masks, 
     solov2 predict --workdir runs/r50 --input photos/ --output outputs/ \
         --write overlay,masks,cutouts,yolo,labelme
 
-Each image is padded to its own multiple of 32, exactly as the reference does with one
-image; every new padded shape compiles once. With many images `--shapes 4` saves time: at
-most four shapes, derived from them. `--tile 512` cuts large images into overlapping
+The results are those of each image padded to its own multiples of 32, as the reference
+does with one image, in at most two compiled shapes that hold them all (`--shapes`).
+`--tile 512` cuts large images into overlapping
 tiles, `--tta flip,0.8,1,1.25` averages several views. `--score 0` keeps every detection
 that the network's own thresholds (`--config.test.*`) let through.
 
@@ -62,7 +62,11 @@ _COLOR_BY = Flag(
 )
 _TRACK = Flag("track", switch(False), "Follow objects from frame to frame and number them.")
 _BATCH_SIZE = Flag("batch_size", whole(1, 1, 4096), "Images of one padded shape per batch.")
-_SHAPES = Flag("shapes", whole(0, high=10_000), "Most padded shapes. 0: each image's own.")
+_SHAPES = Flag(
+    "shapes",
+    whole(2, high=10_000),
+    "Most padded shapes, a program each; they change no result. 0: each image's own.",
+)
 _FRAMES = Flag("frames", whole(0), "Most frames of a video or camera. 0: all.")
 _EVERY = Flag("every", whole(1, 1), "Of a video or camera: use every Nth frame.")
 _READERS = Flag("readers", whole(2, 1, 1024), "Threads that read and resize images.")
@@ -113,6 +117,7 @@ def predict(overrides: list[str], scratch: str) -> "Summary":
     from PIL import Image
 
     from solov2_jax.data import images
+    from solov2_jax.inference.preprocess import default_buckets
     from solov2_jax.tools.multiview.build import build_views
     from solov2_jax.tools.predict.download import DownloadLimits
     from solov2_jax.tools.predict.output_folder import OutputFolder
@@ -151,9 +156,12 @@ def predict(overrides: list[str], scratch: str) -> "Summary":
     labels = parse_classes(_CLASSES.value, predictor.class_names, predictor.category_ids)
     options = replace(options, keep=replace(options.keep, labels=labels))
     predictor.limit_score = _SCORE.value
-    if _SHAPES.value and not tiles and not predictor.input.buckets:
-        shapes = shapes_of(sources, predictor.padded_shape, _SHAPES.value)
-        predictor = predictor.with_shapes(shapes)
+    input_ = predictor.input
+    if input_.buckets == default_buckets(input_.min_size, input_.max_size):  # no others named
+        predictor = predictor.with_shapes(())
+        if _SHAPES.value:
+            shapes = shapes_of(sources, predictor.padded_shape, _SHAPES.value)
+            predictor = predictor.with_shapes(shapes)
     multiview = build_views(predictor, tta, tiles)
     _EARLY.check()
     return predict_files(multiview, sources, _OUTPUT.value, options)

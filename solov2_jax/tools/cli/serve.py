@@ -14,7 +14,6 @@ SIGTERM and SIGINT: no request is taken any more, the ones that are there are an
 and the exit code is 0; 2: an error that the one line `error: ...` explains.
 """
 
-import dataclasses
 import functools
 import logging
 
@@ -56,14 +55,11 @@ def main(overrides: list[str]) -> None:
         raise InputError(
             f'serving needs {error.name}, which is not installed: pip install "solov2_jax[serve]"'
         ) from error
-    from solov2_jax.tools.export.exported import default_buckets
     from solov2_jax.tools.serving.engine import Engine
 
     sock = bind(_HOST.value, _PORT.value)  # raises now instead of after compiling
     predictor = shared.load_predictor(overrides)
-    shapes = default_buckets(predictor.input)
-    predictor.input = dataclasses.replace(predictor.input, buckets=shapes)
-    engine = Engine(predictor, shapes, _BATCH.value)
+    engine = Engine(predictor, predictor.input.buckets, _BATCH.value)
     limits = Limits(
         max_bytes=int(_MAX_MB.value * 1e6),
         max_pixels=int(_MAX_MEGAPIXELS.value * 1e6),

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 import solov2_jax
-from solov2_jax.data.buckets import STRIDE, Bucket
+from solov2_jax.data.buckets import Bucket
 from solov2_jax.data.transforms import shortest_edge_sizes
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.preprocess import InputOptions, make_batches, make_example
@@ -40,18 +40,6 @@ _FORM = {
 _FIX = "Give a folder that export.py wrote, or export again"
 
 
-def default_buckets(options: InputOptions) -> tuple[Bucket, ...]:
-    """Returns the config's padded shapes, or a landscape and a portrait one.
-
-    The two hold every image: the short side is at most `min_size`, the long `max_size`.
-    """
-    if options.buckets:
-        return options.buckets
-    short, long = (-(-n // STRIDE) * STRIDE for n in (options.min_size, options.max_size))
-    return tuple(dict.fromkeys([(short, long), (long, short)]))
-
-
-@dataclass(frozen=True)
 class ExportOptions:
     """What is exported, and how."""
 

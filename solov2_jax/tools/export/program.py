@@ -4,7 +4,6 @@ Shapes: the legend of `structs.py`.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -14,9 +13,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from solov2_jax import ops
+from solov2_jax.data.buckets import STRIDE
 from solov2_jax.inference.preprocess import InputOptions
-from solov2_jax.inference.programs import DetectOptions
-from solov2_jax.postprocess import detect
+from solov2_jax.inference.programs import DetectOptions, detect_images
 
 # (image, image_size) -> outputs by name.
 Program = Callable[[Any, Any], dict[str, Any]]
@@ -60,11 +59,17 @@ def make_program(
     def program(image: Any, image_size: Any) -> dict[str, Any]:
         if input_options.channel_order == "BGR":
             image = image[..., ::-1]
-        mean, std = input_options.mean, input_options.std
-        pixels = ops.normalize_image(image, image_size, mean, std)
         # Staged, not computed: what the file holds are the halved constants.
         full = jax.tree.map(lambda w: jnp.asarray(w).astype(jnp.float32), weights)
-        found = detect(model.apply(full, pixels), **asdict(detect_options))
+        found = detect_images(
+            model,
+            full,
+            image,
+            image_size,
+            mean=input_options.mean,
+            std=input_options.std,
+            options=detect_options,
+        )
         outputs = {
             "count": jnp.sum(found.valid, axis=1, dtype=jnp.int32),
             "scores": found.scores,
@@ -103,7 +108,8 @@ def _enlarge(
     h, w = (4 * n for n in soft.shape)
 
     def some() -> tuple[Array, Array]:
-        large = ops.upsample4x_bilinear(soft[None, :, :, None])[0, :, :, 0]
+        extent = -(-image_size // STRIDE) * (STRIDE // 4)
+        large = ops.upsample4x_bilinear(soft[None, :, :, None], extent[None])[0, :, :, 0]
         row, column = jnp.arange(h), jnp.arange(w)
         inside = (row[:, None] < image_size[0]) & (column[None] < image_size[1])
         mask = (large > threshold) & inside

@@ -21,7 +21,6 @@ from solov2_jax.tools.export.exported import (
     REPORT,
     ExportedPredictor,
     ExportOptions,
-    default_buckets,
     describe_export,
     file_name,
     input_of,
@@ -60,7 +59,7 @@ def export(
         file that is not an export's; before anything is written.
     """
     check_options(find_format(options.file_format), model, options)
-    buckets = check_buckets(options.buckets, "--shape") or default_buckets(predictor.input)
+    buckets = check_buckets(options.buckets, "--shape") or predictor.input.buckets
     metadata = describe_export(options, buckets, predictor, source)
 
     def program_of(half_weights: bool) -> Program:

@@ -9,6 +9,7 @@ which needs boxes and an R-CNN, and cannot run with SOLOv2.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -117,12 +118,18 @@ class AugmentedPredictor(MultiviewPredictor):
 
 def scaled(options: InputOptions, scale: float) -> InputOptions:
     """Returns the input options at another size, padded shapes in proportion."""
-    buckets = [[round_up(round(s * scale), STRIDE) for s in b] for b in options.buckets]
+    max_size = max(1, round(options.max_size * scale))
+
+    def side(length: int) -> int:
+        # A side of `length` was rounded, from less than half a pixel more.
+        largest = math.ceil((length + 0.5) * scale - 0.5)
+        return round_up(min(largest, max_size), STRIDE)
+
     return replace(
         options,
         min_size=max(1, round(options.min_size * scale)),
-        max_size=max(1, round(options.max_size * scale)),
-        buckets=tuple((h, w) for h, w in buckets),
+        max_size=max_size,
+        buckets=tuple((side(height), side(width)) for height, width in options.buckets),
     )
 
 
