@@ -74,10 +74,10 @@ def detect(
 
     def detect_image(image):
         cate, kernel, feat, *own = image
-        pixels = _Pixels(feat.reshape(-1, feat.shape[-1]))
+        pixels = _MaskFeatures(feat.reshape(-1, feat.shape[-1]))
         if own:
             inside = ops.inside(own[0][None], *feat.shape[:2]).reshape(-1)
-            pixels = _Pixels(pixels.features, inside, own[0][0] * feat.shape[1])
+            pixels = _MaskFeatures(pixels.features, inside, own[0][0] * feat.shape[1])
         scores = jax.nn.sigmoid(cate.astype(jnp.float32))
         scores = point_nms(scores, num_grids)
         candidates, num_candidates = _select_candidates(scores, score_threshold, limit)
@@ -112,7 +112,7 @@ def detect(
     return Detections(**{name: _pad_axis_1(x, missing) for name, x in detections.items()})
 
 
-class _Pixels(NamedTuple):
+class _MaskFeatures(NamedTuple):
     """The mask features of an image, pixel by pixel, row by row."""
 
     features: Float[Array, "n E"]
@@ -204,7 +204,7 @@ def _rescore(
 def _mask_sums(
     kernels: Float[Array, "N E"],
     *,
-    pixels: _Pixels,
+    pixels: _MaskFeatures,
     threshold: float,
     overlaps: bool,
 ) -> tuple[Float[Array, "N"], Float[Array, "N"], Float[Array, "N N"] | None]:
