@@ -40,6 +40,7 @@ _FORM = {
 _FIX = "Give a folder that export.py wrote, or export again"
 
 
+@dataclass(frozen=True)
 class ExportOptions:
     """What is exported, and how."""
 
