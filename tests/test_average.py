@@ -80,7 +80,7 @@ def test_both_are_evaluated_saved_and_read(run):
     assert (head[0] != head[1]).all()
     assert metrics["bbox/AP"] == toy.toy_evaluate(average)["bbox/AP"]
     assert metrics["raw/bbox/AP"] == toy.toy_evaluate(raw)["bbox/AP"]
-    with pytest.raises(ValueError, match="last:ray: after the colon only 'raw'"):
+    with pytest.raises(ValueError, match="last:ray: only 'raw' may follow"):
         restore_variables(folder, "last:ray")
 
 

@@ -67,8 +67,8 @@ REFUSALS = {
         "best_metric = 'segm/Ap' .*did you mean segm/AP",
     ),
     "hook": ({"train__hooks": ("nowhere:Hook",)}, {}, "train.hooks: 'nowhere:Hook' cannot"),
-    "no hook": ({"train__hooks": ("json:JSONDecoder",)}, {}, "no class derived from"),
-    "writer": ({"train__writers": ("json:JSONDecoder",)}, {}, "no class derived from WriterBase"),
+    "no hook": ({"train__hooks": ("json:JSONDecoder",)}, {}, "not a class derived from"),
+    "writer": ({"train__writers": ("json:JSONDecoder",)}, {}, "not a class derived from training.WriterBase"),
 }
 
 
