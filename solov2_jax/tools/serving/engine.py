@@ -195,7 +195,7 @@ class ImageDetections:
         """Returns the first and the end (row, column) that masks may have, [n, 2] each."""
         soft = np.asarray(self.soft_masks)[0, kept] > self.threshold
         scale = 4 * np.array(size) / np.asarray(self.image_size)
-        used: list[np.ndarray] = [soft.any(2), soft.any(1)]  # rows, columns
+        used = [np.asarray(soft.any(axis)) for axis in (2, 1)]  # rows, columns
         first = np.stack([u.argmax(1) - 1.0 for u in used], 1)
         end = np.stack([u.shape[1] - u[:, ::-1].argmax(1) + 1.0 for u in used], 1)
         return first * scale, end * scale
