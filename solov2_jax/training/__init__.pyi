@@ -7,6 +7,6 @@ from solov2_jax.training.hooks import Run as Run
 from solov2_jax.training.loop import train as train
 from solov2_jax.training.loss import Loss as Loss
 from solov2_jax.training.loss import build_loss as build_loss
-from solov2_jax.training.state import TrainState as TrainState
+from solov2_jax.training.step import TrainState as TrainState
 from solov2_jax.training.step import TrainStep as TrainStep
 from solov2_jax.training.writers import WriterBase as WriterBase
