@@ -1,5 +1,6 @@
 """Data sets and batches from a config: the one place here that reads its keys."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
