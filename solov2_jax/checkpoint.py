@@ -26,7 +26,7 @@ from flax.traverse_util import flatten_dict
 
 from solov2_jax import distributed
 from solov2_jax.classes import Classes, read_classes_file
-from solov2_jax.config import load_config, read_config
+from solov2_jax.config import changed_keys, load_config, read_config
 from solov2_jax.io import InputError, read_json, reading, write_json, write_text
 from solov2_jax.weights.settings import drop_needless, settings_of_config, settings_of_shapes
 from solov2_jax.weights.sources import Weights
@@ -373,7 +373,12 @@ def load_workdir_config(workdir: str | os.PathLike[str], overrides: Sequence[str
             f"{workdir} is not the folder of a run: it has no config.json. Give the "
             "--workdir that train.py was given"
         )
-    return load_config(str(path), overrides)
+    config = load_config(str(path), overrides)
+    for key, (old, new) in changed_keys(read_config(path), config).items():
+        if key.startswith("model.") and key != "model.dtype":
+            text = f"--config.{key}={new}: the weights of {workdir} were trained with {old}"
+            raise InputError(f"{text}, which their network keeps")
+    return config
 
 
 def read_classes(workdir: str | os.PathLike[str], step: int | None = None) -> Classes:

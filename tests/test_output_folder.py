@@ -294,6 +294,12 @@ def test_a_line_of_the_list_that_was_cut_spoils_no_other(tmp_path):
         assert not (tmp_path / ".writing-abc").exists()
 
 
+def test_a_folder_that_cannot_be_made(tmp_path):
+    with pytest.raises(ValueError, match="--output /proc/nope: cannot be made"):
+        with OutputFolder("/proc/nope").opened():
+            pass
+
+
 def test_a_list_that_cannot_grow_is_an_error(tmp_path):
     folder = OutputFolder(tmp_path)
     with folder.opened():

@@ -394,6 +394,7 @@ GIVEN = ("--workdir=nowhere", "--output=o")
     ("script", "arguments", "message"),
     [
         ("predict.py", ["--workdir=x", "--input=none.jpg", "--output=o"], "none.jpg"),
+        ("predict.py", ["--workdir=x", "--input=", "--output=o"], "--input is empty"),
         ("predict.py", ["--input=none.jpg", "--output=o"], "--config and --weights"),
         ("predict.py", [*GIVEN, "--input=README.md", "--write=svg"], "--write svg: "),
         ("predict.py", [*GIVEN, "--input=camera:97"], "camera:97: no such camera"),

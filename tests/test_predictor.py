@@ -319,3 +319,10 @@ def test_from_weights_takes_classes_from_the_weights(tmp_path):
     config.model.backbone.depth = 50
     with pytest.raises(ValueError, match="contradict the config"):
         Predictor.from_weights(weights, config)
+
+
+@pytest.mark.parametrize("key", ["model.fpn.channels=64", "model.num_classes=7"])
+def test_a_key_that_the_weights_contradict_is_an_error(tmp_path, key):
+    workdir = tiny_network.write_workdir(tmp_path / "run", tiny_network.tiny_config())
+    with pytest.raises(ValueError, match=f"--config.{key}: the weights of .* were trained with "):
+        Predictor.from_workdir(workdir, overrides=[f"--config.{key}"])

@@ -132,6 +132,8 @@ def parse(flags: Sequence[Flag], argv: Sequence[str]) -> list[str]:
         flag.value = value if flag.present else flag.default
         if flag.required and not flag.present:
             raise InputError(f"--{flag.name} is missing; see --help")
+        if flag.required and flag.value == "":
+            raise InputError(f"--{flag.name} is empty; see --help")
     return overrides
 
 

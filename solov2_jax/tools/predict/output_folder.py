@@ -88,9 +88,12 @@ class OutputFolder:
         """Holds the folder for one run; cleans up after a run that was killed.
 
         Raises:
-          InputError: if another run writes to it.
+          InputError: if another run writes to it, or it cannot be made.
         """
-        os.makedirs(self.path, exist_ok=True)
+        try:
+            os.makedirs(self.path, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--output {self.path}: cannot be made: {error.strerror}") from error
         self._read_manifest()
         self._manifest = open(os.path.join(self.path, MANIFEST), "ab", buffering=0)
         try:
