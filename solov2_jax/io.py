@@ -67,6 +67,22 @@ def _umask() -> int:
     return mask
 
 
+def make_folder(path: Path) -> pathlib.Path:
+    """Returns a folder, made with its parents if need be.
+
+    Raises:
+      InputError: naming it, where that cannot be.
+    """
+    folder = pathlib.Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path}: this folder cannot be made ({error.strerror}); give another one"
+        ) from error
+    return folder
+
+
 def write_bytes(data: bytes, path: Path) -> None:
     """Writes a file, whole or not at all."""
     with atomic_path(path) as temporary:
@@ -122,6 +138,8 @@ def read_json(path: Path, kind: str, fix: str = "") -> Any:
       InputError: naming the file, if it is missing or no json.
     """
     with reading(path, kind, fix):
+        if pathlib.Path(path).is_char_device():
+            raise InputError(f"{path}: is a device, not a file")
         return json.loads(pathlib.Path(path).read_bytes())
 
 

@@ -295,7 +295,7 @@ def test_a_line_of_the_list_that_was_cut_spoils_no_other(tmp_path):
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
-    with pytest.raises(ValueError, match="--output /proc/nope: cannot be made"):
+    with pytest.raises(ValueError, match="/proc/nope: this folder cannot be made"):
         with OutputFolder("/proc/nope").opened():
             pass
 

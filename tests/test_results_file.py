@@ -167,6 +167,16 @@ def test_data_without_objects_is_undefined_everywhere(files, tmp_path, caplog):
     assert ">nan<" not in page
 
 
+def test_a_folder_that_cannot_be_made_and_a_device(files):
+    annotations, write_results = files
+    results = write_results(perfect())
+    with pytest.raises(ValueError, match="/dev/null: this folder cannot be made"):
+        evaluate_files(annotations, results, out_dir="/dev/null")
+    for paths in (("/dev/zero", results), (annotations, "/dev/zero")):
+        with pytest.raises(ValueError, match="/dev/zero: is a device, not a file"):
+            evaluate_files(*paths)
+
+
 def test_bad_paths_and_options(files, tmp_path):
     annotations, write = files
     path = write(perfect())

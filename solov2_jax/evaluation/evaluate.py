@@ -18,7 +18,7 @@ from solov2_jax import distributed
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.evaluation.coco import CocoEvaluator, json_metrics
 from solov2_jax.inference.prediction import Prediction, write_results
-from solov2_jax.io import import_object, write_json
+from solov2_jax.io import import_object, make_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -105,8 +105,7 @@ def evaluate(
     Raises:
       StopEvaluation: in all of several processes, once one was told to stop.
     """
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(out_dir)
     evaluator.reset()
     predictions, clock = predict(predictor, batches, evaluator, num_pictures)
     if jax.process_count() > 1:

@@ -1,7 +1,6 @@
 """A report on data as one HTML page that holds all of its charts and pictures."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,7 +10,7 @@ from PIL import Image
 from solov2_jax.data.images import read_image
 from solov2_jax.data.rasterize import select_spans
 from solov2_jax.inference.draw import distinct_colors, draw_objects, shrink
-from solov2_jax.io import write_text
+from solov2_jax.io import make_folder, write_text
 from solov2_jax.rle import spans_to_crop
 from solov2_jax.tools import charts, html
 from solov2_jax.tools.doctor.data_report import VERDICTS, DataReport, Part
@@ -28,8 +27,7 @@ def write_page(report: DataReport, folder: str, number: int) -> str:
     Args:
       number: pictures per part; a fourth of it for each warning.
     """
-    out = Path(folder)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(folder)
     drawn = (
         ("classes", _class_chart),
         ("sizes", _size_chart),

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from solov2_jax.data.buckets import check_buckets
-from solov2_jax.io import InputError, write_json
+from solov2_jax.io import InputError, make_folder, write_json
 from solov2_jax.tools.export.exported import (
     FILE,
     REPORT,
@@ -78,7 +78,7 @@ def export(
     targets = {FILE, REPORT, *metadata["files"]}
     if not overwrite:
         refuse_foreign(path, targets - own)
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     write_json(metadata, path / FILE)
     exported = ExportedPredictor(path)
     sizes = _write_programs(program, exported, options, path, images)

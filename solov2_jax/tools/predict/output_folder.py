@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from solov2_jax.io import InputError, atomic_path, printable
+from solov2_jax.io import InputError, atomic_path, make_folder, printable
 
 try:
     import fcntl
@@ -90,10 +90,7 @@ class OutputFolder:
         Raises:
           InputError: if another run writes to it, or it cannot be made.
         """
-        try:
-            os.makedirs(self.path, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--output {self.path}: cannot be made: {error.strerror}") from error
+        make_folder(self.path)
         self._read_manifest()
         self._manifest = open(os.path.join(self.path, MANIFEST), "ab", buffering=0)
         try:

@@ -18,7 +18,7 @@ from solov2_jax.data.outlines import are_numbers, as_json, is_polygon, read_outl
 from solov2_jax.evaluation.coco import CocoEvaluator, format_metric, is_defined
 from solov2_jax.evaluation.coco_score import GroundTruth, read_ground_truth
 from solov2_jax.evaluation.evaluate import write_metrics
-from solov2_jax.io import InputError, read_json
+from solov2_jax.io import InputError, make_folder, read_json
 from solov2_jax.rle import polygons_to_rle
 from solov2_jax.tools.report.analysis import ImageRow, ReportData, make_report_data
 from solov2_jax.tools.report.diagnosis import diagnose
@@ -122,6 +122,7 @@ def evaluate_files(
         raise InputError(f"{images}: no such folder of images")
     if report or against:
         require_hotcoco()
+    out = make_folder(out_dir) if out_dir else None
     truth = read_ground_truth(annotations, images)
     ids = sorted(truth.categories)
     names = [truth.categories[i] for i in ids]
@@ -137,9 +138,7 @@ def evaluate_files(
     metrics = evaluator.evaluate()
     for line in diagnose(evaluator, metrics):
         log.info("%s", line)
-    out = Path(out_dir) if out_dir else None
     if out:
-        out.mkdir(parents=True, exist_ok=True)
         write_metrics(evaluator, metrics, out)
     if not (report or against):
         return metrics
