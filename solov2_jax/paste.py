@@ -61,7 +61,7 @@ def paste_masks(
             lambda soft: _paste_within(soft, rows, columns, across, canvas, threshold),
             soft_masks,
         )
-    window = _Window(0, 0, 0, h4, *canvas)
+    window = _Window(0, 0, 0, soft_masks.shape[1], *canvas)
     return lax.map(
         lambda soft: _enlarge(soft, rows, across, window, canvas, threshold),
         soft_masks,

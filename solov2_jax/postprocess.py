@@ -117,7 +117,7 @@ class _MaskFeatures(NamedTuple):
 
     features: Float[Array, "n E"]
     inside: Bool[Array, "n"] | None = None  # None: all
-    end: Int[Array, ""] | int | None = None  # none is inside from here on
+    end: Int[Array, ""] | int = 0  # where not all: none is inside from here on
 
 
 class _Candidates(NamedTuple):

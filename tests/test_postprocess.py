@@ -359,3 +359,13 @@ def test_a_mask_enlarged_within_a_window_equals_the_whole(monkeypatch, original)
     assert np.ptp(whole.sum((1, 2))) > 5000, "sizes differ"
     np.testing.assert_array_equal(masks, whole)
     np.testing.assert_array_equal(boxes, whole_boxes)
+
+
+def test_the_form_for_other_devices_pastes_the_same(monkeypatch):
+    soft = np.random.default_rng(0).random((5, 16, 24)).astype(np.float32)
+    wanted = paste(soft, (60, 90), (50, 81))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    sizes = jnp.int32([60, 90]), jnp.int32([50, 81])
+    masks, boxes = jax.jit(lambda *args: paste_masks(*args, (50, 81), 0.5))(soft, *sizes)
+    np.testing.assert_array_equal(masks, wanted[0])
+    np.testing.assert_array_equal(boxes, wanted[1])

@@ -68,7 +68,16 @@ def compile_detect(
             model, variables, image, image_size, mean=mean, std=std, options=options
         )
 
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=compiler_options())
+
+
+def compiler_options() -> dict[str, int] | None:
+    """Returns XLA's options for programs without gradients.
+
+    On a CPU LLVM's first level takes a fifth less time than the default third, and the
+    programs are as fast: their work is in products that are not compiled anew.
+    """
+    return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
 
 
 def detect_images(
@@ -104,7 +113,7 @@ def compile_kernel_transform(model: Any, size: tuple[int, int]) -> Any:
         image = jnp.zeros((1, *size, 3), jnp.float32)
         return model.apply(variables, image, mutable=["transformed"])[1]
 
-    compiled = jax.jit(run)
+    compiled = jax.jit(run, compiler_options=compiler_options())
 
     def transform_kernels(variables):
         transformed = compiled(variables)
