@@ -21,6 +21,7 @@ from solov2_jax.config_schema import (
     only,
     several,
     share,
+    steps_or_share,
     switch,
     text,
     unless,
@@ -37,6 +38,7 @@ _IMPORT_PATH = (r"[\w.]+:\w+", 'an import path such as "package.module:name"')
 # When keys are used.
 _FILES, _SHAPES = only("data.name", ""), only("data.name", "shapes")
 _MATRIX, _GAUSSIAN = only("test.nms_type", "matrix"), only("test.nms_kernel", "gaussian")
+_NO_EPOCHS = only("train.epochs", 0)
 _NO_JITTER = only("augment.jitter_scale", ())
 
 # Keys that had another name: {old: new}. An old one is still read, and a line says so.
@@ -67,7 +69,11 @@ RELATIONS = (
     ),
     (
         "train.patience needs train.eval_every, and that is 0",
-        lambda c: not c["train.patience"] or c["train.eval_every"] > 0,
+        lambda c: (
+            not c["train.patience"]
+            or c["train.eval_every"] > 0
+            or (c["train.epochs"] > 0 and c["train.eval_epochs"] > 0)
+        ),
     ),
     (
         "train.precise_bn is for model.backbone.norm = 'sync_bn' only",
@@ -316,16 +322,18 @@ def keys() -> Section:
     optim.weight_decay_norm = number(0.0, 0, high=1000)
     # The rate of the first step over the rate after warm-up [SOLVER.WARMUP_FACTOR].
     optim.warmup_factor = share(0.01, used=unless("optim.warmup_steps", 0))
-    # Steps in which the rate rises, in a straight line [SOLVER.WARMUP_ITERS].
-    optim.warmup_steps = whole(1000)
+    # Steps in which the rate rises, in a straight line; below 1, a share of the run
+    # [SOLVER.WARMUP_ITERS].
+    optim.warmup_steps = steps_or_share(1000.0)
     # "multistep": times gamma at each milestone; "fixed_gamma": `num_decays` times, at
     # equal distances; "cosine": half a cosine down to `final_rate`
     # [SOLVER.LR_SCHEDULER_NAME].
     optim.schedule = choice("multistep", ("multistep", "cosine", "fixed_gamma"))
-    # Steps after which "multistep" lowers the rate [SOLVER.STEPS].
+    # Steps after which "multistep" lowers the rate; numbers below 1 are shares of the
+    # run, (0.78, 0.93) [SOLVER.STEPS].
     optim.milestones = several(
         (210_000, 250_000),
-        whole(1),
+        steps_or_share(1),
         rising="<",
         used=only("optim.schedule", "multistep"),
     )
@@ -352,7 +360,13 @@ def keys() -> Section:
     optim.freeze = several((), text("", form=(r"[^\0]+", "patterns of names")), (1, 1000))
 
     config.train = train = Section()
-    train.steps = whole(270_000)  # optimiser steps in all [SOLVER.MAX_ITER]
+    # Optimiser steps in all; where epochs are given, derived from them [SOLVER.MAX_ITER].
+    train.steps = whole(270_000, used=_NO_EPOCHS)
+    # Passes over the training images, which `train.steps` is derived from; 0: that counts.
+    train.epochs = number(0.0, 0, high=1e6)
+    # Epochs between evaluations, where epochs are given, with a checkpoint at each; 0:
+    # only the end is evaluated.
+    train.eval_epochs = number(1.0, 0, high=1e6, used=unless("train.epochs", 0))
     train.batch_size = whole(16, 1, 1_000_000)  # global, over all devices [SOLVER.IMS_PER_BATCH]
     # Microbatches computed one after the other, to save memory. The losses
     # and gradients are those of the whole batch.
@@ -360,8 +374,9 @@ def keys() -> Section:
     train.log_every = whole(20)  # steps between two lines of metrics; 0: none
     # Steps; the end is always saved. 0: only that [SOLVER.CHECKPOINT_PERIOD].
     train.checkpoint_every = whole(5000)
-    # Steps; the end is always evaluated. 0: only that [TEST.EVAL_PERIOD].
-    train.eval_every = whole(0)
+    # Steps; the end is always evaluated. 0: only that. Where epochs are given, derived
+    # from `eval_epochs` [TEST.EVAL_PERIOD].
+    train.eval_every = whole(0, used=_NO_EPOCHS)
     # The newest ones, two at least; the best is kept besides.
     train.keep_checkpoints = whole(3, 1, 1_000_000)
     # Training batches over which the statistics of trained batch norms are computed

@@ -64,6 +64,8 @@ class KeyRule:
     Attributes:
       kind: int, float, str, bool or tuple; a float may be written as a whole number.
       low, high: both included.
+      whole_from: of a float: from there on it counts steps and is a whole number; below,
+        it is a share of the run.
       above, below: excluded.
       form: regular expression of a whole text, with the words that describe it.
       item: of each entry of a tuple.
@@ -79,6 +81,7 @@ class KeyRule:
     high: Number | None = None
     above: Number | None = None
     below: Number | None = None
+    whole_from: Number | None = None
     multiple: int = 1
     choices: tuple[Any, ...] = ()
     form: tuple[str, str] = ANY_TEXT
@@ -109,6 +112,8 @@ class KeyRule:
             bound = getattr(self, name)
             if bound is not None and not holds(value, bound):
                 return f"be {words} {_number(bound)}"
+        if self.whole_from is not None and value >= self.whole_from and value != int(value):
+            return f"be {self.describe()}"
         odd = self.multiple > 1 and value % self.multiple
         return f"be a multiple of {self.multiple}" if odd else ""
 
@@ -153,6 +158,9 @@ class KeyRule:
         if self.kind is str:
             any_text = "texts" if plural else "a text"
             return any_text if self.form == ANY_TEXT else self.form[1]
+        if self.whole_from is not None:
+            share, number = ("shares", "whole numbers") if plural else ("a share", "a whole number")
+            return f"{share} of the run below 1, or {number} of steps"
         noun = "whole number" if self.kind is int else "number"
         return (f"{noun}s" if plural else f"a {noun}") + self._range()
 
@@ -204,6 +212,11 @@ def number(default: float = 0.0, low: Number | None = None, **options: Any) -> K
 def share(default: Number = 0.0, **options: Any) -> KeyRule:
     """Returns the rule of a number from 0 to 1."""
     return KeyRule(default, float, low=0, high=1, **options)
+
+
+def steps_or_share(default: Number = 0.0, **options: Any) -> KeyRule:
+    """Returns the rule of a place in the run: below 1 a share of it, else whole steps."""
+    return KeyRule(default, float, low=0, high=INT_MAX, whole_from=1, **options)
 
 
 def switch(default: bool, **options: Any) -> KeyRule:

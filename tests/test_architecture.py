@@ -74,7 +74,7 @@ LONG_FUNCTIONS = {
 }
 MAX_LONG_FUNCTION = 105
 # Lines of Python.
-BUDGETS = {"core": 15_600, "tools": 13_280, "benchmarks": 3_150}
+BUDGETS = {"core": 15_700, "tools": 14_350, "benchmarks": 3_150}
 # What errors that are still there begin with.
 KNOWN: tuple[str, ...] = ()
 

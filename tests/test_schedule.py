@@ -4,6 +4,10 @@ import numpy as np
 import pytest
 
 from configs import base
+from solov2_jax.config import load_config
+from solov2_jax.data.coco import read_coco
+from solov2_jax.tools.importers.instances import Instances
+from solov2_jax.training.build import in_steps
 from solov2_jax.training.optim import build_schedule, describe_rate, equal_milestones
 
 # detectron2's WarmupMultiStepLR and its newer LRMultiplier gave the same values, for
@@ -107,3 +111,50 @@ def test_the_rate_follows_the_batch_size_where_the_config_says_so():
     )
     config.optim.schedule, config.optim.final_rate = "cosine", 0.004
     assert np.isclose(build_schedule(config)(10**6), 0.001)
+
+
+def test_shares_of_the_run_are_the_steps_they_stand_for():
+    shares = schedule_of(steps=1000, warmup_steps=0.05, milestones=(0.78, 0.93))
+    steps = schedule_of(steps=1000, warmup_steps=50, milestones=(780, 930))
+    every = jnp.arange(1000)
+    np.testing.assert_array_equal(jax.vmap(shares)(every), jax.vmap(steps)(every))
+
+
+def test_shares_and_steps_that_do_not_increase_are_refused():
+    with pytest.raises(ValueError, match=r"are the steps \(500, 100\) of 1000"):
+        schedule_of(steps=1000, milestones=(0.5, 100))
+
+
+def images_of(tmp_path, objects):
+    instances = Instances({1: "cell"})
+    for i, number in enumerate(objects):
+        instances.add_image(f"{i}.png", 32, 32)
+        for _ in range(number):
+            instances.add_polygons(1, [np.array([[2, 2], [20, 2], [20, 20]])])
+    instances.write(tmp_path / "train.json")
+    return read_coco(str(tmp_path), str(tmp_path / "train.json"))
+
+
+def test_epochs_become_steps_of_the_images_that_are_trained_on(tmp_path):
+    config = base.get_config()
+    config.train.epochs, config.train.batch_size = 3, 4
+    images = images_of(tmp_path, [1] * 8 + [0] * 2)
+    train = in_steps(config, images).train
+    assert (train.steps, train.eval_every, train.checkpoint_every) == (8, 2, 2)
+    assert in_steps(in_steps(config, images), images) == in_steps(config, images)
+    config.data.keep_empty = False
+    config.train.eval_epochs = 0.5
+    train = in_steps(config, images).train
+    assert (train.steps, train.eval_every) == (6, 1)
+    config.train.eval_epochs = 0
+    train = in_steps(config, images).train
+    assert (train.eval_every, train.checkpoint_every) == (0, 5000)
+    config.train.epochs = 0
+    assert in_steps(config, images) == config
+
+
+def test_steps_have_no_effect_beside_epochs():
+    for key in ("train.steps=5", "train.eval_every=5"):
+        with pytest.raises(ValueError, match="it is for train.epochs = 0, and that is 36.0"):
+            load_config("finetune", [f"--config.{key}"])
+    load_config("finetune", ["--config.train.eval_epochs=0.5"])

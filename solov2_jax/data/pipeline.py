@@ -300,12 +300,27 @@ def _slice_of_batch(batch_size: int, shard: tuple[int, int]) -> slice:
     return slice(index * batch_size // count, (index + 1) * batch_size // count)
 
 
+def epoch_images(
+    dataset: CocoDataset, *, keep_empty: bool, max_images: int, repeat_threshold: float
+) -> float:
+    """Returns how many images an epoch of `train_batches` has, repeats included."""
+    images = _chosen_images(dataset, keep_empty, max_images)
+    if not repeat_threshold or not len(images):
+        return float(len(images))
+    factors = sampler.repeat_factors(dataset.labels, dataset.start, images, repeat_threshold)
+    return float(factors.sum())
+
+
+def _chosen_images(dataset: CocoDataset, keep_empty: bool, max_images: int) -> np.ndarray:
+    """Returns the indices of the images that the keys leave, increasing."""
+    images = np.arange(len(dataset)) if keep_empty else np.flatnonzero(dataset.objects_per_image)
+    return images[images < max_images] if max_images else images
+
+
 def _training_images(dataset: CocoDataset, keep_empty: bool, max_images: int) -> np.ndarray:
     """Returns the indices of the images to train on, increasing."""
     num_objects = dataset.objects_per_image
-    images = np.arange(len(dataset)) if keep_empty else np.flatnonzero(num_objects)
-    if max_images:
-        images = images[images < max_images]
+    images = _chosen_images(dataset, keep_empty, max_images)
     if not len(images):
         raise InputError(
             f"{dataset.annotation_file}: no image has an object to train on, and "

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import logging
+import math
 import pathlib
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from solov2_jax.data.build import (
     build_train_batches,
     load_datasets,
 )
+from solov2_jax.data.pipeline import epoch_images
 from solov2_jax.evaluation.coco import metric_names as coco_metric_names
 from solov2_jax.evaluation.evaluate import build_evaluator, build_reports, evaluate
 from solov2_jax.inference.predictor import build_predictor
@@ -65,7 +67,7 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
     for path in config.train.checks:
         import_object(path, "train.checks")(config, train, val)
     num_classes = len(train.class_names)
-    config = config.copy_and_resolve_references()
+    config = in_steps(config, train)
     config.model.num_classes = num_classes
     model = build_model(config, num_classes)
 
@@ -102,6 +104,40 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
         fingerprint=fingerprint(train),
         metric_names=metric_names(config, val),
     )
+
+
+def in_steps(config: Any, train: Any) -> Any:
+    """Returns a copy of the config, its epochs over these training images as steps.
+
+    `train.steps`, `train.eval_every` and, unless it is shorter, `train.checkpoint_every`
+    are set where `train.epochs` is; shares of the run stay shares.
+    """
+    config = config.copy_and_resolve_references()
+    values = config.train
+    if not values.epochs:
+        return config
+    images = epoch_images(
+        train,
+        keep_empty=config.data.keep_empty,
+        max_images=config.data.train.max_images,
+        repeat_threshold=config.data.repeat_threshold,
+    )
+    per_epoch = images / values.batch_size
+    values.steps = max(1, math.ceil(values.epochs * per_epoch))
+    values.eval_every = max(1, round(values.eval_epochs * per_epoch)) if values.eval_epochs else 0
+    if values.eval_every and values.checkpoint_every:
+        values.checkpoint_every = min(values.checkpoint_every, values.eval_every)
+    log.info(
+        "%g epochs of %.0f images are %d steps of %d images; %s",
+        values.epochs,
+        images,
+        values.steps,
+        values.batch_size,
+        f"evaluated every {values.eval_every} steps"
+        if values.eval_every
+        else "evaluated at the end",
+    )
+    return config
 
 
 def _shard() -> tuple[int, int]:

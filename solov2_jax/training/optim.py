@@ -24,11 +24,16 @@ def build_schedule(config: Any) -> optax.Schedule:
     optim = config.optim
     scale = rate_scale(config)
     rate, steps = optim.learning_rate * scale, optim.decay_steps or config.train.steps
-    warmup = {"factor": optim.warmup_factor, "steps": optim.warmup_steps}
+    warmup = {"factor": optim.warmup_factor, "steps": warmup_steps(config)}
     if optim.schedule == "cosine":
         return with_warmup(cosine(rate, optim.final_rate * scale, steps), **warmup)
     if optim.schedule == "multistep":
-        milestones = tuple(optim.milestones)
+        milestones = tuple(as_steps(m, config.train.steps) for m in optim.milestones)
+        if list(milestones) != sorted(milestones):
+            raise InputError(
+                f"optim.milestones = {tuple(optim.milestones)} are the steps {milestones} of "
+                f"{config.train.steps}, which do not increase; give shares or steps, not both"
+            )
     elif optim.schedule == "fixed_gamma":
         milestones = equal_milestones(optim.num_decays, steps)
     else:
@@ -36,6 +41,16 @@ def build_schedule(config: Any) -> optax.Schedule:
             f"optim.schedule is {optim.schedule!r}; choose 'multistep', 'cosine' or 'fixed_gamma'"
         )
     return with_warmup(staircase(rate, milestones, optim.gamma), **warmup)
+
+
+def as_steps(place: int | float, steps: int) -> int:
+    """Returns a place in a run of so many steps: a share of it below 1, else itself."""
+    return round(place * steps) if place < 1 else int(place)
+
+
+def warmup_steps(config: Any) -> int:
+    """Returns the steps in which the rate rises."""
+    return as_steps(config.optim.warmup_steps, config.train.steps)
 
 
 def rate_scale(config: Any) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from solov2_jax.training.hooks import HookBase, Run
+from solov2_jax.training.optim import warmup_steps
 
 log = logging.getLogger("solov2_jax")
 
@@ -96,9 +97,9 @@ def _reason(config: Any, step: int, means: Mapping[str, float]) -> str:
             "the gradient vanishes. Look at what is frozen (optim.freeze, "
             "model.backbone.freeze_at) and at input.mean and input.std"
         )
-    if step <= config.optim.warmup_steps:
+    if step <= warmup_steps(config):
         return (
-            f"the warm-up lasts until step {config.optim.warmup_steps}; wait, or shorten "
+            f"the warm-up lasts until step {warmup_steps(config)}; wait, or shorten "
             "optim.warmup_steps"
         )
     if config.model.backbone.norm == "frozen_bn" and not config.init_from:

@@ -38,7 +38,14 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 # its content is compared by its fingerprint. `train.accumulate` changes roundings only,
 # as the number of devices does.
 _MAY_CHANGE = (
-    *("train.steps", "train.log_every", "train.checkpoint_every", "train.eval_every"),
+    *(
+        "train.steps",
+        "train.epochs",
+        "train.eval_epochs",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.eval_every",
+    ),
     *("train.keep_checkpoints", "train.best_metric", "train.max_skipped"),
     *("train.patience", "train.watch_steps", "train.writers", "train.hooks", "train.checks"),
     *("train.histogram_every", "train.profile_steps"),

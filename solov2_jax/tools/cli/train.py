@@ -93,6 +93,7 @@ def overfit_config(config: Any, num_images: int) -> Any:
         augment.brightness = augment.contrast = augment.saturation = 0.0
         augment.crop_size = augment.jitter_scale = ()
         train.batch_size = min(train.batch_size, num_images)
+        train.epochs = 0.0
         train.steps = max(MIN_STEPS, STEPS_PER_IMAGE * num_images)
         train.checkpoint_every = train.eval_every = 0
         train.log_every = max(1, train.steps // 20)
