@@ -7,12 +7,14 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from solov2_jax import distributed
+from solov2_jax import distributed, ops
 from solov2_jax.config import check_config
+from solov2_jax.losses import solov2_loss
 from solov2_jax.models.layers import ConvNorm
 from solov2_jax.models.resnet import BasicBlock, ResNet
-from solov2_jax.structs import Outputs
+from solov2_jax.structs import Outputs, Targets
 from solov2_jax.training.hooks import PreciseBN
+from solov2_jax.training.loss import ValidationLoss, build_loss
 from solov2_jax.training.optim import make_optimizer
 from solov2_jax.training.restore import state_of
 from solov2_jax.training.step import TrainStep
@@ -88,8 +90,6 @@ class Network(nn.Module):
 
 
 def make_loss():
-    from solov2_jax.training.loss import build_loss
-
     config = make_config()
     config.model.backbone.norm = "sync_bn"
     loss_fn = build_loss(config, Network())
@@ -172,6 +172,52 @@ def test_precise_statistics_are_those_of_all_images_together():
     )
     average = run.state.ema["batch_stats"]["backbone"]["conv1"]["norm"]
     jax.tree.map(np.testing.assert_array_equal, average, got)
+
+
+def test_fewer_batches_than_asked_for_give_their_own_statistics():
+    loss_fn, variables = make_loss()
+
+    def stats(num_batches, available):
+        run = make_run(step=5, total=5)
+        run.state = state_of(variables, _no_optimizer())
+        batches = lambda step: (make_batch(i) for i in range(available))  # noqa: E731
+        PreciseBN(loss_fn.moments, batches, 0, num_batches).after_step(run)
+        return run.state.model_state
+
+    jax.tree.map(np.testing.assert_array_equal, stats(200, 2), stats(2, 2))
+    with pytest.raises(ValueError, match="train.precise_bn: the training data gives no batch"):
+        stats(200, 0)
+
+
+def test_the_validation_loss_is_that_of_the_evaluated_network():
+    """Statistics that are far off show in it, as they do in prediction."""
+    _, variables = make_loss()
+    config = make_config()
+    config.model.backbone.norm = "sync_bn"
+    loss = build_loss(config, Network(), evaluated=True)
+    val_loss = ValidationLoss(loss, lambda: [make_batch(0)])
+    stats = jax.tree.map(lambda x: jnp.full_like(x, 1e4), variables["batch_stats"])
+    good, bad = val_loss(variables), val_loss({**variables, "batch_stats": stats})
+    assert abs(good["val/loss"] - bad["val/loss"]) > 1e-2
+    batch = jax.tree.map(jnp.asarray, make_batch(0))
+    outputs = Network().apply(variables, make_image(batch, config))
+    targets, normalizers = loss.assign(batch, jax.random.key(0))
+    want, _ = solov2_loss(
+        outputs,
+        Targets(**targets),
+        batch["masks"],
+        focal_alpha=config.loss.focal_alpha,
+        focal_gamma=config.loss.focal_gamma,
+        focal_weight=config.loss.focal_weight,
+        dice_weight=config.loss.dice_weight,
+        normalizers=normalizers,
+    )
+    assert good["val/loss"] == pytest.approx(float(want), rel=1e-4)
+
+
+def make_image(batch, config):
+    mean, std = tuple(config.input.mean), tuple(config.input.std)
+    return ops.normalize_image(batch["image"], batch["image_size"], mean, std)
 
 
 def _no_optimizer():

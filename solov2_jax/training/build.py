@@ -85,7 +85,8 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
     loss = build_loss(config, model)
     evaluate_val = build_evaluate(config, model, val, workdir)
     if config.eval.loss_images:
-        evaluate_val = with_validation_loss(evaluate_val, config, loss, val)
+        val_loss = build_loss(config, model, evaluated=True)
+        evaluate_val = with_validation_loss(evaluate_val, config, val_loss, val)
 
     def batches(step: int) -> Generator[dict[str, np.ndarray], None, None]:
         yield from build_train_batches(config, train, step, _shard())

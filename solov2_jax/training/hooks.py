@@ -280,7 +280,7 @@ class PreciseBN(HookBase):
       batches: from a step on; always the first ones are taken, so that a run that
         resumes computes the same.
       every: steps between evaluations; 0: only at the end.
-      num_batches: that the statistics are taken over.
+      num_batches: that the statistics are taken over; all, where there are fewer.
     """
 
     def __init__(
@@ -298,7 +298,7 @@ class PreciseBN(HookBase):
     def after_step(self, run: Run) -> None:
         if not (run.due(self._every) or run.finished):
             return
-        log.info("batch norms' statistics over %d batches", self._num_batches)
+        log.info("batch norms' statistics over up to %d batches", self._num_batches)
         state = run.state
         precise = self._precise(state.variables)
         model_state = {name: precise[name] for name in state.model_state}
@@ -308,16 +308,23 @@ class PreciseBN(HookBase):
     def _precise(self, variables: dict[str, PyTree]) -> dict[str, PyTree]:
         """Returns the variables with the statistics of their batch norms replaced."""
         total: dict[tuple, Any] = {}
+        taken = 0
         with contextlib.closing(self._batches(0)) as batches:
             for batch in itertools.islice(batches, self._num_batches):
+                taken += 1
                 arrays = distributed.put_batch(batch, self._mesh)
                 moments: dict[tuple, Any] = {**flatten_dict(self._moments(variables, arrays))}
                 for path, value in moments.items():
                     if path[-1] == "var":  # E[x^2] can be added
                         value = value + jnp.square(moments[(*path[:-1], "mean")])
                     total[path] = total[path] + value if path in total else value
+        if not taken:
+            raise InputError(
+                "train.precise_bn: the training data gives no batch; set the key to 0 or "
+                "train.steps to 1 at least."
+            )
         stats: dict[tuple, Any] = {**flatten_dict(variables["batch_stats"])}
-        stats |= {path: value / self._num_batches for path, value in total.items()}
+        stats |= {path: value / taken for path, value in total.items()}
         for path in [p for p in total if p[-1] == "var"]:
             stats[path] = stats[path] - jnp.square(stats[(*path[:-1], "mean")])
         return {**variables, "batch_stats": unflatten_dict(stats)}

@@ -44,9 +44,15 @@ class Loss:
         return loss, metrics
 
 
-def build_loss(config: Any, model: Any) -> Loss:
-    """Returns SOLOv2's loss, `loss_ins` (dice) + `loss_cate` (focal), as a config weighs them."""
-    mutable = ["batch_stats"] if config.model.backbone.norm == "sync_bn" else []
+def build_loss(config: Any, model: Any, *, evaluated: bool = False) -> Loss:
+    """Returns SOLOv2's loss, `loss_ins` (dice) + `loss_cate` (focal), as a config weighs them.
+
+    Args:
+      evaluated: of the network as prediction uses it: trained batch norms normalise by their
+        running statistics, not by the batch's.
+    """
+    trained_norms = config.model.backbone.norm == "sync_bn"
+    mutable = ["batch_stats"] if trained_norms and not evaluated else []
     find_targets = functools.partial(
         assign_targets,
         num_grids=tuple(config.model.ins_head.num_grids),
@@ -85,7 +91,7 @@ def build_loss(config: Any, model: Any) -> Loss:
         return loss, (metrics, model_state)
 
     def moments(variables: PyTree, batch: dict[str, jax.Array]) -> PyTree:
-        collections = [*mutable, "moments"]
+        collections = ["batch_stats", "moments"]
         _, changed = model.apply(variables, image_of(batch), mutable=collections)
         return changed["moments"]
 
@@ -96,7 +102,7 @@ class ValidationLoss:
     """variables -> {"val/loss": ..., ...}: those of one batch with all images.
 
     Args:
-      loss: of whole batches.
+      loss: of whole batches, by the network as it is evaluated.
       batches: makes the batches, the same ones each time.
     """
 
