@@ -102,6 +102,35 @@ def test_parts_give_the_whole(whole, parts, num_devices):
     jax.tree.map(close, got, whole)
 
 
+def sums_over_devices(jaxpr, in_loop=False):
+    """Yields (whether it is in a loop, its types) of every sum that a program sends."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name.startswith("psum"):
+            yield in_loop, [v.aval for v in equation.invars]
+        for value in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from sums_over_devices(inner, in_loop or name in ("scan", "while"))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_gradients_are_summed_over_the_devices_once(parts):
+    """After the last part; and only those of what is trained."""
+    config, params = make_config(), make_params()
+    trainable = {"ins_head": {"mix": True, "kernel": True, "cate": False}}
+    _, tx = build_optimizer(config, trainable)
+    mesh, key = distributed.make_mesh(4), jax.random.key(0)
+    loss = build_loss(config, Network())
+    step = TrainStep(loss=loss, tx=tx, mesh=mesh, key=key, trainable=trainable, accumulate=parts)
+    traced = step._step.trace(state_of({"params": params}, tx), make_batch(), key)
+    sums = list(sums_over_devices(traced.jaxpr.jaxpr))
+    assert not any(in_loop for in_loop, _ in sums)
+    sent = sorted(aval.shape for _, avals in sums for aval in avals if aval.shape)
+    head = params["ins_head"]
+    assert sent == sorted([head["mix"].shape, head["kernel"].shape])
+
+
 def test_the_batch_must_be_divisible_by_devices_times_parts():
     mesh = distributed.make_mesh(2)
     distributed.check_batch_size(8, mesh, 4)

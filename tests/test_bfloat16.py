@@ -45,6 +45,18 @@ def test_state_and_metrics_are_float32(traced):
     assert {"loss", "loss_ins", "loss_cate", "grad_norm"} <= metrics.keys()
 
 
+def test_what_crosses_the_devices_is_float32(traced):
+    """A ring adds n terms one after the other: in 8 bits the last ones would be lost."""
+    sent = [
+        v.aval
+        for e in equations(traced[0])
+        if e.primitive.name.startswith("psum")
+        for v in e.invars
+    ]
+    assert {aval.dtype for aval in sent} == {jnp.dtype(jnp.float32)}
+    assert sum(aval.ndim == 4 for aval in sent) > 20, "the filters' gradients"
+
+
 def test_convolutions_are_bfloat16_and_nothing_exact_is(traced):
     wrong, low = [], 0
     for equation in equations(traced[0]):

@@ -82,7 +82,7 @@ def toy_init(key, width=16):
 
 
 def toy_loss(params, model_state, batch, key):
-    """A small regression with noise, so that the step's key matters."""
+    """A small regression with noise, so that the step's key matters; a key for each row."""
     backbone, head = params["backbone"], params["ins_head"]
     x = batch["image"].reshape(batch["image"].shape[0], -1)
     x = jnp.tanh(x @ backbone["stem"]["conv1"]["kernel"])
@@ -90,7 +90,7 @@ def toy_loss(params, model_state, batch, key):
     norm = conv["norm"]
     x = (x - model_state["batch_stats"]["mean"][None]) @ conv["kernel"]
     x = jnp.tanh(x * norm["scale"][None] + norm["bias"][None])
-    x = x + 0.1 * jax.random.normal(key, x.shape)
+    x = x + 0.1 * jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(key)
     x = x * head["gn0"]["scale"][None] + head["gn0"]["bias"][None]
     y = x @ head["cate_pred"]["kernel"] + head["cate_pred"]["bias"][None]
     loss = jnp.mean(jnp.square(y - batch["label"]))
@@ -98,13 +98,20 @@ def toy_loss(params, model_state, batch, key):
 
 
 def plain_loss(loss_fn):
-    """Returns the loss of a function (params, model_state, batch, key) -> loss, metrics."""
+    """Returns the loss of a function of rows, (params, model_state, batch, keys) -> (mean
+    loss, metrics: means where they are losses, else sums)."""
 
-    def compute(params, model_state, batch, targets, key):
-        loss, metrics = loss_fn(params, model_state, batch, key)
-        return loss, (metrics, model_state)
+    def assign(batch, key):
+        rows = len(jax.tree.leaves(batch)[0])
+        return {"keys": jax.random.split(key, rows)}, jnp.float32(rows)
 
-    return Loss(assign=lambda batch, key: ({}, key), compute=compute)
+    def compute(params, model_state, batch, targets, num_rows):
+        loss, metrics = loss_fn(params, model_state, batch, targets["keys"])
+        share = len(targets["keys"]) / num_rows
+        metrics = {k: v * share if k.startswith("loss") else v for k, v in metrics.items()}
+        return loss * share, (metrics, model_state)
+
+    return Loss(assign=assign, compute=compute)
 
 
 def toy_batch(step, size=8, seed=0):

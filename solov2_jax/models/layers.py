@@ -69,8 +69,9 @@ class FrozenBatchNorm(nn.Module):
 class BatchNorm(FrozenBatchNorm):
     """Batch normalisation that is trained ("sync_bn"), with a frozen one's variables.
 
-    The statistics are those of the global batch: under a mesh the compiler adds the
-    devices up. With the collection "moments" mutable, they are put there too, unmixed.
+    The statistics are those of the global batch: the compiler adds the devices up, or,
+    inside `jax.shard_map`, this norm does. With the collection "moments" mutable, they are
+    put there too, unmixed.
 
     Source: torch.nn.SyncBatchNorm (momentum 0.1, unbiased running variance).
     """
@@ -85,16 +86,17 @@ class BatchNorm(FrozenBatchNorm):
         scale = self.param("scale", self.scale_init, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         y = x.astype(jnp.float32)
-        if extent is None:
-            mean, var = jnp.mean(y, (0, 1, 2)), jnp.var(y, (0, 1, 2))
-            count = x.size // channels
-            unbiased = var * (count / max(count - 1, 1))
-        else:
-            count = jnp.sum(jnp.prod(extent, axis=1)).astype(jnp.float32)
-            mean = jnp.sum(ops.zero_outside(y, extent), (0, 1, 2)) / count
-            deviation = ops.zero_outside(y - mean[None, None, None], extent)
-            var = jnp.sum(jnp.square(deviation), (0, 1, 2)) / count
-            unbiased = var * (count / jnp.maximum(count - 1, 1))
+        axes = jax.sharding.get_abstract_mesh().manual_axes
+
+        def total(of_rows: jax.Array) -> jax.Array:
+            return lax.psum(of_rows, axes) if axes else of_rows
+
+        pixels = x.size // channels if extent is None else jnp.sum(jnp.prod(extent, axis=1))
+        count = total(jnp.asarray(pixels, jnp.float32))
+        mean = total(jnp.sum(ops.zero_outside(y, extent), (0, 1, 2))) / count
+        deviation = ops.zero_outside(y - mean[None, None, None], extent)
+        var = total(jnp.sum(jnp.square(deviation), (0, 1, 2))) / count
+        unbiased = var * (count / jnp.maximum(count - 1, 1))
         of_batch = {"mean": mean, "var": unbiased}
         for name, value in of_batch.items():
             old = self.get_variable("batch_stats", name)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from solov2_jax import distributed
@@ -73,7 +73,7 @@ class TrainStep:
       key: of the steps' random numbers; each step folds its own number in.
       trainable: tree of bools; where it is False the gradient is 0.
       accumulate: microbatches that a batch is computed in, one after the other; only the
-        order of additions depends on it.
+        order of additions depends on it, and what the devices send does not.
       ema_decay: of the moving average, where the state holds one.
 
     Attributes:
@@ -98,9 +98,8 @@ class TrainStep:
         self.compile_seconds = 0.0
         self._shapes: set[tuple] = set()
         self._loss, self._tx, self._trainable = loss, tx, trainable
-        self._accumulate, self._ema_decay = accumulate, ema_decay
+        self._accumulate, self._ema_decay, self._mesh = accumulate, ema_decay, mesh
         copied, by_batch = distributed.replicated(mesh), distributed.split_by_batch(mesh)
-        self._microbatches = NamedSharding(mesh, P(None, "data"))
         # An argument: as a constant, each seed would be another program to compile.
         self._key = distributed.copy_to_all(key, mesh)
         self._step = jax.jit(
@@ -119,29 +118,17 @@ class TrainStep:
         self.compiles += 1  # runs when traced, not when executed
         # Of the whole batch: the targets, and what the losses' sums are divided by.
         targets, normalizers = self._loss.assign(batch, jax.random.fold_in(key, state.step))
-
-        def loss_of(params, model_state, batch, targets):
-            params = _freeze(params, self._trainable)
-            return self._loss.compute(params, model_state, batch, targets, normalizers)
-
-        gradient = jax.value_and_grad(loss_of, has_aux=True)
-        params, model_state = state.params, state.model_state
-        if self._accumulate == 1:
-            (value, (metrics, model_state)), grads = gradient(params, model_state, batch, targets)
-        else:
-
-            def add(carry, microbatch):
-                sums, model_state = carry
-                (value, (metrics, model_state)), grads = gradient(params, model_state, *microbatch)
-                return (jax.tree.map(jnp.add, sums, (value, metrics, grads)), model_state), None
-
-            microbatches = jax.tree.map(self._split, (batch, targets))
-            first = jax.tree.map(lambda x: x[0], microbatches)
-            (value, (metrics, _)), grads = jax.eval_shape(gradient, params, model_state, *first)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, metrics, grads))
-            carry, _ = jax.lax.scan(add, (zeros, model_state), microbatches)
-            (value, metrics, grads), model_state = carry
-
+        params = state.params
+        of_rows = jax.shard_map(
+            self._gradients,
+            mesh=self._mesh,
+            in_specs=(P(), P(), P("data"), P("data"), P()),
+            out_specs=P(),
+            check_vma=False,
+        )
+        value, metrics, grads, model_state = of_rows(
+            params, state.model_state, batch, targets, normalizers
+        )
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
 
@@ -159,10 +146,50 @@ class TrainStep:
         metrics = {**metrics, "loss": value, "grad_norm": norm, "skipped": skipped}
         return replace(new, step=state.step + 1), metrics
 
+    def _gradients(
+        self,
+        params: PyTree,
+        model_state: PyTree,
+        batch: PyTree,
+        targets: PyTree,
+        normalizers: PyTree,
+    ) -> tuple[jax.Array, Metrics, PyTree, PyTree]:
+        """Returns (loss, metrics, gradients, model state after it), summed over the devices.
+
+        Runs on each device with its own rows. What crosses the devices is one sum of each
+        gradient, in the parameters' float32 and after the last microbatch, besides the
+        statistics of trained batch norms.
+        """
+
+        def loss_of(params, model_state, batch, targets):
+            params = _freeze(params, self._trainable)
+            return self._loss.compute(params, model_state, batch, targets, normalizers)
+
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+
+        def add(carry, microbatch):
+            sums, model_state = carry
+            (value, (metrics, model_state)), grads = gradient(params, model_state, *microbatch)
+            return (jax.tree.map(jnp.add, sums, (value, metrics, grads)), model_state), None
+
+        if self._accumulate == 1:
+            (value, (metrics, model_state)), grads = gradient(params, model_state, batch, targets)
+        else:
+            microbatches = jax.tree.map(self._split, (batch, targets))
+            first = jax.tree.map(lambda x: x[0], microbatches)
+            (value, (metrics, _)), grads = jax.eval_shape(gradient, params, model_state, *first)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, metrics, grads))
+            carry, _ = jax.lax.scan(add, (zeros, model_state), microbatches)
+            (value, metrics, grads), model_state = carry
+        value, metrics = jax.lax.psum((value, metrics), "data")
+        grads = jax.tree.map(
+            lambda x, train: jax.lax.psum(x, "data") if train else x, grads, self._trainable
+        )
+        return value, metrics, grads, model_state
+
     def _split(self, x: jax.Array) -> jax.Array:
-        """Returns [microbatches, B / microbatches, ...]; each device keeps its own rows."""
-        x = jnp.moveaxis(x.reshape(-1, self._accumulate, *x.shape[1:]), 1, 0)
-        return jax.lax.with_sharding_constraint(x, self._microbatches)
+        """Returns a device's rows as [microbatches, rows / microbatches, ...]."""
+        return jnp.moveaxis(x.reshape(-1, self._accumulate, *x.shape[1:]), 1, 0)
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
         """Returns the state after one step, and the step's metrics, on the devices."""
