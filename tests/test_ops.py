@@ -54,6 +54,23 @@ def test_group_norm(units):
     np.testing.assert_allclose(got, nhwc(units["gn_out"]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("offset", [0, 50.3, 1000, -3000])
+@pytest.mark.parametrize("extent", [None, (20, 24)])
+def test_group_norm_of_a_mean_far_from_zero(offset, extent):
+    """E[x^2] - E[x]^2 of the values themselves would be 45 % off at 1000."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(1, 24, 32, 8)) + offset).astype(np.float32)
+    h, w = extent or x.shape[1:3]
+    own = x[:, :h, :w].astype(np.float64).reshape(-1, 2, 4)
+    x[:, h:], x[:, :, w:] = 1e4, -1e4
+    mean, var = own.mean((0, 2), keepdims=True), own.var((0, 2), keepdims=True)
+    want = ((own - mean) / np.sqrt(var + 1e-5)).reshape(1, h, w, 8)
+    own_size = None if extent is None else jnp.array([extent])
+    got = ops.group_norm(jnp.asarray(x), jnp.ones(8), jnp.zeros(8), groups=2, extent=own_size)
+    # A float32 at 3000 has steps of 2.4e-4.
+    np.testing.assert_allclose(got[:, :h, :w], want, rtol=0, atol=2e-6 + 4e-7 * abs(offset))
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (7, 5), (1, 1), (2, 9)])
 def test_max_pool_is_torchs(shape):
     h, w = shape
