@@ -294,6 +294,9 @@ def keys() -> Section:
     # of an object, over the image's shorter side
     generated.min_radius = number(0.09, above=0, high=1, used=_SHAPES)
     generated.max_radius = number(0.30, above=0, high=1, used=_SHAPES)  # likewise
+    # Whether `train.py --data` sets sizes, grids, batch, rate, epochs and limits by what it
+    # finds in the data; what is given on the command line stays.
+    data.advice = switch(False)
     # Train on images without objects too. The reference drops them
     # [DATALOADER.FILTER_EMPTY_ANNOTATIONS].
     data.keep_empty = switch(True)

@@ -12,7 +12,7 @@ from configs import light_448_r50
 def get_config():
     """Returns the configuration."""
     config = light_448_r50.get_config()
-    config.input.flip_prob = 0.5
+    config.data.advice = True
     config.augment.brightness = config.augment.contrast = config.augment.saturation = 0.2
 
     config.optim.name = "adamw"

@@ -50,6 +50,8 @@ JAX_FREE = (
     "rle",
     "data",
     "evaluation.coco_score",
+    "tools.cli.doctor",
+    "tools.cli.importers",
     "tools.doctor",
     "tools.importers",
     "tools.synthetic",
@@ -71,10 +73,11 @@ LONG_FUNCTIONS = {
     "solov2_jax.training.loop.train",
     "solov2_jax.tools.export.run.export",
     "solov2_jax.tools.serving.app.make_app",
+    "solov2_jax.tools.doctor.grids.advise",
 }
 MAX_LONG_FUNCTION = 105
 # Lines of Python.
-BUDGETS = {"core": 15_700, "tools": 14_350, "benchmarks": 3_150}
+BUDGETS = {"core": 15_700, "tools": 15_000, "benchmarks": 3_150}
 # What errors that are still there begin with.
 KNOWN: tuple[str, ...] = ()
 

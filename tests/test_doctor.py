@@ -13,7 +13,7 @@ from tiny_coco import annotation, content, encode_mask, square, write
 
 from configs import base
 from solov2_jax.data.coco import read_coco
-from solov2_jax.tools.doctor.__main__ import main
+from solov2_jax.tools.cli.doctor import main
 from solov2_jax.tools.doctor.data_report import Settings
 from solov2_jax.tools.doctor.data_report import examine as examine_data
 from solov2_jax.tools.doctor.findings import ERROR, NOTE, WARNING, DataLimits

@@ -15,7 +15,7 @@ from tiny_coco import annotation, content, square, whole, write
 
 from solov2_jax.data.coco import CocoDataset, load_coco
 from solov2_jax.data.rasterize import draw_object
-from solov2_jax.tools.importers.__main__ import main
+from solov2_jax.tools.cli.importers import main
 from solov2_jax.tools.importers.instances import read_names
 from solov2_jax.tools.synthetic.shapes import ShapesSettings, write_shapes
 
@@ -406,7 +406,7 @@ def test_the_command_needs_no_jax(tmp_path):
     to_yolo(data, tmp_path / "labels")
     script = (
         "import sys; sys.modules['jax'] = None\n"
-        "from solov2_jax.tools.importers.__main__ import main\n"
+        "from solov2_jax.tools.cli.importers import main\n"
         f"main(['yolo', '--images={data.image_root}', '--labels={tmp_path}/labels', "
         f"'--names=cat,dog', '--output={tmp_path}/x.json'])"
     )

@@ -15,7 +15,7 @@ from solov2_jax.data.coco import load_coco
 from solov2_jax.inference.draw import distinct_color, draw_prediction, object_colors
 from solov2_jax.inference.prediction import MaskCrops, Prediction, pack
 from solov2_jax.rle import rle_decode, rle_from_string
-from solov2_jax.tools.importers import __main__
+from solov2_jax.tools.cli import importers
 from solov2_jax.tools.predict.outputs import (
     OutputFiles,
     file_word,
@@ -102,7 +102,7 @@ def test_the_importers_read_the_labels_back(tmp_path):
         if names:
             arguments += ["--names", str(out / "yolo" / names)]
         written = tmp_path / f"{kind}.json"
-        __main__.main([*arguments, "--output", str(written)])
+        importers.main([*arguments, "--output", str(written)])
         dataset = load_coco(str(path.parent), str(written))
         found = annotated_objects(dataset, 0)
         assert len(found) == len(masks), kind

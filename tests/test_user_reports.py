@@ -24,9 +24,9 @@ from solov2_jax.data.coco import load_coco
 from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.evaluation.coco_score import read_ground_truth
 from solov2_jax.inference.prediction import Prediction
+from solov2_jax.tools.cli.importers import main as import_main
 from solov2_jax.tools.doctor.data_report import Settings, examine
 from solov2_jax.tools.doctor.grids import Layout
-from solov2_jax.tools.importers.__main__ import main as import_main
 from solov2_jax.tools.report.results_file import evaluate_files
 from solov2_jax.tools.tfds import examples
 

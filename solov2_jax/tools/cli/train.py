@@ -1,8 +1,12 @@
 r"""Trains SOLOv2, or resumes: the same command continues a run that was interrupted.
 
+    solov2 train --data FOLDER --workdir runs/mine --epochs 24
     solov2 train --config configs/r50_3x.py --workdir runs/r50 \
         --config.train.batch_size=8 --config.optim.learning_rate=0.005
     solov2 train --config configs/quickstart.py --workdir runs/dry --dry_run
+
+`--data` takes a folder of annotated images as it is, prints what it found, and trains by
+configs/finetune.py with settings that follow from the data, unless --config is given.
 
 `--dry_run` compiles the train step for every padded shape and prints time, FLOPs and
 memory; neither data nor workdir is touched. `--overfit 8` is a self-test: it overfits
@@ -20,14 +24,14 @@ from typing import Any
 from solov2_jax.config import load_config
 from solov2_jax.config_schema import switch, text, whole
 from solov2_jax.io import InputError
-from solov2_jax.tools.cli import app, shared
+from solov2_jax.tools.cli import app, own_data, shared
 from solov2_jax.tools.cli.flags import Flag
 
-_CONFIG = Flag("config", text(), "Config file; keys: configs/base.py.", required=True)
+_CONFIG = Flag("config", text(), "Config file; keys: configs/base.py.")
 _WORKDIR = Flag("workdir", text(), "Run's folder; resumed if it has checkpoints.", required=True)
 _DRY_RUN = Flag("dry_run", switch(False), "Compile only; print time, FLOPs and memory.")
 _OVERFIT = Flag("overfit", whole(0), "Self-test: overfit so many training images. 0: train.")
-FLAGS = (_CONFIG, _WORKDIR, _DRY_RUN, _OVERFIT, *shared.PROCESSES)
+FLAGS = (_CONFIG, _WORKDIR, *own_data.FLAGS, _DRY_RUN, _OVERFIT, *shared.PROCESSES)
 
 # segm/AP50 on the training images from which on the test is passed. A network that has
 # overfit is far above it, even with stride-4 masks; a broken set-up stays near 0.
@@ -36,7 +40,7 @@ MIN_STEPS, STEPS_PER_IMAGE = 200, 25
 
 
 def main(overrides: list[str]) -> None:
-    config = load_config(_CONFIG.value, overrides)
+    config = read_settings(overrides)
     if _DRY_RUN.value:
         from solov2_jax.tools.dry_run import dry_run, format_rows
 
@@ -52,6 +56,21 @@ def main(overrides: list[str]) -> None:
     for name in dict.fromkeys(names):
         if name in metrics:
             print(f"{name} {format_metric(metrics[name])}")
+
+
+def read_settings(overrides: list[str]) -> Any:
+    """Returns the config that the flags describe."""
+    if own_data.EPOCHS.present:
+        overrides = [*overrides, f"--config.train.epochs={own_data.EPOCHS.value:g}"]
+    if own_data.DATA.value:
+        write = not _DRY_RUN.value
+        return own_data.own_config(_CONFIG.value, _WORKDIR.value, overrides, write=write)
+    for flag in own_data.FLAGS:
+        if flag.present and flag is not own_data.EPOCHS:
+            raise InputError(f"--{flag.name} goes with --data")
+    if not _CONFIG.value:
+        raise InputError("--config is missing, or --data; see --help")
+    return load_config(_CONFIG.value, overrides)
 
 
 def self_test(config: Any, number: int) -> int:

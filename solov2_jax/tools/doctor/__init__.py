@@ -1,1 +1,1 @@
-"""Is this data set fit for training? `python -m` runs `__main__`."""
+"""Is this data set fit for training?"""

@@ -195,18 +195,26 @@ def compact(value: object) -> str:
     return str(value).replace(" ", "")
 
 
-def advise(dataset: CocoDataset, objects: MeasuredObjects, base: Layout, short: int) -> Advice:
+def advise(
+    dataset: CocoDataset,
+    objects: MeasuredObjects,
+    base: Layout,
+    short: int,
+    *,
+    choices: Sequence[int] = SHORT_SIDES,
+) -> Advice:
     """Returns what would suit the training data.
 
     Args:
       base: the config's grids and ranges.
       short: the shorter side that the objects were measured at, pixels.
+      choices: shorter sides to choose from, increasing.
     """
     sides = np.sqrt(np.maximum(objects.area[objects.area > 0], 1))
     original = np.minimum(dataset.heights, dataset.widths)
     limit = 2 * float(np.median(original))
     small = float(np.percentile(sides, 10)) if len(sides) else WANTED_SIDE
-    fit = [s for s in SHORT_SIDES if s <= limit] or [SHORT_SIDES[0]]
+    fit = [s for s in choices if s <= limit] or [choices[0]]
     good = [s for s in fit if small * s / short >= WANTED_SIDE]
     chosen = good[0] if good else fit[-1]
     reasons = [

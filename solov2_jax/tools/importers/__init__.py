@@ -1,1 +1,1 @@
-"""Other annotation formats -> COCO instances json; `python -m` runs `__main__`."""
+"""Other annotation formats -> COCO instances json."""

@@ -10,8 +10,11 @@ import numpy as np
 import yaml
 from pycocotools import mask as coco_mask
 
+from solov2_jax.data.rasterize import spans_to_masks
 from solov2_jax.io import InputError, read_json, reading, write_text
-from solov2_jax.rle import mask_to_rle, polygons_to_rle
+from solov2_jax.rle import mask_to_rle, polygons_to_rle, spans_from_rle
+
+_CIRCLE_ERROR = 0.1  # pixels between a circle and the polygon that stands for it
 
 
 class Instances:
@@ -50,6 +53,14 @@ class Instances:
         box = coco_mask.toBbox(runs).tolist()
         self._add(category, segmentation, box, float(coco_mask.area(runs)))
 
+    def add_parts(self, category: int, parts: Sequence[np.ndarray]) -> None:
+        """Takes an object in parts: outlines [n, 2], or masks, bool [height, width]."""
+        if any(part.dtype == bool for part in parts):
+            masks = [p if p.dtype == bool else fill(p, self.size) for p in parts]
+            self.add_mask(category, np.any(masks, axis=0))
+        else:
+            self.add_polygons(category, parts)
+
     def _add(self, category: int, segmentation: Any, box: list, area: float) -> None:
         self.annotations.append(
             {
@@ -63,15 +74,45 @@ class Instances:
             }
         )
 
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the json, whole or not at all."""
-        content = {
+    def content(self) -> dict[str, Any]:
+        """Returns what the json holds."""
+        return {
             "images": self.images,
             "annotations": self.annotations,
             "categories": [{"id": i, "name": name} for i, name in sorted(self.categories.items())],
         }
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes the json, whole or not at all."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_text(json.dumps(content), path)
+        write_text(json.dumps(self.content()), path)
+
+
+# --- Shapes --------------------------------------------------------------------------
+
+
+def rectangle(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
+    """Returns an outline [4, 2]."""
+    return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]], np.float64)
+
+
+def ellipse(
+    center: Sequence[float] | np.ndarray, radii: tuple[float, float], degrees: float = 0.0
+) -> np.ndarray:
+    """Returns a polygon [n, 2] of the ellipse's area, turned clockwise as one sees it."""
+    number = max(12, int(np.ceil(np.pi * np.sqrt(max(radii) / (2 * _CIRCLE_ERROR)))))
+    angle = np.arange(number) * (2 * np.pi / number)
+    grow = np.sqrt(2 * np.pi / number / np.sin(2 * np.pi / number))
+    x, y = radii[0] * grow * np.cos(angle), radii[1] * grow * np.sin(angle)
+    turn = np.deg2rad(degrees)
+    turned = [x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)]
+    return np.asarray(center, np.float64) + np.stack(turned, axis=-1)
+
+
+def fill(outline: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Returns a polygon's pixels, bool [height, width]."""
+    runs = polygons_to_rle([outline.ravel()], size)
+    return spans_to_masks(spans_from_rle([runs["counts"]], size), 1, size)[0]
 
 
 # --- Class names ---------------------------------------------------------------------

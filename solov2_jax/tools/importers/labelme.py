@@ -14,13 +14,10 @@ from PIL import Image
 from solov2_jax.data.annotations import as_json
 from solov2_jax.data.images import list_files, read_header
 from solov2_jax.data.outlines import MAX_COORDINATE, are_numbers
-from solov2_jax.data.rasterize import spans_to_masks
 from solov2_jax.io import InputError, read_json, reading
-from solov2_jax.rle import polygons_to_rle, spans_from_rle
-from solov2_jax.tools.importers.instances import Instances
+from solov2_jax.tools.importers.instances import Instances, ellipse
 
 _WITHOUT_AREA = ("point", "points", "line", "linestrip")
-_CIRCLE_ERROR = 0.1  # pixels between a circle and the polygon that stands for it
 
 
 def import_labelme(
@@ -142,11 +139,7 @@ def _add_shapes(
     for parts in groups.values():
         label = parts[0][1]["label"]
         drawn = [_draw(shape, f"{path}: shape {i}", instances.size) for i, shape in parts]
-        if not any(d.dtype == bool for d in drawn):
-            instances.add_polygons(ids[label], drawn)
-            continue
-        masks = [d if d.dtype == bool else _fill(d, instances.size) for d in drawn]
-        instances.add_mask(ids[label], np.any(masks, axis=0))
+        instances.add_parts(ids[label], drawn)
 
 
 def _draw(shape: dict[str, Any], where: str, size: tuple[int, int]) -> np.ndarray:
@@ -164,21 +157,14 @@ def _draw(shape: dict[str, Any], where: str, size: tuple[int, int]) -> np.ndarra
         (x0, y0), (x1, y1) = points.min(axis=0), points.max(axis=0)
         return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
     if kind == "circle" and len(points) == 2:
-        return _circle(points[0], float(np.hypot(*(points[1] - points[0]))))
+        radius = float(np.hypot(*(points[1] - points[0])))
+        return ellipse(points[0], (radius, radius))
     if kind == "mask" and len(points) == 2:
         return _decode(shape, points, where, size)
     raise InputError(
         f"{where}: `shape_type` {kind!r} with {len(points)} points; an object is a "
         "polygon of 3 or more points, a rectangle or a circle of 2, or a mask."
     )
-
-
-def _circle(center: np.ndarray, radius: float) -> np.ndarray:
-    """Returns a polygon of the circle's area."""
-    number = max(12, int(np.ceil(np.pi * np.sqrt(radius / (2 * _CIRCLE_ERROR)))))
-    angle = np.arange(number) * (2 * np.pi / number)
-    radius *= np.sqrt(2 * np.pi / number / np.sin(2 * np.pi / number))
-    return center + radius * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
 
 
 def _decode(
@@ -199,9 +185,3 @@ def _decode(
     mask = np.zeros(size, bool)
     mask[top : top + height, left : left + width] = part
     return mask
-
-
-def _fill(outline: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Returns a polygon's pixels, bool [height, width]."""
-    runs = polygons_to_rle([outline.ravel()], size)
-    return spans_to_masks(spans_from_rle([runs["counts"]], size), 1, size)[0]

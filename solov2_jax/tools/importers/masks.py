@@ -23,8 +23,12 @@ def import_masks(
     classes: str,
     categories: Mapping[int, str],
     void: int | None = None,
-) -> Instances:
-    """Returns the instances of all images that have a mask.
+    *,
+    parts: bool = False,
+) -> tuple[Instances, int]:
+    """Returns the instances of all images that have a mask, and how many were parted.
+
+    A mask with one value tells object from background and not one object from another.
 
     Args:
       images: folder; images without a mask file are left out.
@@ -32,6 +36,8 @@ def import_masks(
       classes: folder of PNG files with class values, "" for one class.
       categories: id -> name; the values in the class files are the ids.
       void: value in either file that is neither object nor background.
+      parts: take each connected region of a mask with one value for an object, where no
+        mask has more than one value.
     """
     if not classes and len(categories) != 1:
         raise InputError(
@@ -39,7 +45,8 @@ def import_masks(
             "object is which; give the folder, or one name."
         )
     pairs = _pair(images, objects)
-    instances = Instances(categories)
+    instances, parted = Instances(categories), 0
+    parts = parts and not classes and all(_has_one_value(path) for _, path in pairs)
     for name, path in pairs:
         header = read_header(os.path.join(images, name))
         instances.add_image(name, header.height, header.width)
@@ -48,6 +55,8 @@ def import_masks(
         if classes:
             file = Path(classes, path.relative_to(objects))
             kinds = _read(file, instances.size, name)
+        if parts and values.any():
+            values, parted = _regions(values), parted + 1
         for value in np.unique(values).tolist():
             if value in (0, void):
                 continue
@@ -55,7 +64,22 @@ def import_masks(
             where = f"{path}: object {value}"
             category = _category(mask, kinds, where, categories, void)
             instances.add_mask(category, mask)
-    return instances
+    return instances, parted
+
+
+def _regions(values: np.ndarray) -> np.ndarray:
+    """Returns the number of the region that a pixel is in, 0 for background."""
+    from scipy import ndimage  # slow
+
+    regions: np.ndarray = ndimage.label(values, np.ones((3, 3)))[0]
+    return regions
+
+
+def _has_one_value(path: Path) -> bool:
+    """Returns whether a mask has at most one value besides 0."""
+    with opened(str(path)) as image:
+        values = np.unique(np.asarray(image))
+    return len(values[values != 0]) <= 1
 
 
 def _pair(images: str, objects: str) -> list[tuple[str, Path]]:

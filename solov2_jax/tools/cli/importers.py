@@ -102,14 +102,10 @@ def _import(kind: str) -> tuple[str, Instances]:
     if kind == "masks":
         if not _OBJECTS.value:
             raise InputError("--objects: give the folder of object numbers.")
-        instances = import_masks(
+        instances, _ = import_masks(
             _IMAGES.value, _OBJECTS.value, _CLASSES.value, categories, _VOID.value
         )
         return _IMAGES.value, instances
     if not _LABELS.value:
         raise InputError("--labels: give the folder of the label files, or --data.")
     return _IMAGES.value, import_yolo(files_of_folders(_IMAGES.value, _LABELS.value), categories)
-
-
-if __name__ == "__main__":
-    main()

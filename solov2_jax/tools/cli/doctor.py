@@ -71,7 +71,3 @@ def _files(config: Any) -> tuple[tuple[str, str], tuple[str, str] | None]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     app.run(examine, FLAGS, argv=argv, platform=False)
-
-
-if __name__ == "__main__":
-    main()

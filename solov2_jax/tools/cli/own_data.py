@@ -1,0 +1,182 @@
+"""`train --data FOLDER`: what is in the folder, which settings suit it, where that is kept."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from solov2_jax.config import check_config, load_config
+from solov2_jax.config_schema import number, set_below, several, switch, text
+from solov2_jax.data import records
+from solov2_jax.data.annotations import describe, read_instances
+from solov2_jax.data.coco import CocoDataset, read_coco
+from solov2_jax.io import InputError, write_json, write_text
+from solov2_jax.tools.cli import app
+from solov2_jax.tools.cli.flags import Flag
+from solov2_jax.tools.doctor.derive import derive
+from solov2_jax.tools.importers.merge import COPIES, VAL_SHARE, MergedData, Options, merge
+from solov2_jax.tools.importers.recognise import recognise
+
+DATA = Flag(
+    "data",
+    several((), text("", form=(r"[^\0]+", "a folder or file"))),
+    "Folder or file of annotated images, in any of the formats of docs/data.md; several are "
+    "merged by class name.",
+    repeated=True,
+)
+EPOCHS = Flag("epochs", number(0.0, above=0, high=1e6), "Passes over the data.", optional=True)
+CLASSES = Flag("classes", several((), text()), "With --data: classes to keep; all others go.")
+SINGLE = Flag("single_class", switch(False), "With --data: merge all classes into one.")
+GROUP = Flag(
+    "group",
+    text(COPIES),
+    "With --data: regular expression of file names; images with the same first group are not "
+    "split into training and validation.",
+)
+SHARE = Flag(
+    "val_share",
+    number(VAL_SHARE, above=0, below=1),
+    "With --data: share of the images for validation, where no part is there for it.",
+)
+FLAGS = (DATA, EPOCHS, CLASSES, SINGLE, GROUP, SHARE)
+PRESET = "finetune"
+
+
+def own_config(config_file: str, workdir: str, overrides: Sequence[str], *, write: bool) -> Any:
+    """Returns the config for the data that the flags name, after printing what was found.
+
+    Args:
+      config_file: "" for the preset.
+      write: put what was merged or split off into the workdir.
+
+    Raises:
+      InputError: for bad data, and for data that a run in the workdir was not trained on.
+    """
+    given = {o.removeprefix("--config.").partition("=")[0] for o in overrides}
+    config = load_config(config_file or PRESET, _in_steps(overrides, given))
+    given |= {"train.epochs"} if "train.steps" in given else set()
+    with config.unlocked():
+        if data := _merged(config):
+            dataset = _read(data)
+            _point_to(config, data, Path(workdir))
+        else:
+            from solov2_jax.data.build import data_files
+
+            config.data.name = DATA.value[0]
+            dataset = read_coco(*data_files(config)[0])
+        lines = list(data.lines) if data else [f"{DATA.value[0]}: records, {len(dataset)} images"]
+        config.model.num_classes = len(dataset.class_names)
+        if config.data.advice:
+            lines += [f"set: {line}" for line in _advise(config, dataset, given)]
+    check_config(config)
+    app.echo("\n".join(lines))
+    if write and data and not data.files[0]:
+        _keep(data, Path(workdir) / "data")
+    return config
+
+
+def _in_steps(overrides: Sequence[str], given: set[str]) -> list[str]:
+    """Returns the overrides, with what `train.steps` needs to count."""
+    if "train.steps" not in given or "train.epochs" in given:
+        return list(overrides)
+    patience = [] if "train.eval_every" in given else ["--config.train.patience=0"]
+    return ["--config.train.epochs=0", *patience, *overrides]
+
+
+def _merged(config: Any) -> MergedData | None:
+    """Returns the data of the flags, None for records."""
+    if any(records.is_records(place) for place in DATA.value):
+        if len(DATA.value) > 1 or CLASSES.value or SINGLE.value:
+            raise InputError(
+                f"--data {describe(DATA.value)}: records are used alone and as they are; give "
+                "the folders that they were written from."
+            )
+        return None
+    options = Options(
+        classes=CLASSES.value,
+        single_class=SINGLE.value,
+        group=GROUP.value,
+        val_share=SHARE.value,
+        seed=config.seed,
+    )
+    if repeated := sorted({p for p in DATA.value if DATA.value.count(p) > 1}):
+        raise InputError(f"--data {describe(repeated)}: given twice; give each folder once.")
+    return merge({place: recognise(place) for place in DATA.value}, options)
+
+
+def _read(data: MergedData) -> CocoDataset:
+    """Returns the training data; checks both parts as training does."""
+    both = []
+    for images, content, name in zip(
+        data.images, data.contents, ("training", "validation"), strict=True
+    ):
+        table = read_instances(content, f"the {name} data of {describe(DATA.value)}")
+        both.append(read_coco(images, table))
+    if not len(both[0].labels):
+        raise InputError(f"--data {describe(DATA.value)}: no object is left to train on.")
+    return both[0]
+
+
+def _point_to(config: Any, data: MergedData, workdir: Path) -> None:
+    """Sets where training finds the data."""
+    written = [str((workdir / "data" / f"{n}.json").absolute()) for n in ("train", "val")]
+    files = [str(Path(file).absolute()) for file in data.files] if data.files[0] else written
+    folders = [str(Path(folder).absolute()) for folder in data.images]
+    config.data.name = ""
+    config.data.train.images, config.data.val.images = folders
+    config.data.train.annotations, config.data.val.annotations = files
+
+
+def _advise(config: Any, dataset: CocoDataset, given: set[str]) -> list[str]:
+    """Sets the keys that follow from the data; returns a line for each group of them."""
+    import jax
+
+    derived = derive(config, dataset, given, devices=jax.device_count())
+    for each in derived:
+        for key, value in each.values.items():
+            set_below(config, key, value)
+    lines = [each.line() for each in derived]
+    config.user.derived = tuple(lines)
+    return lines
+
+
+def _keep(data: MergedData, folder: Path) -> None:
+    """Writes the two jsons, or finds that they are there already.
+
+    Raises:
+      InputError: if a run was trained on others.
+    """
+    from solov2_jax import distributed
+    from solov2_jax.checkpoint import list_steps
+
+    paths, texts = (folder / "train.json", folder / "val.json"), data.texts()
+    before = [p.read_text() if p.is_file() else "" for p in paths]
+    if before != list(texts) and list_steps(folder.parent):
+        what = "; ".join(
+            f"{path.name}: {_difference(old, new)}"
+            for path, old, new in zip(paths, before, texts, strict=True)
+            if old != new
+        )
+        raise InputError(
+            f"{folder.parent}: its run was trained on other data ({what}). Restore the data and "
+            "the flags, or give another --workdir."
+        )
+    distributed.barrier("the data was compared")
+    if distributed.is_primary() and before != list(texts):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, content in zip(paths, texts, strict=True):
+            write_text(content, path)
+        about = {flag.name: flag.value for flag in FLAGS} | {"found": list(data.lines)}
+        write_json(about, folder / "source.json")
+    distributed.barrier("the data was written")
+
+
+def _difference(old: str, new: str) -> str:
+    """Returns in words how two jsons differ."""
+    if not old:
+        return "was not there"
+    before, now = (json.loads(text) for text in (old, new))
+    names = [{image["file_name"] for image in content["images"]} for content in (before, now)]
+    counts = [len(content["annotations"]) for content in (before, now)]
+    more, fewer = len(names[1] - names[0]), len(names[0] - names[1])
+    return f"{more} images more, {fewer} fewer, {counts[1]} objects and not {counts[0]}"

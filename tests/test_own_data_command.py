@@ -1,0 +1,120 @@
+"""`train --data`: what is printed, set, written and refused."""
+
+import json
+import shutil
+
+import pytest
+import test_own_data
+from test_own_data import as_bare_coco, as_official_coco, as_yolo
+
+from solov2_jax.io import InputError
+from solov2_jax.tools.cli import flags
+from solov2_jax.tools.cli import train as command
+
+
+def settings(*words):
+    """Returns the config of a command line."""
+    return command.read_settings(flags.parse(command.FLAGS, list(words)))
+
+
+@pytest.fixture(autouse=True)
+def flags_as_they_were():
+    yield
+    for flag in command.FLAGS:
+        flag.value, flag.present = flag.default, False
+
+
+def test_what_was_found_is_said_set_and_kept(tmp_path, capsys):
+    as_bare_coco(tmp_path / "photos")
+    words = (f"--data={tmp_path}/photos", f"--workdir={tmp_path}/run", "--epochs=3")
+    config = settings(*words)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 14
+    assert (
+        lines[0]
+        == f"{tmp_path}/photos: COCO, 12 images, {sum(test_own_data.WANTED.values())} objects"
+    )
+    assert "has no validation part: 2 of 12 images are split off" in lines[1]
+    assert lines[2].startswith("classes: 2: ")
+    data = tmp_path / "run" / "data"
+    assert {p.name for p in data.iterdir()} == {"train.json", "val.json", "source.json"}
+    assert config.data.train.annotations == str(data / "train.json")
+    assert config.model.num_classes == 2 and config.train.epochs == 3
+    # From random weights, small pictures: every line says which keys and why.
+    assert config.model.backbone.norm == "gn" and config.input.min_size_test == 320
+    assert [f"set: {line}" for line in config.user.derived] == lines[3:]
+    assert not any("train.epochs" in line for line in lines)  # it was given
+    again = settings(*words)
+    assert again == config
+
+
+def test_what_is_given_stays(tmp_path):
+    as_yolo(tmp_path / "photos")
+    config = settings(
+        f"--data={tmp_path}/photos",
+        f"--workdir={tmp_path}/run",
+        "--config.input.min_size_test=64",
+        "--config.train.batch_size=3",
+        "--config.train.steps=2",
+        "--config.init_from=weights.npz",
+    )
+    assert (config.input.min_size_test, config.train.batch_size) == (64, 3)
+    assert (config.train.steps, config.train.epochs, config.train.patience) == (2, 0, 0)
+    assert config.model.backbone.norm == "frozen_bn"
+    named = settings(f"--data={tmp_path}/photos", f"--workdir={tmp_path}/run", "--config=r50_1x")
+    assert named.input.min_size_test == 800 and named.train.steps == 90_000
+    assert named.data.train.images == str(tmp_path / "photos" / "images" / "train")
+
+
+def test_a_run_keeps_its_split_and_refuses_another(tmp_path):
+    as_bare_coco(tmp_path / "photos")
+    words = (f"--data={tmp_path}/photos", f"--workdir={tmp_path}/run")
+    settings(*words)
+    first = (tmp_path / "run" / "data" / "val.json").read_text()
+    settings(*words, "--config.seed=1")  # nothing was trained yet
+    assert (tmp_path / "run" / "data" / "val.json").read_text() != first
+    settings(*words)
+    assert (tmp_path / "run" / "data" / "val.json").read_text() == first
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
+    settings(*words)
+    with pytest.raises(InputError, match="trained on other data .*images more"):
+        settings(*words, "--config.seed=1")
+    content = json.loads((tmp_path / "photos" / "labels.json").read_text())
+    content["annotations"].pop()
+    (tmp_path / "photos" / "labels.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="objects and not"):
+        settings(*words)
+
+
+def test_files_of_the_data_set_are_used_and_nothing_is_written(tmp_path):
+    as_official_coco(tmp_path / "coco")
+    words = [f"--data={tmp_path}/coco", f"--workdir={tmp_path}/run"]
+    config = settings(*words)
+    assert config.data.val.annotations == str(
+        tmp_path / "coco" / "annotations" / "instances_val2017.json"
+    )
+    assert not (tmp_path / "run").exists()
+    shutil.rmtree(tmp_path / "coco" / "val2017")
+    with pytest.raises(InputError, match="its images, such as"):
+        settings(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "--config is missing, or --data"),
+        (("--classes=cat",), "--classes goes with --data"),
+        (("--data=none",), "--data none: there is no such folder"),
+        (("--data=tfds:a", "--data=b"), "records are used alone"),
+        (("--data=.", "--data=."), "given twice"),
+    ],
+)
+def test_wrong_use_is_one_error_and_writes_nothing(tmp_path, words, message):
+    with pytest.raises(InputError, match=message):
+        settings(f"--workdir={tmp_path}/run", *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_preset_that_is_named_keeps_its_settings_and_epochs_go_without_data(tmp_path):
+    config = settings("--config=r50_1x", f"--workdir={tmp_path}/run", "--epochs=2")
+    assert config.train.epochs == 2 and not config.data.advice
