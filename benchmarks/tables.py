@@ -63,7 +63,27 @@ def readme(text: str, folder: Path) -> str:
     if "<!-- compile -->" in text:
         compiled = [r for r in loaded if r["name"] == "compile"]
         blocks["compile"] = compile_table(compiled[0]) if compiled else EMPTY
+    if "<!-- first_use -->" in text:
+        used = [r for r in loaded if r["name"] == "first_use"]
+        blocks["first_use"] = first_use_table(used[0]) if used else EMPTY
     return fill(text, blocks)
+
+
+def first_use_table(content: Result) -> str:
+    """Returns the table of whole commands, and a line of origin."""
+    rows = []
+    for work, programs in content["rows"].items():
+        for name, figures in programs.items():
+            compiled = figures["programs"] if name.startswith("ours") else ""
+            cells = (_seconds(figures["seconds"]), _seconds(figures["cpu_seconds"]))
+            rows.append((work, name, *cells, str(compiled)))
+    machine = content["machine"]
+    origin = (
+        f"{content['date']}: {machine['cores']} cores of {machine['cpu']}, "
+        f"{machine['memory_gb']:.0f} GB; one run each.\n"
+    )
+    header = ("command", "program", "seconds", "CPU seconds", "network programs")
+    return table(header, rows) + "\n\n" + origin
 
 
 def scaling_document(text: str, folder: Path) -> str:

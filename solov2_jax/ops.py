@@ -258,6 +258,7 @@ def max_pool_3x3_stride2(x: Float[Array, "B h w C"]) -> Float[Array, "B _ _ C"]:
     return x
 
 
+@functools.partial(jax.jit, static_argnames=("groups", "epsilon"))
 def group_norm(
     x: Float[Array, "B h w C"],
     scale: Float[Array, "C"],

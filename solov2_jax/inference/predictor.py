@@ -189,12 +189,18 @@ class Predictor:
         changed.input = replace(self.input, buckets=tuple(shapes))
         return changed
 
-    def compile(self, shapes: Iterable[Bucket], batch_size: int = 1) -> None:
-        """Compiles ahead, for padded (height, width) shapes, by running on nothing."""
-        for height, width in shapes:
-            image = np.zeros((batch_size, height, width, 3), np.uint8)
-            size = np.full((batch_size, 2), (height, width), np.int32)
-            jax.block_until_ready(self._detect(self._ready, image, size))
+    def compile(self, shapes: Iterable[Bucket], batch_size: int = 1, *, wait: bool = True) -> None:
+        """Compiles ahead, for padded (height, width) shapes, side by side.
+
+        Args:
+          wait: until all are there; else images wait for the program that they need.
+        """
+        started = [
+            self._detect.start(self._ready, (batch_size, height, width, 3))
+            for height, width in shapes
+        ]
+        for program in started if wait else []:
+            program.result()
 
     def predict_batch(self, batch: Mapping[str, np.ndarray]) -> list[Prediction]:
         """Returns a prediction for each image whose id is not -1 (padding).

@@ -7,9 +7,14 @@ a handful of compilations.
 """
 
 import functools
+import hashlib
 import logging
+import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +25,7 @@ from jaxtyping import Array, Int, UInt8
 
 from solov2_jax import ops
 from solov2_jax.data.buckets import STRIDE
+from solov2_jax.io import read_json, write_json
 from solov2_jax.paste import paste_masks
 from solov2_jax.postprocess import detect
 from solov2_jax.structs import Detections
@@ -55,20 +61,87 @@ def compile_detect(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     options: DetectOptions,
-) -> Any:
+) -> "DetectPrograms":
     """Returns the compiled (variables, image, image_size) -> Detections.
 
-    Cached, so that every evaluation during a training run uses the same program.
+    Cached, so that every evaluation during a training run uses the same programs.
     """
 
     def run(variables, image, image_size):
-        # Python runs this line only while it is traced: once per shape.
-        log.info("compiling for %d image(s) padded to %d x %d", *image.shape[:3])
         return detect_images(
             model, variables, image, image_size, mean=mean, std=std, options=options
         )
 
-    return jax.jit(run, compiler_options=compiler_options())
+    name = hashlib.sha256(repr((model, options, jax.__version__)).encode()).hexdigest()[:16]
+    return DetectPrograms(jax.jit(run, compiler_options=compiler_options()), name)
+
+
+class DetectPrograms:
+    """One compiled program for each shape of images; safe to use from several threads.
+
+    Args:
+      run: jitted (variables, image, image_size) -> Detections.
+      name: of the computation, for the times that compiling took.
+    """
+
+    def __init__(self, run: Any, name: str):
+        self._run, self._name = run, name
+        self._lock = threading.Lock()
+        self._programs: dict[Any, Future] = {}
+        # Two: where cores are few, more at once finish none of them sooner.
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="compile")
+
+    def __call__(
+        self, variables: Any, image: UInt8[Any, "B h w 3"], image_size: Int[Any, "B 2"]
+    ) -> Detections:
+        """Returns the detections, by the shape's program; waits until it is there."""
+        program = self.start(variables, image.shape).result()
+        return program(variables, image, image_size)
+
+    def start(self, variables: Any, shape: tuple[int, ...]) -> Future:
+        """Returns the program for images [B, h, w, 3], compiled by another thread."""
+        leaves, structure = jax.tree.flatten(variables)
+        shardings = tuple(getattr(leaf, "sharding", None) for leaf in leaves)
+        key = (shape, structure, shardings)
+        with self._lock:
+            if key not in self._programs:
+                self._programs[key] = self._pool.submit(self._compile, variables, shape)
+            return self._programs[key]
+
+    def _compile(self, variables: Any, shape: tuple[int, ...]) -> Any:
+        key = f"{self._name} {shape}"
+        seconds = compile_seconds().get(key)
+        estimate = "" if seconds is None else f" ({seconds:.0f} s the last time)"
+        log.info("compiling for %d image(s) padded to %d x %d%s", *shape[:3], estimate)
+        start = time.perf_counter()
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+            variables,
+        )
+        image = jax.ShapeDtypeStruct(shape, jnp.uint8)
+        image_size = jax.ShapeDtypeStruct((shape[0], 2), jnp.int32)
+        program = self._run.lower(abstract, image, image_size).compile()
+        with self._lock:
+            note_compile_seconds(key, time.perf_counter() - start)
+        return program
+
+
+def compile_seconds() -> dict[str, float]:
+    """Returns how long programs took to compile, or to read, the last time, by name."""
+    path = _seconds_file()
+    return read_json(path, "a file of compile times") if path and path.is_file() else {}
+
+
+def note_compile_seconds(name: str, seconds: float) -> None:
+    """Keeps a program's time beside the cached programs, if they are cached."""
+    if path := _seconds_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json({**compile_seconds(), name: round(seconds, 1)}, path)
+
+
+def _seconds_file() -> Path | None:
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    return Path(folder) / "solov2_seconds.json" if folder else None
 
 
 def compiler_options() -> dict[str, int] | None:

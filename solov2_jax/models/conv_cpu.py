@@ -141,6 +141,7 @@ def _outer(x: Plane, g: Plane) -> Float[Array, "C D"]:
     return lax.dot_general(x, g, (((0,), (0,)), ((), ())))
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def _tap_filter_grad(x: Plane, g: Plane, k: int, stride: int) -> Kernel:
     """Returns the kernel's gradient by one product per filter tap.
 
@@ -211,6 +212,7 @@ _PRODUCT_BACK = (((2,), (2,)), ((0,), (0,)))  # [36, T, D] x [36, C, D]
 _OUTER = (((1,), (1,)), ((0,), (0,)))  # [36, T, C] x [36, T, D]
 
 
+@jax.jit
 def winograd_filter(kernel: Float[Array, "3 3 C D"]) -> Float[Array, "36 C D"]:
     """Returns the kernel as `winograd_conv` takes it: G g G^T of every pair of channels."""
     flat = kernel.reshape(9, -1)
@@ -227,6 +229,7 @@ _FORWARD = _Direction(_DATA, _PRODUCT, _OUTPUT)
 _BACK = _Direction(_DATA_BACK, _PRODUCT_BACK, _OUTPUT_BACK)
 
 
+@jax.jit
 def winograd_conv(xs: Levels, weights: Float[Array, "36 C D"]) -> list[Plane]:
     """Returns the convolution, padded by one pixel, of arrays [B, h, w, C] each.
 
@@ -236,11 +239,13 @@ def winograd_conv(xs: Levels, weights: Float[Array, "36 C D"]) -> list[Plane]:
     return _convolve(xs, weights, _FORWARD)
 
 
+@jax.jit
 def winograd_input_grad(grads: Levels, weights: Float[Array, "36 C D"]) -> list[Plane]:
     """Returns the gradients of `winograd_conv`'s inputs, of those of its outputs."""
     return _convolve(grads, weights, _BACK)
 
 
+@jax.jit
 def winograd_filter_grad(xs: Levels, grads: Levels) -> Float[Array, "3 3 C D"]:
     """Returns the gradient of the kernel, of inputs [B, h, w, C] and outputs' grads."""
     if sum(count_tiles(x.shape) for x in xs) <= _WHOLE_TILES:

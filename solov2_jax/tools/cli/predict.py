@@ -162,6 +162,8 @@ def predict(overrides: list[str], scratch: str) -> "Summary":
         if _SHAPES.value:
             shapes = shapes_of(sources, predictor.padded_shape, _SHAPES.value)
             predictor = predictor.with_shapes(shapes)
+            if not (tta or tiles):
+                predictor.compile(shapes, _BATCH_SIZE.value, wait=False)
     multiview = build_views(predictor, tta, tiles)
     _EARLY.check()
     return predict_files(multiview, sources, _OUTPUT.value, options)
