@@ -83,9 +83,8 @@ def predictions(args: Any, name: str, scratch: Path) -> Any:
         given += ["--write", "coco", "--input", str(folder), "--output"]
         row = cold_and_warm(["predict.py", *given], scratch)
         for allocator in ("default", "tuned") if args.peer_dir else ():
-            script = [str(harness.HERE / "torch_peer.py"), "folder", "--form", "channels_last"]
-            command = [str(args.peer_dir / "bin" / "python"), *script, "--case", str(case)]
-            command += ["--images", str(folder)]
+            command = [str(args.peer_dir / "bin" / "python"), str(harness.HERE / "torch_folder.py")]
+            command += ["--case", str(case), "--images", str(folder)]
             environment = os.environ | harness.ALLOCATORS[allocator]
             row[f"mmdetection, {allocator} allocator"] = timed(command, environment)
         yield f"`{name}`, {count} photograph{'s' if count > 1 else ''}", row

@@ -402,50 +402,16 @@ def _runtime(case: Case) -> Work:
     return Work(run, lambda outputs: mean_sizes(*outputs), about=about)
 
 
-def folder(case: Case, images: Path) -> None:
-    """Predicts a folder's photographs as mmdetection's test pipeline does, to COCO results."""
-    import mmcv
-    import pycocotools.mask
-    from mmdet.structures import DetDataSample
-
-    model, entries = build_mmdet(case), []
-    size = case.config["input"]["max_size_test"], case.config["input"]["min_size_test"]
-    for number, path in enumerate(sorted(images.iterdir())):
-        picture = mmcv.imread(path)
-        resized, factor = mmcv.imrescale(picture, size, return_scale=True)
-        shapes = {"img_shape": resized.shape[:2], "ori_shape": picture.shape[:2]}
-        sample = DetDataSample(metainfo={**shapes, "scale_factor": (factor, factor)})
-        inputs = [torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))]
-        data = {"inputs": inputs, "data_samples": [sample]}
-        data = model.data_preprocessor(data, training=False)
-        with torch.inference_mode():
-            (result,) = model.predict(case.in_layout(data["inputs"]), data["data_samples"])
-        found = result.pred_instances
-        for label, score, mask in zip(
-            found.labels.tolist(), found.scores.tolist(), found.masks.cpu().numpy(), strict=True
-        ):
-            rle = pycocotools.mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-            rle["counts"] = rle["counts"].decode()
-            entries.append(
-                {"image_id": number, "category_id": label, "score": score, "segmentation": rle}
-            )
-    (case.folder / "predictions.json").write_text(json.dumps(entries))
-    print(f"{number + 1} photographs, {len(entries)} objects")
-
-
 KINDS = {f.__name__: f for f in (network, image, stages, postprocess, train)}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("kind", choices=[*sorted(KINDS), "export", "folder"])
+    parser.add_argument("kind", choices=[*sorted(KINDS), "export"])
     parser.add_argument("--form", default="eager")
     parser.add_argument("--case", type=Path, required=True)
-    parser.add_argument("--images", type=Path, help="of folder")
     arguments = parser.parse_args()
     if arguments.kind == "export":
         export(Case(arguments.case, "eager"))
-    elif arguments.kind == "folder":
-        folder(Case(arguments.case, arguments.form), arguments.images)
     else:
         serve(lambda: KINDS[arguments.kind](Case(arguments.case, arguments.form)))
