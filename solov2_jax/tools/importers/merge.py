@@ -120,7 +120,10 @@ def _train_and_val(
 
 
 def _numbers(part: DataPart) -> str:
-    return f"{len(part.content['images'])} images, {len(part.content['annotations'])} objects"
+    records = part.content["annotations"]
+    crowds = sum(bool(a.get("iscrowd")) for a in records)
+    text = f"{len(part.content['images'])} images, {len(records) - crowds} objects"
+    return f"{text}, {crowds} crowd regions" if crowds else text
 
 
 def split(part: DataPart, options: Options) -> tuple[DataPart, DataPart]:
@@ -245,7 +248,8 @@ def _objects(parts: Iterable[DataPart], names: Mapping[str, str]) -> Counter[str
     counts = Counter[str]()
     for part in parts:
         class_of = {i: names.get(str(n).strip()) for i, n in _ids(part).items()}
-        kinds = Counter(a["category_id"] for a in part.content["annotations"])
+        objects = [a for a in part.content["annotations"] if not a.get("iscrowd")]
+        kinds = Counter(a["category_id"] for a in objects)
         for number, count in kinds.items():
             if name := class_of.get(number):
                 counts[name] += count
