@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import test_own_data
@@ -10,6 +11,7 @@ from test_own_data import as_bare_coco, as_official_coco, as_yolo
 from solov2_jax.io import InputError
 from solov2_jax.tools.cli import flags
 from solov2_jax.tools.cli import train as command
+from solov2_jax.training import restore
 
 
 def settings(*words):
@@ -56,14 +58,37 @@ def test_what_is_given_stays(tmp_path):
         "--config.input.min_size_test=64",
         "--config.train.batch_size=3",
         "--config.train.steps=2",
-        "--config.init_from=weights.npz",
     )
     assert (config.input.min_size_test, config.train.batch_size) == (64, 3)
     assert (config.train.steps, config.train.epochs, config.train.patience) == (2, 0, 0)
-    assert config.model.backbone.norm == "frozen_bn"
     named = settings(f"--data={tmp_path}/photos", f"--workdir={tmp_path}/run", "--config=r50_1x")
     assert named.input.min_size_test == 800 and named.train.steps == 90_000
     assert named.data.train.images == str(tmp_path / "photos" / "images" / "train")
+
+
+def test_settings_of_the_weights_are_adopted(tmp_path, monkeypatch):
+    as_yolo(tmp_path / "photos")
+    words = (f"--data={tmp_path}/photos", f"--workdir={tmp_path}/run", "--config.init_from=a.npz")
+    with pytest.raises(InputError, match="init_from = 'a.npz': no such file or folder"):
+        settings(*words)
+    weights = SimpleNamespace(
+        settings={
+            "input.channel_order": "RGB",
+            "input.std": [58.395, 57.12, 57.375],
+            "model.backbone.stride_in_1x1": False,
+            "model.num_classes": 80,
+            "norm_eps": 1e-5,
+        }
+    )
+    monkeypatch.setattr(restore, "read_init", lambda source: weights)
+    config = settings(*words, "--config.input.std=(1.0, 1.0, 1.0)")
+    assert config.input.channel_order == "RGB" and not config.model.backbone.stride_in_1x1
+    assert config.input.std == (1.0, 1.0, 1.0) and config.model.num_classes == 2
+    assert config.model.backbone.norm == "frozen_bn"
+    assert config.user.derived[0] == (
+        "input.channel_order = RGB, model.backbone.stride_in_1x1 = False: as the weights a.npz "
+        "were trained"
+    )
 
 
 def test_a_run_keeps_its_split_and_refuses_another(tmp_path):

@@ -19,7 +19,7 @@ from solov2_jax.training.build import Task
 from solov2_jax.training.step import TrainState
 from solov2_jax.weights import convert
 from solov2_jax.weights.settings import check_settings
-from solov2_jax.weights.sources import read_weights
+from solov2_jax.weights.sources import Weights, read_weights
 
 log = logging.getLogger("solov2_jax")
 
@@ -97,18 +97,26 @@ def initial_weights(
 
     Raises ValueError if the config contradicts what the weights were trained with.
     """
-    source = pathlib.Path(config.init_from)
-    if source.is_dir():
-        weights = read_run(source)
-    elif source.is_file():
-        weights = read_weights(str(source))
-    else:
-        raise InputError(
-            f"init_from = {config.init_from!r}: no such file or folder; give a weights "
-            "file or another run's workdir, or '' for random weights"
-        )
+    weights = read_init(config.init_from)
     check_settings(weights.settings, config, weights.path)
     return convert.fit(weights, shapes, init=init)
+
+
+def read_init(init_from: str) -> Weights:
+    """Returns the weights of a file or of another run's workdir.
+
+    Raises:
+      InputError: if there is neither.
+    """
+    source = pathlib.Path(init_from)
+    if source.is_dir():
+        return read_run(source)
+    if source.is_file():
+        return read_weights(str(source))
+    raise InputError(
+        f"init_from = {init_from!r}: no such file or folder; give a weights "
+        "file or another run's workdir, or '' for random weights"
+    )
 
 
 def check_position(position: dict[str, Any], task: Task, workdir: str | pathlib.Path) -> None:

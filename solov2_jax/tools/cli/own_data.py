@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from solov2_jax.config import check_config, load_config
+from solov2_jax.config import check_config, flatten, load_config
 from solov2_jax.config_schema import number, set_below, several, switch, text
 from solov2_jax.data import records
 from solov2_jax.data.annotations import describe, read_instances
@@ -13,7 +13,7 @@ from solov2_jax.data.coco import CocoDataset, read_coco
 from solov2_jax.io import InputError, write_json, write_text
 from solov2_jax.tools.cli import app
 from solov2_jax.tools.cli.flags import Flag
-from solov2_jax.tools.doctor.derive import derive
+from solov2_jax.tools.doctor.derive import Derived, derive
 from solov2_jax.tools.importers.merge import COPIES, VAL_SHARE, MergedData, Options, merge
 from solov2_jax.tools.importers.recognise import recognise
 
@@ -131,13 +131,33 @@ def _advise(config: Any, dataset: CocoDataset, given: set[str]) -> list[str]:
     """Sets the keys that follow from the data; returns a line for each group of them."""
     import jax
 
-    derived = derive(config, dataset, given, devices=jax.device_count())
+    derived = _adopt(config, given) if config.init_from else []
+    adopted = {key for each in derived for key in each.values}
+    derived += derive(config, dataset, given | adopted, devices=jax.device_count())
     for each in derived:
         for key, value in each.values.items():
             set_below(config, key, value)
     lines = [each.line() for each in derived]
     config.user.derived = tuple(lines)
     return lines
+
+
+def _adopt(config: Any, given: set[str]) -> list[Derived]:
+    """Returns what the weights to start from were trained with and the config has not.
+
+    Classes are the data's. A key that is given stays; training refuses a contradiction.
+    """
+    from solov2_jax.training.restore import read_init
+
+    values, known = {}, flatten(config)
+    for key, value in read_init(config.init_from).settings.items():
+        value = tuple(value) if isinstance(value, list) else value
+        if key in known and key != "model.num_classes" and key not in given:
+            if known[key] != value:
+                values[key] = value
+                set_below(config, key, value)
+    reason = f"as the weights {config.init_from} were trained"
+    return [Derived(values, reason)] if values else []
 
 
 def _keep(data: MergedData, folder: Path) -> None:
