@@ -115,9 +115,14 @@ def keys() -> Section:
     # Number of classes without background; 0: counted from the training annotations
     # [MODEL.SOLOV2.NUM_CLASSES].
     model.num_classes = whole(0, high=100_000)
-    # "float32" or "bfloat16": the type convolutions compute in. Parameters, losses,
-    # norms' statistics and NMS stay float32 [SOLVER.AMP.ENABLED].
+    # "float32" or "bfloat16": the type convolutions compute in. Parameters, sums of their
+    # gradients, norms' statistics, coordinates, class logits, losses and NMS stay float32
+    # [SOLVER.AMP.ENABLED].
     model.dtype = choice("float32", ("float32", "bfloat16"))
+    # How float32 products are computed where the device has faster ways: "default", TF32 on
+    # NVIDIA and one bfloat16 pass on TPU; "high", TF32 and three passes; "highest", float32
+    # everywhere. On a CPU they are the same.
+    model.matmul_precision = choice("default", ("default", "high", "highest"))
     model.backbone = backbone = Section()
     # 18, 34, 50, 101 or 152 [MODEL.RESNETS.DEPTH]
     backbone.depth = choice(50, (18, 34, 50, 101, 152))
@@ -359,7 +364,8 @@ def keys() -> Section:
     # average.
     optim.ema_decay = number(0.0, 0, below=1)
     # Parameters that are not trained, besides `backbone.freeze_at`: patterns of their
-    # names, such as ("backbone/res3_*", "fpn/*").
+    # names, such as ("backbone/res3_*", "fpn/*"). A batch norm whose parameters are all
+    # frozen keeps its statistics too.
     optim.freeze = several((), text("", form=(r"[^\0]+", "patterns of names")), (1, 1000))
 
     config.train = train = Section()

@@ -128,12 +128,13 @@ def resize_bilinear(
     extent: Int[Array, "B 2"] | None = None,
     extent_out: Int[Array, "B 2"] | None = None,
 ) -> Float[Array, "B H W C"]:
-    """Returns `x` at `size`, as `bilinear_matrix` does along each axis.
+    """Returns `x` at `size`, as `bilinear_matrix` does along each axis, computed in float32.
 
     Args:
       extent_out: of the result, beside `extent`; None: `size`.
     """
-    b, h, w, _ = x.shape
+    (b, h, w, _), dtype = x.shape, x.dtype
+    x = x.astype(jnp.float32)
     dot = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
     if extent is not None:
         if extent_out is None:
@@ -142,13 +143,13 @@ def resize_bilinear(
             bilinear_matrix_within(extent[:, i], extent_out[:, i], x.shape[1 + i], size[i])
             for i in range(2)
         )
-        x = dot("bgh,bhwc->bgwc", rows.astype(x.dtype), x)
-        return dot("bgw,bhwc->bhgc", columns.astype(x.dtype), x)
+        x = dot("bgh,bhwc->bgwc", rows, x)
+        return dot("bgw,bhwc->bhgc", columns, x).astype(dtype)
     if h != size[0]:
-        x = dot("gh,bhwc->bgwc", jnp.asarray(bilinear_matrix(h, size[0]), x.dtype), x)
+        x = dot("gh,bhwc->bgwc", jnp.asarray(bilinear_matrix(h, size[0])), x)
     if w != size[1]:
-        x = dot("gw,bhwc->bhgc", jnp.asarray(bilinear_matrix(w, size[1]), x.dtype), x)
-    return x
+        x = dot("gw,bhwc->bhgc", jnp.asarray(bilinear_matrix(w, size[1])), x)
+    return x.astype(dtype)
 
 
 def conv2d(

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from solov2_jax import distributed, ops
 from solov2_jax.config import check_config
 from solov2_jax.losses import solov2_loss
+from solov2_jax.models import build_model
 from solov2_jax.models.layers import ConvNorm
 from solov2_jax.models.resnet import BasicBlock, ResNet
 from solov2_jax.structs import Outputs, Targets
@@ -22,6 +23,7 @@ from solov2_jax.weights.settings import check_settings as check_settings
 
 from test_accumulate import CELLS, E, H, K, W, make_batch, make_config  # isort: skip
 from test_hooks import make_run  # isort: skip
+from tiny_network import tiny_config, tiny_variables  # isort: skip
 
 
 def conv_norm():
@@ -71,6 +73,28 @@ def test_a_frozen_stage_keeps_its_statistics():
     changed = flatten_dict(jax.eval_shape(run, variables, image)["moments"])
     stages = {path[0].split("_")[0] for path in changed}
     assert stages == {"res3", "res4", "res5"}
+
+
+STAGE = {("res3_0", "conv1"), ("res3_0", "conv2"), ("res3_0", "shortcut")}
+
+
+@pytest.mark.parametrize("pattern, kept", [("backbone/res3_0/*", STAGE), ("*/kernel", set())])
+def test_a_norm_whose_parameters_are_frozen_keeps_its_statistics(pattern, kept):
+    """And normalises by them; a frozen convolution alone does not make it."""
+    config = tiny_config()
+    config.model.backbone.norm, config.model.backbone.freeze_at = "sync_bn", 0
+    variables = jax.tree.map(jnp.asarray, tiny_variables(config))
+    image = jnp.zeros((1, 64, 64, 3))
+
+    def trained_norms():
+        apply = build_model(config, 2).apply
+        run = lambda: apply(variables, image, mutable=["batch_stats", "moments"])[1]  # noqa: E731
+        return {path[1:3] for path in flatten_dict(jax.eval_shape(run)["moments"])}
+
+    every = trained_norms()
+    assert len(every) == 20
+    config.optim.freeze = (pattern,)
+    assert every - trained_norms() == kept
 
 
 class Network(nn.Module):

@@ -71,8 +71,9 @@ def test_bfloat16_computes_what_float32_does():
     half_variables, _ = shapes_of(config)
     assert {x.dtype for x in jax.tree.leaves(half_variables)} == {jnp.dtype("float32")}
     got = jax.jit(build_model(config, CLASSES).apply)(variables, image())
+    assert (got.kernel.dtype, got.mask_feat.dtype) == (jnp.bfloat16, jnp.bfloat16)
+    assert got.cate.dtype == jnp.float32, "at the prior bfloat16 has steps of 0.03"
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert a.dtype == jnp.bfloat16
         # 8 bits a product, about 25 layers deep.
         error = np.linalg.norm(np.float32(a) - b) / np.linalg.norm(b)
         assert error < 0.1

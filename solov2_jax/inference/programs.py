@@ -173,8 +173,9 @@ def detect_images(
     """
     pixels = ops.normalize_image(image, image_size, mean, std)
     extent = -(-image_size // STRIDE) * STRIDE
-    outputs = model.apply(variables, pixels, extent)
-    return detect(outputs, **asdict(options), extent=extent // 4)
+    with jax.default_matmul_precision(model.matmul_precision):
+        outputs = model.apply(variables, pixels, extent)
+        return detect(outputs, **asdict(options), extent=extent // 4)
 
 
 @functools.lru_cache(maxsize=16)

@@ -12,7 +12,8 @@ _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def build_model(config: Any, num_classes: int) -> SOLOv2:
-    """Returns the network that `config.model` describes.
+    """Returns the network that `config.model` describes, with the norms that
+    `config.optim.freeze` freezes.
 
     Raises:
       ValueError: for a `model.dtype` other than float32 and bfloat16.
@@ -34,4 +35,6 @@ def build_model(config: Any, num_classes: int) -> SOLOv2:
         mask_channels=model.mask_head.channels,
         prior_prob=model.ins_head.prior_prob,
         dtype=_DTYPES[model.dtype],
+        frozen=tuple(config.optim.freeze),
+        matmul_precision=model.matmul_precision,
     )

@@ -39,12 +39,16 @@ def conv2d(x: Float[Array, "B h w C"], kernel: Kernel, stride: int = 1) -> Float
 
 
 def conv2d_levels(xs: Sequence[jax.Array], kernel: Kernel, stride: int = 1) -> list[jax.Array]:
-    """Returns `conv2d` of each array with one kernel, in one product where possible."""
+    """Returns `conv2d` of each array with one kernel, in one product where possible.
+
+    A float32 kernel is rounded to the arrays' type for each of them, so that its gradients
+    add up in float32.
+    """
     if kernel.ndim == 3:
         return conv_cpu.winograd_conv(xs, kernel)
     if _on_cpu():
-        return conv_cpu.conv2d_cpu(list(xs), kernel, stride)
-    return [ops.conv2d(x, kernel, stride) for x in xs]
+        return conv_cpu.conv2d_cpu(list(xs), kernel.astype(xs[0].dtype), stride)
+    return [ops.conv2d(x, kernel.astype(x.dtype), stride) for x in xs]
 
 
 def transform_kernel(
@@ -57,7 +61,7 @@ def transform_kernel(
     fewest = conv_cpu.TRANSFORMED_MIN_TILES
     if _on_cpu() and conv_cpu.uses_winograd(xs, kernel, stride, min_tiles=fewest):
         return conv_cpu.winograd_filter(kernel)
-    return kernel
+    return kernel.astype(xs[0].dtype)
 
 
 def _on_cpu() -> bool:

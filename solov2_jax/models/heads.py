@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
-from jaxtyping import Array, Int
+from jax import lax
+from jaxtyping import Array, Float, Int
 
 from solov2_jax import ops
 from solov2_jax.models.layers import Conv, ConvTower, GroupNorm, SharedConv
@@ -22,14 +23,27 @@ STRIDES = (8, 8, 16, 32, 32)
 Extent = Int[Array, "B 2"] | None  # see `ops`; here the image's, of multiples of 32
 
 
-def append_coords(x: jax.Array, extent: Extent = None) -> jax.Array:
-    """Returns `x` with two more channels: x and y in [-1, 1] over the whole map."""
+def coords_of(x: jax.Array, extent: Extent = None) -> Float[Array, "B h w 2"]:
+    """Returns x and y in [-1, 1] over the whole map."""
     b, h, w, _ = x.shape
     if extent is None:
-        xy = jnp.broadcast_to(jnp.asarray(ops.coord_grid(h, w), x.dtype)[None], (b, h, w, 2))
-    else:
-        xy = ops.coord_grid_within(extent, h, w).astype(x.dtype)
-    return jnp.concatenate([x, xy], axis=-1)
+        return jnp.broadcast_to(jnp.asarray(ops.coord_grid(h, w))[None], (b, h, w, 2))
+    return ops.coord_grid_within(extent, h, w)
+
+
+def append_coords(x: jax.Array, xy: Float[Array, "B h w 2"]) -> jax.Array:
+    """Returns `x` with coordinates as its last channels: two, or four if it has few bits.
+
+    In bfloat16 a coordinate is off by up to a sixth of a cell of 168 columns. So it is two
+    numbers, whose sum has 16 bits; `SharedConv.split_coords` gives both the same weights.
+    """
+    if x.dtype == jnp.float32:
+        return jnp.concatenate([x, xy], axis=-1)
+    bits = jnp.finfo(x.dtype)
+    # A conversion there and back may be optimised away; this is not.
+    upper = lax.reduce_precision(xy, bits.nexp, bits.nmant)
+    parts = [x, upper.astype(x.dtype), (xy - upper).astype(x.dtype)]
+    return jnp.concatenate(parts, axis=-1)
 
 
 def split_features(features: dict[str, jax.Array], extent: Extent = None) -> list[jax.Array]:
@@ -47,8 +61,9 @@ def split_features(features: dict[str, jax.Array], extent: Extent = None) -> lis
 class InstanceHead(nn.Module):
     """Maps each level to a grid of class logits and mask kernels.
 
-    All levels share the weights. Only the kernel tower sees coordinates, appended
-    before the resize to the grid, so that they are interpolated like the features.
+    All levels share the weights. Only the kernel tower sees coordinates, which are
+    resized to the grid like the features. Class logits are computed in float32: at the
+    prior, bfloat16 has steps of 0.03.
     """
 
     num_classes: int
@@ -64,16 +79,20 @@ class InstanceHead(nn.Module):
         self, levels: Sequence[jax.Array], extent: Extent = None
     ) -> tuple[list[jax.Array], list[jax.Array]]:
         """Returns class logits [B, g, g, K] and kernels [B, g, g, E] per level."""
-        grids = []
+        grids, with_coords = [], []
         for x, stride, g in zip(levels, STRIDES, self.num_grids, strict=True):
             of_level = None if extent is None else extent // stride
-            grids.append(ops.resize_bilinear(append_coords(x, of_level), (g, g), of_level))
+            xy = ops.resize_bilinear(coords_of(x, of_level), (g, g), of_level)
+            grids.append(ops.resize_bilinear(x, (g, g), of_level))
+            with_coords.append(append_coords(grids[-1], xy))
         prior = nn.initializers.constant(-math.log(1 / self.prior_prob - 1))
         tower = functools.partial(ConvTower, self.channels, self.num_convs, self.dtype)
         conv = functools.partial(SharedConv, kernel_size=3, dtype=self.dtype)
-        cate = tower(name="cate_tower")([x[..., :-2] for x in grids])
-        kernel = tower(name="kernel_tower")(grids)
-        cate = conv(self.num_classes, bias_init=prior, name="cate_pred")(cate)
+        cate = tower(name="cate_tower")(grids)
+        split = levels[0].dtype != jnp.float32
+        kernel = tower(split_coords=split, name="kernel_tower")(with_coords)
+        cate_pred = conv(self.num_classes, bias_init=prior, dtype=jnp.float32, name="cate_pred")
+        cate = cate_pred(cate)
         return cate, conv(self.num_kernels, name="kernel_pred")(kernel)
 
 
@@ -83,12 +102,14 @@ class MaskLevel(nn.Module):
     channels: int
     num_ups: int
     dtype: Dtype = jnp.float32
+    split_coords: bool = False  # see `SharedConv`; of the first one
 
     @nn.compact
     def __call__(self, x: jax.Array, extent: Extent = None) -> jax.Array:
         """Returns the level at stride 4; `extent` is that of `x`."""
+        conv_of = functools.partial(Conv, self.channels, 3, use_bias=False, dtype=self.dtype)
         for j in range(max(self.num_ups, 1)):
-            conv = Conv(self.channels, 3, use_bias=False, dtype=self.dtype, name=f"conv{j}")
+            conv = conv_of(split_coords=self.split_coords and j == 0, name=f"conv{j}")
             x = nn.relu(GroupNorm(name=f"gn{j}")(conv(x, extent), extent))
             if self.num_ups:
                 x = ops.upsample2x_bilinear(x, extent)
@@ -110,8 +131,9 @@ class MaskHead(nn.Module):
         for i in range(4):
             x = features[f"p{i + 2}"]
             of_level = None if extent is None else extent // 2 ** (i + 2)
-            x = append_coords(x, of_level) if i == 3 else x
-            level = MaskLevel(self.channels, i, self.dtype, name=f"level{i}")
+            split = i == 3 and x.dtype != jnp.float32
+            x = append_coords(x, coords_of(x, of_level)) if i == 3 else x
+            level = MaskLevel(self.channels, i, self.dtype, split, name=f"level{i}")
             levels.append(level(x, of_level))
         total = functools.reduce(jnp.add, levels)
         conv = Conv(self.num_kernels, 1, use_bias=False, dtype=self.dtype, name="conv_pred")

@@ -1,5 +1,7 @@
 """Blocks shared by the backbone and the heads."""
 
+import fnmatch
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -115,6 +117,10 @@ class ConvNorm(nn.Module):
     A frozen batch norm is folded into the kernel, so that it costs nothing; group norm
     ("gn") is for training from random weights, where a frozen norm does not normalise.
     "sync_bn" is trained where the collection "batch_stats" is mutable, else as frozen.
+
+    Attributes:
+      frozen: patterns of names of parameters that are not trained, such as "backbone/res3_*";
+        a norm whose parameters all match keeps its statistics, and normalises by them.
     """
 
     features: int
@@ -123,6 +129,7 @@ class ConvNorm(nn.Module):
     norm: str = "frozen_bn"
     dtype: Dtype = jnp.float32
     scale_init: Initializer = nn.initializers.ones
+    frozen: Sequence[str] = ()
 
     @nn.compact
     def __call__(
@@ -136,14 +143,14 @@ class ConvNorm(nn.Module):
         x, factor, shift = x.astype(self.dtype), None, None
         mutable = self.is_mutable_collection("batch_stats")
         trained = self.norm == "sync_bn" and mutable and not self.is_initializing()
+        trained = trained and not self._norm_is_frozen()
         if self.norm != "gn" and not trained:
             norm = FrozenBatchNorm(scale_init=self.scale_init, name="norm")
             factor, shift = norm(self.features)
 
         def folded_kernel() -> jax.Array:
             kernel = self.param("kernel", msra_init, shape)
-            kernel = kernel if factor is None else kernel * factor[None, None, None]
-            return kernel.astype(self.dtype)
+            return kernel if factor is None else kernel * factor[None, None, None]
 
         x = ops.zero_outside(x, extent) if k > 1 else x
         y = conv2d(x, _transformed(self, folded_kernel, [x], self.stride), self.stride)
@@ -153,6 +160,10 @@ class ConvNorm(nn.Module):
         if shift is None:
             return GroupNorm(scale_init=self.scale_init, name="norm")(y, extent)
         return y + shift.astype(self.dtype)[None, None, None]
+
+    def _norm_is_frozen(self) -> bool:
+        names = ["/".join((*self.path, "norm", name)) for name in ("scale", "bias")]
+        return all(any(fnmatch.fnmatchcase(n, p) for p in self.frozen) for n in names)
 
 
 class SharedConv(nn.Module):
@@ -164,6 +175,8 @@ class SharedConv(nn.Module):
     kernel_init: Initializer = head_init
     bias_init: Initializer = nn.initializers.zeros
     dtype: Dtype = jnp.float32
+    # The last two channels come twice: the upper and the lower half of float32 values.
+    split_coords: bool = False
 
     @nn.compact
     def __call__(self, xs: Sequence[Float[Array, "B _ _ C"]]) -> list[Float[Array, "B _ _ D"]]:
@@ -171,11 +184,14 @@ class SharedConv(nn.Module):
 
     def _convolve(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
         k = self.kernel_size
-        shape = (k, k, xs[0].shape[-1], self.features)
+        shape = (k, k, xs[0].shape[-1] - 2 * self.split_coords, self.features)
         xs = [x.astype(self.dtype) for x in xs]
 
         def kernel() -> jax.Array:
-            return self.param("kernel", self.kernel_init, shape).astype(self.dtype)
+            kernel = self.param("kernel", self.kernel_init, shape)
+            if self.split_coords:
+                kernel = jnp.concatenate([kernel, kernel[:, :, -2:]], axis=2)
+            return kernel
 
         ys = conv2d_levels(xs, _transformed(self, kernel, xs))
         if self.use_bias:
@@ -223,11 +239,13 @@ class ConvTower(nn.Module):
     features: int
     depth: int
     dtype: Dtype = jnp.float32
+    split_coords: bool = False  # see `SharedConv`; of the first one
 
     @nn.compact
     def __call__(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
+        conv_of = functools.partial(SharedConv, self.features, 3, use_bias=False, dtype=self.dtype)
         for i in range(self.depth):
-            conv = SharedConv(self.features, 3, use_bias=False, dtype=self.dtype, name=f"conv{i}")
+            conv = conv_of(split_coords=self.split_coords and i == 0, name=f"conv{i}")
             norm = GroupNorm(name=f"gn{i}")
             xs = [nn.relu(norm(x)) for x in conv(xs)]
         return list(xs)

@@ -4,6 +4,7 @@ Source: detectron2/modeling/backbone/resnet.py, build_resnet_backbone.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +37,13 @@ class BasicBlock(nn.Module):
     stride: int = 1
     norm: str = "frozen_bn"
     dtype: Dtype = jnp.float32
+    frozen: Sequence[str] = ()  # see `ConvNorm`
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None = None
     ) -> Float[Array, "B _ _ D"]:
-        conv = functools.partial(ConvNorm, norm=self.norm, dtype=self.dtype)
+        conv = functools.partial(ConvNorm, norm=self.norm, dtype=self.dtype, frozen=self.frozen)
         y = nn.relu(conv(self.features, 3, self.stride, name="conv1")(x, extent))
         last = conv(self.features, 3, scale_init=residual_scale_init, name="conv2")
         y = last(y, _strided(extent, self.stride))
@@ -62,12 +64,13 @@ class BottleneckBlock(nn.Module):
     stride_in_1x1: bool = True
     norm: str = "frozen_bn"
     dtype: Dtype = jnp.float32
+    frozen: Sequence[str] = ()  # see `ConvNorm`
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None = None
     ) -> Float[Array, "B _ _ D"]:
-        conv = functools.partial(ConvNorm, norm=self.norm, dtype=self.dtype)
+        conv = functools.partial(ConvNorm, norm=self.norm, dtype=self.dtype, frozen=self.frozen)
         width = self.features // 4
         stride1, stride2 = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
         y = nn.relu(conv(width, 1, stride1, name="conv1")(x, extent))
@@ -84,13 +87,14 @@ class Stem(nn.Module):
 
     norm: str = "frozen_bn"
     dtype: Dtype = jnp.float32
+    frozen: Sequence[str] = ()  # see `ConvNorm`
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B h w 3"], extent: Int[Array, "B 2"] | None = None
     ) -> Float[Array, "B _ _ 64"]:
-        x = nn.relu(ConvNorm(64, 7, 2, norm=self.norm, dtype=self.dtype, name="conv1")(x, extent))
-        return ops.max_pool_3x3_stride2(x)
+        conv = functools.partial(ConvNorm, norm=self.norm, dtype=self.dtype, frozen=self.frozen)
+        return ops.max_pool_3x3_stride2(nn.relu(conv(64, 7, 2, name="conv1")(x, extent)))
 
 
 class ResNet(nn.Module):
@@ -104,6 +108,7 @@ class ResNet(nn.Module):
     stride_in_1x1: bool = True
     norm: str = "frozen_bn"
     dtype: Dtype = jnp.float32
+    frozen: Sequence[str] = ()  # see `ConvNorm`
 
     @nn.compact
     def __call__(
@@ -113,7 +118,7 @@ class ResNet(nn.Module):
         if self.depth not in STAGES:
             raise ValueError(f"model.backbone.depth is {self.depth}; known are {list(STAGES)}")
         num_blocks, bottleneck = STAGES[self.depth]
-        x = Stem(self._norm_of(1), self.dtype, name="stem")(image, extent)
+        x = Stem(self._norm_of(1), self.dtype, self.frozen, name="stem")(image, extent)
         extent = _strided(extent, 4)
         if self.freeze_at >= 1:
             x = lax.stop_gradient(x)
@@ -129,6 +134,7 @@ class ResNet(nn.Module):
                     stride=stride,
                     norm=self._norm_of(stage),
                     dtype=self.dtype,
+                    frozen=self.frozen,
                     name=f"res{stage}_{i}",
                 )(x, extent)
                 extent = _strided(extent, stride)

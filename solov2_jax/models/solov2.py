@@ -36,6 +36,9 @@ class SOLOv2(nn.Module):
     mask_channels: int = 128
     prior_prob: float = 0.01
     dtype: Dtype = jnp.float32
+    frozen: Sequence[str] = ()  # patterns of parameters that are not trained; see `ConvNorm`
+    # Of the programs that this network is a part of: their makers set it where they trace.
+    matmul_precision: str = "default"
 
     @nn.compact
     def __call__(
@@ -60,6 +63,7 @@ class SOLOv2(nn.Module):
             stride_in_1x1=self.stride_in_1x1,
             norm=self.backbone_norm,
             dtype=self.dtype,
+            frozen=self.frozen,
             name="backbone",
         )(image.astype(self.dtype), extent)
         features = FPN(self.fpn_channels, self.dtype, name="fpn")(features, extent)

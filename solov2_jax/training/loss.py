@@ -30,11 +30,13 @@ class Loss:
       compute: (params, model_state, batch, targets, normalizers) -> (loss, (metrics,
         model state after it)) of some of the rows; losses and metrics are additive.
       moments: (variables, batch) -> mean and variance at each trained batch norm.
+      matmul_precision: of all products where it is computed, in the backward pass too.
     """
 
     assign: Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]]
     compute: Callable[..., tuple[jax.Array, tuple[Metrics, PyTree]]]
     moments: Callable[[PyTree, PyTree], PyTree] | None = None
+    matmul_precision: str = "default"
 
     def __call__(
         self, params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array
@@ -95,7 +97,13 @@ def build_loss(config: Any, model: Any, *, evaluated: bool = False) -> Loss:
         _, changed = model.apply(variables, image_of(batch), mutable=collections)
         return changed["moments"]
 
-    return Loss(assign=assign, compute=compute, moments=moments)
+    precision = config.model.matmul_precision
+    return Loss(
+        assign=assign,
+        compute=compute,
+        moments=jax.default_matmul_precision(precision)(moments),
+        matmul_precision=precision,
+    )
 
 
 class ValidationLoss:
@@ -114,8 +122,9 @@ class ValidationLoss:
         def metrics(variables: PyTree, batch: PyTree) -> Metrics:
             self.compiles += 1  # runs when traced: once for each padded shape
             state = {name: tree for name, tree in variables.items() if name != "params"}
-            # The key only chooses among more pairs than there are slots.
-            return loss(variables["params"], state, batch, jax.random.key(0))[1]
+            with jax.default_matmul_precision(loss.matmul_precision):
+                # The key only chooses among more pairs than there are slots.
+                return loss(variables["params"], state, batch, jax.random.key(0))[1]
 
         by_batch = distributed.split_by_batch(self._mesh)
         self._metrics = jax.jit(metrics, in_shardings=(copied, by_batch), out_shardings=copied)

@@ -103,7 +103,7 @@ class TrainStep:
         # An argument: as a constant, each seed would be another program to compile.
         self._key = distributed.copy_to_all(key, mesh)
         self._step = jax.jit(
-            self._update,
+            jax.default_matmul_precision(loss.matmul_precision)(self._update),
             in_shardings=(copied, by_batch, copied),
             out_shardings=(copied, copied),
             donate_argnums=0,
@@ -181,10 +181,10 @@ class TrainStep:
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, metrics, grads))
             carry, _ = jax.lax.scan(add, (zeros, model_state), microbatches)
             (value, metrics, grads), model_state = carry
-        value, metrics = jax.lax.psum((value, metrics), "data")
-        grads = jax.tree.map(
-            lambda x, train: jax.lax.psum(x, "data") if train else x, grads, self._trainable
-        )
+        if self._mesh.size > 1:  # the CPU's compiler would keep a sum over one device
+            value, metrics = jax.lax.psum((value, metrics), "data")
+            add_up = lambda x, train: jax.lax.psum(x, "data") if train else x  # noqa: E731
+            grads = jax.tree.map(add_up, grads, self._trainable)
         return value, metrics, grads, model_state
 
     def _split(self, x: jax.Array) -> jax.Array:
