@@ -80,6 +80,9 @@ def test_factors_follow_the_rarest_class():
     np.testing.assert_array_equal(
         sampler.repeat_factors(labels, start, np.arange(5), 0.2), np.ones(5)
     )
+    # Images that are not trained on do not count: shares 2/3 and 1/3.
+    some = sampler.repeat_factors(labels, start, np.array([0, 2, 4]), 0.45)
+    np.testing.assert_allclose(some, [1, 1, np.sqrt(0.45 * 3)])
 
 
 def test_rare_classes_from_a_data_set(tmp_path, caplog):
