@@ -27,7 +27,7 @@ def train_step(config):
 
 def prediction(config):
     model = build_model(config, 2)
-    detect = build_predictor(config, model, tiny_variables(config))._detect
+    detect = build_predictor(config, model, tiny_variables(config))._detect._run
     sizes = jnp.zeros((1, 2), jnp.int32)
     image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
     return detect.trace(tiny_variables(config), image, sizes).jaxpr
@@ -38,7 +38,9 @@ def moments(config):
     model = build_model(config, 2)
     image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
     batch = {"image": image, "image_size": jnp.full((1, 2), 64)}
-    return jax.make_jaxpr(build_loss(config, model).moments)(tiny_variables(config), batch)
+    run = build_loss(config, model).moments
+    assert run
+    return jax.make_jaxpr(run)(tiny_variables(config), batch)
 
 
 @pytest.mark.parametrize("program", [train_step, prediction, moments])
