@@ -263,7 +263,8 @@ def paste_detections(
 def canvas_for(height: int, width: int) -> tuple[int, int]:
     """Returns the canvas (height, width) on which masks of a size are pasted."""
     sides = round_up(height, CANVAS_DIVISOR), round_up(width, CANVAS_DIVISOR)
-    return (max(sides),) * 2 if max(sides) <= MAX_SQUARE_CANVAS else sides
+    longest = max(sides)
+    return (longest, longest) if longest <= MAX_SQUARE_CANVAS else sides
 
 
 def chunk_size(canvas: tuple[int, int]) -> int:
