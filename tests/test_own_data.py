@@ -6,6 +6,7 @@ import json
 import zlib
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -194,7 +195,7 @@ def as_supervisely(folder):
         for name in names:
             objects = []
             for i, (kind, x, y, side) in enumerate(SQUARES[name]):
-                record = {"classTitle": NAMES[kind], "geometryType": "polygon"}
+                record: dict[str, Any] = {"classTitle": NAMES[kind], "geometryType": "polygon"}
                 if i == 0:
                     record["points"] = {"exterior": corners(x, y, side), "interior": []}
                 else:

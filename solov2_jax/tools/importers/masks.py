@@ -71,7 +71,8 @@ def _regions(values: np.ndarray) -> np.ndarray:
     """Returns the number of the region that a pixel is in, 0 for background."""
     from scipy import ndimage  # slow
 
-    regions: np.ndarray = ndimage.label(values, np.ones((3, 3)))[0]
+    regions = np.zeros(values.shape, np.int32)
+    ndimage.label(values, np.ones((3, 3)), output=regions)
     return regions
 
 

@@ -207,7 +207,10 @@ def _jsons(paths: Sequence[Path], *, top: Path, labelme: Path) -> list[DataPart]
         content = read_json(path, "json")
         inner = path.parent != top
         split = split_of(path.stem) or (split_of(path.parent.name) if inner else "")
-        if _is_coco(content):
+        if label_studio.is_label_studio(content):
+            images, instances, notes = label_studio.import_tasks(content, path)
+            parts.append(DataPart("Label Studio", split, images, instances.content(), "", notes))
+        elif _is_coco(content):
             parts.append(_coco(path, content, split, inner=inner))
         elif isinstance(content, dict) and "shapes" in content and "imagePath" in content:
             return parts or _labelme(labelme)
@@ -215,9 +218,6 @@ def _jsons(paths: Sequence[Path], *, top: Path, labelme: Path) -> list[DataPart]
             images = str(path.parent)
             instances, notes = via.import_via(content, images, str(path))
             parts.append(DataPart("VIA", split, images, instances.content(), "", notes))
-        elif label_studio.is_label_studio(content):
-            images, instances, notes = label_studio.import_tasks(content, path)
-            parts.append(DataPart("Label Studio", split, images, instances.content(), "", notes))
     return parts
 
 
