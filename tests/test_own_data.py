@@ -90,6 +90,13 @@ def as_yolo(folder):
     (folder / "data.yaml").write_text(yaml)
 
 
+def as_yolo_without_yaml(folder):
+    as_yolo(folder)
+    (folder / "data.yaml").unlink()
+    (folder / "classes.txt").write_text("cat\ndog\n")
+    (folder / "notes.json").write_text('{"categories": []}')
+
+
 def as_labelme(folder):
     pictures(folder)
     for name, squares in SQUARES.items():
@@ -211,7 +218,7 @@ def as_supervisely(folder):
 
 WRITERS = (
     *(as_roboflow, as_official_coco, as_bare_coco, as_yolo, as_labelme, as_masks),
-    *(as_via, as_cvat, as_label_studio, as_supervisely),
+    *(as_via, as_cvat, as_label_studio, as_supervisely, as_yolo_without_yaml),
 )
 WANTED = Counter(
     (name, NAMES[kind], side * side) for name, o in SQUARES.items() for kind, _, _, side in o
@@ -364,6 +371,9 @@ def test_bad_data_is_one_error_that_names_the_place(tmp_path):
     assert "its images, such as 00.png, are neither beside it" in refused(tmp_path / "b")
     (tmp_path / "data.zip").write_bytes(b"PK")
     assert "unpack an archive" in refused(tmp_path / "data.zip")
+    as_yolo_without_yaml(tmp_path / "d")
+    (tmp_path / "d" / "classes.txt").unlink()
+    assert "the classes of YOLO's labels have no names" in refused(tmp_path / "d")
     as_masks(tmp_path / "c")
     (tmp_path / "c" / "classes.txt").unlink()
     assert "have no names; write them" in refused(tmp_path / "c")

@@ -124,6 +124,17 @@ def test_files_of_the_data_set_are_used_and_nothing_is_written(tmp_path):
         settings(*words)
 
 
+def test_boxes_alone_are_refused_before_anything_is_written(tmp_path):
+    as_bare_coco(tmp_path / "photos")
+    content = json.loads((tmp_path / "photos" / "labels.json").read_text())
+    for record in content["annotations"]:
+        del record["segmentation"]
+    (tmp_path / "photos" / "labels.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="no object is left to train on; outlines or masks"):
+        settings(f"--data={tmp_path}/photos", f"--workdir={tmp_path}/run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

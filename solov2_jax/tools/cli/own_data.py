@@ -113,7 +113,10 @@ def _read(data: MergedData) -> CocoDataset:
         table = read_instances(content, f"the {name} data of {describe(DATA.value)}")
         both.append(read_coco(images, table))
     if not len(both[0].labels):
-        raise InputError(f"--data {describe(DATA.value)}: no object is left to train on.")
+        raise InputError(
+            f"--data {describe(DATA.value)}: no object is left to train on; outlines or masks are "
+            "needed, boxes alone teach none."
+        )
     return both[0]
 
 

@@ -19,11 +19,16 @@ from solov2_jax.tools.importers import cvat, label_studio, supervisely, via
 from solov2_jax.tools.importers.instances import Instances, read_names, read_yaml
 from solov2_jax.tools.importers.labelme import import_labelme
 from solov2_jax.tools.importers.masks import import_masks
-from solov2_jax.tools.importers.yolo import files_of_yaml, import_yolo, names_in_yaml
+from solov2_jax.tools.importers.yolo import (
+    files_of_folders,
+    files_of_yaml,
+    import_yolo,
+    names_in_yaml,
+)
 
 FORMATS = (
-    "COCO json (also as Roboflow, CVAT and Label Studio export it), YOLO's data.yaml with "
-    "outlines, labelme, VGG Image Annotator, CVAT's XML, Label Studio's json, Supervisely, "
+    "COCO json (also as Roboflow, CVAT and Label Studio export it), YOLO's outlines with "
+    "data.yaml, labelme, VGG Image Annotator, CVAT's XML, Label Studio's json, Supervisely, "
     "images with PNG masks"
 )
 TRAIN, VAL, TEST = "train", "val", "test"
@@ -177,6 +182,23 @@ def _yolo(path: Path) -> list[DataPart]:
         instances = import_yolo(files, names)
         parts.append(DataPart("YOLO", split, files.images, instances.content(), "", notes))
     return parts
+
+
+def _of_yolo_folders(folder: Path) -> list[DataPart]:
+    """Returns the part of `images` and `labels` without a yaml, as Label Studio writes them."""
+    images, labels = folder / "images", folder / "labels"
+    if not images.is_dir() or not labels.is_dir() or not list_files(labels, [".txt"]):
+        return []
+    places = [p / n for p in (folder, labels) for n in ("classes.txt", "obj.names")]
+    names = next((str(p) for p in places if p.is_file()), None)
+    if names is None:
+        raise InputError(
+            f"{labels}: the classes of YOLO's labels have no names; write them, a name a line in "
+            f"the order of their numbers, into {places[0]}."
+        )
+    instances = import_yolo(files_of_folders(str(images), str(labels)), read_names(names))
+    parts = _by_subfolder(instances)
+    return [DataPart("YOLO", split, str(images), c) for split, c in parts.items()]
 
 
 # --- Jsons: COCO, labelme, VIA, Label Studio -----------------------------------------
@@ -377,5 +399,5 @@ def _by_subfolder(instances: Instances) -> dict[str, dict[str, Any]]:
 
 
 _READERS: tuple[Callable[[Path], list[DataPart]], ...] = (
-    *(_of_yaml, _of_supervisely, _of_jsons, _of_xml, _of_masks),
+    *(_of_yaml, _of_supervisely, _of_jsons, _of_xml, _of_yolo_folders, _of_masks),
 )
