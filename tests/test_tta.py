@@ -122,7 +122,7 @@ def test_one_view_is_no_augmentation():
     np.testing.assert_allclose(prediction.scores, plain.scores, rtol=1e-6)
 
 
-def test_scores_are_means_over_views_and_a_view_without_the_object_counts_0():
+def test_scores_are_root_mean_squares_and_a_view_without_the_object_counts_0():
     image = picture(64, 80)
     mirrored = np.ascontiguousarray(image[:, ::-1])
     one, two = (
@@ -131,10 +131,23 @@ def test_scores_are_means_over_views_and_a_view_without_the_object_counts_0():
     )
     both = predict(image, flip=True)
     for label, score in zip(both.labels.tolist(), both.scores.tolist(), strict=True):
-        assert score == pytest.approx((one[label] + two[label]) / 2, rel=1e-5)
+        assert score == pytest.approx(np.hypot(one[label], two[label]) / 2**0.5, rel=1e-5)
     half = predict(image, Channels(minimum=100), scales=(1.0, 2.0))
     for label, score in zip(half.labels.tolist(), half.scores.tolist(), strict=True):
-        assert score == pytest.approx(one[label] / 2, rel=0.05)
+        assert score == pytest.approx(one[label] / 2**0.5, rel=0.05)
+
+
+def test_an_object_seen_at_one_of_six_scales_keeps_a_sensible_score():
+    """The more views see it, the better; one that all see keeps what each gives it."""
+    scores = np.full(6, 0.2)
+    labels, iou = np.zeros(6, int), np.ones((6, 6))
+    fused = []
+    for seen in range(1, 7):
+        group, views = [np.arange(seen)], np.arange(6)
+        (mean,), _ = fuse_scores(group, scores, labels, views, iou, NMS)
+        fused.append(float(mean))
+    assert fused == sorted(set(fused)) and fused[-1] == pytest.approx(0.2)
+    assert fused[0] == pytest.approx(0.2 / 6**0.5) and fused[0] > NMS.update_threshold
 
 
 @pytest.mark.parametrize("size", [(64, 80), (61, 83), (40, 51)])
@@ -181,7 +194,8 @@ def test_nms_is_between_objects_that_no_view_saw_both():
     assert [g.tolist() for g in groups] == [[0], [1], [2, 3]]
     means, kept = fuse_scores(groups, scores, labels, views, iou, NMS)
     # 0 and 1 come from two views: 1 decays. 2 and 3 share a view with both.
-    want = [0.4, 0.3, 0.3 * np.exp(-2 * 0.4**2)]
+    both = (0.4**2 / 2 + 0.2**2 / 2) ** 0.5
+    want = [0.8 / 2**0.5, both, 0.6 / 2**0.5 * np.exp(-2 * 0.4**2)]
     assert sorted(means.tolist(), reverse=True) == pytest.approx(want)
     assert [g.tolist() for g in kept] == [[0], [2, 3], [1]]
 
