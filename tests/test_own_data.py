@@ -313,8 +313,10 @@ def test_several_folders_are_merged_by_class_name(tmp_path):
     some = merge({p: recognise(p) for p in places}, Options(classes=("dog",)))
     assert {name for _, name, _ in found(some.contents[0])} == {"dog"}
     assert "classes left out, with their objects: cat, horse" in "\n".join(some.lines)
-    with pytest.raises(InputError, match="--classes: cow: there is no such class; there are"):
-        merge({p: recognise(p) for p in places}, Options(classes=("cow",)))
+    with pytest.raises(
+        InputError, match="--classes: dig: there is no such class; did you mean dog"
+    ):
+        merge({p: recognise(p) for p in places}, Options(classes=("dig",)))
 
 
 def test_masks_of_one_value_are_parted_into_regions(tmp_path):

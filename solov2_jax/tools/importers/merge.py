@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from solov2_jax.config import suggest
 from solov2_jax.data.annotations import describe
 from solov2_jax.data.sampler import random_bits
 from solov2_jax.io import InputError
@@ -207,8 +208,8 @@ def _classes(
             found.setdefault(str(name).strip(), int(number))
     if unknown := [name for name in options.classes if name not in found]:
         raise InputError(
-            f"--classes: {describe(unknown)}: there is no such class; there are "
-            f"{describe(sorted(found))}."
+            f"--classes: {describe(unknown)}: there is no such class"
+            f"{suggest(unknown[0], found)} There are {describe(sorted(found))}."
         )
     kept = {n: i for n, i in found.items() if not options.classes or n in options.classes}
     if options.single_class:
