@@ -16,11 +16,11 @@ def get_config():
     config.augment.brightness = config.augment.contrast = config.augment.saturation = 0.2
 
     config.optim.name = "adamw"
-    config.optim.learning_rate = 2e-4
+    config.optim.learning_rate = 3e-4
     config.optim.weight_decay = 0.01
     config.optim.warmup_steps = 0.05
     config.optim.schedule = "cosine"
-    config.optim.final_rate = 2e-6
+    config.optim.final_rate = 3e-6
     config.optim.clip_norm = 10.0
     config.optim.ema_decay = 0.998
 
