@@ -15,8 +15,8 @@ from solov2_jax.tools.doctor.measure import measure
 LIMIT = 200  # images whose objects are measured: a second or two
 STEP = 32
 SCALES = (0.8, 1.0, 1.2)  # of the shorter side, in training; a padded shape or two for each
-# AdamW's rate for 4 images (2e-4 for 2, as the nuclei of docs/results.md), with pretrained weights and without; it grows as the square
-# root of the batch.
+# AdamW's rate for 4 images, with pretrained weights (2e-4 for 2, as the nuclei of
+# docs/results.md were trained) and without; it grows as the square root of the batch.
 RATE, RATE_FROM_RANDOM, RATE_BATCH = 3e-4, 5e-4, 4
 FINAL_RATE = 0.01  # of the rate
 # The average looks back over this share of the run.
