@@ -103,7 +103,7 @@ def test_twelve_odd_sizes_compile_two_programs_and_change_no_detection(caplog):
         predictions = list(predictor.predict_images(images))
     lines = [r.getMessage() for r in caplog.records if "compiling for" in r.getMessage()]
     assert len(lines) == 2, lines
-    for i in (0, 2, 11):
+    for i in (0, 11):
         (alone,) = exact.predict_images([images[i]])
         shared = predictions[i]
         assert len(alone) == len(shared) > 5

@@ -8,13 +8,12 @@ import json
 import os
 import random
 
-from solov2_jax.tools.doctor.text_report import text_report
 from test_user_reports import SETTINGS, perfect
 from tiny_coco import content, write
 
 from solov2_jax.data.coco import load_coco
 from solov2_jax.io import InputError, without_controls
-from solov2_jax.tools.doctor.data_report import examine
+from solov2_jax.tools.doctor.data_report import examine, text_report
 from solov2_jax.tools.report.results_file import evaluate_files
 
 EXAMPLES = int(os.environ.get("SOLOV2_FUZZ_EXAMPLES", "100"))
