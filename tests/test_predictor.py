@@ -56,6 +56,7 @@ class Painter:
     """A network whose mask features are the image's channels at a quarter."""
 
     name: str
+    matmul_precision: str = "default"
 
     def apply(self, variables, image, extent):
         TRACES.append((self.name, image.shape))

@@ -58,7 +58,8 @@ class Predictor:
     All methods may be called from several threads.
 
     Args:
-      model: `model.apply(variables, image, extent)` gives `Outputs`, see `SOLOv2`; hashable.
+      model: `model.apply(variables, image, extent)` gives `Outputs`, see `SOLOv2`; hashable,
+        with a `matmul_precision`.
       class_names, category_ids: of the labels 0..K-1.
       transform_kernels: variables -> what the model is applied with instead, once; see
         `programs.compile_kernel_transform`.
