@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     if "evaluate" in args.what and not args.workdir:
         parser.error("--what evaluate needs --workdir")
     content = {"rows": {}, **harness.read(args.results, "first_use")}
-    content["machine"] = harness.describe_machine()
+    content |= harness.header("first_use")
     with tempfile.TemporaryDirectory() as scratch:
         for name, row in measure(args, Path(scratch)):
             content["rows"][name] = row
