@@ -42,7 +42,10 @@ def test_it_is_torchs_formula_in_training_and_in_prediction():
     y, changed = module.apply(variables, x, mutable=["batch_stats"])
     kernel = variables["params"]["kernel"]
     z = jax.lax.conv_general_dilated(
-        *(x, kernel, (1, 1), ((1, 1), (1, 1))),
+        x,
+        kernel,
+        (1, 1),
+        ((1, 1), (1, 1)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     z = np.float64(z).reshape(-1, 6)

@@ -343,8 +343,11 @@ def test_a_bad_labelme_file_is_named(tmp_path, capsys, record, message):
     (tmp_path / "json" / "a.json").write_text(json.dumps(content))
     said = fail(
         capsys,
-        *("labelme", f"--images={images}", f"--labels={tmp_path}/json"),
-        *("--names=cat", f"--output={tmp_path}/x.json"),
+        "labelme",
+        f"--images={images}",
+        f"--labels={tmp_path}/json",
+        "--names=cat",
+        f"--output={tmp_path}/x.json",
     )
     assert "json/a.json" in said
     assert re.search(message, said), said
@@ -363,8 +366,12 @@ def test_a_bad_png_mask_is_named(tmp_path, capsys):
             extra = [f"--classes={tmp_path}/c"]
         return fail(
             capsys,
-            *("masks", f"--images={images}", f"--objects={tmp_path}/m", *extra),
-            *(f"--names={names}", f"--output={tmp_path}/x.json"),
+            "masks",
+            f"--images={images}",
+            f"--objects={tmp_path}/m",
+            *extra,
+            f"--names={names}",
+            f"--output={tmp_path}/x.json",
         )
 
     good = np.ones((48, 64), np.uint8)

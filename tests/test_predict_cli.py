@@ -247,9 +247,17 @@ def test_predict_with_a_workdir(workdir, photos, tmp_path):
     out = tmp_path / "out"
     code, text = command(
         "predict.py",
-        *("--workdir", workdir, "--input", photos, "--output", out, "--score=0"),
-        *("--batch_size=2", "--shapes=1"),
-        *("--config.test.max_per_image=3", "--config.test.update_threshold=0"),
+        "--workdir",
+        workdir,
+        "--input",
+        photos,
+        "--output",
+        out,
+        "--score=0",
+        "--batch_size=2",
+        "--shapes=1",
+        "--config.test.max_per_image=3",
+        "--config.test.update_threshold=0",
     )
     assert code == 1, text
     # Everything but the damaged image is done, and the message says which it was.
@@ -343,7 +351,12 @@ t.predict({writer.close()!r}, {str(tmp_path / "out")!r})
 def test_a_mistyped_class_names_the_nearest(workdir, photos, tmp_path):
     code, text = command(
         "predict.py",
-        *("--workdir", workdir, "--input", photos / "a.png", "--output", tmp_path),
+        "--workdir",
+        workdir,
+        "--input",
+        photos / "a.png",
+        "--output",
+        tmp_path,
         "--classes=cat,dgo",
     )
     assert code == 2
@@ -358,8 +371,16 @@ def test_predict_with_a_config_and_weights(photos, tmp_path):
     weights = tiny_network.write_weights(tmp_path, config)
     code, text = command(
         "predict.py",
-        *("--config", tmp_path / "tiny.json", "--weights", weights),
-        *("--input", photos / "a.jpg", "--output", tmp_path, "--score", "0"),
+        "--config",
+        tmp_path / "tiny.json",
+        "--weights",
+        weights,
+        "--input",
+        photos / "a.jpg",
+        "--output",
+        tmp_path,
+        "--score",
+        "0",
     )
     assert code == 0, text
     results = json.loads((tmp_path / "predictions.json").read_text())
@@ -370,7 +391,9 @@ def test_evaluate_a_workdir(workdir, tmp_path):
     images, annotations = tiny_coco.write(tmp_path)
     code, text = command(
         "evaluate.py",
-        *("--workdir", workdir, f"--config.data.val.images={images}"),
+        "--workdir",
+        workdir,
+        f"--config.data.val.images={images}",
         f"--config.data.val.annotations={annotations}",
     )
     assert code == 0, text

@@ -327,3 +327,16 @@ def test_a_key_that_the_weights_contradict_is_an_error(tmp_path, key):
     workdir = tiny_network.write_workdir(tmp_path / "run", tiny_network.tiny_config())
     with pytest.raises(ValueError, match=f"--config.{key}: the weights of .* were trained with "):
         Predictor.from_workdir(workdir, overrides=[f"--config.{key}"])
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"x": "soon"}', None])
+def test_times_of_earlier_compilations_are_only_a_hint(tmp_path, monkeypatch, content):
+    path = tmp_path / "seconds.json"
+    monkeypatch.setattr(programs, "_seconds_file", lambda: path)
+    if content is None:
+        path.mkdir()  # cannot be read or replaced
+    else:
+        path.write_text(content)
+    assert programs.compile_seconds() == {}
+    programs.note_compile_seconds("a", 1.26)
+    assert programs.compile_seconds() == ({} if content is None else {"a": 1.3})

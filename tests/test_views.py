@@ -84,7 +84,12 @@ def test_the_commands_take_views(workdir, tmp_path):
     data = f"--config.data.val.images={images}"
     code, text = command(
         "evaluate.py",
-        *("--workdir", workdir, data, "--tile=32", "--tile_whole", "--tta=flip,1,0.75"),
+        "--workdir",
+        workdir,
+        data,
+        "--tile=32",
+        "--tile_whole",
+        "--tta=flip,1,0.75",
         f"--config.data.val.annotations={annotations}",
     )
     assert code == 0, text
@@ -94,8 +99,15 @@ def test_the_commands_take_views(workdir, tmp_path):
     Image.fromarray(photo(60, 90)).save(tmp_path / "large.png")
     code, text = command(
         "predict.py",
-        *("--workdir", workdir, "--input", tmp_path / "large.png", "--tile=40"),
-        *("--output", tmp_path / "out", "--score=0", "--tile_overlap=0.3"),
+        "--workdir",
+        workdir,
+        "--input",
+        tmp_path / "large.png",
+        "--tile=40",
+        "--output",
+        tmp_path / "out",
+        "--score=0",
+        "--tile_overlap=0.3",
     )
     assert code == 0, text
     results = json.loads((tmp_path / "out" / "predictions.json").read_text())

@@ -25,7 +25,7 @@ from jaxtyping import Array, Int, UInt8
 
 from solov2_jax import ops
 from solov2_jax.data.buckets import STRIDE
-from solov2_jax.io import read_json, write_json
+from solov2_jax.io import InputError, read_json, write_json
 from solov2_jax.paste import paste_masks
 from solov2_jax.postprocess import detect
 from solov2_jax.structs import Detections
@@ -130,21 +130,38 @@ class DetectPrograms:
 
 
 def compile_seconds() -> dict[str, float]:
-    """Returns how long programs took to compile, or to read, the last time, by name."""
+    """Returns how long programs took to compile, or to read, the last time, by name.
+
+    Only a hint for the log: without a file that can be read it is empty.
+    """
     path = _seconds_file()
-    return read_json(path, "a file of compile times") if path and path.is_file() else {}
+    if path is None or not path.is_file():
+        return {}
+    try:
+        values = read_json(path, "a file of compile times")
+    except InputError as error:
+        log.info("compile times of earlier runs are not known: %s", error)
+        return {}
+    known = values.items() if isinstance(values, dict) else ()
+    return {name: value for name, value in known if isinstance(value, int | float)}
 
 
 def note_compile_seconds(name: str, seconds: float) -> None:
     """Keeps a program's time beside the cached programs, if they are cached."""
-    if path := _seconds_file():
+    path = _seconds_file()
+    if path is None:
+        return
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json({**compile_seconds(), name: round(seconds, 1)}, path)
+    except OSError as error:  # a full or read-only disk: nothing that a prediction needs
+        log.info("compile times are not kept: %s", error)
 
 
 def _seconds_file() -> Path | None:
     folder = jax.config.values["jax_compilation_cache_dir"]
-    return Path(folder) / "solov2_seconds.json" if folder else None
+    is_local = folder and "://" not in folder
+    return Path(folder) / "solov2_seconds.json" if is_local else None
 
 
 def compiler_options() -> dict[str, int] | None:
