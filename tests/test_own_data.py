@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -386,3 +387,8 @@ def test_a_damaged_brush_is_refused():
     assert decode_brush(data).reshape(4, 4, 4)[..., 3].tolist() == (np.eye(4) * 255).tolist()
     with pytest.raises(ValueError, match="end early"):
         decode_brush(data[:-4])
+
+
+def test_a_pipe_named_like_an_annotation_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "instances.json")
+    assert "holds no annotations of a known format" in refused(tmp_path)

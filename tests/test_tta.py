@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from solov2_jax.data.buckets import derive_buckets
 from solov2_jax.inference.predictor import Predictor
-from solov2_jax.inference.preprocess import InputOptions
+from solov2_jax.inference.preprocess import InputOptions, padded_shape
 from solov2_jax.structs import Detections
 from solov2_jax.tools.multiview.merge import NmsOptions
 from solov2_jax.tools.multiview.tta import (
@@ -213,3 +214,17 @@ def test_impossible_scales_are_refused():
     for scales in ((), (0.0,), (-1.0,), (1.0, 1.0), (float("nan"),)):
         with pytest.raises(ValueError, match="--tta"):
             TtaOptions(True, scales)
+
+
+def test_scaled_shapes_hold_every_image_that_the_shapes_hold():
+    """Sides are rounded twice: an image's at scale 1, and at the view's."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        short = int(rng.integers(32, 900))
+        options = replace(INPUT, min_size=short, max_size=int(short * rng.uniform(1, 2)))
+        sizes = rng.integers(1, 3000, (5, 2)).tolist()
+        own = [padded_shape(h, w, "", options)[1] for h, w in sizes]
+        shapes = derive_buckets(np.array(own), 2, 0.02)
+        view = scaled(replace(options, buckets=shapes), float(rng.uniform(0.1, 3)))
+        for h, w in sizes:
+            padded_shape(h, w, f"{h} x {w}", view)  # raises if none holds it

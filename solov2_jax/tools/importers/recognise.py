@@ -142,8 +142,9 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path, *suffixes: str) -> list[Path]:
-    names = [n for n in _entries(folder) if n.lower().endswith(suffixes)]
-    return [folder / n for n in names]
+    """Returns the regular files with these endings: reading a pipe would wait for ever."""
+    paths = [folder / n for n in _entries(folder) if n.lower().endswith(suffixes)]
+    return [path for path in paths if path.is_file()]
 
 
 # --- YOLO ----------------------------------------------------------------------------
