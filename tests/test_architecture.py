@@ -77,7 +77,7 @@ LONG_FUNCTIONS = {
 }
 MAX_LONG_FUNCTION = 105
 # Lines of Python.
-BUDGETS = {"core": 15_700, "tools": 15_000, "benchmarks": 3_180}
+BUDGETS = {"core": 15_900, "tools": 15_900, "benchmarks": 3_180}
 # What errors that are still there begin with.
 KNOWN: tuple[str, ...] = ()
 

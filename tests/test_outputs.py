@@ -11,15 +11,22 @@ from PIL import Image
 from pycocotools import mask as rle
 from scipy import ndimage
 
-from solov2_jax.data.coco import load_coco
+from solov2_jax.data.annotations import read_instances
+from solov2_jax.data.coco import load_coco, read_coco
 from solov2_jax.inference.draw import distinct_color, draw_prediction, object_colors
 from solov2_jax.inference.prediction import MaskCrops, Prediction, pack
+from solov2_jax.io import InputError
 from solov2_jax.rle import rle_decode, rle_from_string
 from solov2_jax.tools.cli import importers
+from solov2_jax.tools.importers.recognise import recognise
+from solov2_jax.tools.predict.label_files import cvat_image, label_studio_task
+from solov2_jax.tools.predict.output_folder import OutputFolder
 from solov2_jax.tools.predict.outputs import (
+    LABEL_WRITERS,
     OutputFiles,
     file_word,
     labelme_content,
+    open_results,
     parse_formats,
     yolo_lines,
 )
@@ -111,6 +118,53 @@ def test_the_importers_read_the_labels_back(tmp_path):
             best = int(np.argmax([iou(mask, m) for m in masks]))
             assert iou(mask, masks[best]) > 0.95, kind
             assert name == NAMES[prediction.labels[best]], kind
+
+
+def test_labels_of_all_pictures_come_back_as_the_same_masks(tmp_path):
+    """CVAT's XML and Label Studio's json, with objects at the corners, holes and parts."""
+    masks = blobs(3, 3, (90, 130))
+    corner, everything = np.zeros((90, 130), bool), np.ones((90, 130), bool)
+    corner[0, 0] = corner[-1, -1] = True  # runs at both ends, and a long one between
+    first = from_masks([*masks, corner, everything], [0, 1, 0, 1, 1])
+    nothing = from_masks(np.zeros((0, 90, 130), bool))
+    for kind in ("cvat", "label_studio"):
+        data = tmp_path / kind / "data ä & co"
+        (data / "sub").mkdir(parents=True)
+        folder = OutputFolder(str(data))
+        files = OutputFiles(folder, (kind,), NAMES)
+        (results,) = open_results(folder, (kind,), NAMES).values()
+        named = {"sub/a.png": first, 'b "<&.png': nothing, "c.png": first.take(np.array([1]))}
+        # Added in another order than the pictures', as several shapes are.
+        for number in (1, 0, 2):
+            name, prediction = list(named.items())[number]
+            Image.new("RGB", (130, 90)).save(data / name)
+            image = files.labelled(Frame(name, name, str(data / name)), number)
+            results.add(number, [LABEL_WRITERS[kind](prediction, NAMES, image)])
+        results.finish()
+        (part,) = recognise(str(data))
+        assert [i["file_name"] for i in part.content["images"]] == list(named), kind
+        table = read_instances(part.content, kind)
+        dataset = read_coco(part.images, table)
+        for i, prediction in enumerate(named.values()):
+            read = annotated_objects(dataset, i)
+            assert len(read) == len(prediction), kind
+            classes = [dataset.class_names[label] for label in read.labels]
+            assert sorted(classes) == sorted(prediction.names), kind
+            wanted = {np.packbits(m).tobytes() for m in np.asarray(prediction.masks)}
+            assert {np.packbits(m).tobytes() for m in np.asarray(read.masks)} == wanted, kind
+
+
+def test_label_files_name_frames_by_their_copies_and_refuse_what_xml_cannot_hold(tmp_path):
+    prediction = from_masks(np.ones((1, 4, 5), bool))
+    files = OutputFiles(str(tmp_path / "out"), ("label_studio",), NAMES)
+    frame = Frame("clip_000001", "clip.mp4", "clip.mp4", index=1, stays=False)
+    image = files.labelled(frame, 7)
+    assert image.file_name == "frames/clip_000001.jpg"
+    task = json.loads(label_studio_task(prediction, NAMES, image))
+    assert task["data"]["image"] == "/data/local-files/?d=out/frames/clip_000001.jpg"
+    assert "big dog" in (tmp_path / "out" / "label_studio_config.xml").read_text()
+    with pytest.raises(InputError, match="file name 'a.x01.png' holds characters"):
+        cvat_image(prediction, NAMES, replace(image, file_name="a\x01.png"))
 
 
 def test_outlines_of_squares_are_exact_with_hole_and_second_part():

@@ -48,7 +48,7 @@ _WRITE = Flag(
     "write",
     several(("overlay", "coco"), text()),
     "What is written: overlay (pictures, videos), coco (predictions.json), masks, cutouts (a "
-    "PNG per object), yolo, labelme (labels to correct by hand).",
+    "PNG per object); yolo, labelme, cvat, label_studio (labels to correct by hand).",
 )
 _SCORE = Flag("score", share(0.3), "Least score of a detection.")
 _CLASSES = Flag("classes", several((), text()), "Only these: names or category ids.")

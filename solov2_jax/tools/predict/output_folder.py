@@ -12,11 +12,12 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from solov2_jax.io import InputError, atomic_path, make_folder, printable
+from solov2_jax.tools.predict.label_files import CVAT, LABEL_STUDIO
 
 try:
     import fcntl
@@ -26,9 +27,18 @@ except ImportError:  # Windows: two runs at once are not noticed there
 log = logging.getLogger(__name__)
 
 MANIFEST = ".solov2_files.jsonl"
+
+
+def during(name: str, state: str) -> str:
+    """Returns what a file is called in a state: name.partial.json, name.recovered.json."""
+    stem, suffix = os.path.splitext(name)
+    return f"{stem}.{state}{suffix}"
+
+
 RESULTS = "predictions.json"
-PARTIAL = "predictions.partial.json"  # of a run that goes on, or was killed
-RECOVERED = "predictions.recovered.json"
+PARTIAL = during(RESULTS, "partial")  # of a run that goes on, or was killed
+RECOVERED = during(RESULTS, "recovered")
+GROWING_FILES = (RESULTS, CVAT, LABEL_STUDIO)
 SUBFOLDERS = ("masks", "cutouts", "yolo", "labelme", "frames")
 NAMED_CONFLICTS = 3  # in an error
 _TAIL = b"\n]\n"
@@ -184,12 +194,16 @@ class OutputFolder:
             for leftover in folder.glob(".writing-*"):
                 leftover.unlink(missing_ok=True)
         log.warning("%s: an earlier run was killed; its temporary files are deleted", self.path)
-        partial = os.path.join(self.path, PARTIAL)
+        for name in GROWING_FILES:
+            self._recover(name)
+
+    def _recover(self, name: str) -> None:
+        partial = os.path.join(self.path, during(name, "partial"))
         if os.path.lexists(partial) and self.is_ours(partial):
             if os.path.getsize(partial) <= len(b"[" + _TAIL):  # nothing was predicted
                 os.unlink(partial)
                 return
-            recovered = self._free_path(RECOVERED)
+            recovered = self._free_path(during(name, "recovered"))
             self.record(recovered, partial)
             os.replace(partial, recovered)
             log.warning("%s: holds what it had predicted", recovered)
@@ -213,31 +227,49 @@ def names_in(folder: str) -> list[str]:
 
 
 class ResultsFile:
-    """COCO results on disk, added picture by picture.
+    """A file about all pictures, added picture by picture: by default COCO results.
 
-    After every addition the file is whole JSON, so that a kill, a full disk or an error
-    loses nothing that was added. `finish` puts it in order and in place.
+    After every addition the file is whole, so that a kill, a full disk or an error loses
+    nothing that was added. `finish` puts it in order and in place.
+
+    Args:
+      name: of the file.
+      head, tail: what stands before and after what is added.
+      separator: between two additions.
     """
 
-    def __init__(self, folder: OutputFolder):
+    def __init__(
+        self,
+        folder: OutputFolder,
+        name: str = RESULTS,
+        *,
+        head: bytes = b"[",
+        tail: bytes = _TAIL,
+        separator: bytes = b",\n",
+    ):
         self._folder = folder
+        self._path = os.path.join(folder.path, name)
+        self._partial = os.path.join(folder.path, during(name, "partial"))
+        self._head, self._tail, self._separator = head, tail, separator
         self._file: Any = None
         self._parts: list[tuple[int, int, int]] = []  # image id, begin, end in the file
         self._end = 0
 
-    def add(self, image_id: int, results: list[dict[str, Any]]) -> None:
+    def add(self, image_id: int, results: Sequence[dict[str, Any] | str]) -> None:
+        """Adds what is about a picture: records, or texts as they are."""
         if self._file is None:
-            path = os.path.join(self._folder.path, PARTIAL)
-            self._folder.record(path)
-            file = open(path, "w+b", buffering=0)
-            file.write(b"[" + _TAIL)
-            self._file, self._end = file, 1
+            self._folder.record(self._partial)
+            file = open(self._partial, "w+b", buffering=0)
+            file.write(self._head + self._tail)
+            self._file, self._end = file, len(self._head)
         if not results:
             return
-        begin = self._end + (2 if self._parts else 1)
-        text = ",\n".join(json.dumps(result) for result in results).encode()
-        separator = b",\n" if self._parts else b"\n"
-        self._write(self._end, separator + text + _TAIL)
+        text = self._separator.join(
+            (r if isinstance(r, str) else json.dumps(r)).encode() for r in results
+        )
+        separator = self._separator if self._parts else b"\n"
+        begin = self._end + len(separator)
+        self._write(self._end, separator + text + self._tail)
         self._end = begin + len(text)
         self._parts.append((image_id, begin, self._end))
 
@@ -250,38 +282,36 @@ class ResultsFile:
         except OSError:
             with contextlib.suppress(OSError):  # as it was: these bytes were there before
                 self._file.seek(begin)
-                self._file.write(_TAIL)
+                self._file.write(self._tail)
                 self._file.truncate()
             raise
 
     def finish(self) -> None:
-        """Closes the file as `predictions.json`, ordered by image id; if there is one."""
+        """Closes the file under its name, ordered by image id; if there is one."""
         if self._file is None:
             return
-        partial = os.path.join(self._folder.path, PARTIAL)
-        path = os.path.join(self._folder.path, RESULTS)
         ids = [part[0] for part in self._parts]
         in_order = ids == sorted(ids)
         if not in_order:
             try:
-                self._write_ordered(path)
+                self._write_ordered()
             except OSError as error:  # a full disk: out of order is better than lost
-                log.warning("%s: not in the images' order (%s)", path, printable(str(error)))
+                log.warning("%s: not in the images' order (%s)", self._path, printable(str(error)))
                 in_order = True
         self._file.close()
         self._file = None
         if in_order:
             with contextlib.suppress(OSError):  # a full disk: the next run asks
-                self._folder.record(path, partial)
-            os.replace(partial, path)
+                self._folder.record(self._path, self._partial)
+            os.replace(self._partial, self._path)
         else:
-            os.unlink(partial)
+            os.unlink(self._partial)
 
-    def _write_ordered(self, path: str) -> None:
-        with self._folder.replacing(path) as temporary, temporary.open("wb") as file:
-            file.write(b"[")
+    def _write_ordered(self) -> None:
+        with self._folder.replacing(self._path) as temporary, temporary.open("wb") as file:
+            file.write(self._head)
             for i, (_, begin, end) in enumerate(sorted(self._parts)):
                 self._file.seek(begin)
-                file.write((b",\n" if i else b"\n") + self._file.read(end - begin))
-            file.write(_TAIL)
+                file.write((self._separator if i else b"\n") + self._file.read(end - begin))
+            file.write(self._tail)
             file.flush()

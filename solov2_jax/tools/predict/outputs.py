@@ -6,6 +6,8 @@ masks/<name>/        000_cat.png: one mask each, 0 and 255, of the picture's siz
 cutouts/<name>/      000_cat.png: the object alone, transparent around it
 yolo/                labels/<name>.txt, classes.txt and data.yaml: YOLO-seg
 labelme/             <name>.json
+cvat.xml             CVAT's XML for images, version 1.1
+label_studio.json    Label Studio's tasks, with label_studio_config.xml
 frames/              <name>.jpg: of a video or an address, for the labels
 """
 
@@ -23,22 +25,36 @@ from solov2_jax.config import suggest
 from solov2_jax.inference.draw import draw_prediction
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.io import InputError
+from solov2_jax.tools.predict.label_files import (
+    CONFIG,
+    CVAT,
+    CVAT_TAIL,
+    LABEL_STUDIO,
+    LabelledImage,
+    cvat_head,
+    cvat_image,
+    label_studio_config,
+    label_studio_task,
+)
 from solov2_jax.tools.predict.output_folder import (
-    PARTIAL,
-    RECOVERED,
     RESULTS,
     OutputFolder,
+    ResultsFile,
+    during,
     names_in,
 )
 from solov2_jax.tools.predict.polygons import join_rings, mask_polygons
 from solov2_jax.tools.predict.sources import BrokenFile, Frame, ImageFiles, Source
 from solov2_jax.tools.predict.video import CODECS
 
-FORMATS = ("overlay", "coco", "masks", "cutouts", "yolo", "labelme")
+# Files about all pictures, by format.
+RESULT_FILES = {"coco": RESULTS, "cvat": CVAT, "label_studio": LABEL_STUDIO}
+LABEL_WRITERS = {"cvat": cvat_image, "label_studio": label_studio_task}
+FORMATS = ("overlay", "coco", "masks", "cutouts", "yolo", "labelme", *LABEL_WRITERS)
 JPEG_QUALITY = 92
 JPEGS = (".jpg", ".jpeg", ".jfif")
 OBJECT_FILE = r"\d{3,}_.*\.png"  # of masks and cutouts
-LABELS, OBJECTS = {"yolo", "labelme"}, {"masks", "cutouts"}
+LABELS, OBJECTS = {"yolo", "labelme", *LABEL_WRITERS}, {"masks", "cutouts"}
 
 
 @dataclass(frozen=True)
@@ -96,8 +112,10 @@ def check_outputs(sources: Sequence[Source], folder: OutputFolder, formats: Sequ
     """Raises if an output cannot be written, or would replace an input or a user's file."""
     if os.path.exists(folder.path) and not os.path.isdir(folder.path):
         raise InputError(f"--output {folder.path}: is a file; give a folder")
-    names = [RESULTS, PARTIAL, RECOVERED] if "coco" in formats else []
+    results = [name for kind, name in RESULT_FILES.items() if kind in formats]
+    names = [*results, *(during(n, s) for n in results for s in ("partial", "recovered"))]
     names += ["yolo/data.yaml", "yolo/classes.txt"] if "yolo" in formats else []
+    names += [CONFIG] if "label_studio" in formats else []
     paths = [os.path.join(folder.path, *name.split("/")) for name in names]
     for source in sources:
         paths += planned_files(source, folder.path, formats)
@@ -174,8 +192,22 @@ def overlay_suffix(path: str) -> str:
     return ".jpg" if os.path.splitext(path)[1].lower() in JPEGS else ".png"
 
 
+def open_results(
+    folder: OutputFolder, formats: Sequence[str], class_names: Sequence[str]
+) -> dict[str, ResultsFile]:
+    """Returns the files about all pictures that the formats ask for, by format."""
+    files = {}
+    for kind in [kind for kind in RESULT_FILES if kind in formats]:
+        if kind == "cvat":
+            head, tail = cvat_head(class_names).encode(), CVAT_TAIL.encode()
+            files[kind] = ResultsFile(folder, CVAT, head=head, tail=tail, separator=b"\n")
+        else:
+            files[kind] = ResultsFile(folder, RESULT_FILES[kind])
+    return files
+
+
 class OutputFiles:
-    """Writes the formats but "coco", which is one file of all pictures.
+    """Writes the formats with files for each picture; `open_results` has the others.
 
     Args:
       folder: where to; a path is an `OutputFolder` that overwrites nothing.
@@ -198,6 +230,17 @@ class OutputFiles:
         self.color_by, self.labels = color_by, labels
         if "yolo" in self.formats:
             self._write_yolo_classes()
+        if "label_studio" in self.formats:
+            where = os.path.join(self.folder.path, CONFIG)
+            self._write_text(label_studio_config(self.class_names), where)
+
+    def labelled(self, frame: Frame, number: int) -> LabelledImage:
+        """Returns the picture that labels are about: the file, or the copy of a frame."""
+        where = picture_paths(self.folder.path, self.formats, frame.name, "", frame.stays)
+        if "frame" not in where:
+            return LabelledImage(number, frame.path, frame.file_name)
+        path = where["frame"]
+        return LabelledImage(number, path, os.path.relpath(path, self.folder.path))
 
     def write(self, frame: Frame, prediction: Prediction) -> np.ndarray | None:
         """Writes a picture's files; returns the overlay of a video's frame."""

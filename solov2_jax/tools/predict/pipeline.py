@@ -58,7 +58,8 @@ class Picture:
     frame: Frame
     example: Mapping[str, np.ndarray] | None = None  # the network's input; then its sizes
     num_objects: int = 0
-    results: list[dict[str, Any]] = field(default_factory=list)  # COCO's
+    # What is added to the files about all pictures, by format: records, or texts.
+    results: dict[str, list[Any]] = field(default_factory=dict)
     overlay: np.ndarray | None = None  # of a video's frame
     problem: str = ""  # why it, or one of its files, could not be read or written
 

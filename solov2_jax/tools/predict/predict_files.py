@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -28,7 +28,13 @@ from solov2_jax.inference.prediction import Prediction, to_coco_results
 from solov2_jax.io import InputError, printable
 from solov2_jax.tools.multiview.tiling import PicturePredictor
 from solov2_jax.tools.predict.output_folder import OutputFolder, ResultsFile
-from solov2_jax.tools.predict.outputs import DetectionFilter, OutputFiles, check_outputs
+from solov2_jax.tools.predict.outputs import (
+    LABEL_WRITERS,
+    DetectionFilter,
+    OutputFiles,
+    check_outputs,
+    open_results,
+)
 from solov2_jax.tools.predict.pipeline import (
     DeviceUtilization,
     Picture,
@@ -129,9 +135,9 @@ def predict_files(
     totals = [source.total() for source in sources]
     with ExitStack() as stack:
         stack.enter_context(folder.opened())
-        results = ResultsFile(folder) if "coco" in options.formats else None
-        if results is not None:
-            stack.callback(results.finish)
+        results = open_results(folder, options.formats, predictor.class_names)
+        for file in results.values():
+            stack.callback(file.finish)
         run = PredictionRun(
             predictor=predictor,
             options=options,
@@ -159,7 +165,7 @@ class PredictionRun:
 
     predictor: PicturePredictor
     options: FileOptions
-    results: ResultsFile | None
+    results: Mapping[str, ResultsFile]  # by format
     files: OutputFiles
     utilization: DeviceUtilization
     interrupt: "Interrupt"
@@ -185,8 +191,8 @@ class PredictionRun:
                 encode = functools.partial(add_overlay, video)
                 written = ahead(encoders, encode, written, WINDOW)
             for picture in written:
-                if self.results is not None:
-                    self.results.add(picture.number, picture.results)
+                for kind, results in picture.results.items():
+                    self.results[kind].add(picture.number, results)
                 if picture.problem:
                     self._report(picture.problem)
                 else:
@@ -234,10 +240,14 @@ class PredictionRun:
     def _write(self, item: tuple[Picture, Prediction]) -> Picture:
         picture, prediction = item
         picture.num_objects = len(prediction)
-        if self.results is not None:
-            picture.results = describe(prediction, picture, self.predictor)
+        if "coco" in self.results:
+            picture.results["coco"] = describe(prediction, picture, self.predictor)
         try:
             picture.overlay = self.files.write(picture.frame, prediction)
+            image = self.files.labelled(picture.frame, picture.number)
+            for kind in LABEL_WRITERS.keys() & self.results.keys():
+                text = LABEL_WRITERS[kind](prediction, self.predictor.class_names, image)
+                picture.results[kind] = [text]
         except InputError as error:
             picture.problem = f"{picture.frame.path}: {error}"
         except OSError as error:
