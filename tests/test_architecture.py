@@ -24,6 +24,7 @@ LAYERS = {
     "io": 0,
     "structs": 0,
     "logging": 1,
+    "download": 1,
     "classes": 1,
     "distributed": 1,
     "config_schema": 1,
@@ -77,7 +78,7 @@ LONG_FUNCTIONS = {
 }
 MAX_LONG_FUNCTION = 105
 # Lines of Python.
-BUDGETS = {"core": 15_900, "tools": 15_900, "benchmarks": 3_180}
+BUDGETS = {"core": 16_900, "tools": 17_000, "benchmarks": 3_180}
 # What errors that are still there begin with.
 KNOWN: tuple[str, ...] = ()
 

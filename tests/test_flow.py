@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from solov2_jax.tools.predict.download import DownloadLimits, fetch, without_secrets
+from solov2_jax.download import DownloadLimits, fetch, without_secrets
 from solov2_jax.tools.predict.pipeline import (
     SHAPES_AHEAD,
     DeviceUtilization,

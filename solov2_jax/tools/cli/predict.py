@@ -117,9 +117,9 @@ def predict(overrides: list[str], scratch: str) -> "Summary":
     from PIL import Image
 
     from solov2_jax.data import images
+    from solov2_jax.download import DownloadLimits
     from solov2_jax.inference.preprocess import default_buckets
     from solov2_jax.tools.multiview.build import build_views
-    from solov2_jax.tools.predict.download import DownloadLimits
     from solov2_jax.tools.predict.output_folder import OutputFolder
     from solov2_jax.tools.predict.outputs import (
         DetectionFilter,

@@ -19,8 +19,8 @@ import numpy as np
 
 from solov2_jax.data.buckets import Bucket, derive_buckets
 from solov2_jax.data.images import image_suffixes, is_junk, read_header, read_image
+from solov2_jax.download import DEFAULT_LIMITS, DownloadLimits, fetch, without_secrets
 from solov2_jax.io import InputError
-from solov2_jax.tools.predict.download import DEFAULT_LIMITS, DownloadLimits, fetch, without_secrets
 from solov2_jax.tools.predict.video import PageReader, VideoReader, count_pages
 
 VIDEO_SUFFIXES = (

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image, ImageOps, ImageSequence
 
 from solov2_jax.data.images import _to_rgb, opened
+from solov2_jax.download import without_secrets
 from solov2_jax.io import InputError, atomic_path, printable
-from solov2_jax.tools.predict.download import without_secrets
 
 log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from base64 import b64encode
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -22,13 +23,17 @@ CHUNK = 1 << 16
 
 @dataclass(frozen=True)
 class DownloadLimits:
-    """What a download may take, whatever the server says."""
+    """What a download may take, whatever the server says, and what raises the limits."""
 
     max_bytes: int = 1 << 30
     seconds: float = 600.0  # from the first connection to the last byte
+    size_flag: str = " (--download_mb)"
+    time_flag: str = ", see --download_seconds"
 
 
 DEFAULT_LIMITS = DownloadLimits()
+# Bytes that are there, bytes in all (None: not announced).
+Progress = Callable[[int, int | None], None]
 
 
 def without_secrets(address: str) -> str:
@@ -41,18 +46,36 @@ def without_secrets(address: str) -> str:
     return printable(f"{scheme}://" + re.split("[?#]", f"{host}{slash}{path}")[0])
 
 
-def fetch(address: str, folder: str, limits: DownloadLimits = DEFAULT_LIMITS) -> str:
+def fetch(
+    address: str,
+    folder: str,
+    limits: DownloadLimits = DEFAULT_LIMITS,
+    *,
+    key: str = "--input ",
+    progress: Progress | None = None,
+) -> str:
     """Returns the path of the downloaded file, in `folder`.
+
+    Args:
+      key: the flag or config key that named the address, for messages.
+      progress: called with each part that arrives.
 
     Raises:
       InputError: naming the address, without its password, and what is wrong.
     """
     done: Future[str] = Future()
     deadline = time.monotonic() + limits.seconds
+    shown = f"{key}{without_secrets(address)}"
 
     def run() -> None:
         try:
-            done.set_result(_fetch(address, folder, limits.max_bytes, deadline))
+            answer = _open(address)
+            path = os.path.join(folder, _name(address, answer.headers))
+            with answer, atomic_path(path, sync=False) as temporary, temporary.open("wb") as file:
+                _copy(
+                    answer, file, limits=limits, deadline=deadline, shown=shown, progress=progress
+                )
+            done.set_result(path)
         except BaseException as error:
             done.set_exception(error)
 
@@ -63,7 +86,7 @@ def fetch(address: str, folder: str, limits: DownloadLimits = DEFAULT_LIMITS) ->
     except urllib.error.HTTPError as error:
         why = f"the server answers {error.code} {error.reason}"
     except TimeoutError:
-        late = f"took longer than {limits.seconds:g} s, see --download_seconds"
+        late = f"took longer than {limits.seconds:g} s{limits.time_flag}"
         silent = f"no answer for {TIMEOUT:g} s"
         why = f"cannot be fetched ({silent if done.done() else late})"
     except InputError:
@@ -76,10 +99,10 @@ def fetch(address: str, folder: str, limits: DownloadLimits = DEFAULT_LIMITS) ->
             f"cannot be fetched ({reason or type(error).__name__}); check the address and the "
             "network, or fetch it yourself and give the file"
         )
-    raise InputError(f"--input {without_secrets(address)}: {printable(why)}")
+    raise InputError(f"{shown}: {printable(why)}")
 
 
-def _fetch(address: str, folder: str, max_bytes: int, deadline: float) -> str:
+def _open(address: str) -> http.client.HTTPResponse:
     opener = urllib.request.OpenerDirector()  # http and https alone, also after a redirect
     for handler in (
         urllib.request.ProxyHandler(),
@@ -92,14 +115,10 @@ def _fetch(address: str, folder: str, max_bytes: int, deadline: float) -> str:
     ):
         opener.add_handler(handler)
     try:
-        answer = opener.open(_request(address), timeout=TIMEOUT)
+        return opener.open(_request(address), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         error.close()
         raise
-    path = os.path.join(folder, _name(address, answer.headers))
-    with answer, atomic_path(path, sync=False) as temporary, temporary.open("wb") as file:
-        _copy(answer, file, max_bytes, deadline, f"--input {without_secrets(address)}")
-    return path
 
 
 def _request(address: str) -> urllib.request.Request:
@@ -128,21 +147,30 @@ def _name(address: str, headers: http.client.HTTPMessage) -> str:
 
 
 def _copy(
-    answer: http.client.HTTPResponse, file: BinaryIO, max_bytes: int, deadline: float, shown: str
+    answer: http.client.HTTPResponse,
+    file: BinaryIO,
+    *,
+    limits: DownloadLimits,
+    deadline: float,
+    shown: str,
+    progress: Progress | None,
 ) -> None:
     announced = answer.headers.get("Content-Length", "")
+    size = int(announced) if announced.isdigit() else None
     total = 0
-    while total <= max_bytes and (chunk := answer.read1(CHUNK)):
+    while total <= limits.max_bytes and (chunk := answer.read1(CHUNK)):
         total += len(chunk)
         file.write(chunk)
+        if progress:
+            progress(total, size)
         if time.monotonic() > deadline:
-            raise InputError(f"{shown}: too slow, see --download_seconds")
-    if total > max_bytes:
+            raise InputError(f"{shown}: too slow{limits.time_flag}")
+    if total > limits.max_bytes:
         raise InputError(
-            f"{shown}: is larger than {max_bytes / 1e6:g} MB (--download_mb); fetch it yourself "
-            "and give the file"
+            f"{shown}: is larger than {limits.max_bytes / 1e6:g} MB{limits.size_flag}; fetch it "
+            "yourself and give the file"
         )
-    if announced.isdigit() and total < int(announced):
+    if size is not None and total < size:
         raise InputError(
             f"{shown}: the connection ended after {total} of {announced} bytes; try again"
         )
