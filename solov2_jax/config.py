@@ -233,7 +233,8 @@ def _literal(text: str) -> Any:
 
 
 def suggest(name: str, names: Iterable[str]) -> str:
-    """Returns "; did you mean ...?" with the nearest name, by its last part too."""
+    """Returns "; did you mean ...?" with the nearest name, by its last part too; "." if
+    none is near."""
     names = list(names)
     last = name.split(".")[-1]
     near = [n for n in names if n.split(".")[-1] == last]
@@ -241,9 +242,7 @@ def suggest(name: str, names: Iterable[str]) -> str:
     if not near:
         tails = {n.split(".")[-1]: n for n in names}
         near = [tails[t] for t in difflib.get_close_matches(last, tails, 1, 0.6)]
-    if not near:
-        near = difflib.get_close_matches(name, names, 1, 0.0)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"; did you mean {near[0]}?" if near else "."
 
 
 def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -319,7 +318,7 @@ def _filled(values: dict[str, Any], path: str | os.PathLike) -> Config:
     if unknown:
         raise InputError(
             f"{path}: unknown keys: {', '.join(unknown)}"
-            f"{suggest(unknown[0], known)}. Was it written by a newer version, or by "
+            f"{suggest(unknown[0], known)} Was it written by a newer version, or by "
             "hand? Delete what configs/base.py does not have"
         )
     for key, value in flat.items():

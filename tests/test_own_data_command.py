@@ -1,17 +1,23 @@
 """`train --data`: what is printed, set, written and refused."""
 
 import json
+import math
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import test_own_data
 from test_own_data import as_bare_coco, as_official_coco, as_yolo
 
+from solov2_jax.data.build import build_train_batches, load_datasets
 from solov2_jax.io import InputError
-from solov2_jax.tools.cli import flags
+from solov2_jax.tools.cli import flags, own_data
 from solov2_jax.tools.cli import train as command
+from solov2_jax.tools.importers.kept import PARTS
 from solov2_jax.training import restore
+from solov2_jax.training.build import fingerprint, in_steps
 
 
 def settings(*words):
@@ -154,3 +160,61 @@ def test_wrong_use_is_one_error_and_writes_nothing(tmp_path, words, message):
 def test_a_preset_that_is_named_keeps_its_settings_and_epochs_go_without_data(tmp_path):
     config = settings("--config=r50_1x", f"--workdir={tmp_path}/run", "--epochs=2")
     assert config.train.epochs == 2 and not config.data.advice
+
+
+def test_what_was_imported_is_not_imported_again(tmp_path, monkeypatch, capsys):
+    as_yolo(tmp_path / "photos")
+    words = (f"--data={tmp_path}/photos", f"--workdir={tmp_path}/run")
+    config = settings(*words)
+    data = tmp_path / "run" / "data"
+    texts = [(data / name).read_text() for name in PARTS]
+    calls = []
+    original = own_data.recognise
+    monkeypatch.setattr(own_data, "recognise", lambda place: calls.append(place) or original(place))
+    capsys.readouterr()
+    assert settings(*words) == config and not calls
+    assert "as imported before; the data is unchanged" in capsys.readouterr().out
+    # Another flag, another file, a touched file, a damaged json: each imports again.
+    settings(*words, "--val_share=0.3", "--config.seed=3")
+    assert len(calls) == 1
+    settings(*words)
+    assert len(calls) == 2
+    (label,) = list((tmp_path / "photos" / "labels" / "val").iterdir())[:1]
+    label.write_text(label.read_text() + "\n")
+    settings(*words)
+    assert len(calls) == 3
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
+    (data / "train.json").write_text("{")
+    settings(*words)  # gives what it gave, and that is put back
+    assert len(calls) == 4 and [(data / name).read_text() for name in PARTS] == texts
+    (data / "train.json").write_text("{")
+    label.unlink()
+    with pytest.raises(InputError, match="trained on other data .*train.json: is damaged"):
+        settings(*words)
+
+
+def test_folders_have_weights(tmp_path, capsys):
+    as_yolo(tmp_path / "a")
+    as_bare_coco(tmp_path / "b")
+    words = [f"--data={tmp_path}/{n}" for n in "ab"] + [f"--workdir={tmp_path}/run", "--epochs=4"]
+    config = settings(*words, "--data_weights=2,0.5", "--config.train.batch_size=1")
+    said = capsys.readouterr().out
+    content = json.loads((tmp_path / "run" / "data" / "train.json").read_text())
+    names = [image["file_name"] for image in content["images"]]
+    number = {n: sum(name.startswith(f"{n}/") for name in names) for n in "ab"}
+    shown = 2 * number["a"] + 0.5 * number["b"]
+    assert f"weights: an epoch has {shown:.0f} images" in said
+    assert f"{tmp_path}/b: weight 0.5: {0.5 * number['b']:.0f} images" in said
+    with config.unlocked():
+        config.data.num_workers = 0
+    train = load_datasets(config)[0]
+    assert in_steps(config, train).train.steps == math.ceil(4 * shown)
+    schedule = build_train_batches(in_steps(config, train), train).maker.schedule
+    drawn = np.bincount(schedule.image.ravel(), minlength=len(names))
+    is_a = np.array([name.startswith("a/") for name in train.file_names])
+    # Two copies an epoch, and one in two epochs: exactly, in whole epochs.
+    assert set(drawn[is_a]) == {8} and set(drawn[~is_a]) == {2}
+    assert fingerprint(train) != fingerprint(replace(train, weights=np.ones(len(train))))
+    for wrong, message in (("2", "has 1 numbers for 2"), ("2,0", "must be"), ("x,1", "must be")):
+        with pytest.raises(InputError, match=f"--data_weights.*{message}"):
+            settings(*words, f"--data_weights={wrong}")

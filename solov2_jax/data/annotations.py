@@ -29,8 +29,10 @@ from solov2_jax.data.outlines import (
 )
 from solov2_jax.io import InputError, read_json
 
+WEIGHT = "sampling_weight"  # a field of an image that is ours, not COCO's
 # Batches carry image ids as int32, with -1 as padding; run lengths count in uint32.
 _LARGEST_ID, _MOST_PIXELS = 2**31 - 1, 2**32 - 1
+_LEAST_WEIGHT, _LARGEST_WEIGHT = 0.001, 100
 _FORM = "A COCO instances file is a json object with images, annotations and categories."
 
 
@@ -44,6 +46,7 @@ class AnnotationTable:
     file_names: list[str]  # "" where the file has none
     heights: np.ndarray  # int32 [N]
     widths: np.ndarray  # int32 [N]
+    weights: np.ndarray  # float64 [N], how often each image is trained on in an epoch
     ids: np.ndarray  # of the annotations, int64 [A], or text where one does not fit
     image: np.ndarray  # int64 [A], place among the images
     label: np.ndarray  # int32 [A], place among the categories
@@ -240,6 +243,11 @@ def _area(value: Any) -> float | None:
     return float(value) if are_numbers([value]) and value >= 0 else None
 
 
+def _weight(value: Any) -> float | None:
+    fits = are_numbers([value]) and _LEAST_WEIGHT <= value <= _LARGEST_WEIGHT
+    return float(value) if fits else None
+
+
 def _own_id(value: Any) -> int | str | None:
     return value if isinstance(value, str) else whole_number(value)
 
@@ -287,6 +295,9 @@ def _read_images(records: list[Any], source: str) -> dict[str, Any]:
         "file_names": field("file_name", lambda v: v if type(v) is str else None, "text", ""),
         "heights": heights.astype(np.int32),
         "widths": widths.astype(np.int32),
+        "weights": np.array(
+            field(WEIGHT, _weight, f"a number from {_LEAST_WEIGHT} to {_LARGEST_WEIGHT}", 1.0)
+        ),
     }
 
 

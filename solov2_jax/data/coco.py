@@ -48,6 +48,7 @@ class CocoDataset:
     annotation_ids: np.ndarray  # int64 [A], or text
     segmentations: Segmentations
     counts: Mapping[str, int]  # what was read and dropped, for `summary`
+    weights: np.ndarray  # float64 [N], how often an epoch shows each image, on average
     table: AnnotationTable | None = None  # all that the json holds, for the evaluation
 
     def __len__(self) -> int:
@@ -167,6 +168,7 @@ def read_coco(
         annotation_ids=table.ids[rows],
         segmentations=table.segmentations.take(rows),
         counts=dict(counts),
+        weights=table.weights,
         table=table,
     )
 

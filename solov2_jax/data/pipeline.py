@@ -272,6 +272,7 @@ def train_batches(
         num_steps=num_steps,
         batch_size=batch_size,
         repeats=_repeats(dataset, images, repeat_threshold),
+        evenly=bool((dataset.weights != 1).any()),
     )
     maker = BatchMaker(
         dataset=dataclasses.replace(dataset, table=None),
@@ -305,10 +306,17 @@ def epoch_images(
 ) -> float:
     """Returns how many images an epoch of `train_batches` has, repeats included."""
     images = _chosen_images(dataset, keep_empty, max_images)
-    if not repeat_threshold or not len(images):
-        return float(len(images))
-    factors = sampler.repeat_factors(dataset.labels, dataset.start, images, repeat_threshold)
-    return float(factors.sum())
+    factors = _factors(dataset, images, repeat_threshold)
+    return float(len(images) if factors is None else factors.sum())
+
+
+def _factors(dataset: CocoDataset, images: np.ndarray, threshold: float) -> np.ndarray | None:
+    """Returns how often each of `images` is shown in an epoch, float [n]; None: once."""
+    weights = dataset.weights[images]
+    if threshold and len(images):
+        factors = sampler.repeat_factors(dataset.labels, dataset.start, images, threshold)
+        return factors * weights
+    return weights if (weights != 1).any() else None
 
 
 def _chosen_images(dataset: CocoDataset, keep_empty: bool, max_images: int) -> np.ndarray:
@@ -354,13 +362,15 @@ def _slots(num_objects: np.ndarray, max_instances: int, augment: Augment) -> int
 
 def _repeats(dataset: CocoDataset, images: np.ndarray, threshold: float) -> np.ndarray | None:
     """Returns how often each image is shown in an epoch; None: once."""
-    if not threshold:
+    factors = _factors(dataset, images, threshold)
+    if factors is None:
         return None
-    factors = sampler.repeat_factors(dataset.labels, dataset.start, images, threshold)
+    weighted = " and weights of the images" if (dataset.weights[images] != 1).any() else ""
     log.info(
-        "data.repeat_threshold %g: %d of %d images are shown more than once an epoch, "
+        "data.repeat_threshold %g%s: %d of %d images are shown more than once an epoch, "
         "at most %.1f times; an epoch has %.0f images",
         threshold,
+        weighted,
         (factors > 1).sum(),
         len(images),
         factors.max(),

@@ -35,6 +35,7 @@ def random_bits(seed: int, stream: int, *keys: np.ndarray | int) -> np.ndarray:
 
 # Streams of random_bits.
 _ORDER, _SCALE, _FLIP, _REPEAT = range(4)
+_PHASE = 92
 # Of `random_generator`: an image's look; which guest is pasted and where; the look of
 # a guest; custom augmentations.
 LOOK, PASTE, GUEST, CUSTOM = range(4, 8)
@@ -92,6 +93,7 @@ def train_schedule(
     num_steps: int,
     batch_size: int,
     repeats: np.ndarray | None = None,
+    evenly: bool = False,
 ) -> BatchSchedule:
     """Returns the batches of a training run; a longer run begins with the same ones.
 
@@ -103,7 +105,9 @@ def train_schedule(
       images: indices of the images to train on, int [n].
       image_buckets: bucket of every image of the data set at every scale, int [N, S].
       repeats: how often to show each of `images` in an epoch, on average, float [n],
-        at least 1; None: once.
+        above 0; None: once.
+      evenly: an image that is to be shown r times is shown r E times in E epochs, rounded
+        up or down; else, in each epoch, its last copy is drawn by itself.
     """
     pending = [np.zeros((0, 2), np.int32) for _ in buckets]
     pieces: list[tuple[np.ndarray, np.ndarray]] = []
@@ -122,9 +126,14 @@ def train_schedule(
         scales = scale_index(seed, key, chosen, image_buckets.shape[1])
         bucket = image_buckets[chosen, scales]
         stream = np.stack([chosen, key], axis=-1).astype(np.int32)
-        if most > 1:
+        if (repeats != 1).any():
             # Of an image's copies all whole ones, the last one at random.
-            shown = _uniform(random_bits(seed, _REPEAT, block, images)) < repeats - copy
+            if evenly:
+                phase = (random_bits(seed, _PHASE, images) >> np.uint64(44)) * 2.0**-20
+                times = np.floor((block + 1) * repeats + phase) - np.floor(block * repeats + phase)
+                shown = copy < times
+            else:
+                shown = _uniform(random_bits(seed, _REPEAT, block, images)) < repeats - copy
             shown = np.take_along_axis(shown, order, axis=1)
             bucket, stream = bucket[shown], stream[shown]
         bucket, stream = bucket.ravel(), stream.reshape(-1, 2)

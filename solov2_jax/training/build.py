@@ -230,5 +230,7 @@ def fingerprint(dataset: Any) -> str:
     digest = hashlib.sha256()
     for name in ("image_ids", "file_names", "heights", "widths", "start", "boxes", "labels"):
         digest.update(np.ascontiguousarray(getattr(dataset, name)).tobytes())
+    if (dataset.weights != 1).any():  # without any, the hash of runs from before there were
+        digest.update(dataset.weights.tobytes())
     digest.update(repr((dataset.class_names, dataset.category_ids)).encode())
     return digest.hexdigest()[:16]

@@ -88,7 +88,7 @@ def make_writers(names: Sequence[str]) -> list[WriterBase]:
             writers += load_objects([name], "train.writers", WriterBase)
         else:
             raise InputError(
-                f"train.writers has {name!r}{suggest(name, known)}. Known: "
+                f"train.writers has {name!r}{suggest(name, known)} Known: "
                 f"{', '.join(known)}; your own by its import path, 'module:Class'"
             )
     return writers

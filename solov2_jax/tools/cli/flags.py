@@ -52,6 +52,8 @@ class Flag:
         value: Any = word
         if self.rule.kind is tuple and not self.repeated:
             value = tuple(part.strip() for part in word.split(",") if part.strip())
+            if self.rule.item and self.rule.item.kind in (int, float):
+                value = tuple(_number(part, self.rule.item.kind) for part in value)
         elif self.rule.kind is bool:
             value = _BOOLEANS.get(word.lower(), word)
         elif self.rule.kind in (int, float):

@@ -1,5 +1,6 @@
 """`train --data FOLDER`: what is in the folder, which settings suit it, where that is kept."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,11 @@ from solov2_jax.config_schema import number, set_below, several, switch, text
 from solov2_jax.data import records
 from solov2_jax.data.annotations import describe, read_instances
 from solov2_jax.data.coco import CocoDataset, read_coco
-from solov2_jax.io import InputError, write_json, write_text
+from solov2_jax.io import InputError
 from solov2_jax.tools.cli import app
 from solov2_jax.tools.cli.flags import Flag
 from solov2_jax.tools.doctor.derive import Derived, derive
+from solov2_jax.tools.importers.kept import PARTS, read_kept, was_written, write_kept
 from solov2_jax.tools.importers.merge import COPIES, VAL_SHARE, MergedData, Options, merge
 from solov2_jax.tools.importers.recognise import recognise
 
@@ -38,7 +40,12 @@ SHARE = Flag(
     number(VAL_SHARE, above=0, below=1),
     "With --data: share of the images for validation, where no part is there for it.",
 )
-FLAGS = (DATA, EPOCHS, CLASSES, SINGLE, GROUP, SHARE)
+WEIGHTS = Flag(
+    "data_weights",
+    several((), number(1.0, 0.001, high=100)),
+    "With several --data: how often an epoch shows the images of each, in their order: 2,1.",
+)
+FLAGS = (DATA, EPOCHS, CLASSES, SINGLE, GROUP, SHARE, WEIGHTS)
 PRESET = "finetune"
 
 
@@ -56,7 +63,7 @@ def own_config(config_file: str, workdir: str, overrides: Sequence[str], *, writ
     config = load_config(config_file or PRESET, _in_steps(overrides, given))
     given |= {"train.epochs"} if "train.steps" in given else set()
     with config.unlocked():
-        if data := _merged(config):
+        if data := _merged(config, Path(workdir) / "data"):
             dataset = _read(data)
             _point_to(config, data, Path(workdir))
         else:
@@ -71,7 +78,7 @@ def own_config(config_file: str, workdir: str, overrides: Sequence[str], *, writ
     check_config(config)
     app.echo("\n".join(lines))
     if write and data and not data.files[0]:
-        _keep(data, Path(workdir) / "data")
+        _keep(data, Path(workdir) / "data", _request(config))
     return config
 
 
@@ -83,25 +90,53 @@ def _in_steps(overrides: Sequence[str], given: set[str]) -> list[str]:
     return ["--config.train.epochs=0", *patience, *overrides]
 
 
-def _merged(config: Any) -> MergedData | None:
-    """Returns the data of the flags, None for records."""
+def _merged(config: Any, kept: Path) -> MergedData | None:
+    """Returns the data of the flags, None for records.
+
+    Args:
+      kept: folder with what an earlier start of the run merged.
+    """
     if any(records.is_records(place) for place in DATA.value):
-        if len(DATA.value) > 1 or CLASSES.value or SINGLE.value:
+        if len(DATA.value) > 1 or CLASSES.value or SINGLE.value or WEIGHTS.value:
             raise InputError(
                 f"--data {describe(DATA.value)}: records are used alone and as they are; give "
                 "the folders that they were written from."
             )
         return None
+    if WEIGHTS.value and (len(WEIGHTS.value) != len(DATA.value) or len(DATA.value) == 1):
+        raise InputError(
+            f"--data_weights has {len(WEIGHTS.value)} numbers for {len(DATA.value)} --data; give "
+            "one for each of several folders, in their order."
+        )
+    if repeated := sorted({p for p in DATA.value if DATA.value.count(p) > 1}):
+        raise InputError(f"--data {describe(repeated)}: given twice; give each folder once.")
+    from solov2_jax import distributed
+
+    request = _request(config)
+    before = read_kept(kept, request) if distributed.is_primary() else None
+    if not distributed.broadcast_from_host0(lambda: before is not None):
+        options = {key: value for key, value in request.items() if key != "data"}
+        return merge({place: recognise(place) for place in DATA.value}, Options(**options))
+    before = before or read_kept(kept, request)
+    if before is None:
+        raise InputError(
+            f"{kept}: the first process can use what is in there, and this one cannot; the "
+            "workdir and the data must be the same for all processes."
+        )
+    return before
+
+
+def _request(config: Any) -> dict[str, Any]:
+    """Returns what the import depends on besides the files: the places and `Options`."""
     options = Options(
         classes=CLASSES.value,
         single_class=SINGLE.value,
         group=GROUP.value,
         val_share=SHARE.value,
+        weights=WEIGHTS.value,
         seed=config.seed,
     )
-    if repeated := sorted({p for p in DATA.value if DATA.value.count(p) > 1}):
-        raise InputError(f"--data {describe(repeated)}: given twice; give each folder once.")
-    return merge({place: recognise(place) for place in DATA.value}, options)
+    return {"data": DATA.value} | dataclasses.asdict(options)
 
 
 def _read(data: MergedData) -> CocoDataset:
@@ -122,7 +157,7 @@ def _read(data: MergedData) -> CocoDataset:
 
 def _point_to(config: Any, data: MergedData, workdir: Path) -> None:
     """Sets where training finds the data."""
-    written = [str((workdir / "data" / f"{n}.json").absolute()) for n in ("train", "val")]
+    written = [str((workdir / "data" / name).absolute()) for name in PARTS]
     files = [str(Path(file).absolute()) for file in data.files] if data.files[0] else written
     folders = [str(Path(folder).absolute()) for folder in data.images]
     config.data.name = ""
@@ -163,8 +198,10 @@ def _adopt(config: Any, given: set[str]) -> list[Derived]:
     return [Derived(values, reason)] if values else []
 
 
-def _keep(data: MergedData, folder: Path) -> None:
+def _keep(data: MergedData, folder: Path, request: dict[str, Any]) -> None:
     """Writes the two jsons, or finds that they are there already.
+
+    Files that were damaged since are written again, if the import gives what it gave then.
 
     Raises:
       InputError: if a run was trained on others.
@@ -172,9 +209,10 @@ def _keep(data: MergedData, folder: Path) -> None:
     from solov2_jax import distributed
     from solov2_jax.checkpoint import list_steps
 
-    paths, texts = (folder / "train.json", folder / "val.json"), data.texts()
-    before = [p.read_text() if p.is_file() else "" for p in paths]
-    if before != list(texts) and list_steps(folder.parent):
+    paths, texts = [folder / name for name in PARTS], data.texts()
+    before = [p.read_text("utf-8", "replace") if p.is_file() else "" for p in paths]
+    same = before == list(texts) or was_written(folder, texts)
+    if not same and list_steps(folder.parent):
         what = "; ".join(
             f"{path.name}: {_difference(old, new)}"
             for path, old, new in zip(paths, before, texts, strict=True)
@@ -185,12 +223,8 @@ def _keep(data: MergedData, folder: Path) -> None:
             "the flags, or give another --workdir."
         )
     distributed.barrier("the data was compared")
-    if distributed.is_primary() and before != list(texts):
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, content in zip(paths, texts, strict=True):
-            write_text(content, path)
-        about = {flag.name: flag.value for flag in FLAGS} | {"found": list(data.lines)}
-        write_json(about, folder / "source.json")
+    if distributed.is_primary():
+        write_kept(folder, data, request)
     distributed.barrier("the data was written")
 
 
@@ -198,8 +232,11 @@ def _difference(old: str, new: str) -> str:
     """Returns in words how two jsons differ."""
     if not old:
         return "was not there"
-    before, now = (json.loads(text) for text in (old, new))
-    names = [{image["file_name"] for image in content["images"]} for content in (before, now)]
-    counts = [len(content["annotations"]) for content in (before, now)]
+    try:
+        before, now = (json.loads(text) for text in (old, new))
+        names = [{image["file_name"] for image in content["images"]} for content in (before, now)]
+        counts = [len(content["annotations"]) for content in (before, now)]
+    except (ValueError, KeyError, TypeError):
+        return "is damaged"
     more, fewer = len(names[1] - names[0]), len(names[0] - names[1])
     return f"{more} images more, {fewer} fewer, {counts[1]} objects and not {counts[0]}"

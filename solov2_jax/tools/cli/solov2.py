@@ -41,7 +41,8 @@ def main() -> None:
     elif name not in COMMANDS:
         from solov2_jax.config import suggest
 
-        print(f"error: unknown command {name!r}{suggest(name, COMMANDS)}", file=sys.stderr)
+        hint = f"{suggest(name, COMMANDS)} See solov2 --help"
+        print(f"error: unknown command {name!r}{hint}", file=sys.stderr)
         sys.exit(2)
     else:
         sys.argv[:2] = [f"solov2 {name}"]

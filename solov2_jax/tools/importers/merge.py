@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from solov2_jax.config import suggest
-from solov2_jax.data.annotations import describe
+from solov2_jax.data.annotations import WEIGHT, describe
 from solov2_jax.data.sampler import random_bits
 from solov2_jax.io import InputError
 from solov2_jax.tools.importers.recognise import TEST, TRAIN, VAL, DataPart
 
 VAL_SHARE, MOST_VAL = 0.2, 5000
+TRAINING_ONLY = "training_only"  # in a json's `info`: labels that a network made
 # Roboflow writes several augmented copies of a picture: a.jpg.rf.HASH.jpg.
 COPIES = r"(.+)\.rf\.[0-9a-f]{8,}"
 _SPLIT_STREAM = 91  # of `random_bits`; no other use has it
@@ -32,12 +33,14 @@ class Options:
       group: regular expression of file names: images that its first group is equal for
         stay on one side of the split.
       val_share: of the images, where a validation part has to be split off.
+      weights: how often an epoch shows the training images of each source; (): once.
     """
 
     classes: tuple[str, ...] = ()
     single_class: bool = False
     group: str = COPIES
     val_share: float = VAL_SHARE
+    weights: tuple[float, ...] = ()
     seed: int = 0
 
 
@@ -50,12 +53,14 @@ class MergedData:
       contents: of the two parts.
       files: the two jsons that hold just the contents, ("", "") if they must be written.
       lines: what was found and decided, a sentence each.
+      image_folders: of all parts, before they were joined.
     """
 
     images: tuple[str, str]
     contents: tuple[dict[str, Any], dict[str, Any]]
     files: tuple[str, str]
     lines: tuple[str, ...]
+    image_folders: tuple[str, ...] = ()
 
     def texts(self) -> tuple[str, str]:
         """Returns the two jsons' texts."""
@@ -69,19 +74,31 @@ def merge(sources: Mapping[str, Sequence[DataPart]], options: Options) -> Merged
       InputError: for classes that are not there, or data that cannot be split.
     """
     lines, train, val = [], [], []
-    for place, parts in sources.items():
+    weights = options.weights or (1.0,) * len(sources)
+    shown = []  # of each source, how many images an epoch has
+    for (place, parts), weight in zip(sources.items(), weights, strict=True):
         first, second, said = _train_and_val(place, parts, options)
+        shown.append(weight * sum(len(p.content["images"]) for p in first))
+        first = [_weighted(p, weight) for p in first]
         train, val, lines = [*train, *first], [*val, *second], [*lines, *said]
+    if not val:
+        raise InputError(
+            f"--data {describe(sources)}: only pseudo-labels, on which nothing is evaluated; give "
+            "a folder that people labelled as well."
+        )
     used = [*train, *val]
     names, ids = _classes(used, options, keep_ids=len(sources) == 1)
     lines += _class_lines(sources, used, names)
+    if len(sources) > 1:
+        lines += _weight_lines(sources, weights, shown)
     changed = len(train) > 1 or len(val) > 1 or any(not p.file for p in used)
     if not changed and all(_ids(p) == {i: n for n, i in ids.items()} for p in used):
         files, contents = (train[0].file, val[0].file), (train[0].content, val[0].content)
         return MergedData((train[0].images, val[0].images), contents, files, tuple(lines))
     pairs = [_joined(parts, names, ids) for parts in (train, val)]
     images, contents = (pairs[0][0], pairs[1][0]), (pairs[0][1], pairs[1][1])
-    return MergedData(images, contents, ("", ""), tuple(lines))
+    folders = tuple(sorted({os.path.abspath(p.images) for p in used}))
+    return MergedData(images, contents, ("", ""), tuple(lines), folders)
 
 
 # --- Training and validation ---------------------------------------------------------
@@ -110,6 +127,9 @@ def _train_and_val(
         )
     if val:
         return train, val, lines
+    if all(is_training_only(p) for p in train):
+        lines.append(f"{place}: pseudo-labels: trained on, and not used for validation")
+        return train, [], lines
     pairs = [split(p, options) for p in train]
     number = sum(len(v.content["images"]) for _, v in pairs)
     total = sum(len(p.content["images"]) for p in train)
@@ -118,6 +138,20 @@ def _train_and_val(
         f"by class (seed {options.seed})"
     )
     return [t for t, _ in pairs], [v for _, v in pairs], lines
+
+
+def is_training_only(part: DataPart) -> bool:
+    """Returns whether a part says that nothing may be evaluated on it."""
+    info = part.content.get("info")
+    return isinstance(info, dict) and info.get(TRAINING_ONLY) is True
+
+
+def _weighted(part: DataPart, weight: float) -> DataPart:
+    """Returns a part whose images are shown `weight` times as often."""
+    if weight == 1:
+        return part
+    images = [{**i, WEIGHT: (i.get(WEIGHT) or 1) * weight} for i in part.content["images"]]
+    return replace(part, content={**part.content, "images": images}, file="")
 
 
 def _numbers(part: DataPart) -> str:
@@ -241,6 +275,18 @@ def _class_lines(
             cells = "".join(f"{column[name] or '-':>20}" for column in columns)
             rows.append(f"                {name:{width}}{cells}")
         lines += rows
+    return lines
+
+
+def _weight_lines(
+    sources: Iterable[str], weights: Sequence[float], shown: Sequence[float]
+) -> list[str]:
+    """Returns the table of how often each source is trained on."""
+    total = sum(shown)
+    lines = [f"weights: an epoch has {total:.0f} images"]
+    for place, weight, number in zip(sources, weights, shown, strict=True):
+        share = f"{number:.0f} images, {100 * number / total:.1f} %"
+        lines.append(f"         {place}: weight {weight:g}: {share}")
     return lines
 
 
