@@ -5,6 +5,7 @@ of 1000 objects in 20,000 x 20,000 pixels would take 400 GB, `MaskCrops` take a 
 for each column of an object. No JAX.
 """
 
+import importlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from solov2_jax.io import atomic_path
+from solov2_jax.io import InputError, atomic_path
 from solov2_jax.rle import (
     mask_to_rle,
     rle_decode,
@@ -226,6 +227,65 @@ class Prediction:
         if isinstance(self.masks, MaskCrops):
             return self.masks.encode()
         return rle_encode(self.masks, self.boxes)
+
+    def to_supervision(self) -> Any:
+        """Returns the detections as `supervision.Detections`, masks of the image's size.
+
+        Boxes are (x0, y0, x1, y1), x1 and y1 exclusive; `data["class_name"]` has the names,
+        where they are known, `tracker_id` the tracks, where objects were followed.
+
+        Raises:
+          InputError: if the package supervision is not installed.
+        """
+        supervision = _optional("supervision", "to_supervision")
+        return supervision.Detections(
+            xyxy=self.boxes.astype(np.float32),
+            mask=np.asarray(self.masks, bool),
+            confidence=self.scores.astype(np.float32),
+            class_id=self.labels.astype(int),
+            tracker_id=None if self.tracks is None else self.tracks.astype(int),
+            data={"class_name": np.array(self.names, str)} if self.class_names else {},
+        )
+
+    def to_fiftyone(self) -> Any:
+        """Returns the detections as `fiftyone.Detections`, each mask that of its box.
+
+        Labels are the class names, or the numbers where they are not known; `index` has
+        the tracks, where objects were followed. No database is needed for it.
+
+        Raises:
+          InputError: if the package fiftyone is not installed.
+        """
+        fiftyone = _optional("fiftyone", "to_fiftyone")
+        height, width = self.masks.shape[1:]
+        names = self.names if self.class_names else [str(i) for i in self.labels.tolist()]
+        detections = []
+        for i, name in enumerate(names):
+            (rows, columns), mask = self.crop(i)
+            detections.append(
+                fiftyone.Detection(
+                    label=name,
+                    bounding_box=[
+                        columns.start / width,
+                        rows.start / height,
+                        mask.shape[1] / width,
+                        mask.shape[0] / height,
+                    ],
+                    mask=mask,
+                    confidence=float(self.scores[i]),
+                    index=None if self.tracks is None else int(self.tracks[i]),
+                )
+            )
+        return fiftyone.Detections(detections=detections)
+
+
+def _optional(package: str, user: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{user} needs {error.name}, which is not installed: pip install {package}"
+        ) from error
 
 
 def to_coco_results(prediction: Prediction, category_ids: Sequence[int]) -> list[dict[str, Any]]:
