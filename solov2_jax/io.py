@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import filelock
+
 Path = str | os.PathLike[str]
 
 
@@ -49,7 +51,7 @@ def atomic_path(path: Path, sync: bool = True) -> Iterator[pathlib.Path]:
     try:
         yield temporary
         if sync:
-            with open(temporary, "rb") as file:
+            with open(temporary, "r+b") as file:  # Windows syncs no file that is only read
                 os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp keeps others out
         os.replace(temporary, target)
@@ -65,6 +67,29 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextlib.contextmanager
+def lock_file(path: Path, message: str) -> Iterator[None]:
+    """Holds a lock inside `with`; a kill frees it too, and leaves an empty file.
+
+    Args:
+      message: of the error if somebody else holds it.
+
+    Raises:
+      InputError: if somebody else does, in this process or another.
+    """
+    lock = filelock.FileLock(path, blocking=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise InputError(message) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows: filelock deletes it afterwards
+            os.unlink(path)
+        lock.release()
 
 
 def make_folder(path: Path) -> pathlib.Path:

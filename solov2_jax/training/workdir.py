@@ -5,7 +5,6 @@ classes.json names and category ids       train.log         everything that was 
 """
 
 import contextlib
-import fcntl
 import importlib.metadata
 import logging
 import os
@@ -25,7 +24,7 @@ from solov2_jax import distributed
 from solov2_jax.checkpoint import had_checkpoint, list_steps, read_best, read_classes
 from solov2_jax.classes import classes_difference, classes_record
 from solov2_jax.config import changed_keys, read_config, save_config
-from solov2_jax.io import InputError, reason, write_json
+from solov2_jax.io import InputError, lock_file, reason, write_json
 from solov2_jax.logging import PlainFormatter
 from solov2_jax.training.optim import build_schedule
 
@@ -82,14 +81,11 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     if not distributed.is_primary():
         yield  # the first process holds it for all
         return
-    with open(workdir / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"--workdir {workdir}: another process is training in it; wait for it, "
-                "stop it, or give another folder"
-            ) from error
+    message = (
+        f"--workdir {workdir}: another process is training in it; wait for it, "
+        "stop it, or give another folder"
+    )
+    with lock_file(workdir / ".lock", message):
         yield
 
 
@@ -101,9 +97,9 @@ def logging_to(path: pathlib.Path) -> Iterator[None]:
     """
     if number := jax.process_index():
         path = path.with_stem(f"{path.stem}_process_{number}")
-    handler = logging.FileHandler(path)
+    handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
-    libraries = logging.FileHandler(path)
+    libraries = logging.FileHandler(path, encoding="utf-8")
     libraries.setFormatter(handler.formatter)
     libraries.setLevel(logging.WARNING)
     log.addHandler(handler)

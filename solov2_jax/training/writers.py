@@ -406,4 +406,4 @@ def _import(module: str, name: str, package: str) -> ModuleType:
 def _run_id(workdir: pathlib.Path, tracker: str) -> str | None:
     """Returns the tracker's name of the run that is resumed, None for a new one."""
     path = workdir / f".{tracker}_run"
-    return path.read_text() if path.is_file() else None
+    return path.read_text("utf-8") if path.is_file() else None

@@ -2,8 +2,8 @@
 
 `.solov2_files.jsonl` in it lists each file that a run wrote, with its size and time. A
 file that is not listed, or has changed since, is the user's: it is never replaced or
-deleted without `--overwrite`. The list grows line by line and is locked while a run
-lasts, so a killed run is noticed, its temporary files are deleted and its results kept.
+deleted without `--overwrite`. The list grows line by line, and a file beside it is locked
+while a run lasts, so a killed run is noticed, its temporary files are deleted and its results kept.
 """
 
 import contextlib
@@ -16,17 +16,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from solov2_jax.io import InputError, atomic_path, make_folder, printable
+from solov2_jax.io import InputError, atomic_path, lock_file, make_folder, printable
 from solov2_jax.tools.predict.label_files import CVAT, LABEL_STUDIO
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs at once are not noticed there
-    fcntl = None
 
 log = logging.getLogger(__name__)
 
-MANIFEST = ".solov2_files.jsonl"
+MANIFEST, LOCK = ".solov2_files.jsonl", ".solov2_files.lock"
 
 
 def during(name: str, state: str) -> str:
@@ -102,9 +97,18 @@ class OutputFolder:
         """
         make_folder(self.path)
         self._read_manifest()
+        message = (
+            f"--output {self.path}: another prediction is writing there; wait for it, or "
+            "choose another folder"
+        )
+        with lock_file(os.path.join(self.path, LOCK), message), self._listing():
+            yield
+
+    @contextlib.contextmanager
+    def _listing(self) -> Iterator[None]:
+        """Keeps the list open, between its marks of a run's begin and end."""
         self._manifest = open(os.path.join(self.path, MANIFEST), "ab", buffering=0)
         try:
-            self._take_lock()
             if self._cut:
                 self._manifest.write(b"\n")
             if self._unfinished:
@@ -118,17 +122,6 @@ class OutputFolder:
         finally:
             self._manifest.close()
             self._manifest = None
-
-    def _take_lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"--output {self.path}: another prediction is writing there; wait for it, or "
-                "choose another folder"
-            ) from None
 
     @contextlib.contextmanager
     def replacing(self, path: str) -> Iterator[Path]:

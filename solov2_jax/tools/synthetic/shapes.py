@@ -70,7 +70,7 @@ def write_shapes(root: str, settings: ShapesSettings) -> str:
     try:
         for number, split in enumerate(("train", "val")):
             _write_split(partial, split, number, settings)
-        with open(os.path.join(partial, "settings.json"), "w") as file:
+        with open(os.path.join(partial, "settings.json"), "w", encoding="utf-8") as file:
             file.write(content)
         os.chmod(partial, 0o755)  # mkdtemp's is private
         os.rename(partial, final)
@@ -150,7 +150,7 @@ def _write_split(folder: str, split: str, number: int, settings: ShapesSettings)
         "annotations": annotations,
         "categories": [{"id": k, "name": v} for k, v in settings.categories.items()],
     }
-    with open(os.path.join(folder, f"instances_{split}.json"), "w") as file:
+    with open(os.path.join(folder, f"instances_{split}.json"), "w", encoding="utf-8") as file:
         json.dump(content, file)
 
 
