@@ -24,6 +24,7 @@ LAYERS = {
     "io": 0,
     "structs": 0,
     "logging": 1,
+    "progress": 1,
     "download": 1,
     "classes": 1,
     "distributed": 1,

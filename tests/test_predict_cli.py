@@ -1,6 +1,5 @@
 """predict.py and evaluate.py: files in, files out, and what happens to bad ones."""
 
-import io
 import json
 import os
 import re
@@ -15,7 +14,6 @@ import pytest
 import tiny_coco
 import tiny_network
 from PIL import Image
-from rich.console import Console
 
 from solov2_jax.config import save_config
 from solov2_jax.inference.prediction import Prediction
@@ -189,13 +187,13 @@ def test_ctrl_c_finishes_what_was_read(tmp_path):
     assert [r["image_id"] for r in results] == list(range(summary.pictures))
 
 
-def test_a_bar_in_a_terminal_keeps_the_log_above_it(monkeypatch, caplog):
-    screen = io.StringIO()
-    monkeypatch.setattr(files, "Console", lambda file: Console(file=screen, force_terminal=True))
+def test_pictures_and_objects_are_counted(monkeypatch, caplog):
+    caplog.set_level("INFO", "solov2_jax")
+    monkeypatch.setattr(files, "PROGRESS_EVERY", 0.0)
     with files.ProgressReport(3) as report:
         for objects in (1, 2, 3):
             report.count(objects)
-    assert "6 objects" in screen.getvalue() and "3/3" in screen.getvalue()
+    assert "predicting: 3 of 3 pictures, about 0 s left, 6 objects" in caplog.text
 
 
 def test_few_shapes_for_many_images(tmp_path):

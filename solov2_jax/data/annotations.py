@@ -28,6 +28,7 @@ from solov2_jax.data.outlines import (
     rle_areas,
 )
 from solov2_jax.io import InputError, read_json
+from solov2_jax.progress import track
 
 WEIGHT = "sampling_weight"  # a field of an image that is ours, not COCO's
 # Batches carry image ids as int32, with -1 as padding; run lengths count in uint32.
@@ -339,7 +340,8 @@ def _read_outlines(field: Fields, sizes: np.ndarray) -> tuple[Segmentations, Cou
     """
     counts: Counter[str] = Counter()
     outlines = []
-    for i, (record, size) in enumerate(zip(field.records, sizes.tolist(), strict=True)):
+    records = track(field.records, "reading annotations", unit="objects")
+    for i, (record, size) in enumerate(zip(records, sizes.tolist(), strict=True)):
         segmentation = record.get("segmentation")
         if segmentation in (None, [], {}):
             counts["no_segmentation"] += 1

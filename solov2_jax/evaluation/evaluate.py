@@ -19,10 +19,10 @@ from solov2_jax.data.coco import CocoDataset
 from solov2_jax.evaluation.coco import CocoEvaluator, json_metrics
 from solov2_jax.inference.prediction import Prediction, write_results
 from solov2_jax.io import import_object, make_folder, write_json
+from solov2_jax.progress import Progress
 
 log = logging.getLogger(__name__)
 
-PROGRESS_EVERY = 10.0  # seconds between two lines of progress
 WAITING_BATCHES = 1  # for the encoder; more would only cost memory
 ASK_EVERY = 4  # batches, after which several processes ask each other whether to stop
 
@@ -163,7 +163,7 @@ def predict(
     Masks are encoded in a thread of their own while the device computes the next batch.
     """
     kept: dict[int, Prediction] = {}
-    clock = EvaluationClock(len(batches))
+    clock = EvaluationClock()
     iterator = stoppable(batches)
     encoding: deque[Future[None]] = deque()
 
@@ -171,7 +171,10 @@ def predict(
         for prediction in predictions:
             evaluator.process(prediction)
 
-    with ThreadPoolExecutor(1) as thread:
+    with (
+        ThreadPoolExecutor(1) as thread,
+        Progress("evaluating", len(batches), unit="batches") as progress,
+    ):
         while True:
             batch = next(iterator, None)
             clock.lap("data")
@@ -184,7 +187,8 @@ def predict(
             if len(encoding) > WAITING_BATCHES:
                 encoding.popleft().result()
             clock.lap("encode")
-            clock.count(len(predictions))
+            clock.images += len(predictions)
+            progress.advance(text=f"{clock.images} images")
         for waiting in encoding:
             waiting.result()
         clock.lap("encode")
@@ -214,17 +218,16 @@ def stoppable(batches: BatchSource) -> Iterator[Mapping[str, np.ndarray]]:
 
 
 class EvaluationClock:
-    """Where the time of an evaluation goes, and how far it is.
+    """Where the time of an evaluation goes.
 
     "encode" is the time spent waiting for the encoder, which works beside the device.
     """
 
-    def __init__(self, num_batches: int):
-        self.images = self._batches = 0
-        self._total = num_batches
+    def __init__(self):
+        self.images = 0
         self._seconds = {"data": 0.0, "compute": 0.0, "encode": 0.0, "first": 0.0}
         self._shapes: set[Any] = set()
-        self._begin = self._shown = self._last = time.perf_counter()
+        self._begin = self._last = time.perf_counter()
 
     def lap(self, part: str, first_of: Any = None) -> None:
         """Books the time since the last lap, the first of a shape as compilation."""
@@ -234,16 +237,6 @@ class EvaluationClock:
             part = "first"
         self._seconds[part] += now - self._last
         self._last = now
-
-    def count(self, images: int) -> None:
-        """Counts a batch's images; logs the progress now and then."""
-        self.images += images
-        self._batches += 1
-        if self._last - self._shown > PROGRESS_EVERY:
-            self._shown = self._last
-            elapsed = self._last - self._begin
-            left = elapsed / self._batches * (self._total - self._batches)
-            log.info("%d images evaluated, about %.0f s left", self.images, left)
 
     def milliseconds(self) -> dict[str, float]:
         """Returns the mean time per image by part, without the first batch of each shape."""

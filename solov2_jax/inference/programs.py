@@ -28,6 +28,7 @@ from solov2_jax.data.buckets import STRIDE
 from solov2_jax.io import InputError, read_json, write_json
 from solov2_jax.paste import paste_masks
 from solov2_jax.postprocess import detect
+from solov2_jax.progress import working
 from solov2_jax.structs import Detections
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,8 @@ class DetectPrograms:
         )
         image = jax.ShapeDtypeStruct(shape, jnp.uint8)
         image_size = jax.ShapeDtypeStruct((shape[0], 2), jnp.int32)
-        program = self._run.lower(abstract, image, image_size).compile()
+        with working("compiling for {} image(s) of {} x {}".format(*shape)):
+            program = self._run.lower(abstract, image, image_size).compile()
         with self._lock:
             note_compile_seconds(key, time.perf_counter() - start)
         return program

@@ -24,6 +24,7 @@ from PIL import Image
 
 from solov2_jax import distributed
 from solov2_jax.io import InputError, reading, reason
+from solov2_jax.progress import Progress
 from solov2_jax.training.metrics import MetricsWindow
 from solov2_jax.training.step import TrainState, TrainStep
 from solov2_jax.training.writers import WriterBase, call_writers
@@ -328,6 +329,25 @@ class PreciseBN(HookBase):
         for path in [p for p in total if p[-1] == "var"]:
             stats[path] = stats[path] - jnp.square(stats[(*path[:-1], "mean")])
         return {**variables, "batch_stats": unflatten_dict(stats)}
+
+
+class TrainingProgress(HookBase):
+    """Shows how far the run is, where standard output is a terminal.
+
+    Args:
+      epochs: of the whole run; 0: not known.
+    """
+
+    def __init__(self, progress: Progress, epochs: float):
+        self._progress, self._epochs = progress, epochs
+
+    def before_train(self, run: Run) -> None:
+        self.after_step(run)
+
+    def after_step(self, run: Run) -> None:
+        epoch = run.step / max(run.total_steps, 1) * self._epochs
+        text = f"epoch {epoch:.1f} of {self._epochs:g}" if self._epochs else ""
+        self._progress.update(run.step, text)
 
 
 def memory_gb() -> float:

@@ -19,6 +19,7 @@ from solov2_jax.checkpoint import CheckpointManager
 from solov2_jax.classes import classes_record
 from solov2_jax.evaluation.evaluate import StopEvaluation
 from solov2_jax.io import InputError, reason
+from solov2_jax.progress import Progress
 from solov2_jax.training.build import Task, build_task
 from solov2_jax.training.checkpoint_hooks import (
     BestCheckpoint,
@@ -37,6 +38,7 @@ from solov2_jax.training.hooks import (
     PreciseBN,
     Profiler,
     Run,
+    TrainingProgress,
     call_hooks,
 )
 from solov2_jax.training.metrics import MetricsWindow
@@ -126,7 +128,11 @@ def train(
                 "classes": classes_record(task.class_names, task.category_ids),
             },
         )
+        shown = stack.enter_context(
+            Progress("training", config.train.steps, unit="steps", lines=False)
+        )
         all_hooks = make_hooks(config, path, task, saver, all_writers) + own_hooks
+        all_hooks.append(TrainingProgress(shown, config.train.epochs))
         batches = stack.enter_context(contextlib.closing(task.batches(step)))
         with stop_on_signal(run), saver.saving_after_error(run):
             train_steps(run, batches, mesh, all_hooks)

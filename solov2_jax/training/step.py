@@ -4,6 +4,7 @@
 layout is named here, never in models or losses.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from solov2_jax import distributed
+from solov2_jax.progress import working
 from solov2_jax.training.loss import Loss, Metrics
 
 PyTree = Any
@@ -199,7 +201,8 @@ class TrainStep:
         if not known:
             log.info("compiling the train step for arrays of %s ...", name)
         start = time.perf_counter()
-        result = self._step(state, batch, self._key)
+        with contextlib.nullcontext() if known else working("compiling the train step"):
+            result = self._step(state, batch, self._key)
         self.compile_seconds = 0.0
         if self.compiles > before:
             self.compile_seconds = time.perf_counter() - start

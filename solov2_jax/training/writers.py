@@ -131,7 +131,7 @@ class ConsoleWriter(WriterBase):
     """One line for people: losses, rate, images/s, waiting for data, ETA, memory."""
 
     def open(self, workdir: pathlib.Path, step: int, config: dict[str, Any]) -> None:
-        self._total = config["train"]["steps"]
+        self._total, self._epochs = config["train"]["steps"], config["train"].get("epochs", 0)
 
     def write(self, step: int, scalars: Scalars) -> None:
         values = _defined(scalars)
@@ -139,6 +139,8 @@ class ConsoleWriter(WriterBase):
             return  # an evaluation prints its own table
         losses = [k for k in values if k.startswith("loss")]
         text = [f"step {step}/{self._total}"]
+        if self._epochs:
+            text[0] += f" (epoch {step / self._total * self._epochs:.1f}/{self._epochs:g})"
         text += [f"{k} {values[k]:.4f}" for k in sorted(losses)]
         if "mean_iou" in values:
             text.append(f"iou {values['mean_iou']:.3f}")

@@ -14,6 +14,7 @@ from PIL import Image
 from solov2_jax.data.coco import CocoDataset, missing_files
 from solov2_jax.data.images import read_header, read_image
 from solov2_jax.data.records import read_bytes
+from solov2_jax.progress import track
 from solov2_jax.tools.doctor.findings import ERROR, NOTE, WARNING, Finding, counted
 
 THREADS = 4
@@ -37,7 +38,8 @@ class FileFacts:
 def read_files(dataset: CocoDataset, indices: Sequence[int]) -> list[FileFacts]:
     """Returns the facts of these images, decoded completely, in order."""
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(lambda i: read_file(dataset.path(i)), indices))
+        read = pool.map(lambda i: read_file(dataset.path(i)), indices)
+        return list(track(read, "reading images", total=len(indices)))
 
 
 def read_file(path: str) -> FileFacts:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from solov2_jax.data.buckets import check_buckets
 from solov2_jax.io import InputError, make_folder, write_json
+from solov2_jax.progress import working
 from solov2_jax.tools.export.exported import (
     FILE,
     REPORT,
@@ -82,7 +83,8 @@ def export(
     write_json(metadata, path / FILE)
     exported = ExportedPredictor(path)
     sizes = _write_programs(program, exported, options, path, images)
-    parity = measure_parity(original, exported, images)
+    with working("comparing the file with the original"):
+        parity = measure_parity(original, exported, images)
     written = sorted(targets | {name for name in own if (path / name).exists()})
     report = {"parity": asdict(parity), "bytes": sizes, "written": written}
     write_json(report, path / REPORT)
@@ -99,7 +101,8 @@ def _write_programs(
         file = folder / file_name(bucket, options.file_format)
         image = jax.ShapeDtypeStruct((options.batch, *bucket, 3), jnp.uint8)
         image_size = jax.ShapeDtypeStruct((options.batch, 2), jnp.int32)
-        chosen.write(program, (image, image_size), file, exported.metadata)
+        with working(f"writing {file.name}"):
+            chosen.write(program, (image, image_size), file, exported.metadata)
         if options.precision == "int8":
             quantize_onnx(file, calibration(exported.input, exported.batch, images, bucket))
         parts = file.rglob("*") if file.is_dir() else [file]

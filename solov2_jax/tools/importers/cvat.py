@@ -9,6 +9,7 @@ import numpy as np
 
 from solov2_jax.data.images import list_images, read_header
 from solov2_jax.io import InputError, reading
+from solov2_jax.progress import track
 from solov2_jax.tools.importers.instances import Instances, ellipse, number_names, rectangle
 
 _WITHOUT_AREA = ("points", "polyline", "cuboid", "skeleton")
@@ -42,7 +43,7 @@ def import_cvat(path: Path) -> list[Group]:
     for subset, images in subsets.items():
         instances = Instances(number_names(list(dict.fromkeys(names)), str(path)))
         left_out = Counter[str]()
-        for image in images:
+        for image in track(images, "reading labels"):
             _add_image(instances, image, folder, places, path, left_out)
         notes = tuple(f"{n} shapes left out: {kind}" for kind, n in left_out.items())
         groups.append((subset, str(folder), instances, notes))

@@ -11,6 +11,7 @@ import numpy as np
 
 from solov2_jax.data.images import list_images, read_header
 from solov2_jax.io import InputError, reading
+from solov2_jax.progress import track
 from solov2_jax.tools.importers.instances import Instances, ellipse, number_names, rectangle
 
 _SHAPES = ("polygonlabels", "brushlabels", "rectanglelabels", "ellipselabels")
@@ -40,7 +41,7 @@ def import_tasks(tasks: list[dict[str, Any]], path: Path) -> tuple[str, Instance
         names = sorted({_label(r) for _, rs in results for r in rs} or {"object"})
     instances = Instances(number_names(names, str(path)))
     ids = {name: i for i, name in instances.categories.items()}
-    for task, shapes in results:
+    for task, shapes in track(results, "reading labels"):
         name = _image_of(task, places, path)
         header = read_header(os.path.join(images, name))
         instances.add_image(name, header.height, header.width)

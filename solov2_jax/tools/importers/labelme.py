@@ -15,6 +15,7 @@ from solov2_jax.data.annotations import as_json
 from solov2_jax.data.images import list_files, read_header
 from solov2_jax.data.outlines import MAX_COORDINATE, are_numbers
 from solov2_jax.io import InputError, read_json, reading
+from solov2_jax.progress import track
 from solov2_jax.tools.importers.instances import Instances, ellipse
 
 _WITHOUT_AREA = ("point", "points", "line", "linestrip")
@@ -41,7 +42,7 @@ def import_labelme(
     files = [Path(labels, name) for name in names]
     if not files:
         raise InputError(f"{labels}: has no json files of labelme; correct --labels.")
-    records = {path: _read(path) for path in files}
+    records = {path: _read(path) for path in track(files, "reading labels")}
     if categories is None:
         labelled = {
             _label(s, f"{path}: shape {i}")
@@ -53,7 +54,7 @@ def import_labelme(
         raise InputError(f"{labels}: no shape has a label that is a class.")
     instances, left_out = Instances(categories), Counter[str]()
     seen: dict[str, Path] = {}
-    for path, record in records.items():
+    for path, record in track(records.items(), "reading images"):
         name = _add_image(instances, path, record, images)
         other = seen.setdefault(name, path)
         if other != path:

@@ -14,6 +14,7 @@ import numpy as np
 from solov2_jax.data.annotations import describe
 from solov2_jax.data.images import list_files, list_images, opened, read_header
 from solov2_jax.io import InputError
+from solov2_jax.progress import track
 from solov2_jax.tools.importers.instances import Instances
 
 
@@ -47,7 +48,7 @@ def import_masks(
     pairs = _pair(images, objects)
     instances, parted = Instances(categories), 0
     parts = parts and not classes and all(_has_one_value(path) for _, path in pairs)
-    for name, path in pairs:
+    for name, path in track(pairs, "reading masks"):
         header = read_header(os.path.join(images, name))
         instances.add_image(name, header.height, header.width)
         values = _read(path, instances.size, name)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from solov2_jax.data.images import list_images, read_header
 from solov2_jax.io import InputError, read_json, reading
+from solov2_jax.progress import track
 from solov2_jax.tools.importers.instances import Instances, fill, number_names, rectangle
 
 _SHAPES = ("polygon", "bitmap", "rectangle")
@@ -38,7 +39,7 @@ def import_project(folder: Path) -> list[tuple[str, str, Instances, tuple[str, .
     for place in _datasets(folder):
         instances, left_out = Instances(number_names(names, str(meta))), Counter[str]()
         ids = {name: i for i, name in instances.categories.items()}
-        for name in list_images(place / "img"):
+        for name in track(list_images(place / "img"), "reading labels"):
             header = read_header(str(place / "img" / name))
             instances.add_image(name, header.height, header.width)
             stems = (f"{name}.json", f"{os.path.splitext(name)[0]}.json")

@@ -8,6 +8,7 @@ import numpy as np
 
 from solov2_jax.data.images import list_images, read_header
 from solov2_jax.io import InputError, reading
+from solov2_jax.progress import track
 from solov2_jax.tools.importers.instances import Instances, ellipse, number_names, rectangle
 
 _PREFERRED = ("class", "label", "name", "type", "category", "object")
@@ -48,7 +49,7 @@ def import_via(
     instances = Instances(number_names(sorted(labelled) or ["object"], path))
     ids = {name: i for i, name in instances.categories.items()}
     left_out = Counter[str]()
-    for file_name, regions in records:
+    for file_name, regions in track(records, "reading labels"):
         name = places.get(os.path.basename(file_name))
         if name is None:
             raise InputError(f"{path}: the image {file_name} is not below {images}; add it.")

@@ -16,6 +16,7 @@ import numpy as np
 from solov2_jax.data.annotations import describe
 from solov2_jax.data.images import image_suffixes, list_files, list_images, read_header
 from solov2_jax.io import InputError
+from solov2_jax.progress import track
 from solov2_jax.tools.importers.instances import (
     Instances,
     names_of_yaml,
@@ -154,7 +155,7 @@ def import_yolo(files: YoloFiles, categories: Mapping[int, str]) -> Instances:
         )
     ids = sorted(categories)
     instances = Instances(categories)
-    for name, path in files.labels.items():
+    for name, path in track(files.labels.items(), "reading labels"):
         header = read_header(os.path.join(files.images, name))
         instances.add_image(name, header.height, header.width)
         if path.exists():

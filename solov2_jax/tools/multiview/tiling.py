@@ -8,7 +8,6 @@ with the outlines of the objects, not with their number times the image's pixels
 import abc
 import logging
 import math
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -19,6 +18,7 @@ from PIL import Image
 from solov2_jax.data.transforms import resize_image
 from solov2_jax.inference.prediction import MaskCrops, Prediction, pack
 from solov2_jax.inference.preprocess import load_image
+from solov2_jax.progress import track
 from solov2_jax.tools.multiview.merge import (
     COARSE,
     COMPLETE,
@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 # bool [n, H, W]: 400 MB for 100 of them.
 WHOLE_PIXELS = 4_000_000
 # Seconds between two lines of progress.
-PROGRESS_EVERY = 10.0
 
 
 @runtime_checkable
@@ -129,12 +128,9 @@ class TiledPredictor(MultiviewPredictor):
         found: list[ViewObject] = []
         pictures = (self._picture(image, view) for view in views)
         tiles = self.predictor.predict_images(pictures, batch_size)
-        shown = time.perf_counter()
-        for i, prediction in enumerate(tiles):
+        counted = track(tiles, f"image {number}", unit="tiles", total=len(views))
+        for i, prediction in enumerate(counted):
             found += self._of_tile(prediction, i, views[i], image.shape)
-            if time.perf_counter() - shown > PROGRESS_EVERY:
-                shown = time.perf_counter()
-                log.info("%d of %d tiles", i + 1, len(views))
         if self.tiles.whole and len(views) > 1:
             found += self._of_whole(image, len(views))
             everything = (0, 0, *image.shape[:2])

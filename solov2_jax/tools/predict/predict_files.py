@@ -12,20 +12,16 @@ import itertools
 import logging
 import os
 import signal
-import sys
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rich import progress as rich_progress
-from rich.console import Console
-
 from solov2_jax.inference.prediction import Prediction, to_coco_results
 from solov2_jax.io import InputError, printable
+from solov2_jax.progress import Progress
 from solov2_jax.tools.multiview.tiling import PicturePredictor
 from solov2_jax.tools.predict.output_folder import OutputFolder, ResultsFile
 from solov2_jax.tools.predict.outputs import (
@@ -308,52 +304,18 @@ class Interrupt:
         log.info("%s: finishing what was read; once more to end at once", name)
 
 
-class ProgressReport:
-    """Counts pictures and objects: a bar in a terminal, a line now and then elsewhere.
+class ProgressReport(Progress):
+    """Counts pictures and objects.
 
     Args:
       total: pictures; None if that is not known.
     """
 
     def __init__(self, total: int | None):
-        self.total = total
+        super().__init__("predicting", total, unit="pictures", every=PROGRESS_EVERY)
         self.pictures = self.objects = 0
-        self._shown = time.perf_counter()
-        self._bar: rich_progress.Progress | None = None
-        self._streams: list[tuple[logging.StreamHandler, Any]] = []
-
-    def __enter__(self) -> "ProgressReport":
-        console = Console(file=sys.stdout)
-        if console.is_terminal:
-            self._bar = rich_progress.Progress(
-                rich_progress.TextColumn("{task.fields[text]}"),
-                rich_progress.BarColumn(),
-                rich_progress.MofNCompleteColumn(),
-                rich_progress.TimeElapsedColumn(),
-                rich_progress.TimeRemainingColumn(),
-                console=console,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task("", total=self.total, text="")
-            # While the bar is there, lines of the log must go above it.
-            for handler in logging.getLogger("solov2_jax").handlers:
-                if type(handler) is logging.StreamHandler:
-                    self._streams.append((handler, handler.setStream(sys.stdout)))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        for handler, stream in self._streams:
-            handler.setStream(stream)
 
     def count(self, objects: int) -> None:
         self.pictures += 1
         self.objects += objects
-        text = f"{self.objects} objects"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self.pictures, text=text)
-        elif time.perf_counter() - self._shown > PROGRESS_EVERY:
-            self._shown = time.perf_counter()
-            known = f"/{self.total}" if self.total else ""
-            log.info("%d%s pictures, %s", self.pictures, known, text)
+        self.update(self.pictures, f"{self.objects} objects")
