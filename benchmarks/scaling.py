@@ -260,6 +260,7 @@ def emulated(args: Any) -> dict[str, Any]:
     from cases import build_step, make_train_batch, read_config
 
     from solov2_jax.distributed import make_mesh, put_batch
+    from solov2_jax.platforms import portable_forms
 
     h, w = args.size or (64, 64)
     config = read_config(args.emulated_config)
@@ -277,7 +278,7 @@ def emulated(args: Any) -> dict[str, Any]:
         measure(devices, "cpu", args.steps)
         if devices in AS_ACCELERATOR:
             # The convolutions of GPU and TPU: their gradients are other arrays.
-            with mock.patch("jax.default_backend", lambda: "gpu"):
+            with portable_forms():
                 measure(devices, "accelerator", 0)
     work = {"config": args.emulated_config, "size": [h, w], "batch": max(EMULATED)}
     gradients = {"gradients": gradient_bytes(args.emulated_config)}
@@ -326,7 +327,7 @@ def ahead(args: Any) -> tuple[str, dict[str, Any]]:
         devices = topologies.get_topology_desc("h100", "cuda", **target).devices
     config = read_config(args.config, [f"--config.model.dtype={args.dtype}"])
     size = tuple(args.size or PADDED)
-    lowered = lower_for(devices, config, size, args.images, "gpu" if platform == "cuda" else "tpu")
+    lowered = lower_for(devices, config, size, args.images)
     start = time.perf_counter()
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
@@ -344,13 +345,12 @@ def ahead(args: Any) -> tuple[str, dict[str, Any]]:
     return f"{platform} {topology} {Path(args.config).stem} {args.dtype}", row
 
 
-def lower_for(devices: Any, config: Any, size: tuple[int, int], images: int, backend: str) -> Any:
+def lower_for(devices: Any, config: Any, size: tuple[int, int], images: int) -> Any:
     """Returns the lowered train step for chips that cannot hold an array.
 
     Args:
       size: (height, width), padded.
       images: per chip.
-      backend: whose form of the convolutions it has: "gpu" or "tpu".
     """
     import numpy as np
     from cases import OBJECTS, build_step
@@ -360,7 +360,7 @@ def lower_for(devices: Any, config: Any, size: tuple[int, int], images: int, bac
 
     mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
     batch = batch_shapes(len(devices) * images, OBJECTS, *size, mesh)
-    with described_arrays(), mock.patch("jax.default_backend", lambda: backend):
+    with described_arrays():
         step, state, _ = build_step(config, mesh)
         return step.lower(state, batch)
 

@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from solov2_jax.platforms import PlatformOp, Tuning
 from solov2_jax.structs import Outputs, Targets
 
 EPSILON = 2e-3  # in the dice denominator
-# The dice loss looks at this many logits at once (16 MiB), whatever the image size.
-TILE_LOGITS = 2**22
-# It skips unused slots where a part of them suffices: one compiled form for each.
+# The dice loss skips unused slots where a part of them suffices: one compiled form for each.
 SLOT_PARTS = (0.25, 0.5, 1.0)
 
 
@@ -149,23 +148,8 @@ def _pair_dice_fwd(
     size = jnp.sum(masks, axis=(2, 3), dtype=jnp.int32).astype(jnp.float32)
     size = jnp.take_along_axis(size, pair_instance, axis=1)
 
-    def sums(slots: int) -> Float[Array, "B P 4"]:
-        used, instance = kernels[:, :slots], pair_instance[:, :slots]
-
-        def tile(rows, start, total):
-            logits, target = _logits_and_targets(
-                used, rows(mask_feat, axis=1), rows(masks, axis=2), instance
-            )
-            soft, hard = jax.nn.sigmoid(logits), (logits > 0).astype(jnp.float32)
-            parts = (soft * target, jnp.square(soft), hard * target, hard)
-            return total + jnp.stack([jnp.sum(x, axis=(2, 3)) for x in parts], -1)
-
-        total = jnp.zeros((*instance.shape, 4), jnp.float32)
-        return _pad_slots(_over_tiles(tile, total, instance, masks), kernels.shape[1])
-
-    overlap, squares, hits, area = jnp.moveaxis(
-        _switch_slots(sums, num_slots, kernels.shape[1]), -1, 0
-    )
+    sums = _dice_sums(kernels, mask_feat, masks, pair_instance, num_slots)
+    overlap, squares, hits, area = jnp.moveaxis(sums, -1, 0)
     denominator = squares + size + EPSILON
     dice = 2.0 * overlap / denominator
     iou = hits / jnp.maximum(area + size - hits, 1.0)
@@ -187,6 +171,58 @@ def _pair_dice_bwd(
 ) -> tuple[Float[Array, "B P E"], Float[Array, "B h4 w4 E"], None, None, None]:
     kernels, mask_feat, masks, pair_instance, num_slots, dice, denominator = residuals
     slope = 2.0 * cotangents[0] / denominator
+    grads = _dice_grads(kernels, mask_feat, masks, pair_instance, num_slots, dice, slope)
+    return *grads, None, None, None
+
+
+pair_dice.defvjp(_pair_dice_fwd, _pair_dice_bwd)
+
+
+def _tiled_dice_sums(
+    kernels: Float[Array, "B P E"],
+    mask_feat: Float[Array, "B h4 w4 E"],
+    masks: UInt8[Array, "B G h4 w4"],
+    pair_instance: Int[Array, "B P"],
+    num_slots: Int[Array, ""],
+    *,
+    tuning: Tuning,
+) -> Float[Array, "B P 4"]:
+    """Returns each pair's sums: soft x target, soft squared, hard x target, hard."""
+
+    def sums(slots: int) -> Float[Array, "B P 4"]:
+        used, instance = kernels[:, :slots], pair_instance[:, :slots]
+
+        def tile(rows, start, total):
+            logits, target = _logits_and_targets(
+                used, rows(mask_feat, axis=1), rows(masks, axis=2), instance
+            )
+            soft, hard = jax.nn.sigmoid(logits), (logits > 0).astype(jnp.float32)
+            parts = (soft * target, jnp.square(soft), hard * target, hard)
+            return total + jnp.stack([jnp.sum(x, axis=(2, 3)) for x in parts], -1)
+
+        total = jnp.zeros((*instance.shape, 4), jnp.float32)
+        total = _over_tiles(tile, total, instance, masks, tuning.dice_logits)
+        return _pad_slots(total, kernels.shape[1])
+
+    return _switch_slots(sums, num_slots, kernels.shape[1])
+
+
+def _tiled_dice_grads(
+    kernels: Float[Array, "B P E"],
+    mask_feat: Float[Array, "B h4 w4 E"],
+    masks: UInt8[Array, "B G h4 w4"],
+    pair_instance: Int[Array, "B P"],
+    num_slots: Int[Array, ""],
+    dice: Float[Array, "B P"],
+    slope: Float[Array, "B P"],
+    *,
+    tuning: Tuning,
+) -> tuple[Float[Array, "B P E"], Float[Array, "B h4 w4 E"]]:
+    """Returns the gradients of kernels and features.
+
+    Args:
+      slope: twice the gradient of the dice, over its denominator.
+    """
 
     def grads(slots: int) -> tuple[Array, Array]:
         used, instance = kernels[:, :slots], pair_instance[:, :slots]
@@ -206,14 +242,16 @@ def _pair_dice_bwd(
             return grad_kernels, grad_feat
 
         total = jnp.zeros(used.shape, jnp.float32), jnp.zeros_like(mask_feat)
-        grad_kernels, grad_feat = _over_tiles(tile, total, instance, masks)
+        grad_kernels, grad_feat = _over_tiles(tile, total, instance, masks, tuning.dice_logits)
         grad_kernels = grad_kernels.astype(kernels.dtype)
         return _pad_slots(grad_kernels, kernels.shape[1]), grad_feat
 
-    return *_switch_slots(grads, num_slots, kernels.shape[1]), None, None, None
+    return _switch_slots(grads, num_slots, kernels.shape[1])
 
 
-pair_dice.defvjp(_pair_dice_fwd, _pair_dice_bwd)
+# The images are those of one device: training calls this within `jax.shard_map`.
+_dice_sums = PlatformOp.tuned("dice_sums", _tiled_dice_sums)
+_dice_grads = PlatformOp.tuned("dice_grads", _tiled_dice_grads)
 
 
 def _logits_and_targets(
@@ -228,14 +266,15 @@ def _logits_and_targets(
     return logits, target.astype(jnp.float32)
 
 
-def _over_tiles(tile: Callable, total, instance: Array, masks: Array):
+def _over_tiles(tile: Callable, total, instance: Array, masks: Array, most_logits: int):
     """Returns `total` after `tile(rows, start, total)` for every tile of image rows.
 
+    A tile has at most so many logits, if it can.
     `rows(x, axis)` cuts the tile's rows out of x; `start` is the first of them.
     """
     h4, w4 = masks.shape[2:]
     divisors = [r for r in range(1, h4 + 1) if h4 % r == 0]
-    size = max((r for r in divisors if instance.size * r * w4 <= TILE_LOGITS), default=1)
+    size = max((r for r in divisors if instance.size * r * w4 <= most_logits), default=1)
 
     def body(i, total):
         def rows(x, axis):

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from solov2_jax.platforms import ACCELERATOR, PlatformOp
+
 # On the CPU a mask is enlarged within the smallest of these parts of the canvas, by
-# side, that holds it; elsewhere so many whole ones are enlarged together.
+# side, that holds it; elsewhere several whole ones are enlarged together.
 WINDOWS = (1 / 8, 1 / 4, 1 / 2, 1.0)
-PASTE_BATCH = 20
 # Sides of the network's input are multiples of it; beyond them a larger array is empty.
 PADDING = 32
 
@@ -56,17 +57,26 @@ def paste_masks(
     hot = [w[:, None] * (i[:, None] == jnp.arange(w4)[None]) for w, i in taps]
     across = functools.reduce(jnp.add, hot)
     soft_masks = soft_masks.astype(jnp.float32)
-    if jax.default_backend() == "cpu":
-        return lax.map(
-            lambda soft: _paste_within(soft, rows, columns, across, canvas, threshold),
-            soft_masks,
-        )
+    return _paste(soft_masks, rows, columns, across, canvas=canvas, threshold=threshold)
+
+
+def _paste_in_windows(soft_masks, rows, columns, across, *, canvas, threshold):
+    return lax.map(
+        lambda soft: _paste_within(soft, rows, columns, across, canvas, threshold), soft_masks
+    )
+
+
+def _paste_together(soft_masks, rows, columns, across, *, canvas, threshold):
+    del columns  # `across` holds them
     window = _Window(0, 0, 0, soft_masks.shape[1], *canvas)
     return lax.map(
         lambda soft: _enlarge(soft, rows, across, window, canvas, threshold),
         soft_masks,
-        batch_size=PASTE_BATCH,
+        batch_size=ACCELERATOR.pasted_masks,
     )
+
+
+_paste = PlatformOp("paste", _paste_in_windows, _paste_together)
 
 
 class _Window(NamedTuple):

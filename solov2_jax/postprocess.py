@@ -18,11 +18,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from solov2_jax import ops
 from solov2_jax.nms import mask_nms, matrix_nms, point_nms
+from solov2_jax.platforms import PlatformOp, Tuning
 from solov2_jax.structs import Detections, Outputs
 
-# Candidates whose masks are looked at together, and pixels at once (7 MiB of logits).
+# Candidates whose masks are looked at together.
 CHUNK = 512
-TILE_PIXELS = 3584
 # NMS is compiled for these parts of `nms_pre`; the smallest sufficient one runs.
 NMS_PARTS = (0.1, 0.25, 0.5, 0.75, 1.0)
 
@@ -81,7 +81,10 @@ def detect(
         scores = jax.nn.sigmoid(cate.astype(jnp.float32))
         scores = point_nms(scores, num_grids)
         candidates, num_candidates = _select_candidates(scores, score_threshold, limit)
-        sums = functools.partial(_mask_sums, pixels=pixels, threshold=mask_threshold)
+
+        def sums(kernels, overlaps):
+            return _mask_sums(kernels, pixels, threshold=mask_threshold, overlaps=overlaps)
+
         rescore = functools.partial(_rescore, kernel, jnp.asarray(min_area), sums)
         candidates, num_kept = _keep_best(candidates, rescore, nms_pre)
         score, overlap, area = _rescore_nonempty(rescore, candidates, num_kept)
@@ -117,7 +120,7 @@ class _MaskFeatures(NamedTuple):
 
     features: Float[Array, "n E"]
     inside: Bool[Array, "n"] | None = None  # None: all
-    end: Int[Array, ""] | int = 0  # where not all: none is inside from here on
+    end: Int[Array, ""] | None = None  # where not all: none is inside from here on
 
 
 class _Candidates(NamedTuple):
@@ -201,16 +204,17 @@ def _rescore(
     return jnp.where(area > min_area[candidates.cell], score, 0.0), overlap, area
 
 
-def _mask_sums(
+def _tiled_mask_sums(
     kernels: Float[Array, "N E"],
-    *,
     pixels: _MaskFeatures,
+    *,
+    tuning: Tuning,
     threshold: float,
     overlaps: bool,
 ) -> tuple[Float[Array, "N"], Float[Array, "N"], Float[Array, "N N"] | None]:
     """Returns each mask's area, its sum of probabilities, and pairs' common pixels."""
     (num_pixels, channels), size = pixels.features.shape, kernels.shape[0]
-    tile = max(n for n in range(1, TILE_PIXELS + 1) if num_pixels % n == 0)
+    tile = max(n for n in range(1, tuning.mask_pixels + 1) if num_pixels % n == 0)
 
     def add_tile(total, tile_pixels, inside):
         soft = jax.nn.sigmoid(_mask_logits(kernels, tile_pixels))
@@ -234,6 +238,9 @@ def _mask_sums(
         total = lax.fori_loop(0, num_tiles, lambda i, t: add_tile(t, tiles[i], inside[i]), total)
     area, probability, *overlap = total
     return area, probability, overlap[0] if overlaps else None
+
+
+_mask_sums = PlatformOp.tuned("mask_sums", _tiled_mask_sums)
 
 
 def _mask_logits(kernels: Float[Array, "N E"], pixels: Float[Array, "n E"]) -> Float[Array, "N n"]:

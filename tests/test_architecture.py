@@ -32,6 +32,7 @@ LAYERS = {
     "rle": 1,
     "ops": 1,
     "nms": 1,
+    "platforms": 1,
     "config": 2,
     "data": 2,
     "models": 2,

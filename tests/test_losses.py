@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solov2_jax import losses
+from solov2_jax import losses, platforms
 from solov2_jax.structs import Outputs, Targets
 
 SETTINGS = dict(focal_alpha=0.25, focal_gamma=2.0, focal_weight=1.0, dice_weight=3.0)
@@ -25,7 +25,7 @@ SMALL_TILE = B * P * 4 * W4  # 4 rows with all slots
 def small_tiles():
     """Several tiles even at the tests' sizes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "TILE_LOGITS", SMALL_TILE)
+        patch.setattr(platforms, "CPU", platforms.CPU._replace(dice_logits=SMALL_TILE))
         yield
 
 
@@ -140,7 +140,7 @@ def test_dice_matches_the_reference(golden):
 @pytest.mark.parametrize("tile", [1, SMALL_TILE, 2**24])
 def test_loss_and_gradient_equal_the_plain_form(monkeypatch, tile):
     """Whatever the size of a tile and the number of slots in use."""
-    monkeypatch.setattr(losses, "TILE_LOGITS", tile)
+    monkeypatch.setattr(platforms, "CPU", platforms.CPU._replace(dice_logits=tile))
     outputs, masks = make_outputs(), make_masks()
     tiled = jax.jit(jax.value_and_grad(lambda *a: solov2_loss(*a), has_aux=True))
     for num_pairs in ((7, 3), (12, 12), (1, 0), (0, 5)):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solov2_jax import nms, postprocess
+from solov2_jax import nms, platforms, postprocess
 from solov2_jax.paste import WINDOWS, paste_masks
 from solov2_jax.structs import Outputs
 
@@ -37,7 +37,7 @@ SETTINGS = dict(
 def small_tiles():
     """Several tiles and chunks even at the tests' sizes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(postprocess, "TILE_PIXELS", 100)
+        patch.setattr(platforms, "CPU", platforms.CPU._replace(mask_pixels=100))
         patch.setattr(postprocess, "CHUNK", 16)
         patch.setattr(postprocess, "NMS_PARTS", (0.3, 1.0))  # less to compile
         yield
@@ -361,11 +361,11 @@ def test_a_mask_enlarged_within_a_window_equals_the_whole(monkeypatch, original)
     np.testing.assert_array_equal(boxes, whole_boxes)
 
 
-def test_the_form_for_other_devices_pastes_the_same(monkeypatch):
+def test_the_form_for_other_devices_pastes_the_same():
     soft = np.random.default_rng(0).random((5, 16, 24)).astype(np.float32)
     wanted = paste(soft, (60, 90), (50, 81))
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     sizes = jnp.int32([60, 90]), jnp.int32([50, 81])
-    masks, boxes = jax.jit(lambda *args: paste_masks(*args, (50, 81), 0.5))(soft, *sizes)
+    with platforms.portable_forms():
+        masks, boxes = jax.jit(lambda *args: paste_masks(*args, (50, 81), 0.5))(soft, *sizes)
     np.testing.assert_array_equal(masks, wanted[0])
     np.testing.assert_array_equal(boxes, wanted[1])

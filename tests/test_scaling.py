@@ -63,10 +63,9 @@ def test_the_step_lowers_for_chips_that_hold_no_array(monkeypatch):
         raise AssertionError("an array is put on a chip that is not there")
 
     monkeypatch.setattr(jax, "make_array_from_callback", refuse)
-    lowered = scaling.lower_for(jax.devices()[:2], tiny_config(), (64, 64), 3, "gpu")
+    lowered = scaling.lower_for(jax.devices()[:2], tiny_config(), (64, 64), 3)
     text = lowered.as_text()
     assert "tensor<6x64x64x3xui8>" in text, "three images for each of two chips"
-    assert text.count("stablehlo.convolution") > 60, "not the forms of a CPU"
 
 
 EXACT = scaling.Assumptions(link_share=1.0, host_latency=0.0, network_latency=0.0, hop_latency=0.0)

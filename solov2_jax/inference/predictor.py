@@ -366,5 +366,5 @@ def build_predictor(
         DetectOptions(num_grids=tuple(config.model.ins_head.num_grids), **options),
         names,
         category_ids or range(1, len(names) + 1),
-        compile_kernel_transform(model, max(buckets)),
+        compile_kernel_transform(model, max(buckets), jax.default_backend()),
     )

@@ -26,6 +26,7 @@ from jaxtyping import Array, Int, UInt8
 from solov2_jax import ops
 from solov2_jax.data.buckets import STRIDE
 from solov2_jax.io import InputError, read_json, write_json
+from solov2_jax.models.conv import transformed_for
 from solov2_jax.paste import paste_masks
 from solov2_jax.postprocess import detect
 from solov2_jax.progress import working
@@ -198,16 +199,18 @@ def detect_images(
 
 
 @functools.lru_cache(maxsize=16)
-def compile_kernel_transform(model: Any, size: tuple[int, int]) -> Any:
+def compile_kernel_transform(model: Any, size: tuple[int, int], platform: str) -> Any:
     """Returns the compiled variables -> variables with transformed kernels in their place.
 
-    Those are in the form that is fastest for images of `size` (height, width) and right
-    for all. They are for prediction: no gradient reaches the parameters through them.
+    Those are in the form that is fastest on a platform for images of `size` (height, width)
+    and right for all. They are for prediction: no gradient reaches the parameters through
+    them.
     """
 
     def run(variables):
         image = jnp.zeros((1, *size, 3), jnp.float32)
-        return model.apply(variables, image, mutable=["transformed"])[1]
+        with transformed_for(platform):
+            return model.apply(variables, image, mutable=["transformed"])[1]
 
     compiled = jax.jit(run, compiler_options=compiler_options())
 

@@ -1,10 +1,12 @@
 """Convolutions: one function that picks the fastest correct form for the platform.
 
-On GPU and TPU that is `ops.conv2d`, XLA's own; on a CPU see `conv_cpu.py`.
+On GPU and TPU that is `ops.conv2d`, XLA's own; on a CPU see `conv_cpu.py`. The choice is
+made when a program is lowered, see `platforms.py`.
 """
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -12,25 +14,22 @@ from jaxtyping import Array, Float
 
 from solov2_jax import ops
 from solov2_jax.models import conv_cpu
-
-_portable = contextvars.ContextVar("portable", default=False)
+from solov2_jax.platforms import PlatformOp
 
 # A kernel [k, k, C, D], or the same transformed for Winograd's form: [36, C, D].
 Kernel = Float[Array, "k k C D"] | Float[Array, "36 C D"]
 
+_transformed_for = contextvars.ContextVar("transformed_for", default="")
+
 
 @contextlib.contextmanager
-def portable_forms() -> Iterator[None]:
-    """Traces convolutions as `ops.conv2d` whatever the platform.
-
-    For programs that run elsewhere: trace a function of its own inside, because a
-    jitted function that was traced outside keeps its form.
-    """
-    token = _portable.set(True)
+def transformed_for(platform: str) -> Iterator[None]:
+    """Traces `transform_kernel` for programs of a platform, such as "cpu" or "gpu"."""
+    token = _transformed_for.set(platform)
     try:
         yield
     finally:
-        _portable.reset(token)
+        _transformed_for.reset(token)
 
 
 def conv2d(x: Float[Array, "B h w C"], kernel: Kernel, stride: int = 1) -> Float[Array, "B _ _ D"]:
@@ -46,9 +45,7 @@ def conv2d_levels(xs: Sequence[jax.Array], kernel: Kernel, stride: int = 1) -> l
     """
     if kernel.ndim == 3:
         return conv_cpu.winograd_conv(xs, kernel)
-    if _on_cpu():
-        return conv_cpu.conv2d_cpu(list(xs), kernel.astype(xs[0].dtype), stride)
-    return [ops.conv2d(x, kernel.astype(x.dtype), stride) for x in xs]
+    return _conv2d_levels(list(xs), kernel, stride)
 
 
 def transform_kernel(
@@ -56,13 +53,50 @@ def transform_kernel(
 ) -> Kernel:
     """Returns the kernel in the form that `conv2d_levels(xs, ...)` is fastest with.
 
-    For kernels that stay the same from call to call: the result has no gradient form.
+    On the platform that `transformed_for` names; a kernel in Winograd's form computes in
+    that form wherever it goes. For kernels that stay the same from call to call: the result
+    has no gradient form.
     """
     fewest = conv_cpu.TRANSFORMED_MIN_TILES
-    if _on_cpu() and conv_cpu.uses_winograd(xs, kernel, stride, min_tiles=fewest):
+    on_cpu = _transformed_for.get() == "cpu"
+    if on_cpu and conv_cpu.uses_winograd(xs, kernel, stride, min_tiles=fewest):
         return conv_cpu.winograd_filter(kernel)
     return kernel.astype(xs[0].dtype)
 
 
-def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu" and not _portable.get()
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv2d_levels(xs: list[jax.Array], kernel: jax.Array, stride: int) -> list[jax.Array]:
+    return _forward(xs, kernel, stride=stride)
+
+
+def _conv2d_levels_fwd(xs, kernel, stride):
+    return _forward(xs, kernel, stride=stride), (xs, kernel)
+
+
+def _conv2d_levels_bwd(stride, residuals, grads):
+    return _backward(*residuals, grads, stride=stride)
+
+
+_conv2d_levels.defvjp(_conv2d_levels_fwd, _conv2d_levels_bwd)
+
+
+def _plain(xs: list[jax.Array], kernel: jax.Array, stride: int) -> list[jax.Array]:
+    return [ops.conv2d(x, kernel.astype(x.dtype), stride) for x in xs]
+
+
+def _plain_grads(xs: list[jax.Array], kernel: jax.Array, grads: list[jax.Array], stride: int):
+    _, pull_back = jax.vjp(functools.partial(_plain, stride=stride), xs, kernel)
+    return pull_back(grads)
+
+
+def _on_cpu(xs: list[jax.Array], kernel: jax.Array, stride: int) -> list[jax.Array]:
+    return conv_cpu.conv2d_cpu(xs, kernel.astype(xs[0].dtype), stride)
+
+
+def _grads_on_cpu(xs: list[jax.Array], kernel: jax.Array, grads: list[jax.Array], stride: int):
+    dxs, dw = conv_cpu.conv2d_cpu_grads(xs, kernel.astype(xs[0].dtype), stride, grads)
+    return dxs, dw.astype(kernel.dtype)
+
+
+_forward = PlatformOp("conv2d", _on_cpu, _plain)
+_backward = PlatformOp("conv2d_grads", _grads_on_cpu, _plain_grads)

@@ -1,7 +1,7 @@
-"""Convolutions in the forms that are fast on a CPU, each with its own gradient.
+"""Convolutions in the forms that are fast on a CPU, and their gradients.
 
 XLA's own filter gradient is 3 to 25 times slower there than its forward pass, so
-`conv2d_cpu` brings a hand-written one:
+`conv2d_cpu_grads` has hand-written ones:
 
 * 1x1: matrix products, forward and backward;
 * wide 3x3 at stride 1: Winograd's minimal filtering, forward and backward;
@@ -50,7 +50,6 @@ Kernel = Float[Array, "k k C D"]
 Matrix = Sequence[Sequence[float | int]]  # a small constant one
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def conv2d_cpu(xs: Levels, kernel: Kernel, stride: int) -> list[Plane]:
     """Returns `ops.conv2d` of each level, in the form that is fastest on a CPU."""
     if kernel.shape[0] == 1:
@@ -60,16 +59,10 @@ def conv2d_cpu(xs: Levels, kernel: Kernel, stride: int) -> list[Plane]:
     return [ops.conv2d(x, kernel, stride) for x in xs]
 
 
-def _conv2d_cpu_fwd(
-    xs: Levels, kernel: Kernel, stride: int
-) -> tuple[list[Plane], tuple[Levels, Kernel]]:
-    return conv2d_cpu(xs, kernel, stride), (xs, kernel)
-
-
-def _conv2d_cpu_bwd(
-    stride: int, residuals: tuple[Levels, Kernel], grads: Levels
+def conv2d_cpu_grads(
+    xs: Levels, kernel: Kernel, stride: int, grads: Levels
 ) -> tuple[list[Plane], Kernel]:
-    xs, kernel = residuals
+    """Returns the gradients of the levels and of the kernel, of those of the results."""
     if kernel.shape[0] == 1:
         return _pointwise_grads(xs, kernel, stride, grads)
     if uses_winograd(xs, kernel, stride):
@@ -84,9 +77,6 @@ def _conv2d_cpu_bwd(
         return dxs, winograd_filter_grad(xs, grads)
     taps = [_tap_filter_grad(x, g, kernel.shape[0], stride) for x, g in zip(xs, grads, strict=True)]
     return dxs, functools.reduce(jnp.add, taps)
-
-
-conv2d_cpu.defvjp(_conv2d_cpu_fwd, _conv2d_cpu_bwd)
 
 
 def uses_winograd(

@@ -21,7 +21,7 @@ import numpy as np
 
 import solov2_jax
 from solov2_jax.io import InputError, atomic_path, reason, write_bytes, write_json
-from solov2_jax.models.conv import portable_forms
+from solov2_jax.platforms import portable_forms
 from solov2_jax.tools.export.jaxpr import walk
 from solov2_jax.tools.export.onnx_graph import IR_VERSION, OPSET, Graph
 from solov2_jax.tools.export.program import INPUTS, Program, output_names
