@@ -107,9 +107,20 @@ def keys() -> Section:
 
     # Seeds the parameters, the order of the data and every augmentation [SEED].
     config.seed = whole(0, high=2**32 - 1)
-    # Weights to start from: a file (.npz, .safetensors) or another run's workdir;
-    # "" starts from random weights. Ignored when the workdir resumes [MODEL.WEIGHTS].
+    # Weights to start from: a file (.npz, .safetensors), another run's workdir, or a name
+    # such as "timm/resnet50.a1_in1k", "torchvision/resnet50", "hf:USER/REPO" or an https
+    # address; "" starts from random weights. Ignored when the workdir resumes [MODEL.WEIGHTS].
     config.init_from = text("")
+    # Keys in which the config contradicts what init_from's weights were trained with, on
+    # purpose; `train.py` adds those that its command line gives.
+    config.init_from_ignores = several(
+        (),
+        choice(
+            "input.channel_order",
+            ("input.channel_order", "input.mean", "input.std", "model.backbone.stride_in_1x1"),
+        ),
+        unique=True,
+    )
 
     config.model = model = Section()
     # Number of classes without background; 0: counted from the training annotations

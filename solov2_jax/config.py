@@ -178,6 +178,11 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, overrides
 
 
+def given_keys(overrides: Sequence[str]) -> set[str]:
+    """Returns the keys of "--config.key=value" arguments."""
+    return {o.removeprefix("--config.").partition("=")[0] for o in overrides}
+
+
 def renamed_overrides(overrides: Sequence[str]) -> list[str]:
     """Returns overrides with today's names of keys, which log lines tell.
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,8 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import test_own_data
+from safetensors.numpy import save_file
 from test_own_data import as_bare_coco, as_official_coco, as_yolo
 
+from solov2_jax.config import save_config
 from solov2_jax.data.build import build_train_batches, load_datasets
 from solov2_jax.io import InputError
 from solov2_jax.tools.cli import flags, own_data
@@ -18,6 +21,8 @@ from solov2_jax.tools.cli import train as command
 from solov2_jax.tools.importers.kept import PARTS
 from solov2_jax.training import restore
 from solov2_jax.training.build import fingerprint, in_steps
+from solov2_jax.weights.settings import check_settings
+from solov2_jax.weights.sources import read_weights
 
 
 def settings(*words):
@@ -95,6 +100,53 @@ def test_settings_of_the_weights_are_adopted(tmp_path, monkeypatch):
         "input.channel_order = RGB, model.backbone.stride_in_1x1 = False: as the weights a.npz "
         "were trained"
     )
+
+
+def write_backbone(path):
+    """Writes a file with torchvision's names; RGB, its stride in the 3x3."""
+    arrays = {"layer1.0.conv1.weight": np.zeros((8, 8, 1, 1), np.float32)}
+    save_file(arrays, path)
+    return str(path)
+
+
+def test_without_data_the_weights_settings_are_adopted_too(tmp_path, capsys):
+    weights = write_backbone(tmp_path / "w.safetensors")
+    words = ("--config=r50_1x", f"--workdir={tmp_path}/run", f"--config.init_from={weights}")
+    config = settings(*words)
+    assert capsys.readouterr().out == (
+        "set: input.channel_order = RGB, input.mean = (123.675, 116.28, 103.53), input.std = "
+        f"(58.395, 57.12, 57.375), model.backbone.stride_in_1x1 = False: as the weights {weights} "
+        "were trained\n"
+    )
+    assert config.input.channel_order == "RGB" and config.init_from_ignores == ()
+    check_settings(read_weights(weights).settings, config, weights)
+    # What is given stays, and then contradicts on purpose.
+    config = settings(*words, "--config.input.channel_order=BGR")
+    assert config.input.channel_order == "BGR" and config.input.std[0] == 58.395
+    assert config.init_from_ignores == ("input.channel_order",)
+    check_settings(
+        read_weights(weights).settings, config, weights, ignored=config.init_from_ignores
+    )
+
+
+def test_a_run_resumes_without_its_first_weights(tmp_path, capsys):
+    weights = write_backbone(tmp_path / "w.safetensors")
+    words = ("--config=r50_1x", f"--workdir={tmp_path}/run", f"--config.init_from={weights}")
+    config = settings(*words)
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
+    save_config(config, tmp_path / "run" / "config.json")
+    report = {"settings": read_weights(weights).settings}
+    (tmp_path / "run" / "init_from.json").write_text(json.dumps(report))
+    os.remove(weights)
+    assert settings(*words) == config
+    assert settings(*words[:2], "--config.init_from=hf:no/where").input == config.input
+    (tmp_path / "run" / "init_from.json").write_text("[]")
+    with pytest.raises(InputError, match="init_from.json: cannot be read .* Delete it"):
+        settings(*words)
+    (tmp_path / "run" / "init_from.json").unlink()
+    assert settings(*words) == config
+    with pytest.raises(InputError, match="init_from = .* no such file or folder; give a weights"):
+        settings(words[0], f"--workdir={tmp_path}/new", words[2])
 
 
 def test_a_run_keeps_its_split_and_refuses_another(tmp_path):

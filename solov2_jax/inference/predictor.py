@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from solov2_jax.checkpoint import load_workdir_config, read_classes, restore_variables
-from solov2_jax.config import load_config
+from solov2_jax.config import given_keys, load_config
 from solov2_jax.data.buckets import Bucket, check_buckets
 from solov2_jax.inference.prediction import MaskCrops, Prediction, pack
 from solov2_jax.inference.preprocess import (
@@ -38,8 +38,8 @@ from solov2_jax.inference.programs import (
 from solov2_jax.models import build_model
 from solov2_jax.structs import Detections
 from solov2_jax.weights.convert import fit
-from solov2_jax.weights.settings import check_settings
-from solov2_jax.weights.sources import read_weights
+from solov2_jax.weights.hub import open_weights
+from solov2_jax.weights.settings import adopt_settings, check_settings
 
 PyTree = Any
 Image = np.ndarray | str | os.PathLike[str]
@@ -122,15 +122,21 @@ class Predictor:
         they are "class 1", ... and the category ids are 1, 2, ...
 
         Args:
-          config: a config file, such as "configs/r50_3x.py", or a loaded config.
+          weights: a file, or a name such as "hf:USER/REPO/FILE", see `weights.hub`.
+          config: a config file, such as "configs/r50_3x.py", whose channel order, mean, std
+            and stride become the weights' unless they are given, or a loaded config.
           overrides: of a config file, such as "--config.input.min_size_test=640".
         """
-        if isinstance(config, str | os.PathLike):
+        from_file = isinstance(config, str | os.PathLike)
+        if from_file:
             config = load_config(os.fspath(config), overrides)
         elif overrides:
             raise ValueError(f"overrides {list(overrides)} need a config file's path")
         weights = os.fspath(weights)
-        read = read_weights(weights)
+        read = open_weights(weights, key="weights")
+        line = from_file and adopt_settings(read.settings, config, given_keys(overrides), weights)
+        if line:
+            log.info("%s", line)
         num_classes = read.num_classes
         if num_classes is None:
             raise ValueError(

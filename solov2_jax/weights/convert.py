@@ -6,7 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -36,6 +36,7 @@ class Report:
     loaded: tuple[str, ...]
     new: tuple[str, ...]  # leaves newly initialised
     dropped: tuple[tuple[str, str], ...]  # (tensor, reason)
+    origin: Mapping[str, Any] = field(default_factory=dict)  # see `hub.Origin`
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as plain JSON data, for the workdir's metadata."""
@@ -69,6 +70,7 @@ def report_of(weights: Weights) -> Report:
         loaded=tuple(weights.flat),
         new=(),
         dropped=weights.dropped,
+        origin=dict(weights.origin),
     )
 
 

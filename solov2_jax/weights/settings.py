@@ -7,15 +7,19 @@ conventions of the program that trained them.
 """
 
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from solov2_jax.config import base_config, flatten
+from solov2_jax.config_schema import set_below
 from solov2_jax.weights.names import NORM_EPS
 
 Settings = dict[str, Any]
+_log = logging.getLogger(__name__)
 
 _BGR: Settings = {
     "input.channel_order": "BGR",
@@ -40,6 +44,8 @@ CONVENTIONS: dict[str, Settings] = {
 }
 # Lineages give the same data set's mean with up to 0.5 grey levels of difference.
 _TOLERANCE = {"input.mean": 1.0, "input.std": 0.5}
+# What `train.py` takes over from the weights where nobody asked for another value.
+ADOPTED = (*_BGR, "model.backbone.norm")
 # Another number of classes means a fresh class layer, not a contradiction.
 _FREE = ("model.num_classes",)
 # What the network always is.
@@ -254,8 +260,32 @@ def _agree(key: str, configured: Any, implied: Any) -> bool:
     return configured == implied or (configured in norms and implied in norms)
 
 
-def check_settings(settings: Settings, config: Any, path: str) -> None:
-    """Raises ValueError naming every config key that contradicts the settings."""
+def adopt_settings(settings: Settings, config: Any, given: Collection[str], path: str) -> str:
+    """Sets the config's keys that weights imply and nobody asked to have otherwise.
+
+    A key that is given, or that a config file has another value for than configs/base.py,
+    stays. Returns a line about what was set, "" if nothing was.
+
+    Args:
+      given: keys on the command line.
+      path: of the weights.
+    """
+    base, known = flatten(base_config()), flatten(config)
+    free = [k for k in ADOPTED if k in settings and k not in given and known[k] == base[k]]
+    values = {k: settings[k] for k in free if not _agree(k, known[k], settings[k])}
+    with config.unlocked():
+        for key, value in values.items():
+            set_below(config, key, tuple(value) if isinstance(value, list) else value)
+    shown = ", ".join(f"{key} = {_lookup(config, key)}" for key in values)
+    return f"set: {shown}: as the weights {path} were trained" if values else ""
+
+
+def check_settings(settings: Settings, config: Any, path: str, ignored: Sequence[str] = ()) -> None:
+    """Raises ValueError naming every config key that contradicts the settings.
+
+    Args:
+      ignored: keys that may; the log tells.
+    """
     wrong = []
     for key, value in settings.items():
         if key in NETWORK and value != NETWORK[key]:
@@ -265,11 +295,16 @@ def check_settings(settings: Settings, config: Any, path: str) -> None:
         configured = _lookup(config, key)
         if not _agree(key, configured, value):
             value = tuple(value) if isinstance(value, list) else value
-            wrong.append(f"{key} is {configured} in the config, {value} in the file")
+            difference = f"{key} is {configured} in the config, {value} in the file"
+            if key in ignored:
+                _log.warning("%s: contradicted on purpose: %s", path, difference)
+            else:
+                wrong.append(difference)
     if wrong:
         raise ValueError(
             f"{path}: the weights contradict the config: " + "; ".join(wrong) + ". "
             "Set the config's keys to the file's values, or, if the weights were "
             "trained otherwise than their format suggests, convert them with "
-            "convert.py --setting KEY=VALUE"
+            "convert.py --setting KEY=VALUE. To contradict them on purpose, give the keys on "
+            "train.py's command line, or name them in init_from_ignores"
         )

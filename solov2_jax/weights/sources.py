@@ -44,6 +44,7 @@ class Weights:
 
     `flat`: float32 leaves ("params/...", "batch_stats/..."), kernels HWIO.
     `dropped`: (tensor or entry of the file, reason why it is not loaded).
+    `origin`: where the file came from, see `hub.Origin`; {} where that is not known.
     """
 
     path: str
@@ -52,6 +53,7 @@ class Weights:
     flat: names.Flat
     settings: Settings
     dropped: tuple[tuple[str, str], ...] = ()
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int | None:

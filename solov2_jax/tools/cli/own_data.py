@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from solov2_jax.config import check_config, flatten, load_config
+from solov2_jax.config import check_config, flatten, given_keys, load_config
 from solov2_jax.config_schema import number, set_below, several, switch, text
 from solov2_jax.data import records
 from solov2_jax.data.annotations import describe, read_instances
@@ -14,6 +14,7 @@ from solov2_jax.data.coco import CocoDataset, read_coco
 from solov2_jax.io import InputError
 from solov2_jax.tools.cli import app
 from solov2_jax.tools.cli.flags import Flag
+from solov2_jax.tools.cli.init_weights import ignore_given, implied_settings_of
 from solov2_jax.tools.doctor.derive import Derived, derive
 from solov2_jax.tools.importers.kept import PARTS, read_kept, was_written, write_kept
 from solov2_jax.tools.importers.merge import COPIES, VAL_SHARE, MergedData, Options, merge
@@ -59,7 +60,7 @@ def own_config(config_file: str, workdir: str, overrides: Sequence[str], *, writ
     Raises:
       InputError: for bad data, and for data that a run in the workdir was not trained on.
     """
-    given = {o.removeprefix("--config.").partition("=")[0] for o in overrides}
+    given = given_keys(overrides)
     config = load_config(config_file or PRESET, _in_steps(overrides, given))
     given |= {"train.epochs"} if "train.steps" in given else set()
     with config.unlocked():
@@ -74,7 +75,8 @@ def own_config(config_file: str, workdir: str, overrides: Sequence[str], *, writ
         lines = list(data.lines) if data else [f"{DATA.value[0]}: records, {len(dataset)} images"]
         config.model.num_classes = len(dataset.class_names)
         if config.data.advice:
-            lines += [f"set: {line}" for line in _advise(config, dataset, given)]
+            lines += [f"set: {line}" for line in _advise(config, dataset, given, workdir)]
+        ignore_given(config, given)
     check_config(config)
     app.echo("\n".join(lines))
     if write and data and not data.files[0]:
@@ -165,11 +167,11 @@ def _point_to(config: Any, data: MergedData, workdir: Path) -> None:
     config.data.train.annotations, config.data.val.annotations = files
 
 
-def _advise(config: Any, dataset: CocoDataset, given: set[str]) -> list[str]:
+def _advise(config: Any, dataset: CocoDataset, given: set[str], workdir: str) -> list[str]:
     """Sets the keys that follow from the data; returns a line for each group of them."""
     import jax
 
-    derived = _adopt(config, given) if config.init_from else []
+    derived = _adopt(config, given, workdir) if config.init_from else []
     adopted = {key for each in derived for key in each.values}
     derived += derive(config, dataset, given | adopted, devices=jax.device_count())
     for each in derived:
@@ -180,15 +182,13 @@ def _advise(config: Any, dataset: CocoDataset, given: set[str]) -> list[str]:
     return lines
 
 
-def _adopt(config: Any, given: set[str]) -> list[Derived]:
+def _adopt(config: Any, given: set[str], workdir: str) -> list[Derived]:
     """Returns what the weights to start from were trained with and the config has not.
 
-    Classes are the data's. A key that is given stays; training refuses a contradiction.
+    Classes are the data's. A key that is given stays, see `ignore_given`.
     """
-    from solov2_jax.training.restore import read_init
-
     values, known = {}, flatten(config)
-    for key, value in read_init(config.init_from).settings.items():
+    for key, value in implied_settings_of(config, workdir).items():
         value = tuple(value) if isinstance(value, list) else value
         if key in known and key != "model.num_classes" and key not in given:
             if known[key] != value:

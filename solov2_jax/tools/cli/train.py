@@ -21,11 +21,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from solov2_jax.config import load_config
+from solov2_jax.config import given_keys, load_config
 from solov2_jax.config_schema import switch, text, whole
 from solov2_jax.io import InputError
 from solov2_jax.tools.cli import app, own_data, shared
 from solov2_jax.tools.cli.flags import Flag
+from solov2_jax.tools.cli.init_weights import adopt
 
 _CONFIG = Flag("config", text(), "Config file; keys: configs/base.py.")
 _WORKDIR = Flag("workdir", text(), "Run's folder; resumed if it has checkpoints.", required=True)
@@ -70,7 +71,10 @@ def read_settings(overrides: list[str]) -> Any:
             raise InputError(f"--{flag.name} goes with --data")
     if not _CONFIG.value:
         raise InputError("--config is missing, or --data; see --help")
-    return load_config(_CONFIG.value, overrides)
+    config = load_config(_CONFIG.value, overrides)
+    if config.init_from and not _DRY_RUN.value:
+        adopt(config, given_keys(overrides), _WORKDIR.value)
+    return config
 
 
 def self_test(config: Any, number: int) -> int:

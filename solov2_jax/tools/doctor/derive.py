@@ -137,7 +137,7 @@ def _from_random(config: Any, given: Collection[str]) -> list[Derived]:
     values = {"model.backbone.norm": "gn", "model.backbone.freeze_at": 0}
     reason = (
         "init_from is empty, so nothing is known before: far more data and epochs are needed "
-        "than from pretrained weights, --config.init_from=FILE"
+        "than from pretrained weights, --config.init_from=timm/resnet50.a1_in1k"
     )
     return [Derived(values, reason)]
 
