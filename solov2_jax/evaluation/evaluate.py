@@ -57,6 +57,8 @@ class FinishedEvaluation:
     metrics: dict[str, float]
     predictions: Mapping[int, Prediction]  # by image id, of the first `num_pictures` images
     milliseconds: Mapping[str, float]  # per image, by part
+    # (workdir, step) of a run's checkpoint, evaluated on the run's validation data; else None.
+    checkpoint: tuple[Path, int] | None = None
 
 
 Report = Callable[[FinishedEvaluation], None]

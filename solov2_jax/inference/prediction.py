@@ -193,9 +193,9 @@ class Prediction:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def above(self, score: float) -> "Prediction":
-        """Returns the detections whose score is at least `score`."""
-        return self.take(np.flatnonzero(self.scores >= score))
+    def above(self, score: float | np.ndarray) -> "Prediction":
+        """Returns the detections whose score is at least `score`, one for all or of each class."""
+        return self.take(np.flatnonzero(reaches(self.scores, self.labels, score)))
 
     def take(self, chosen: np.ndarray) -> "Prediction":
         """Returns some of the detections, int [k]."""
@@ -277,6 +277,15 @@ class Prediction:
                 )
             )
         return fiftyone.Detections(detections=detections)
+
+
+def reaches(scores: np.ndarray, labels: np.ndarray, least: float | np.ndarray) -> np.ndarray:
+    """Returns which of n detections have a score of at least `least`, bool [n].
+
+    Args:
+      least: one score, or that of each class, [K].
+    """
+    return scores >= (least if np.ndim(least) == 0 else np.asarray(least)[labels])
 
 
 def _optional(package: str, user: str) -> Any:

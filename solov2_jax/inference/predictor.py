@@ -88,6 +88,7 @@ class Predictor:
         # From this score on, detections that a limit cuts are told of; see `report_limits`.
         self.limit_score = math.inf
         self._reported_limits: set[str] = set()
+        self.step: int | None = None  # of the run's checkpoint that the weights are from
 
     @classmethod
     def from_workdir(
@@ -107,7 +108,9 @@ class Predictor:
         variables, step = restore_variables(workdir, checkpoint)
         log.info("%s: weights of step %d", workdir, step)
         model = build_model(config, len(names))
-        return build_predictor(config, model, variables, names, ids)
+        predictor = build_predictor(config, model, variables, names, ids)
+        predictor.step = step
+        return predictor
 
     @classmethod
     def from_weights(

@@ -5,8 +5,9 @@ import hashlib
 import logging
 import math
 import pathlib
+from collections import deque
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -22,7 +23,12 @@ from solov2_jax.data.build import (
 )
 from solov2_jax.data.pipeline import epoch_images
 from solov2_jax.evaluation.coco import metric_names as coco_metric_names
-from solov2_jax.evaluation.evaluate import build_evaluator, build_reports, evaluate
+from solov2_jax.evaluation.evaluate import (
+    FinishedEvaluation,
+    build_evaluator,
+    build_reports,
+    evaluate,
+)
 from solov2_jax.inference.predictor import build_predictor
 from solov2_jax.io import import_object
 from solov2_jax.models import build_model
@@ -54,6 +60,8 @@ class Task:
     evaluate: Evaluate  # of variables
     fingerprint: str  # of the training data's content
     metric_names: tuple[str, ...] = ()  # that `evaluate` returns; (): not known beforehand
+    # The latest evaluation, or nothing: before the first, and in all processes but the first.
+    finished: deque[FinishedEvaluation] = field(default_factory=lambda: deque(maxlen=1))
 
 
 def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False) -> Task:
@@ -83,7 +91,8 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
     log.info("%s", describe_rate(config))
     schedule, tx = build_optimizer(config, trainable)
     loss = build_loss(config, model)
-    evaluate_val = build_evaluate(config, model, val, workdir)
+    finished: deque[FinishedEvaluation] = deque(maxlen=1)
+    evaluate_val = build_evaluate(config, model, val, workdir, finished)
     if config.eval.loss_images:
         val_loss = build_loss(config, model, evaluated=True)
         evaluate_val = with_validation_loss(evaluate_val, config, val_loss, val)
@@ -104,6 +113,7 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
         evaluate=evaluate_val,
         fingerprint=fingerprint(train),
         metric_names=metric_names(config, val),
+        finished=finished,
     )
 
 
@@ -176,10 +186,22 @@ def build_optimizer(
     return schedule, tx
 
 
-def build_evaluate(config: Any, model: Any, dataset: Any, workdir: pathlib.Path) -> Evaluate:
-    """Returns variables -> metrics on the validation data."""
+def build_evaluate(
+    config: Any,
+    model: Any,
+    dataset: Any,
+    workdir: pathlib.Path,
+    finished: deque[FinishedEvaluation] | None = None,
+) -> Evaluate:
+    """Returns variables -> metrics on the validation data.
+
+    Args:
+      finished: gets every finished evaluation, without its pictures' predictions.
+    """
     # Before training: what is wrong with the ground truth is told now.
     evaluator, reports = build_evaluator(config, dataset), build_reports(config)
+    if finished is not None:
+        reports.append(lambda evaluation: finished.append(replace(evaluation, predictions={})))
 
     def evaluate_variables(variables: dict[str, PyTree]) -> Mapping[str, float | None]:
         # The state lives on every device; prediction runs on one.

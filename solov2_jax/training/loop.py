@@ -42,6 +42,7 @@ from solov2_jax.training.hooks import (
     call_hooks,
 )
 from solov2_jax.training.metrics import MetricsWindow
+from solov2_jax.training.report_hooks import Reports, load_reports
 from solov2_jax.training.restore import Start, restore
 from solov2_jax.training.step import TrainStep
 from solov2_jax.training.watchdog import LossWatchdog
@@ -55,6 +56,9 @@ from solov2_jax.training.workdir import (
 from solov2_jax.training.writers import JsonlWriter, WriterBase, load_objects, make_writers
 
 log = logging.getLogger("solov2_jax")
+
+# Keys of functions that are called with each evaluation, and with the last one.
+_REPORTS = ("after_evaluation", "after_training")
 
 
 def train(
@@ -98,6 +102,7 @@ def train(
         if task.metric_names:
             check_metric(config.train.best_metric, task.metric_names)
         own_hooks = [*load_objects(config.train.hooks, "train.hooks", HookBase), *hooks]
+        reports = {key: load_reports(config.train, key) for key in _REPORTS}
         all_writers = [*make_writers(config.train.writers), *writers]
         check_workdir(path, config, task.class_names, task.category_ids)
         start = restore(config, path, task, mesh)
@@ -131,8 +136,12 @@ def train(
         shown = stack.enter_context(
             Progress("training", config.train.steps, unit="steps", lines=False)
         )
-        all_hooks = make_hooks(config, path, task, saver, all_writers) + own_hooks
-        all_hooks.append(TrainingProgress(shown, config.train.epochs))
+        all_hooks = [
+            *make_hooks(config, path, task, saver, all_writers),
+            Reports(task.finished, path, *(reports[key] for key in _REPORTS)),
+            *own_hooks,
+            TrainingProgress(shown, config.train.epochs),
+        ]
         batches = stack.enter_context(contextlib.closing(task.batches(step)))
         with stop_on_signal(run), saver.saving_after_error(run):
             train_steps(run, batches, mesh, all_hooks)

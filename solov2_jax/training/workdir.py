@@ -47,6 +47,7 @@ _MAY_CHANGE = (
     ),
     *("train.keep_checkpoints", "train.best_metric", "train.max_skipped"),
     *("train.patience", "train.watch_steps", "train.writers", "train.hooks", "train.checks"),
+    "train.after_",
     *("train.histogram_every", "train.profile_steps"),
     "train.accumulate",
     *("init_from", "eval.", "test."),

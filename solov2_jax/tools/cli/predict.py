@@ -30,7 +30,7 @@ import tempfile
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from solov2_jax.config_schema import choice, number, several, share, switch, text, whole
+from solov2_jax.config_schema import choice, number, several, switch, text, whole
 from solov2_jax.tools.cli import app, shared
 from solov2_jax.tools.cli.flags import Flag
 
@@ -50,7 +50,6 @@ _WRITE = Flag(
     "What is written: overlay (pictures, videos), coco (predictions.json), masks, cutouts (a "
     "PNG per object); yolo, labelme, cvat, label_studio (labels to correct by hand).",
 )
-_SCORE = Flag("score", share(0.3), "Least score of a detection.")
 _CLASSES = Flag("classes", several((), text()), "Only these: names or category ids.")
 _MAX = Flag("max", whole(0), "Most detections per image, best first. 0: all.")
 _HIDE_LABELS = Flag("hide_labels", switch(False), "Overlays without text.")
@@ -80,9 +79,9 @@ _MAX_PIXELS = Flag(
 )
 _DOWNLOAD_MB = Flag("download_mb", number(1000.0, 0.001, high=1e9), "Most megabytes to fetch.")
 _SECONDS = Flag("download_seconds", number(600.0, 0.01, high=1e7), "Most seconds to fetch a file.")
-FLAGS = (*shared.MODEL, _INPUT, _OUTPUT, _WRITE, _SCORE, _CLASSES, _MAX, *shared.VIEWS, _SHAPES)
-FLAGS += (_BATCH_SIZE, _TRACK, _COLOR_BY, _HIDE_LABELS, _FRAMES, _EVERY, _READERS, _OVERWRITE)
-FLAGS += (_MAX_PIXELS, _DOWNLOAD_MB, _SECONDS)
+FLAGS = (*shared.MODEL, _INPUT, _OUTPUT, _WRITE, shared.SCORE, _CLASSES, _MAX, *shared.VIEWS)
+FLAGS += (_SHAPES, _BATCH_SIZE, _TRACK, _COLOR_BY, _HIDE_LABELS, _FRAMES, _EVERY, _READERS)
+FLAGS += (_OVERWRITE, _MAX_PIXELS, _DOWNLOAD_MB, _SECONDS)
 
 
 class EarlySignal:
@@ -136,7 +135,7 @@ def predict(overrides: list[str], scratch: str) -> "Summary":
     tta, tiles = shared.view_options()
     options = FileOptions(
         parse_formats(_WRITE.value),
-        DetectionFilter(_SCORE.value, most=_MAX.value),
+        DetectionFilter(0.0, most=_MAX.value),
         color_by=_COLOR_BY.value or ("track" if _TRACK.value else "object"),
         labels=not _HIDE_LABELS.value,
         batch_size=_BATCH_SIZE.value,
@@ -154,8 +153,9 @@ def predict(overrides: list[str], scratch: str) -> "Summary":
     check_outputs(sources, OutputFolder(_OUTPUT.value, _OVERWRITE.value), options.formats)
     predictor = shared.load_predictor(overrides)
     labels = parse_classes(_CLASSES.value, predictor.class_names, predictor.category_ids)
-    options = replace(options, keep=replace(options.keep, labels=labels))
-    predictor.limit_score = _SCORE.value
+    score = shared.least_scores(predictor)
+    options = replace(options, keep=replace(options.keep, labels=labels, score=score))
+    predictor.limit_score = options.keep.lowest
     input_ = predictor.input
     if input_.buckets == default_buckets(input_.min_size, input_.max_size):  # no others named
         predictor = predictor.with_shapes(())

@@ -17,7 +17,7 @@ and the exit code is 0; 2: an error that the one line `error: ...` explains.
 import functools
 import logging
 
-from solov2_jax.config_schema import number, share, text, whole
+from solov2_jax.config_schema import number, text, whole
 from solov2_jax.io import InputError
 from solov2_jax.tools.cli import app, shared
 from solov2_jax.tools.cli.flags import Flag
@@ -41,8 +41,7 @@ _CONNECTIONS = Flag("max_connections", whole(512, 1, 1_000_000), "Most open ones
 _WRITE_SECONDS = Flag(
     "write_seconds", number(30.0, 0.01, high=86_400), "Seconds to read an answer."
 )
-_SCORE = Flag("score", share(0.3), "Least score of a detection, unless a request says another.")
-FLAGS = (*shared.MODEL, _HOST, _PORT, _SCORE, _BATCH, _WAIT, _QUEUE, _MAX_MB, _MAX_MEGAPIXELS)
+FLAGS = (*shared.MODEL, _HOST, _PORT, shared.SCORE, _BATCH, _WAIT, _QUEUE, _MAX_MB, _MAX_MEGAPIXELS)
 FLAGS += (_BODY_SECONDS, _HEADER_SECONDS, _WRITE_SECONDS, _CONNECTIONS)
 
 
@@ -59,6 +58,7 @@ def main(overrides: list[str]) -> None:
 
     sock = bind(_HOST.value, _PORT.value)  # raises now instead of after compiling
     predictor = shared.load_predictor(overrides)
+    least = shared.least_scores(predictor)
     engine = Engine(predictor, predictor.input.buckets, _BATCH.value)
     limits = Limits(
         max_bytes=int(_MAX_MB.value * 1e6),
@@ -67,7 +67,7 @@ def main(overrides: list[str]) -> None:
         body_seconds=_BODY_SECONDS.value,
         batch_size=_BATCH.value,
         batch_wait=_WAIT.value / 1000,
-        score=_SCORE.value,
+        score=least,
     )
     server = make_server(
         make_app(engine, limits, shared.WORKDIR.value or shared.WEIGHTS.value),

@@ -3,17 +3,21 @@
 import contextlib
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from solov2_jax.config_schema import choice, number, several, switch, text, whole
+from solov2_jax.config_schema import choice, number, several, share, switch, text, whole
 from solov2_jax.io import InputError
 from solov2_jax.tools.cli import app
 from solov2_jax.tools.cli.flags import Flag
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from solov2_jax.inference.predictor import Predictor
     from solov2_jax.tools.multiview.tiling import TileOptions
     from solov2_jax.tools.multiview.tta import TtaOptions
+
+log = logging.getLogger(__name__)
 
 WORKDIR = Flag("workdir", text(), "Folder of a training run.")
 CHECKPOINT = Flag("checkpoint", text("last"), "Of the workdir: last, best or a step.")
@@ -23,6 +27,23 @@ WEIGHTS = Flag("weights", text(), "Weights file, with --config.")
 _OF_TRAINING = ("augment.", "data.train.", "init_from=", "loss.", "optim.", "seed=", "train.")
 _OF_TRAINING += ("targets.", "input.min_sizes_train", "input.max_size_train", "input.flip_prob")
 MODEL = (WORKDIR, CHECKPOINT, CONFIG, WEIGHTS)
+
+BEST = "best"
+
+
+class ScoreFlag(Flag):
+    """A least score, or "best": that of each class with the largest F1 on validation."""
+
+    def parse(self, word: str) -> Any:
+        return BEST if word == BEST else super().parse(word)
+
+
+SCORE = ScoreFlag(
+    "score",
+    share(0.3),
+    "Least score of a detection; best: for each class the one that was best on the run's "
+    "validation data (thresholds.json of --workdir).",
+)
 
 TILE = Flag("tile", whole(0, high=65_536), "Side of the tiles to cut images into. 0: do not.")
 OVERLAP = Flag("tile_overlap", number(0.25, 0, below=1), "Least overlap, as a share of a tile.")
@@ -50,6 +71,25 @@ def check_model() -> None:
     given = (bool(WORKDIR.value), bool(CONFIG.value), bool(WEIGHTS.value))
     if given not in ((True, False, False), (False, True, True)):
         raise InputError("give either --workdir, or --config and --weights together")
+    if SCORE.value == BEST and not WORKDIR.value:
+        raise InputError("--score best needs --workdir, a run whose evaluation found the scores")
+    if SCORE.value == BEST and CHECKPOINT.value.endswith(":raw"):
+        raise InputError("--score best is of the weights that are evaluated, not of :raw ones")
+
+
+def least_scores(predictor: "Predictor") -> "float | np.ndarray":
+    """Returns the least score of a detection, or that of each label, as --score says."""
+    if SCORE.value != BEST:
+        return SCORE.value
+    from solov2_jax.tools.report.thresholds import describe_scores, read_thresholds
+
+    assert predictor.step is not None, "check_model demands a run"
+    names, ids = predictor.class_names, predictor.category_ids
+    scores = read_thresholds(WORKDIR.value, predictor.step, names, ids)
+    log.info("--score best: %s", describe_scores(names, scores))
+    if TILE.value or TTA.value:
+        log.warning("--score best was found without --tile and --tta; their scores may differ")
+    return scores
 
 
 def load_predictor(overrides: list[str]) -> "Predictor":

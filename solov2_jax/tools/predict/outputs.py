@@ -23,7 +23,7 @@ from PIL import Image
 
 from solov2_jax.config import suggest
 from solov2_jax.inference.draw import draw_prediction
-from solov2_jax.inference.prediction import Prediction
+from solov2_jax.inference.prediction import Prediction, reaches
 from solov2_jax.io import InputError
 from solov2_jax.tools.predict.label_files import (
     CONFIG,
@@ -61,13 +61,18 @@ LABELS, OBJECTS = {"yolo", "labelme", *LABEL_WRITERS}, {"masks", "cutouts"}
 class DetectionFilter:
     """What a detection must be to be kept."""
 
-    score: float  # at least
+    score: float | np.ndarray  # at least; one for all, or that of each class [K]
     labels: frozenset[int] | None = None  # None: all
     most: int = 0  # best ones of an image; 0: all
 
+    @property
+    def lowest(self) -> float:
+        """The least score that any class is kept from."""
+        return float(np.min(self.score))
+
     def __call__(self, prediction: Prediction) -> Prediction:
         """Returns the detections that are kept, still best first."""
-        keep = prediction.scores >= self.score
+        keep = reaches(prediction.scores, prediction.labels, self.score)
         if self.labels is not None:
             keep &= np.isin(prediction.labels, list(self.labels))
         chosen = np.flatnonzero(keep)

@@ -4,6 +4,7 @@ pixels."""
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from solov2_jax.tools.multiview.build import build_views
 from solov2_jax.tools.multiview.tiling import PicturePredictor, TileOptions
 from solov2_jax.tools.multiview.tta import TtaOptions
 from solov2_jax.tools.report.results_file import ExpectedResult, check_names
+from solov2_jax.tools.report.thresholds import write_thresholds
 
 
 def evaluate_run(
@@ -34,7 +36,8 @@ def evaluate_run(
 ) -> dict[str, float]:
     """Returns COCO's metrics of a training run on its validation data.
 
-    Writes what `evaluation.evaluate.evaluate` and the reports of the config do.
+    Writes what `evaluation.evaluate.evaluate` and the reports of the config do, and the
+    thresholds of the checkpoint where it is evaluated as in training.
 
     Args:
       checkpoint: "last", "best" or a step.
@@ -59,6 +62,10 @@ def evaluate_run(
         require_hotcoco()
         run = os.path.basename(os.path.abspath(workdir))
         reports.append(report_writer(f"{run}, checkpoint {checkpoint}"))
+    if predictor.step is not None and not checkpoint.endswith(":raw"):
+        if is_own_validation(overrides) and not (tta or tiles or output):
+            at = Path(workdir).absolute(), predictor.step
+            reports.append(lambda done: write_thresholds(replace(done, checkpoint=at)))
     # Of several processes, each predicts a part of the images.
     shard = (jax.process_index(), jax.process_count())
     batches = build_eval_batches(config, dataset, shard)
@@ -76,6 +83,12 @@ def evaluate_run(
         max_per_image=0 if tta or tiles else config.test.max_per_image,
         reports=reports,
     )
+
+
+def is_own_validation(overrides: Sequence[str]) -> bool:
+    """Returns whether a run is evaluated as in its training: no other data, limits or sizes."""
+    others = ("data.", "input.", "test.", "eval.max_images", "eval.max_detections")
+    return not any(o.removeprefix("--config.").startswith(others) for o in overrides)
 
 
 class FullResolutionBatches:

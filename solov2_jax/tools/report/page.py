@@ -7,6 +7,7 @@ report/gallery/*.jpg    the worst images: annotated left, predicted right
 """
 
 import csv
+import functools
 import logging
 import os
 import shutil
@@ -19,7 +20,7 @@ from matplotlib.figure import Figure
 
 from solov2_jax.evaluation.coco import CocoEvaluator, format_metric, is_defined
 from solov2_jax.evaluation.coco_score import METRICS, extra_metrics
-from solov2_jax.evaluation.evaluate import FinishedEvaluation
+from solov2_jax.evaluation.evaluate import FinishedEvaluation, Report
 from solov2_jax.io import write_text
 from solov2_jax.tools import charts, html
 from solov2_jax.tools.html import PagePicture
@@ -39,20 +40,24 @@ MAX_PICTURES = 12  # images of the gallery
 WIDE = 700  # pixels from which on a picture has a row of its own
 
 
-def report_writer(title: str):
+def report_writer(title: str) -> Report:
     """Returns a function for an evaluation's `reports` that writes the page."""
+    return functools.partial(_write_evaluation, title)
 
-    def write(evaluation: FinishedEvaluation) -> None:
-        dataset, evaluator = evaluation.dataset, evaluation.evaluator
-        facts = {"data": os.path.basename(dataset.annotation_file)}
-        data = make_report_data(
-            evaluator, evaluation.metrics, title, facts, evaluation.milliseconds
-        )
-        ids = (evaluator.truth.image_ids[i] for i in dataset.image_ids.tolist())
-        paths = {image_id: dataset.path(n) for n, image_id in enumerate(ids)}
-        write_report(evaluation.folder / "report", data, evaluator, paths)
 
-    return write
+def write_run_report(evaluation: FinishedEvaluation) -> None:
+    """Writes the page of a run's last evaluation, for `train.after_training`."""
+    workdir, step = evaluation.checkpoint or (evaluation.folder.parent, "unknown")
+    _write_evaluation(f"{workdir.name}, step {step}", evaluation)
+
+
+def _write_evaluation(title: str, evaluation: FinishedEvaluation) -> None:
+    dataset, evaluator = evaluation.dataset, evaluation.evaluator
+    facts = {"data": os.path.basename(dataset.annotation_file)}
+    data = make_report_data(evaluator, evaluation.metrics, title, facts, evaluation.milliseconds)
+    ids = (evaluator.truth.image_ids[i] for i in dataset.image_ids.tolist())
+    paths = {image_id: dataset.path(n) for n, image_id in enumerate(ids)}
+    write_report(evaluation.folder / "report", data, evaluator, paths)
 
 
 def write_report(

@@ -37,7 +37,7 @@ class Limits:
     body_seconds: float  # to send a body
     batch_size: int
     batch_wait: float  # seconds
-    score: float  # default of the parameter
+    score: float | np.ndarray  # where a request names none; one for all, or of each class [K]
 
 
 @runtime_checkable
@@ -46,7 +46,9 @@ class Answering(Protocol):
 
     class_names: tuple[str, ...]
 
-    def preprocess(self, image: np.ndarray, score: float, limit: int, drawn: bool) -> Any: ...
+    def preprocess(
+        self, image: np.ndarray, score: float | np.ndarray, limit: int, drawn: bool
+    ) -> Any: ...
 
     def answer(self, jobs: Any) -> Any: ...
 
@@ -78,7 +80,9 @@ class Service:
             return "broken"
         return "ready" if self.admitted < self.limits.queue else "busy"
 
-    async def predict(self, request: Request, output: str, score: float, limit: int) -> bytes:
+    async def predict(
+        self, request: Request, output: str, score: float | np.ndarray, limit: int
+    ) -> bytes:
         """Returns the body of the answer, or raises `RequestRefused`."""
         check_type(request.headers.get("content-type", ""))
         self._check_queue()  # spares a client the upload; a place is taken when it is done
@@ -89,7 +93,7 @@ class Service:
             job = await asyncio.wrap_future(preprocessing)
             return await asyncio.wrap_future(self._batcher.submit(job))
 
-    def _preprocess(self, body: bytes, score: float, limit: int, drawn: bool) -> Any:
+    def _preprocess(self, body: bytes, score: float | np.ndarray, limit: int, drawn: bool) -> Any:
         image = decode(body, self.limits.max_pixels)
         return self.engine.preprocess(image, score, limit, drawn)
 
@@ -199,6 +203,8 @@ def make_app(engine: Answering, limits: Limits, model: str) -> FastAPI:
     )
 
     _add_refusals_and_counts(app, service)
+    one_score = float(limits.score) if np.ndim(limits.score) == 0 else None
+    default = one_score if one_score is not None else "of each class, the best on validation"
 
     @app.post("/predict", openapi_extra=_BODY, responses=_RESPONSES)
     async def predict(
@@ -207,8 +213,9 @@ def make_app(engine: Answering, limits: Limits, model: str) -> FastAPI:
             Literal["json", "png"], Query(description="Masks as JSON, or a picture.")
         ] = "json",
         score: Annotated[
-            float, Query(ge=0, le=1, description="Least score of a detection.")
-        ] = limits.score,
+            float | None,
+            Query(ge=0, le=1, description=f"Least score of a detection. Default: {default}."),
+        ] = one_score,
         limit: Annotated[int, Query(ge=1, le=10_000, description="Most detections.")] = 100,
     ) -> Response:
         """Finds the objects of one image, whose bytes are the body.
@@ -218,7 +225,8 @@ def make_app(engine: Answering, limits: Limits, model: str) -> FastAPI:
         `segmentation`, the mask in COCO's compressed run lengths. PNG: the picture with
         the masks drawn, its long side at most 1600 pixels.
         """
-        body = await service.predict(request, output, score, limit)
+        least = limits.score if score is None else score
+        body = await service.predict(request, output, least, limit)
         kind = "image/png" if output == "png" else "application/json"
         return Response(body, media_type=kind)
 
@@ -247,7 +255,7 @@ def make_app(engine: Answering, limits: Limits, model: str) -> FastAPI:
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
-        return HTMLResponse(html.render("serve.html"))
+        return HTMLResponse(html.render("serve.html", score="" if one_score is None else one_score))
 
     return app
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from solov2_jax.data.buckets import Bucket
 from solov2_jax.inference.draw import draw_prediction, shrink
-from solov2_jax.inference.prediction import Prediction, to_coco_results
+from solov2_jax.inference.prediction import Prediction, reaches, to_coco_results
 from solov2_jax.inference.preprocess import make_batches
 from solov2_jax.inference.programs import paste_detections
 
@@ -38,7 +38,7 @@ class Job:
     """One request: its picture as the network's input, and what is asked."""
 
     example: dict[str, np.ndarray]
-    score: float  # least one of a detection
+    score: float | np.ndarray  # least one of a detection, or that of each class [K]
     limit: int  # most detections
     picture: np.ndarray | None = None  # to draw on; None: answer in JSON
 
@@ -82,7 +82,9 @@ class Engine:
                 origin=(0, 0),
             )
 
-    def preprocess(self, image: np.ndarray, score: float, limit: int, drawn: bool) -> Job:
+    def preprocess(
+        self, image: np.ndarray, score: float | np.ndarray, limit: int, drawn: bool
+    ) -> Job:
         """Returns a job of a picture, RGB uint8 [H, W, 3]."""
         picture = shrink(image, DRAWN_SIDE) if drawn else None
         return Job(self.predictor.preprocess(image), score, limit, picture)
@@ -104,7 +106,8 @@ class Engine:
                 if i == -1:
                     continue
                 scores, labels, valid = (field[row] for field in fields)
-                kept = np.flatnonzero(valid & (scores >= jobs[i].score))[: jobs[i].limit]
+                kept = np.flatnonzero(valid & reaches(scores, labels, jobs[i].score))
+                kept = kept[: jobs[i].limit]
                 image = ImageDetections(
                     soft_masks=row_of(detections.soft_masks, row),
                     image_size=jobs[i].example["image_size"],
