@@ -25,6 +25,16 @@ def inside(extent: Int[Array, "B 2"], h: int, w: int) -> Bool[Array, "B h w"]:
     return rows & (jnp.arange(w)[None, None, :] < extent[:, 1, None, None])
 
 
+def at_stride(extent: Int[Array, "B 2"] | None, stride: int) -> Int[Array, "B 2"] | None:
+    """Returns the extent of a map at `stride`, a power of two, rounded up.
+
+    A shift: for a division XLA writes the signs' cases out in every kernel that uses it.
+    """
+    if extent is None:
+        return None
+    return lax.shift_right_logical(extent + (stride - 1), stride.bit_length() - 1)
+
+
 def zero_outside(
     x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None
 ) -> Float[Array, "B h w C"]:
@@ -271,23 +281,68 @@ def group_norm(
     """Returns group normalisation, statistics in float32 over (h, w, C / groups).
 
     Sums per channel come first and are grouped afterwards: one pass over `x` whose
-    innermost axis stays the channels. The mean of the first row, which is near the group's,
-    is taken off before: E[x^2] - E[x]^2 of what is left keeps its digits where a mean is
-    many times the spread.
+    innermost axis stays the channels. One value of the group is taken off before: E[x^2] -
+    E[x]^2 of what is left keeps its digits where a mean is many times the spread.
     """
     b, h, w, c = x.shape
     x32 = x.astype(jnp.float32)
-    rows, columns = (h, w) if extent is None else (extent[:, :1, None], extent[:, 1:, None])
+    pixels = h * w if extent is None else jnp.prod(extent, axis=1)[:, None, None]
 
-    def grouped_mean(counted, pixels):  # [B, h, w, C] -> [B, C], equal within a group
+    def grouped_mean(counted):  # [B, h, w, C] -> [B, C], equal within a group
         total = counted.sum((1, 2)).reshape(b, groups, c // groups)
         mean = total.sum(-1, keepdims=True) / (pixels * (c // groups))
         return jnp.broadcast_to(mean, total.shape).reshape(b, c)
 
-    pilot = lax.stop_gradient(grouped_mean(zero_outside(x32[:, :1], extent), columns))
-    rest = zero_outside(x32 - pilot[:, None, None], extent)
-    mean = grouped_mean(rest, rows * columns)
-    variance = grouped_mean(jnp.square(rest), rows * columns) - jnp.square(mean)
+    rest = x32 - _pilot(x32, groups)[:, None, None]
+    counted = zero_outside(rest, extent)
+    mean = grouped_mean(counted)
+    variance = grouped_mean(jnp.square(counted)) - jnp.square(mean)
     factor = scale[None] * lax.rsqrt(jnp.maximum(variance, 0.0) + epsilon)
-    shift = bias[None] - (pilot + mean) * factor
-    return (x32 * factor[:, None, None] + shift[:, None, None]).astype(x.dtype)
+    normed = (rest - mean[:, None, None]) * factor[:, None, None]
+    return (normed + bias[None, None, None]).astype(x.dtype)
+
+
+def _pilot(x: Float[Array, "B h w C"], groups: int) -> Float[Array, "B C"]:
+    """Returns one value of each group, off the border, where padding makes others unlike."""
+    b, h, w, c = x.shape
+    of_group = x[:, min(1, h - 1), min(1, w - 1), :: c // groups]
+    values = jnp.broadcast_to(of_group[..., None], (b, groups, c // groups)).reshape(b, c)
+    return lax.stop_gradient(values)
+
+
+@functools.partial(jax.jit, static_argnames=("groups", "epsilon"))
+def group_norm_levels(
+    xs: Sequence[Float[Array, "B _ _ C"]],
+    scale: Float[Array, "C"],
+    bias: Float[Array, "C"],
+    groups: int,
+    epsilon: float = 1e-5,
+) -> list[Float[Array, "B _ _ C"]]:
+    """Returns `group_norm` of each level, computed on the cells of all levels together.
+
+    For many small levels: the statistics of L levels with N cells in all are products with
+    a matrix [L, N], so that a program has one set of operations instead of L.
+    """
+    b, c = xs[0].shape[0], xs[0].shape[-1]
+    sizes = [x.shape[1] * x.shape[2] for x in xs]
+    is_of_level = np.repeat(np.arange(len(xs)), sizes) == np.arange(len(xs))[:, None]
+    shares = np.float32(is_of_level / np.reshape(sizes, (-1, 1)))  # [L, N]
+    shares = jnp.broadcast_to(shares, (b, *shares.shape))
+
+    def grouped_mean(x):  # [B, N, C] -> [B, L, C], equal within a group
+        dims = (((2,), (1,)), ((0,), (0,)))
+        mean = lax.dot_general(shares, x, dims, precision=lax.Precision.HIGHEST)
+        mean = mean.reshape(b, len(xs), groups, c // groups)
+        return jnp.broadcast_to(mean.mean(-1, keepdims=True), mean.shape).reshape(b, -1, c)
+
+    levels = [x.astype(jnp.float32) for x in xs]
+    levels = [x - _pilot(x, groups)[:, None, None] for x in levels]
+    cells = jnp.concatenate([x.reshape(b, -1, c) for x in levels], axis=1)
+    mean = grouped_mean(cells)
+    variance = grouped_mean(jnp.square(cells)) - jnp.square(mean)
+    factor = scale[None, None] * lax.rsqrt(jnp.maximum(variance, 0.0) + epsilon)
+    results = []
+    for i, x in enumerate(levels):
+        normed = (x - mean[:, i, None, None]) * factor[:, i, None, None]
+        results.append((normed + bias[None, None, None]).astype(xs[i].dtype))
+    return results

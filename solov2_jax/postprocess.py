@@ -144,7 +144,7 @@ def _select_candidates(
     index = jnp.sort(jnp.where(score > 0, index, flat.size))
     score = jnp.where(index < flat.size, flat[jnp.minimum(index, flat.size - 1)], 0.0)
     index = jnp.where(score > 0, index, 0)
-    candidates = _Candidates(score, index // num_classes, index % num_classes)
+    candidates = _Candidates(score, lax.div(index, num_classes), lax.rem(index, num_classes))
     return candidates, jnp.sum(flat > 0, dtype=jnp.int32)
 
 

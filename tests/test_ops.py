@@ -1,5 +1,6 @@
 """Primitives against the reference's tensors."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -88,3 +89,29 @@ def test_normalize_pads_after_normalising():
     want = np.broadcast_to(np.float32([100, 0, 75]), (2, 4, 6, 3)).copy()
     want[1, 3:] = want[1, :, 2:] = 0
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_group_norm_of_levels_is_that_of_each(offset):
+    rng = np.random.default_rng(0)
+    shapes = [(2, 8, 8, 8), (2, 5, 5, 8), (2, 1, 1, 8)]
+    xs = [jnp.asarray(rng.normal(size=s) + offset * (1 + s[1]), jnp.float32) for s in shapes]
+    scale, bias = (jnp.asarray(rng.normal(size=8), jnp.float32) for _ in range(2))
+
+    def together(xs):
+        return ops.group_norm_levels(xs, scale, bias, groups=2)
+
+    def one_by_one(xs):
+        return [ops.group_norm(x, scale, bias, groups=2) for x in xs]
+
+    for got, want in zip(together(xs), one_by_one(xs), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 + 2e-6 * offset)
+    weights = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
+    grads = [
+        jax.grad(lambda xs, f=f: sum((y * w).sum() for y, w in zip(f(xs), weights, strict=True)))(
+            xs
+        )
+        for f in (together, one_by_one)
+    ]
+    for got, want in zip(*grads, strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 + 1e-6 * offset)

@@ -192,10 +192,10 @@ def detect_images(
     it, whatever shape holds the batch.
     """
     pixels = ops.normalize_image(image, image_size, mean, std)
-    extent = -(-image_size // STRIDE) * STRIDE
+    extent = ops.at_stride(image_size, STRIDE) * STRIDE
     with jax.default_matmul_precision(model.matmul_precision):
         outputs = model.apply(variables, pixels, extent)
-        return detect(outputs, **asdict(options), extent=extent // 4)
+        return detect(outputs, **asdict(options), extent=ops.at_stride(extent, 4))
 
 
 @functools.lru_cache(maxsize=16)

@@ -344,7 +344,7 @@ def _strips(shape: Sequence[int], tiles: int) -> tuple[int, int]:
 
 def _cut(x: Plane, i: jax.Array, strips: int, rows: int, halo: int) -> Plane:
     """Returns strip i of all images' strips: [1, 4 * rows + halo, _, _]."""
-    start = (i // strips, i % strips * 4 * rows, 0, 0)
+    start = (lax.div(i, strips), lax.rem(i, strips) * 4 * rows, 0, 0)
     return lax.dynamic_slice(x, start, (1, 4 * rows + halo, *x.shape[2:]))
 
 

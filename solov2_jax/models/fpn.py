@@ -35,7 +35,7 @@ class FPN(nn.Module):
         for level in (5, 4, 3, 2):
             x = conv(1, name=f"lateral{level}")(features[f"res{level}"])
             top = x if top is None else x + ops.upsample2x_nearest(top)
-            of_level = None if extent is None else extent // 2**level
+            of_level = ops.at_stride(extent, 2**level)
             out[f"p{level}"] = conv(3, name=f"output{level}")(top, of_level)
         out["p6"] = out["p5"][:, ::2, ::2]
         return {name: out[name] for name in sorted(out)}

@@ -52,8 +52,8 @@ def split_features(features: dict[str, jax.Array], extent: Extent = None) -> lis
     Source: SOLOv2.split_feats: p2 halved, p6 brought to the size of p5.
     """
     p2, p3, p4, p5, p6 = (features[f"p{i}"] for i in range(2, 7))
-    of_p5 = None if extent is None else extent // 32
-    of_p6 = None if of_p5 is None else (of_p5 + 1) // 2
+    of_p5 = ops.at_stride(extent, 32)
+    of_p6 = ops.at_stride(of_p5, 2)
     p6 = ops.resize_bilinear(p6, (p5.shape[1], p5.shape[2]), of_p6, of_p5)
     return [ops.downsample2x_bilinear(p2), p3, p4, p5, p6]
 
@@ -81,7 +81,7 @@ class InstanceHead(nn.Module):
         """Returns class logits [B, g, g, K] and kernels [B, g, g, E] per level."""
         grids, with_coords = [], []
         for x, stride, g in zip(levels, STRIDES, self.num_grids, strict=True):
-            of_level = None if extent is None else extent // stride
+            of_level = ops.at_stride(extent, stride)
             xy = ops.resize_bilinear(coords_of(x, of_level), (g, g), of_level)
             grids.append(ops.resize_bilinear(x, (g, g), of_level))
             with_coords.append(append_coords(grids[-1], xy))
@@ -130,12 +130,12 @@ class MaskHead(nn.Module):
         levels = []
         for i in range(4):
             x = features[f"p{i + 2}"]
-            of_level = None if extent is None else extent // 2 ** (i + 2)
+            of_level = ops.at_stride(extent, 2 ** (i + 2))
             split = i == 3 and x.dtype != jnp.float32
             x = append_coords(x, coords_of(x, of_level)) if i == 3 else x
             level = MaskLevel(self.channels, i, self.dtype, split, name=f"level{i}")
             levels.append(level(x, of_level))
         total = functools.reduce(jnp.add, levels)
         conv = Conv(self.num_kernels, 1, use_bias=False, dtype=self.dtype, name="conv_pred")
-        of_result = None if extent is None else extent // 4
+        of_result = ops.at_stride(extent, 4)
         return nn.relu(GroupNorm(name="gn_pred")(conv(total), of_result))

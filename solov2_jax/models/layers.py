@@ -154,7 +154,7 @@ class ConvNorm(nn.Module):
 
         x = ops.zero_outside(x, extent) if k > 1 else x
         y = conv2d(x, _transformed(self, folded_kernel, [x], self.stride), self.stride)
-        extent = None if extent is None else -(-extent // self.stride)
+        extent = ops.at_stride(extent, self.stride)
         if trained:
             return BatchNorm(scale_init=self.scale_init, name="norm")(y, extent)
         if shift is None:
@@ -222,15 +222,26 @@ class GroupNorm(nn.Module):
     def __call__(
         self, x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None = None
     ) -> Float[Array, "B h w C"]:
-        channels = x.shape[-1]
+        scale, bias = self._affine(x.shape[-1])
+        return ops.group_norm(x, scale, bias, self.groups, self.epsilon, extent)
+
+    def _affine(self, channels: int) -> tuple[jax.Array, jax.Array]:
         if channels % self.groups:
             raise ValueError(
                 f"GroupNorm: {channels} channels do not divide into {self.groups} "
                 "groups; choose channels that are a multiple of it"
             )
         scale = self.param("scale", self.scale_init, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        return ops.group_norm(x, scale, bias, self.groups, self.epsilon, extent)
+        return scale, self.param("bias", nn.initializers.zeros, (channels,))
+
+
+class SharedGroupNorm(GroupNorm):
+    """Group normalisation with one affine part, of each of a list of levels by itself."""
+
+    @nn.compact
+    def __call__(self, xs: Sequence[Float[Array, "B _ _ C"]]) -> list[Float[Array, "B _ _ C"]]:
+        scale, bias = self._affine(xs[0].shape[-1])
+        return ops.group_norm_levels(xs, scale, bias, self.groups, self.epsilon)
 
 
 class ConvTower(nn.Module):
@@ -246,6 +257,5 @@ class ConvTower(nn.Module):
         conv_of = functools.partial(SharedConv, self.features, 3, use_bias=False, dtype=self.dtype)
         for i in range(self.depth):
             conv = conv_of(split_coords=self.split_coords and i == 0, name=f"conv{i}")
-            norm = GroupNorm(name=f"gn{i}")
-            xs = [nn.relu(norm(x)) for x in conv(xs)]
+            xs = [nn.relu(x) for x in SharedGroupNorm(name=f"gn{i}")(conv(xs))]
         return list(xs)

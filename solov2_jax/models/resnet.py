@@ -26,10 +26,6 @@ STAGES = {
 }
 
 
-def _strided(extent: Int[Array, "B 2"] | None, stride: int) -> Int[Array, "B 2"] | None:
-    return None if extent is None else extent // stride
-
-
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions; the stride is in the first."""
 
@@ -46,7 +42,7 @@ class BasicBlock(nn.Module):
         conv = functools.partial(ConvNorm, norm=self.norm, dtype=self.dtype, frozen=self.frozen)
         y = nn.relu(conv(self.features, 3, self.stride, name="conv1")(x, extent))
         last = conv(self.features, 3, scale_init=residual_scale_init, name="conv2")
-        y = last(y, _strided(extent, self.stride))
+        y = last(y, ops.at_stride(extent, self.stride))
         if x.shape[-1] != self.features:
             x = conv(self.features, 1, self.stride, name="shortcut")(x, extent)
         return nn.relu(x + y)
@@ -74,9 +70,9 @@ class BottleneckBlock(nn.Module):
         width = self.features // 4
         stride1, stride2 = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
         y = nn.relu(conv(width, 1, stride1, name="conv1")(x, extent))
-        y = nn.relu(conv(width, 3, stride2, name="conv2")(y, _strided(extent, stride1)))
+        y = nn.relu(conv(width, 3, stride2, name="conv2")(y, ops.at_stride(extent, stride1)))
         last = conv(self.features, 1, scale_init=residual_scale_init, name="conv3")
-        y = last(y, _strided(extent, self.stride))
+        y = last(y, ops.at_stride(extent, self.stride))
         if x.shape[-1] != self.features:
             x = conv(self.features, 1, self.stride, name="shortcut")(x, extent)
         return nn.relu(x + y)
@@ -119,7 +115,7 @@ class ResNet(nn.Module):
             raise ValueError(f"model.backbone.depth is {self.depth}; known are {list(STAGES)}")
         num_blocks, bottleneck = STAGES[self.depth]
         x = Stem(self._norm_of(1), self.dtype, self.frozen, name="stem")(image, extent)
-        extent = _strided(extent, 4)
+        extent = ops.at_stride(extent, 4)
         if self.freeze_at >= 1:
             x = lax.stop_gradient(x)
         features = {}
@@ -137,7 +133,7 @@ class ResNet(nn.Module):
                     frozen=self.frozen,
                     name=f"res{stage}_{i}",
                 )(x, extent)
-                extent = _strided(extent, stride)
+                extent = ops.at_stride(extent, stride)
             if self.freeze_at >= stage:
                 x = lax.stop_gradient(x)
             features[f"res{stage}"] = x
