@@ -41,6 +41,53 @@ _MATRIX, _GAUSSIAN = only("test.nms_type", "matrix"), only("test.nms_kernel", "g
 _NO_EPOCHS = only("train.epochs", 0)
 _NO_JITTER = only("augment.jitter_scale", ())
 
+# What `augment.preset` sets, by name.
+PRESETS: dict[str, dict[str, object]] = {
+    "weak": {"scale": (0.8, 1.25), "brightness": 0.1, "contrast": 0.1, "saturation": 0.1},
+    "medium": {
+        "scale": (0.6, 1.5),
+        **dict.fromkeys(("brightness", "contrast", "saturation"), 0.3),
+        "hue": 0.015,
+        "blur_prob": 0.05,
+    },
+    "strong": {
+        "scale": (0.5, 2.0),
+        **dict.fromkeys(("brightness", "contrast", "saturation"), 0.4),
+        "hue": 0.02,
+        "blur_prob": 0.1,
+        "noise": 6.0,
+        "jpeg_prob": 0.1,
+        "cutout_prob": 0.2,
+        "mosaic_prob": 0.5,
+        "mixup_prob": 0.1,
+        "stop_last": 0.1,
+    },
+    # Cells have no upper side; light, stain and focus differ between pictures.
+    "microscopy": {
+        "vflip_prob": 0.5,
+        "turn_prob": 0.75,
+        "scale": (0.7, 1.4),
+        **dict.fromkeys(("brightness", "contrast"), 0.3),
+        "saturation": 0.1,
+        "hue": 0.01,
+        "blur_prob": 0.2,
+        "noise": 6.0,
+    },
+    # Seen from above: any direction, other heights, haze, compressed tiles.
+    "aerial": {
+        "vflip_prob": 0.5,
+        "turn_prob": 0.75,
+        "scale": (0.6, 1.6),
+        **dict.fromkeys(("brightness", "contrast", "saturation"), 0.2),
+        "hue": 0.01,
+        "jpeg_prob": 0.1,
+        "mosaic_prob": 0.3,
+        "stop_last": 0.1,
+    },
+}
+# Keys of `augment` that only 8-bit RGB pictures have a meaning for.
+RGB_ONLY = ("saturation", "hue", "jpeg_prob")
+
 # Keys that had another name: {old: new}. An old one is still read, and a line says so.
 RENAMED: dict[str, str] = {}
 # Keys that are gone, and why none is missed. One that is given is passed over with a line.
@@ -78,6 +125,31 @@ RELATIONS = (
     (
         "train.precise_bn is for model.backbone.norm = 'sync_bn' only",
         lambda c: not c["train.precise_bn"] or c["model.backbone.norm"] == "sync_bn",
+    ),
+    (
+        "data.value_range = %(data.value_range)s must be (low, high), or that for each of "
+        "data.channels = %(data.channels)s, every low below its high",
+        lambda c: (
+            len(c["data.value_range"]) in (0, 2, 2 * c["data.channels"])
+            and all(
+                low < high
+                for low, high in zip(
+                    c["data.value_range"][::2], c["data.value_range"][1::2], strict=True
+                )
+            )
+        ),
+    ),
+    (
+        "data.display_channels = %(data.display_channels)s must be below data.channels = "
+        "%(data.channels)s",
+        lambda c: all(n < c["data.channels"] for n in c["data.display_channels"]),
+    ),
+    (
+        "input.mean = %(input.mean)s and input.std = %(input.std)s must have an entry for each "
+        "of data.channels = %(data.channels)s, or one for all (or the three of RGB weights)",
+        lambda c: all(
+            len(c[key]) in (1, 3, c["data.channels"]) for key in ("input.mean", "input.std")
+        ),
     ),
     (
         "data.generated.min_radius = %(data.generated.min_radius)s must not be above "
@@ -210,11 +282,15 @@ def keys() -> Section:
     test.max_candidates = whole(4096, 1, 10_000_000)
 
     config.input = input_ = Section()
-    input_.channel_order = choice("BGR", ("BGR", "RGB"))  # "BGR" or "RGB" [INPUT.FORMAT]
-    # in channel order [MODEL.PIXEL_MEAN]
-    input_.mean = several((103.53, 116.28, 123.675), number(0.0, -1000, high=1000), 3)
-    # in channel order [MODEL.PIXEL_STD]
-    input_.std = several((1.0, 1.0, 1.0), number(1.0, above=0, high=1000), 3)
+    # "BGR" or "RGB" [INPUT.FORMAT]. With other than three channels only what the weights of
+    # `init_from` were trained with: the picture's own order stays.
+    input_.channel_order = choice("BGR", ("BGR", "RGB"))
+    # In channel order, of values 0..255 [MODEL.PIXEL_MEAN]. One for each of
+    # `data.channels`, or one for all; three with other channels: these of an RGB picture, as
+    # the stem's weights take them (docs/data.md).
+    input_.mean = several((103.53, 116.28, 123.675), number(0.0, -1000, high=1000), (1, 1000))
+    # in channel order, as `input.mean` [MODEL.PIXEL_STD]
+    input_.std = several((1.0, 1.0, 1.0), number(1.0, above=0, high=1000), (1, 1000))
     # Short side in pixels, one drawn per image [INPUT.MIN_SIZE_TRAIN].
     input_.min_sizes_train = several(
         (640, 672, 704, 736, 768, 800), whole(800, 1, _PIXELS), (1, 1000), used=_NO_JITTER
@@ -238,6 +314,10 @@ def keys() -> Section:
     # Changes of training images beyond resize and flip, none by default. Boxes become
     # those of the masks, as in the reference where it crops.
     config.augment = augment = Section()
+    # A named set of the values below, for photographs ("weak", "medium", "strong"), cells
+    # ("microscopy") or pictures from above ("aerial"); "": none. Keys that you give win; what
+    # it sets is printed, and stands in the run's config.json (docs/data.md).
+    augment.preset = choice("", ("", *PRESETS))
     # Share of the images that are rotated; 0.5 in the reference [INPUT.IS_ROTATE].
     augment.rotate_prob = share(0.0)
     # to either side, at most
@@ -247,9 +327,39 @@ def keys() -> Section:
     augment.crop_size = several((), number(1.0, above=0, high=1), 2)
     # False: the part is enlarged until it cuts no object [INPUT.CROP.CROP_INSTANCE].
     augment.crop_objects = switch(True, used=unless("augment.crop_size", ()))
+    augment.vflip_prob = share(0.0)  # share of the images that are put upside down, mirrored
+    # Share of the images that are turned by one, two or three quarters.
+    augment.turn_prob = share(0.0)
+    # (): none; else (lowest, highest) times the size that the image would have; what is
+    # larger than that size is cut to it at a random place. (0.5, 1.5) is common.
+    augment.scale = several((), number(1.0, above=0, high=100), 2, rising="<=", used=_NO_JITTER)
     augment.brightness = share(0.0)  # factor 1 - x to 1 + x
     augment.contrast = share(0.0)  # likewise, around the mean grey
     augment.saturation = share(0.0)  # likewise, around each pixel's grey
+    augment.hue = number(0.0, 0, high=0.5)  # every hue, by up to x of the whole circle
+    augment.blur_prob = share(0.0)  # share of the images that are blurred
+    # of the gaussian, pixels of the network's input, at most
+    augment.blur_sigma = number(2.0, above=0, high=100, used=unless("augment.blur_prob", 0.0))
+    # Largest standard deviation of the noise that is added, of 255; from 0 on, per image.
+    augment.noise = number(0.0, 0, high=255)
+    augment.jpeg_prob = share(0.0)  # share of the images that are compressed, as JPEG has it
+    # (lowest, highest) quality
+    augment.jpeg_quality = several(
+        (40, 90), whole(1, 1, 100), 2, rising="<=", used=unless("augment.jpeg_prob", 0.0)
+    )
+    # Share of the images that are hidden in part, by rectangles of one colour. What they
+    # hide is cut from the objects' masks.
+    augment.cutout_prob = share(0.0)
+    # (lowest, highest) side of a rectangle, over the image's shorter side
+    augment.cutout_size = several(
+        (0.05, 0.25),
+        number(0.1, above=0, high=1),
+        2,
+        rising="<=",
+        used=unless("augment.cutout_prob", 0.0),
+    )
+    # rectangles, at most
+    augment.cutout_holes = whole(3, 1, 100, used=unless("augment.cutout_prob", 0.0))
     # (): none; else (lowest, highest): large-scale jitter. The image is scaled to so
     # many times what fits into `jitter_size` (height, width), and cut to that; replaces
     # `input.min_sizes_train` and its padded shapes. (0.1, 2.0) is common.
@@ -261,9 +371,19 @@ def keys() -> Section:
     # Images that get objects of another training image, each of its objects with
     # probability 0.5. Wants `jitter_scale`, as in the paper, but works without.
     augment.paste_prob = share(0.0)
+    # Images that share their padded shape with three other training images.
+    augment.mosaic_prob = share(0.0)
+    # Images that another training image is laid over, half transparent, with its objects.
+    augment.mixup_prob = share(0.0)
+    # The end of the run, in which no images are joined (mosaic, mixup, copy and paste): below
+    # 1 a share of it, else steps; 0: they are joined until the end.
+    augment.stop_last = steps_or_share(0.0)
+    # The same in epochs, where epochs are given; `stop_last` is derived from it. 0: that counts.
+    augment.stop_last_epochs = number(0.0, 0, high=1e6, used=unless("train.epochs", 0))
     # Your own augmentations: import paths such as ("mypackage.aug:cutout",) of functions
-    # that get a `solov2_jax.data.augment.Sample` and return it changed, called one after
-    # another on the otherwise finished image; see docs/data.md.
+    # that get a `solov2_jax.data.augment.Sample` and return it changed, or of albumentations'
+    # transforms (their classes too, "albumentations:CLAHE"), called one after another on the
+    # otherwise finished image; see docs/data.md.
     augment.custom = several((), text("", form=_IMPORT_PATH), (1, 100))
 
     config.data = data = Section()
@@ -281,6 +401,15 @@ def keys() -> Section:
     data.val.annotations = text(
         "datasets/coco/annotations/instances_val2017.json", form=NAME, used=_FILES
     )
+    # Of every picture: 3, or another number (grey, RGB with depth, multispectral).
+    data.channels = whole(3, 1, 1000)
+    # (): 8 bits. (low, high) of the pictures' values, integers of 16 bits or floating-point
+    # numbers, or low and high of each channel, one after the other: they become 0..255 in
+    # float32; what is beyond is cut off.
+    data.value_range = several((), number(0.0), (2, 2000))
+    # Channels, from 0 on, that are shown as red, green and blue; (): the first three, or
+    # the first as grey.
+    data.display_channels = several((), whole(0, high=999), 3)
     # "": those of data.train and data.val. "shapes": the embedded generated data set,
     # written below `data.generated.root` on first use, replaces them. "tfds:FOLDER":
     # the records that `solov2 tfds` wrote do.

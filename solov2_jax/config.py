@@ -39,9 +39,14 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     file = _find(path)
     config = read_config(file) if file.suffix == ".json" else _call_file(file)
     lock(config)
-    overrides = renamed_overrides(overrides)
+    overrides, before = renamed_overrides(overrides), flatten(config)
     apply_overrides(config, overrides)
     check_config(config)
+    stored = file.suffix == ".json" and config.augment.preset == before["augment.preset"]
+    if config.augment.preset and not stored:
+        shipped = file.resolve().parent == shipped_configs().resolve()
+        apply_preset(config, {} if shipped else before, overrides)
+        check_config(config)
     check_effect(config, overrides)
     return config
 
@@ -260,6 +265,55 @@ def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[st
         else:
             flat[prefix + key] = value
     return flat
+
+
+def apply_preset(config: ConfigDict, before: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Sets, in place, what `augment.preset` names, but for keys that the user gave.
+
+    Args:
+      before: the values of the user's own config file, {} of a shipped one.
+      overrides: of the command line.
+    """
+    base, name = _base(), config.augment.preset
+    default = flatten(base_config())
+    earlier = base.PRESETS.get(before.get("augment.preset", ""), {})
+    given = {o.removeprefix("--config.").partition("=")[0] for o in overrides}
+    values, kept = {}, []
+    is_rgb = config.data.channels == 3 and not config.data.value_range
+    for key, value in base.PRESETS[name].items():
+        full = f"augment.{key}"
+        own = before.get(full, default[full])
+        if full in given or own not in (default[full], earlier.get(key, own)):
+            kept.append(f"{full} (given)")
+        elif key in base.RGB_ONLY and not is_rgb:
+            kept.append(f"{full} (for 8-bit RGB)")
+        elif key == "scale" and config.augment.jitter_scale:
+            kept.append(f"{full} (augment.jitter_scale is)")
+        else:
+            values[full] = config.augment[key] = value
+    pairs = ", ".join(f"{key} = {value}" for key, value in values.items())
+    left = f"; not set: {', '.join(kept)}" if kept else ""
+    log.info("augment.preset = %s sets %s%s", name, pairs, left)
+
+
+def input_statistics(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns `input.mean` and `input.std` of each channel.
+
+    One entry is that of all channels. The three of RGB weights with another number of
+    channels follow the stem's weights (`weights.convert.adapt_stem`): the average for one
+    channel, else red, green, blue in turn.
+    """
+    number, bgr = config.data.channels, config.input.channel_order == "BGR"
+
+    def of_each(values: Sequence[float]) -> tuple[float, ...]:
+        if len(values) == number:
+            return tuple(values)
+        rgb = tuple(values[::-1]) if bgr else tuple(values)
+        if number == 1:
+            return (sum(rgb) / len(rgb),)
+        return tuple(rgb[i % len(rgb)] for i in range(number))
+
+    return of_each(config.input.mean), of_each(config.input.std)
 
 
 def check_config(config: ConfigDict) -> None:

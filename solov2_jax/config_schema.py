@@ -219,6 +219,11 @@ def steps_or_share(default: Number = 0.0, **options: Any) -> KeyRule:
     return KeyRule(default, float, low=0, high=INT_MAX, whole_from=1, **options)
 
 
+def as_steps(place: int | float, steps: int) -> int:
+    """Returns a place in a run of so many steps: a share of it below 1, else itself."""
+    return round(place * steps) if place < 1 else int(place)
+
+
 def switch(default: bool, **options: Any) -> KeyRule:
     """Returns the rule of True or False."""
     return KeyRule(default, bool, **options)

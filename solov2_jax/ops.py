@@ -45,15 +45,15 @@ def zero_outside(
 
 
 def normalize_image(
-    image: Num[Array, "B h w 3"],
+    image: Num[Array, "B h w c"],
     image_size: Int[Array, "B 2"],
     mean: Sequence[float],
     std: Sequence[float],
-) -> Float[Array, "B h w 3"]:
+) -> Float[Array, "B h w c"]:
     """Returns (image - mean) / std in float32, and 0 beyond each image's size.
 
     Args:
-      image: pixel values 0..255, padded at the right and bottom.
+      image: pixel values 0..255 of c channels, padded at the right and bottom.
       image_size: (height, width) before padding.
 
     Source: adet/modeling/solov2/solov2.py, SOLOv2.preprocess_image: normalise first,

@@ -9,7 +9,7 @@ Boxes are (x0, y0, x1, y1) in pixels of the frame that the docstring names.
 """
 
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 
 
 @struct.dataclass
@@ -20,7 +20,7 @@ class Batch:
     `ops.normalize_image` turns both into the reference's normalised, zero-padded input.
     """
 
-    image: UInt8[Array, "B h w 3"]  # in the config's channel order
+    image: Num[Array, "B h w c"]  # uint8, or float32 0..255; in the config's channel order
     image_size: Int[Array, "B 2"]  # (height, width) before padding
     boxes: Float[Array, "B G 4"]  # input pixels
     labels: Int[Array, "B G"]  # 0..K-1

@@ -80,7 +80,7 @@ LONG_FUNCTIONS = {
 }
 MAX_LONG_FUNCTION = 105
 # Lines of Python.
-BUDGETS = {"core": 17_600, "tools": 18_500, "benchmarks": 3_180}
+BUDGETS = {"core": 18_700, "tools": 18_500, "benchmarks": 3_290}
 # What errors that are still there begin with.
 KNOWN: tuple[str, ...] = ()
 

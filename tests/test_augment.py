@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 
 from configs import base
 from solov2_jax.data import augment as changes
-from solov2_jax.data import build, pipeline, rasterize, sampler, transforms
+from solov2_jax.data import build, join, pipeline, rasterize, sampler, transforms
 from solov2_jax.data.augment import Augment
 from solov2_jax.data.buckets import Resize
 from solov2_jax.data.coco import load_coco
@@ -28,6 +28,8 @@ SETTINGS = [
     {"jitter_scale": (0.3, 2.0)},
     {"rotate_prob": 0.5, "crop_size": (0.6, 0.6), "jitter_scale": (0.5, 1.5)},
     {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "crop_size": (0.7, 0.7)},
+    {"turn_prob": 0.8, "vflip_prob": 0.5},
+    {"scale": (0.5, 2.0), "vflip_prob": 0.5, "crop_size": (0.7, 0.7)},
     {"paste_prob": 1.0},
     {"paste_prob": 0.5, "jitter_scale": (0.5, 1.5), "rotate_prob": 0.5},
 ]
@@ -147,7 +149,7 @@ def test_picture_and_masks_move_together(scenes, values, index, epoch):
     assert sample.masks.shape == (len(sample.labels), *sample.size)
     assert_together(sample, affine)
     other, guest = sample_of(maker, (index + 3) % 8, epoch + 1, None)
-    both = changes.copy_paste(sample, other, sample.size, np.random.default_rng(epoch))
+    both = join.copy_paste(sample, other, sample.size, np.random.default_rng(epoch))
     assert_together(both, affine, guest)
     assert (both.masks.sum(axis=0) <= 1).all()
 
@@ -279,7 +281,7 @@ def test_pasted_objects_hide_what_is_below(scenes):
     maker = maker_of(scenes, flip_prob=0.0, paste_prob=1.0)
     big, small = (sample_of(maker, index, room=room)[0] for index, room in PAIR)
     assert len(big.labels) == len(scenes.labels[scenes.start[3] : scenes.start[4]]) > 0
-    paste = functools.partial(changes.copy_paste, big, small, big.size)
+    paste = functools.partial(join.copy_paste, big, small, big.size)
     everything = paste(np.random.default_rng(0), share=1.1)
     number = len(big.labels)
     np.testing.assert_array_equal(everything.labels[:number], big.labels)
@@ -306,16 +308,16 @@ def test_pasted_objects_keep_their_scale(scenes):
     sizes = set()
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        both = changes.copy_paste(host, guest, (96, 96), rng, share=1.1)
+        both = join.copy_paste(host, guest, (96, 96), rng, share=1.1)
         pasted = both.masks[len(host.labels) :]
         assert pasted.sum() == guest.masks.sum() > 0
         assert_together(both, transforms.Affine((9, 9), (9, 9), np.eye(2, 3) * 2))
         sizes.add(both.size)
     assert max(h for h, _ in sizes) > 50 and all(h <= 96 and w <= 96 for h, w in sizes)
     # Where guests are larger than the canvas, they are cut off and not shrunk.
-    cut = changes.copy_paste(guest, host, guest.size, np.random.default_rng(0), share=0.0)
+    cut = join.copy_paste(guest, host, guest.size, np.random.default_rng(0), share=0.0)
     large = dataclasses.replace(guest, rng=guest.rng)
-    small = changes.copy_paste(host, large, host.size, np.random.default_rng(1), share=1.1)
+    small = join.copy_paste(host, large, host.size, np.random.default_rng(1), share=1.1)
     assert cut.size == guest.size and small.size == host.size
     assert_together(small, transforms.Affine((9, 9), (9, 9), np.eye(2, 3) * 2))
 

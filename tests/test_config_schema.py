@@ -83,7 +83,7 @@ def test_nonsense_is_refused_by_name(key):
         ("input.std", (0, 0, 0)),
         ("input.std", (1.0, NAN, 1.0)),
         ("input.std", (1.0, 1.0, -57.0)),
-        ("input.mean", (1.0,)),
+        ("input.mean", (1.0, 2.0)),
         ("input.mean", (NAN, 0.0, 0.0)),
         ("input.flip_prob", NAN),
         ("input.flip_prob", 1.5),
@@ -186,7 +186,9 @@ def test_the_message_names_key_value_and_range():
     assert message(input__flip_prob=NAN) == (
         "input.flip_prob = nan must be finite: a number, at least 0, at most 1"
     )
-    assert message(input__mean=(1.0,)) == ("input.mean = (1.0,) must have 3 entries, and has 1")
+    assert message(augment__crop_size=(0.5,)) == (
+        "augment.crop_size = (0.5,) must have 2 entries, and has 1"
+    )
     both = message(train__steps=-1, input__std=(0, 0, 0))
     assert both == (
         "input.std = (0, 0, 0) must be numbers, above 0, at most 1000: 0 must be above 0; "

@@ -10,7 +10,7 @@ import pytest
 from tiny_coco import annotation, content, load, square, write
 
 from configs import base
-from solov2_jax.data import augment, build, pipeline
+from solov2_jax.data import build, custom_augment, pipeline
 from solov2_jax.data.augment import Augment, Sample
 from solov2_jax.data.buckets import Resize
 from solov2_jax.data.transforms import Keypoints
@@ -85,7 +85,7 @@ def user(tmp_path, monkeypatch):
     (package / "more.py").write_text(FUNCTIONS)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield
-    augment.custom_function.cache_clear()
+    custom_augment.custom_function.cache_clear()
     for name in [n for n in sys.modules if n.partition(".")[0] == "mypackage"]:
         del sys.modules[name]
 

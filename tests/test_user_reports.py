@@ -19,7 +19,7 @@ from PIL import Image
 from reported_cases import YOLO, Case
 from tiny_coco import annotation, content, encode_mask, write
 
-from solov2_jax.data import images
+from solov2_jax.data import image_files, images
 from solov2_jax.data.coco import load_coco
 from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.evaluation.coco_score import read_ground_truth
@@ -342,7 +342,7 @@ def test_headers_and_pixels_agree_for_every_orientation(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 @pytest.mark.parametrize("bits", [10, 12, 14, 16])
 def test_sixteen_bits_are_scaled_from_those_that_are_used(tmp_path, suffix, bits, caplog):
-    images._said.clear()
+    image_files._said.clear()
     eight = np.linspace(40, 220, 48 * 32).reshape(32, 48).astype(np.uint8)
     path = tmp_path / f"x{suffix}"
     for _ in range(2):
@@ -366,7 +366,7 @@ def sixteen_bit_png(path: Path, values: np.ndarray) -> None:
 
 
 def test_dark_sixteen_bit_colours_are_said_once(tmp_path, caplog):
-    images._said.clear()
+    image_files._said.clear()
     values = np.full((6, 8, 3), 60_000, np.uint16)
     sixteen_bit_png(tmp_path / "full.png", values)
     assert (images.read_image(tmp_path / "full.png") == 60_000 // 256).all()
@@ -378,7 +378,7 @@ def test_dark_sixteen_bit_colours_are_said_once(tmp_path, caplog):
 
 
 def test_of_several_pages_the_first_is_read_and_that_is_said_once(tmp_path, caplog):
-    images._said.clear()
+    image_files._said.clear()
     pages = [Image.new("RGB", (8, 6), (i * 40, 0, 0)) for i in range(3)]
     for name in ("a.tif", "b.tif", "c.gif"):
         pages[1].save(tmp_path / name, save_all=True, append_images=pages)

@@ -1,22 +1,22 @@
 """Augmentations of training images: the built-in ones and the user's own.
 
 First what changes the picture and where its points are, functions of (view, settings,
-random generator): colours, rotation, crop, large-scale jitter. Then, on the finished
-`Sample`, other images' objects are pasted and the functions of `augment.custom` called.
+random generator): colours, turns, rotation, crop, scale. Then, on the finished `Sample`,
+other images are joined (`join.py`), the picture is made worse (`degrade.py`) and the
+functions of `augment.custom` are called (`custom_augment.py`).
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import ImageEnhance
+from PIL import Image, ImageEnhance
 
 from solov2_jax.data import rasterize
+from solov2_jax.data.pixel_format import Planes
 from solov2_jax.data.rasterize import Spans
-from solov2_jax.data.transforms import AffineImage, clear_outside, crop, resize, rotate
-from solov2_jax.io import InputError, import_object, reason
+from solov2_jax.data.transforms import AffineImage, crop, resize, rotate
 from solov2_jax.rle import Size
 
 
@@ -35,19 +35,44 @@ class Augment:
     jitter_size: tuple[int, ...] = (1024, 1024)  # (height, width)
     paste_prob: float = 0.0
     custom: tuple[str, ...] = ()  # import paths of functions from Sample to Sample
+    vflip_prob: float = 0.0
+    turn_prob: float = 0.0
+    scale: tuple[float, ...] = ()  # (), or (lowest, highest) times the planned size
+    hue: float = 0.0
+    blur_prob: float = 0.0
+    blur_sigma: float = 2.0  # input pixels, at most
+    noise: float = 0.0  # standard deviation, of 255, at most
+    jpeg_prob: float = 0.0
+    jpeg_quality: tuple[int, ...] = (40, 90)  # (lowest, highest)
+    cutout_prob: float = 0.0
+    cutout_size: tuple[float, ...] = (0.05, 0.25)  # (lowest, highest) share of the short side
+    cutout_holes: int = 3  # at most
+    mosaic_prob: float = 0.0
+    mixup_prob: float = 0.0
 
     @property
     def active(self) -> bool:
         """Whether anything may happen."""
-        moves = self.rotate_prob or self.crop_size or self.jitter_scale
-        recolors = self.brightness or self.contrast or self.saturation
-        return bool(moves or recolors or self.adds_objects)
+        moves = self.rotate_prob or self.crop_size or self.jitter_scale or self.scale
+        recolors = self.brightness or self.contrast or self.saturation or self.hue
+        turns = self.vflip_prob or self.turn_prob
+        return bool(moves or turns or recolors or self.degrades or self.adds_objects)
+
+    @property
+    def joins(self) -> int:
+        """How many of the augmentations are on that join several images."""
+        return sum(p > 0 for p in (self.paste_prob, self.mosaic_prob, self.mixup_prob))
+
+    @property
+    def degrades(self) -> bool:
+        """Whether the finished picture may be made worse."""
+        return bool(self.blur_prob or self.noise or self.jpeg_prob or self.cutout_prob)
 
     @property
     def adds_objects(self) -> bool:
         """Whether an image may get more objects than are annotated, or other pixels than
         moved ones."""
-        return self.paste_prob > 0 or bool(self.custom)
+        return self.joins > 0 or bool(self.custom)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +115,9 @@ class Sample:
     Coordinates are pixels of `image`, (0, 0) its upper left corner.
     """
 
-    image: Any = _Pixels()  # uint8 [h, w, 3], RGB
+    # uint8 [h, w, 3], RGB; [h, w, C] as `data.channels` says, and float32, 0..255, where
+    # `data.value_range` is declared.
+    image: Any = _Pixels()
     masks: Any = _Pixels()  # bool [n, h, w]
     # float32 [n, 4], (x0, y0, x1, y1). Left as they are, they become the masks' boxes.
     boxes: np.ndarray
@@ -123,9 +150,15 @@ def color_jitter(view: AffineImage, augment: Augment, rng: np.random.Generator) 
     """Returns the picture with other brightness, contrast and saturation.
 
     Source: detectron2 data/transforms/augmentation_impl.py, RandomBrightness,
-    RandomContrast, RandomSaturation: factors around 1. Grey is PIL's here.
+    RandomContrast, RandomSaturation: factors around 1. Grey is PIL's here; of pictures
+    that are not 8-bit RGB, the contrast is that around the mean of all channels.
     """
     picture = view.picture
+    if isinstance(picture, Planes):
+        factors = [1 + s * rng.uniform(-1, 1) for s in (augment.brightness, augment.contrast)]
+        if augment.brightness or augment.contrast:
+            picture = picture.enhance(brightness=factors[0], contrast=factors[1])
+        return dataclasses.replace(view, picture=picture)
     for strength, kind in (
         (augment.brightness, ImageEnhance.Brightness),
         (augment.contrast, ImageEnhance.Contrast),
@@ -134,7 +167,26 @@ def color_jitter(view: AffineImage, augment: Augment, rng: np.random.Generator) 
         factor = rng.uniform(1 - strength, 1 + strength)
         if strength:
             picture = kind(picture).enhance(factor)
+    if augment.hue:
+        picture = shift_hue(picture, rng.uniform(-augment.hue, augment.hue))
     return dataclasses.replace(view, picture=picture)
+
+
+def shift_hue(picture: Image.Image, turns: float) -> Image.Image:
+    """Returns the picture with every hue moved around the circle by so many full turns."""
+    hue, saturation, value = picture.convert("HSV").split()
+    moved = hue.point([(v + round(turns * 256)) % 256 for v in range(256)])
+    return Image.merge("HSV", (moved, saturation, value)).convert("RGB")
+
+
+def random_turn(augment: Augment, rng: np.random.Generator) -> tuple[int, bool]:
+    """Returns quarter turns, 0 to 3, and whether the image is mirrored besides.
+
+    Upside down is half a turn and mirrored: so key points change sides, as they must.
+    """
+    turned, quarters = rng.random() < augment.turn_prob, int(rng.integers(1, 4))
+    upside_down = bool(rng.random() < augment.vflip_prob)
+    return (quarters if turned else 0) + 2 * upside_down, upside_down
 
 
 def random_rotate(view: AffineImage, augment: Augment, rng: np.random.Generator) -> AffineImage:
@@ -199,10 +251,21 @@ def large_scale_jitter(
     Source: detectron2 data/transforms/augmentation_impl.py, ResizeScale and
     FixedSizeCrop; what is beyond a smaller picture is padding, as everywhere here.
     """
+    return random_scale(view, augment.jitter_scale, augment.jitter_size, rng)
+
+
+def random_scale(
+    view: AffineImage, bounds: Sequence[float], target: Sequence[int], rng: np.random.Generator
+) -> AffineImage:
+    """Returns the picture at a random number of times what fits into `target`, (height,
+    width), cut to that at a random place where it is larger.
+
+    Args:
+      bounds: (lowest, highest) of the number.
+    """
     h, w = view.size
-    target = np.array(augment.jitter_size)
-    low, high = augment.jitter_scale
-    factor = rng.uniform(low, high) * (target / (h, w)).min()
+    target = np.array(target)
+    factor = rng.uniform(*bounds) * (target / (h, w)).min()
     scaled = np.maximum(np.rint(np.array([h, w]) * factor), 1).astype(int)
     size = np.minimum(scaled, target)
     y0, x0 = (rng.random(2) * (scaled - size + 1)).astype(int)
@@ -220,134 +283,3 @@ def fitted(size: Size, room: Size) -> Size:
     factor = min(1.0, room[0] / size[0], room[1] / size[1])
     height, width = (max(int(v * factor), 1) for v in size)
     return height, width
-
-
-def copy_paste(
-    host: Sample, guest: Sample, canvas: Size, rng: np.random.Generator, share: float = 0.5
-) -> Sample:
-    """Returns the host with some of the guest's objects on top, at a random place.
-
-    What they hide is cut from the objects below; one that is hidden has no mask left.
-    Each object keeps the scale that its image was drawn at; what reaches beyond the
-    canvas is cut off. Where pasted objects lie beyond the host's picture, the image grows
-    to hold them, black between.
-    Source: Ghiasi et al. 2021, "Simple Copy-Paste", without blending.
-
-    Args:
-      canvas: (height, width) that the objects are pasted into, at least the host's.
-      share: of the guest's objects, each by itself.
-    """
-    chosen = np.flatnonzero(rng.random(len(guest.labels)) < share)
-    free = np.array(canvas) - guest.size
-    low, high = np.minimum(free, 0), np.maximum(free, 0)
-    top, left = (low + (rng.random(2) * (high - low + 1)).astype(int)).tolist()
-    above = rasterize.select_spans(guest.outlines(), chosen, len(guest.labels))
-    above = rasterize.shift_spans(above, top, left, canvas)
-    size = host.size
-    if len(above.owner):
-        size = max(size[0], int(above.bottom.max())), max(size[1], int(above.column.max()) + 1)
-    image = np.zeros((*size, 3), np.uint8)
-    image[: host.size[0], : host.size[1]] = host.image
-    cover = np.asarray(rasterize.spans_to_masks(above, len(chosen), size).any(axis=0))
-    rows, columns = np.nonzero(cover)
-    image[rows, columns] = guest.image[rows - top, columns - left]
-    below = rasterize.subtract_cover(host.outlines(), cover)
-    num_host, num_objects = len(host.labels), len(host.labels) + len(chosen)
-    above = dataclasses.replace(above, owner=above.owner + num_host)
-    spans = rasterize.concatenate_spans([below, above])
-    keypoints = host.keypoints
-    if keypoints is not None and guest.keypoints is not None:
-        moved = guest.keypoints[chosen]
-        moved[..., :2] += np.array([left, top], np.float32)
-        keypoints = np.concatenate([keypoints, clear_outside(moved, size)])
-    return dataclasses.replace(
-        host,
-        image=image,
-        masks=Outlines(spans, num_objects, size),
-        boxes=rasterize.bounding_boxes(spans, num_objects),
-        labels=np.concatenate([host.labels, guest.labels[chosen]]),
-        keypoints=keypoints,
-    )
-
-
-Augmentation = Callable[[Sample], Sample]
-
-
-@functools.lru_cache(maxsize=64)
-def custom_function(path: str) -> Augmentation:
-    """Returns what a path of `augment.custom` names; each process imports it once."""
-    function: Any = import_object(path, "augment.custom")
-    if not callable(function):
-        raise InputError(
-            f"augment.custom: {path!r} is a {type(function).__name__}; name a function "
-            "that takes a Sample and returns it changed."
-        )
-    augmentation: Any = function
-    return augmentation
-
-
-def apply_custom(
-    sample: Sample, paths: Sequence[str], *, room: Size, num_classes: int, where: str
-) -> Sample:
-    """Returns the sample as the functions of `augment.custom` leave it, one after another.
-
-    Args:
-      room: (height, width) of the padded shape, the image's size at most.
-      where: the image's name, for messages.
-
-    Raises:
-      InputError: a function fails, or returns what is no training image.
-    """
-    for path in paths:
-        boxes = sample.boxes.copy()
-        try:
-            changed = custom_function(path)(sample)
-        except Exception as error:
-            raise InputError(
-                f"augment.custom: {path} failed for {where} ({reason(error)}); correct it."
-            ) from error
-        if wrong := _wrong_sample(changed, room, num_classes):
-            raise InputError(f"augment.custom: {path} returned, for {where}, {wrong}.")
-        if changed.boxes.shape == boxes.shape and (changed.boxes == boxes).all():
-            changed.boxes = rasterize.bounding_boxes(changed.outlines(), len(changed.labels))
-        sample = changed
-    return sample
-
-
-def _wrong_sample(sample: Any, room: Size, num_classes: int) -> str:
-    """Returns what is wrong with the value that a custom augmentation returned, or ""."""
-    if not isinstance(sample, Sample):
-        return f"a {type(sample).__name__}; return the Sample that it got, changed"
-    arrays = {f.name: getattr(sample, f.name) for f in dataclasses.fields(sample)[:4]}
-    n, image = len(np.atleast_1d(sample.labels)), sample.image
-    size: Any = image.shape[:2] if isinstance(image, np.ndarray) else ()
-    wanted = {
-        "image": ("uint8", "u1", (*size, 3)),
-        "masks": ("bool", "b1", (n, *size)),
-        "boxes": ("float", "f", (n, 4)),
-        "labels": ("int", "i", (n,)),
-    }
-    if sample.keypoints is not None:
-        arrays["keypoints"] = sample.keypoints
-        wanted["keypoints"] = ("float", "f", (n, *np.shape(sample.keypoints)[1:2], 3))
-    for name, (kind, code, shape) in wanted.items():
-        array = arrays[name]
-        if not isinstance(array, np.ndarray):
-            return f"`{name}` of type {type(array).__name__}; it must be a numpy array"
-        if not array.dtype.str[1:].startswith(code) or array.shape != shape:
-            return (
-                f"`{name}` {array.dtype} {list(array.shape)}; it must be {kind} {list(shape)}, "
-                f"as there are {n} labels and the image is {list(size)}"
-            )
-        if kind == "float" and not np.isfinite(array).all():
-            return f"`{name}` with a value that is not finite"
-    if min(size) < 1 or size[0] > room[0] or size[1] > room[1]:
-        return (
-            f"an image of {size[0]} x {size[1]} (height x width); the padded shape that was "
-            f"planned for it holds 1 x 1 to {room[0]} x {room[1]}"
-        )
-    if (sample.boxes[:, 2:] < sample.boxes[:, :2]).any():
-        return "`boxes` whose x1 or y1 is less than x0 or y0"
-    if ((sample.labels < 0) | (sample.labels >= num_classes)).any():
-        return f"`labels` outside of 0..{num_classes - 1}"
-    return ""

@@ -7,12 +7,15 @@ import numpy as np
 from PIL import Image
 
 from solov2_jax.data import augment as changes
-from solov2_jax.data import rasterize, sampler, transforms
+from solov2_jax.data import join, rasterize, sampler, transforms
 from solov2_jax.data.augment import Augment, Outlines, Sample
 from solov2_jax.data.buckets import Resize
 from solov2_jax.data.coco import CocoDataset
+from solov2_jax.data.custom_augment import apply_custom
+from solov2_jax.data.degrade import degrade
 from solov2_jax.data.images import open_sized
 from solov2_jax.data.outlines import MIN_BOX_SIDE
+from solov2_jax.data.pixel_format import Planes
 from solov2_jax.data.rasterize import stride4_masks
 from solov2_jax.data.shared_memory import New, in_memory
 from solov2_jax.data.transforms import Affine, AffineImage, Keypoints
@@ -38,16 +41,28 @@ class EvalBatchMaker:
 
     def batch_bytes(self, height: int, width: int) -> int:
         """Returns what `new` is asked for, for a batch of this padded shape."""
-        return self.schedule.image.shape[1] * height * width * 3
+        return self.schedule.image.shape[1] * height * width * self.pixel_bytes
 
-    def read(self, index: int) -> Image.Image:
-        """Returns an image as it is on disk, upright, RGB."""
+    @property
+    def pixel_bytes(self) -> int:
+        """Of a pixel of the batch's images."""
+        pixels = self.dataset.pixels
+        return pixels.channels * np.dtype(pixels.dtype).itemsize
+
+    def new_images(self, height: int, width: int, new: New) -> np.ndarray:
+        """Returns room for a batch's images, [B, H, W, C] of the data set's type."""
+        shape = self.schedule.image.shape[1], height, width, self.pixel_bytes
+        return new(shape).view(self.dataset.pixels.dtype)
+
+    def read(self, index: int) -> Image.Image | Planes:
+        """Returns an image as it is on disk, upright, RGB or as the data set declares."""
         data = self.dataset
-        size = int(data.heights[index]), int(data.widths[index])
-        return open_sized(data.path(index), *size, data.annotation_file)
+        height, width = int(data.heights[index]), int(data.widths[index])
+        file = data.annotation_file
+        return open_sized(data.path(index), height, width, file, pixels=data.pixels)
 
     def write_pixels(self, view: AffineImage, out: np.ndarray) -> None:
-        """Writes an image into uint8 [H, W, 3], with zeros beyond it."""
+        """Writes an image into [H, W, C], with zeros beyond it."""
         view.write(out, self.bgr)
 
     def __call__(self, step: int, new: New = in_memory) -> ArrayDict:
@@ -55,7 +70,7 @@ class EvalBatchMaker:
         h, w = self.schedule.buckets[self.schedule.bucket[step]]
         b = self.schedule.image.shape[1]
         batch = {
-            "image": new((b, h, w, 3)),
+            "image": self.new_images(h, w, new),
             "image_size": np.tile(np.array([h, w], np.int32), (b, 1)),
             "image_id": np.full(b, -1, np.int32),
             "original_size": np.tile(np.array([h, w], np.int32), (b, 1)),
@@ -92,6 +107,7 @@ class BatchMaker(EvalBatchMaker):
     augment: Augment = Augment()
     keypoints: Keypoints | None = None
     pixel_maps: Mapping[str, PixelMap] = dataclasses.field(default_factory=dict)
+    join_steps: int = 2**62  # the steps before this one may join images
 
     def batch_bytes(self, height: int, width: int) -> int:
         """Returns what `new` is asked for, for a batch of this padded shape."""
@@ -111,7 +127,7 @@ class BatchMaker(EvalBatchMaker):
         h, w = self.schedule.buckets[self.schedule.bucket[step]]
         b, g = self.schedule.image.shape[1], self.slots
         batch = {
-            "image": new((b, h, w, 3)),
+            "image": self.new_images(h, w, new),
             "image_size": np.zeros((b, 2), np.int32),
             "boxes": np.zeros((b, g, 4), np.float32),
             "labels": np.zeros((b, g), np.int32),
@@ -129,13 +145,19 @@ class BatchMaker(EvalBatchMaker):
             batch["image_id"][row] = self.dataset.image_ids[index]
             of_row = {k: v[row] for k, v in batch.items() if k != "masks"}
             of_row["masks"] = batch["masks"][num_masks:]
-            num_valid, without_slot = self.fill_row(of_row, index, epoch)
+            num_valid, without_slot = self.fill_row(of_row, index, epoch, step < self.join_steps)
             num_masks, left_out = num_masks + num_valid, left_out + without_slot
         return batch | {"masks": batch["masks"][:num_masks], "left_out": np.array(left_out)}
 
-    def fill_row(self, row: ArrayDict, index: int, epoch: int) -> tuple[int, int]:
+    def fill_row(
+        self, row: ArrayDict, index: int, epoch: int, may_join: bool = True
+    ) -> tuple[int, int]:
         """Writes an image with its objects into a batch's row; returns how many objects
-        it has there, and how many found no slot."""
+        it has there, and how many found no slot.
+
+        Args:
+          may_join: whether other images may be joined to it at this step.
+        """
         room = row["image"].shape[0], row["image"].shape[1]
         rng = sampler.random_generator(self.seed, sampler.LOOK, epoch, index)
         view = self.view(
@@ -148,8 +170,8 @@ class BatchMaker(EvalBatchMaker):
         sample = self.sample(view, index)
         for name, pixel_map in self.pixel_maps.items():
             row[name][: view.size[0], : view.size[1]] = pixel_map(self.dataset, index, view.affine)
-        if self.augment.adds_objects:
-            sample = self.augmented(sample, index, epoch, room)
+        if self.augment.adds_objects or self.augment.degrades:
+            sample = self.augmented(sample, index, epoch, room=room, may_join=may_join)
         if sample.view:
             self.write_pixels(sample.view, row["image"])
         else:
@@ -168,18 +190,35 @@ class BatchMaker(EvalBatchMaker):
           scale: which size of `resize.shorts`.
           room: (height, width) that the image is shrunk to fit into, if need be.
         """
+        augment = self.augment
+        view, size, flip = self.look(index, rng, scale=scale, flip=flip)
+        size = changes.fitted(size, room) if room else size
+        if augment.scale and not augment.jitter_scale:
+            # By the size without the shrinking: the map's last resize is this one.
+            view = changes.random_scale(view, augment.scale, size, rng)
+            size = view.size
+        affine = view.affine.resized(size)
+        return AffineImage(view.picture, affine.flipped() if flip else affine)
+
+    def look(
+        self, index: int, rng: np.random.Generator, *, scale: int, flip: bool
+    ) -> tuple[AffineImage, Size, bool]:
+        """Returns an image as it is augmented, the (height, width) that it is to have, and
+        whether it is to be mirrored; args as of `view`."""
         augment, data = self.augment, self.dataset
         view = transforms.affine_image(self.read(index))
         if augment.active:
             view = changes.color_jitter(view, augment, rng)
+            if augment.turn_prob or augment.vflip_prob:
+                quarters, mirror = changes.random_turn(augment, rng)
+                view, flip = transforms.turn(view, quarters), flip != mirror
             view = changes.random_rotate(view, augment, rng)
             boxes = view.affine.boxes(data.boxes[data.start[index] : data.start[index + 1]])
             view = changes.random_crop_with_instance(view, boxes, augment, rng)
         if augment.jitter_scale:
             view = changes.large_scale_jitter(view, augment, rng)
         size = view.size if augment.jitter_scale else self.resize.size(view.size, scale)
-        affine = view.affine.resized(changes.fitted(size, room) if room else size)
-        return AffineImage(view.picture, affine.flipped() if flip else affine)
+        return view, size, flip
 
     def sample(self, view: AffineImage, index: int) -> Sample:
         """Returns an image with its objects, in the json's order, moved as the image is."""
@@ -199,31 +238,87 @@ class BatchMaker(EvalBatchMaker):
             rng=_UNUSED,
         )
 
-    def augmented(self, sample: Sample, index: int, epoch: int, room: Size) -> Sample:
-        """Returns the sample with another image's objects, if it is its turn, and as the
-        custom augmentations leave it."""
+    def augmented(
+        self, sample: Sample, index: int, epoch: int, *, room: Size, may_join: bool
+    ) -> Sample:
+        """Returns the sample with other images joined to it, if it is its turn, made worse,
+        and as the custom augmentations leave it."""
         augment, data = self.augment, self.dataset
-        rng = sampler.random_generator(self.seed, sampler.PASTE, epoch, index)
-        if rng.random() < augment.paste_prob:
-            guest = int(self.images[rng.integers(len(self.images))])
-            look = sampler.random_generator(self.seed, sampler.GUEST, epoch, index, guest)
-            view = self.view(
-                guest,
-                look,
-                scale=int(look.integers(len(self.resize.shorts))),
-                flip=bool(look.random() < self.flip_prob),
-                room=None,
-            )
-            h, w = augment.jitter_size if augment.jitter_scale else sample.size
-            sample = changes.copy_paste(sample, self.sample(view, guest), (h, w), rng)
+        if may_join and augment.joins:
+            sample = self.joined(sample, index, epoch, room)
+        if augment.degrades:
+            rng = sampler.random_generator(self.seed, sampler.DEGRADE, epoch, index)
+            sample = degrade(sample, augment, rng)
         sample.rng = sampler.random_generator(self.seed, sampler.CUSTOM, epoch, index)
-        return changes.apply_custom(
+        return apply_custom(
             sample,
             augment.custom,
             room=room,
             num_classes=len(data.class_names),
             where=str(data.file_names[index]),
+            pixels=data.pixels,
         )
+
+    def joined(self, sample: Sample, index: int, epoch: int, room: Size) -> Sample:
+        """Returns the sample as mosaic, copy and paste, and mixup leave it."""
+        augment, canvas = self.augment, sample.size
+        rng = sampler.random_generator(self.seed, sampler.MOSAIC, epoch, index)
+        if rng.random() < augment.mosaic_prob:
+            canvas = augment.jitter_size if augment.jitter_scale else room
+            sample = self.mosaic(index, epoch, (canvas[0], canvas[1]), rng)
+            canvas = sample.size
+        rng = sampler.random_generator(self.seed, sampler.PASTE, epoch, index)
+        if rng.random() < augment.paste_prob:
+            guest = self.guest(rng, sampler.GUEST, epoch, index)
+            h, w = augment.jitter_size if augment.jitter_scale else canvas
+            sample = join.copy_paste(sample, guest, (h, w), rng)
+        rng = sampler.random_generator(self.seed, sampler.MIXUP, epoch, index)
+        if rng.random() < augment.mixup_prob:
+            sample = join.mixup(sample, self.guest(rng, sampler.MIXED, epoch, index, room), rng)
+        return sample
+
+    def guest(
+        self,
+        rng: np.random.Generator,
+        purpose: int,
+        epoch: int,
+        index: int,
+        room: Size | None = None,
+    ) -> Sample:
+        """Returns another training image, drawn from `rng`, as it looks for this host.
+
+        Args:
+          purpose: the stream of its look.
+          index: of the host.
+        """
+        guest = int(self.images[rng.integers(len(self.images))])
+        look = sampler.random_generator(self.seed, purpose, epoch, index, guest)
+        view = self.view(
+            guest,
+            look,
+            scale=int(look.integers(len(self.resize.shorts))),
+            flip=bool(look.random() < self.flip_prob),
+            room=room,
+        )
+        return self.sample(view, guest)
+
+    def mosaic(self, index: int, epoch: int, canvas: Size, rng: np.random.Generator) -> Sample:
+        """Returns the image and up to three others, each a part of a canvas (height, width),
+        its outlines drawn once, at the size that it has there."""
+        samples, corners = [], []
+        for place, part in enumerate(join.quadrants(canvas, rng)):
+            drawn = index if not place else int(self.images[rng.integers(len(self.images))])
+            look = sampler.random_generator(self.seed, sampler.TILE, epoch, index, place)
+            scale = int(look.integers(len(self.resize.shorts)))
+            flip = bool(look.random() < self.flip_prob)
+            view, planned, flip = self.look(drawn, look, scale=scale, flip=flip)
+            size = part[2] - part[0], part[3] - part[1]
+            window = join.random_window(view.size, planned, size, look)
+            view = transforms.resize(view, size, window)
+            affine = view.affine.flipped() if flip else view.affine
+            samples.append(self.sample(AffineImage(view.picture, affine), drawn))
+            corners.append(part[:2])
+        return join.mosaic(samples, corners, canvas)
 
     def write_objects(self, row: ArrayDict, sample: Sample) -> tuple[int, int]:
         """Writes the objects that have an extent, a pixel and a slot, the largest boxes

@@ -4,20 +4,27 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from solov2_jax.config_schema import as_steps
 from solov2_jax.data import records
 from solov2_jax.data.augment import Augment
 from solov2_jax.data.batch import PixelMap
 from solov2_jax.data.buckets import Resize
 from solov2_jax.data.coco import CocoDataset, load_coco
+from solov2_jax.data.custom_augment import custom_function
 from solov2_jax.data.pipeline import Batches, Reading, eval_batches, train_batches
+from solov2_jax.data.pixel_format import PixelFormat
 from solov2_jax.data.transforms import Keypoints
 from solov2_jax.io import InputError, import_object
+
+# Keys of `augment` that say nothing of an image by itself.
+_NOT_OF_AN_IMAGE = ("preset", "stop_last", "stop_last_epochs")
 
 
 def load_datasets(config: Any) -> tuple[CocoDataset, CocoDataset]:
     """Returns the training and the validation data set, with equal categories."""
+    check_augment(config)
     # Only the evaluation needs the whole table, which may be large.
-    train = dataclasses.replace(load_coco(*data_files(config)[0]), table=None)
+    train = dataclasses.replace(load_train_dataset(config), table=None)
     names = dict(zip(train.category_ids, train.class_names, strict=True))
     val = load_val_dataset(config, names)
     if config.model.num_classes not in (0, len(names)):
@@ -31,7 +38,43 @@ def load_datasets(config: Any) -> tuple[CocoDataset, CocoDataset]:
 def load_val_dataset(config: Any, categories: Mapping[int, str]) -> CocoDataset:
     """Returns the validation data set, which must have these categories, id -> name; the
     training data need not be there."""
-    return load_coco(*data_files(config)[1], categories=categories)
+    dataset = load_coco(*data_files(config)[1], categories=categories)
+    return dataclasses.replace(dataset, pixels=pixel_format(config))
+
+
+def load_train_dataset(config: Any) -> CocoDataset:
+    """Returns the training data set, with all that its json holds."""
+    dataset = load_coco(*data_files(config)[0])
+    return dataclasses.replace(dataset, pixels=pixel_format(config))
+
+
+def pixel_format(config: Any) -> PixelFormat:
+    """Returns what the pictures hold."""
+    data = config.data
+    return PixelFormat(data.channels, tuple(data.value_range), tuple(data.display_channels))
+
+
+def check_augment(config: Any) -> None:
+    """Raises an InputError for augmentations that the pictures have no colours for, and for
+    functions of `augment.custom` that are not there."""
+    for path in config.augment.custom:
+        custom_function(path)
+    if pixel_format(config).is_rgb:
+        return
+    for key in ("saturation", "hue", "jpeg_prob"):
+        if value := config.augment[key]:
+            raise InputError(
+                f"augment.{key} = {value} is for 8-bit RGB pictures, and data.channels is "
+                f"{config.data.channels} with data.value_range = "
+                f"{tuple(config.data.value_range)}; set it to 0. Brightness, contrast, blur, "
+                "noise, cutout and all moves are for any picture."
+            )
+
+
+def last_joining_step(config: Any) -> int:
+    """Returns the step from which on no images are joined, by `augment.stop_last`."""
+    steps = config.train.steps
+    return max(steps - as_steps(config.augment.stop_last, steps), 0) if steps else 0
 
 
 def data_files(config: Any) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -65,8 +108,14 @@ def build_train_batches(
     *,
     keypoints: Keypoints | None = None,
     pixel_maps: Mapping[str, PixelMap] | None = None,
+    join_steps: int | None = None,
 ) -> Batches:
-    """Returns the batches of steps `start_step` to `train.steps`; see `train_batches`."""
+    """Returns the batches of steps `start_step` to `train.steps`; see `train_batches`.
+
+    Args:
+      join_steps: see there; None: as the config says of a run of `train.steps`.
+    """
+    check_augment(config)
     return train_batches(
         dataset,
         seed=config.seed,
@@ -84,6 +133,7 @@ def build_train_batches(
         augment=_augment(config),
         keypoints=keypoints,
         pixel_maps=pixel_maps or {},
+        join_steps=last_joining_step(config) if join_steps is None else join_steps,
         reading=_reading(config),
     )
 
@@ -141,6 +191,7 @@ def _test_resize(config: Any) -> Resize:
 
 def _augment(config: Any) -> Augment:
     values: dict[str, Any] = dict(config.augment)
+    values = {key: value for key, value in values.items() if key not in _NOT_OF_AN_IMAGE}
     values |= {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
     return Augment(**values)
 

@@ -19,6 +19,7 @@ from pycocotools import mask as coco_mask
 from solov2_jax.data import records
 from solov2_jax.data.annotations import AnnotationTable, describe, read_instances
 from solov2_jax.data.outlines import Segmentations, covers
+from solov2_jax.data.pixel_format import RGB, PixelFormat
 from solov2_jax.io import InputError
 from solov2_jax.rle import offsets
 
@@ -50,6 +51,7 @@ class CocoDataset:
     counts: Mapping[str, int]  # what was read and dropped, for `summary`
     weights: np.ndarray  # float64 [N], how often an epoch shows each image, on average
     table: AnnotationTable | None = None  # all that the json holds, for the evaluation
+    pixels: PixelFormat = RGB  # of its pictures, as the config declares them
 
     def __len__(self) -> int:
         return len(self.image_ids)

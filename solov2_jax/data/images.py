@@ -3,53 +3,33 @@
 What an image file says about itself without its pixels, and which files are images.
 """
 
-import contextlib
 import dataclasses
-import functools
-import importlib
 import logging
 import os
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from solov2_jax.data.records import is_records, source
+from solov2_jax.data import raw_images
+from solov2_jax.data.image_files import NO_PICTURES, load_plugins, opened, say_once
+from solov2_jax.data.pixel_format import RGB, PixelFormat, Planes
 from solov2_jax.io import InputError, reading
 
 log = logging.getLogger(__name__)
 
-# Left out of what Pillow opens: what it cannot decode without other programs or packages,
-# and what it takes any file for, because the format has no signature.
-_NO_PICTURES = {
-    *("BUFR", "EPS", "FPX", "GRIB", "HDF5", "IM", "IPTC", "MIC", "MPEG", "PCD", "PDF"),
-    *("SPIDER", "WMF", "XVTHUMB"),
-}
-_BY_NAME = {"TGA": (".tga", ".icb", ".vda", ".vst")}  # no signature either: by the ending
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and microscopes store in 16
 _ORIENTATION, _PHOTOMETRIC = 0x0112, 262  # tags of EXIF and TIFF
 _TURNED = (5, 6, 7, 8)  # orientations that swap the sides
 _JUNK = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin")
 
-# Pixels of the largest picture that is read; None: Pillow's own limit.
-max_pixels: int | None = None
-
-
-@functools.cache
-def _load_plugins() -> None:
-    """Makes Pillow know all of its formats, and HEIF where pillow-heif is installed."""
-    Image.init()
-    with contextlib.suppress(ImportError):
-        importlib.import_module("pillow_heif").register_heif_opener()
-
 
 def image_suffixes() -> tuple[str, ...]:
     """Returns the endings of every format that Pillow decodes by itself, plugins included,
     lower case, sorted."""
-    _load_plugins()
-    known = {*Image.OPEN, "MPO"} - _NO_PICTURES
+    load_plugins()
+    known = {*Image.OPEN, "MPO"} - NO_PICTURES
     return tuple(sorted(s for s, kind in Image.EXTENSION.items() if kind in known))
 
 
@@ -59,9 +39,23 @@ def reuse_memory() -> None:
     Image.core.set_blocks_max(4)
 
 
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Returns the picture as uint8 [h, w, 3], as `open_image` does."""
-    return np.array(open_image(os.fspath(path)))
+def read_image(path: str | os.PathLike[str], pixels: PixelFormat = RGB) -> np.ndarray:
+    """Returns the picture as it is shown, uint8 [h, w, 3]: as `open_image` does, or the
+    channels that `PixelFormat.to_rgb` chooses."""
+    path = os.fspath(path)
+    if pixels.is_rgb:
+        return np.array(open_image(path))
+    return pixels.to_rgb(pixels.scaled(read_values(path, pixels), path))
+
+
+def read_values(path: str | os.PathLike[str], pixels: PixelFormat) -> np.ndarray:
+    """Returns what a predictor takes: the picture's own values [h, w, C], of 8-bit RGB
+    `read_image`."""
+    path = os.fspath(path)
+    if pixels.is_rgb:
+        return read_image(path)
+    values = raw_images.read_values(path, pixels)
+    return values[..., None] if values.ndim == 2 else values
 
 
 def open_image(path: str) -> Image.Image:
@@ -77,7 +71,7 @@ def open_image(path: str) -> Image.Image:
     """
     with opened(path) as image:
         if _several(image):
-            _say_once("several pages or frames; of such files the first one is used", path)
+            say_once("several pages or frames; of such files the first one is used", path)
         deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
         ImageOps.exif_transpose(image, in_place=True)
         rgb = _to_rgb(image, path)
@@ -85,7 +79,7 @@ def open_image(path: str) -> Image.Image:
             # Pillow gives the upper byte of 16-bit colours; the lower one is lost.
             largest = max(int(high) for _, high in rgb.getextrema())  # pyright: ignore
             if largest < 64:
-                _say_once(
+                say_once(
                     f"its 16-bit colours reach only {largest} of 255: it will look dark; "
                     "scale such colours to 16 bits",
                     path,
@@ -93,72 +87,9 @@ def open_image(path: str) -> Image.Image:
         return rgb
 
 
-@contextlib.contextmanager
-def opened(path: str) -> Iterator[Image.Image]:
-    """Gives the picture, not decoded yet, or raises one InputError that names it."""
-    _load_plugins()
-    if max_pixels is not None:
-        Image.MAX_IMAGE_PIXELS = max_pixels
-    fix = "Fetch it again or remove it from the data set."
-    with reading(path, "an image, it is truncated or damaged", fix):
-        _check_file(path)
-        formats = [
-            name
-            for name in Image.OPEN
-            if name not in _NO_PICTURES and path.lower().endswith(_BY_NAME.get(name, ""))
-        ]
-        try:
-            with Image.open(source(path), formats=formats) as image:
-                limit = Image.MAX_IMAGE_PIXELS
-                if limit is not None and image.width * image.height > limit:
-                    raise Image.DecompressionBombError
-                yield image
-        except UnidentifiedImageError:
-            raise InputError(
-                f"{path}: is not an image that can be read (JPEG, PNG, TIFF, WebP, AVIF and "
-                "what else Pillow reads). Convert it or remove it from the data set."
-            ) from None
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            raise InputError(
-                f"{path}: has more than {Image.MAX_IMAGE_PIXELS} pixels. Raise the limit "
-                "(predict.py --max_pixels), cut it into tiles, or shrink it."
-            ) from None
-
-
-def _check_file(path: str) -> None:
-    """Raises unless the path is a regular file with something in it; a pipe would hang."""
-    if is_records(path):
-        return
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such image. Correct the path, or the `file_name` and image "
-            "folder of the data set."
-        ) from None
-    if stat.S_ISDIR(status.st_mode):
-        raise InputError(f"{path}: is a folder, not an image; name a file.")
-    if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path}: is a pipe, socket or device, not an image file; remove it.")
-    if not status.st_size:
-        raise InputError(
-            f"{path}: is empty, 0 bytes. Fetch it again or remove it from the data set."
-        )
-
-
 def _several(image: Image.Image) -> bool:
     # The further pictures of MPO (phones' depth maps) and PSD (layers) are no pages.
     return image.format not in ("MPO", "PSD") and getattr(image, "is_animated", False)
-
-
-_said: set[str] = set()
-
-
-def _say_once(what: str, path: str) -> None:
-    """Logs something about a picture, only of the first one that it is true of."""
-    if what not in _said:
-        _said.add(what)
-        log.warning("%s: %s (said once)", path, what)
 
 
 def _to_rgb(image: Image.Image, path: str) -> Image.Image:
@@ -188,20 +119,27 @@ def _eight_bits(image: Image.Image, path: str) -> np.ndarray:
         raise InputError(f"{path}: has values outside of 0..65535; convert it to 8 or 16 bits.")
     bits = next(b for b in _DEPTHS if grey.max() < 1 << b)
     if bits < 16:
-        _say_once(f"its largest value is {grey.max()}: taken as {bits} bits, not 16", path)
+        say_once(f"its largest value is {grey.max()}: taken as {bits} bits, not 16", path)
     if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # white is 0
         grey = (1 << bits) - 1 - grey
     return (grey >> bits - 8).astype(np.uint8)
 
 
-def open_sized(path: str, height: int, width: int, annotations: str) -> Image.Image:
+def open_sized(
+    path: str, height: int, width: int, annotations: str, *, pixels: PixelFormat = RGB
+) -> Image.Image | Planes:
     """Returns the picture as `open_image` does, or raises if its size is another.
+
+    Pictures that are not 8-bit RGB come as planes, scaled as `PixelFormat.scaled` says.
 
     Args:
       height, width: what the json says.
       annotations: the json's name, for the message.
     """
-    image = open_image(path)
+    if pixels.is_rgb:
+        image = open_image(path)
+    else:
+        image = Planes.of(pixels.scaled(read_values(path, pixels), path))
     w, h = image.size
     if (h, w) == (height, width):
         return image
@@ -230,6 +168,8 @@ class Header:
 
 def read_header(path: str) -> Header:
     """Returns size and orientation without decoding, or raises one InputError."""
+    if (size := raw_images.values_size(path)) is not None:
+        return Header(*size, orientation=1)
     with opened(path) as image:
         width, height = image.size
         tag = image.getexif().get(_ORIENTATION)

@@ -29,10 +29,11 @@ import numpy as np
 from absl import flags
 
 from solov2_jax.data import sampler
-from solov2_jax.data.augment import Augment, custom_function
+from solov2_jax.data.augment import Augment
 from solov2_jax.data.batch import ArrayDict, BatchMaker, EvalBatchMaker, PixelMap, expand_masks
 from solov2_jax.data.buckets import Resize, choose_buckets
 from solov2_jax.data.coco import CocoDataset
+from solov2_jax.data.custom_augment import custom_function
 from solov2_jax.data.images import reuse_memory
 from solov2_jax.data.shared_memory import (
     MmapPickle,
@@ -151,7 +152,8 @@ class Batches:
         if not left_out or not isinstance(maker, BatchMaker) or not maker.augment.adds_objects:
             return False
         log.warning(
-            "with what augment.paste_prob and augment.custom add, images have more than "
+            "with what augment.mosaic_prob, mixup_prob, paste_prob and augment.custom add, "
+            "images have more than "
             "data.max_instances = %d objects; the smallest are left out, %d in this batch. "
             "Raise data.max_instances to train on all.",
             maker.slots,
@@ -236,6 +238,7 @@ def train_batches(
     augment: Augment = _NO_AUGMENT,
     keypoints: Keypoints | None = None,
     pixel_maps: Mapping[str, PixelMap] = _NO_MAPS,
+    join_steps: int = 2**62,
     reading: Reading = Reading(),
 ) -> Batches:
     """Returns the batches of steps `start_step` to `num_steps`, keys as in `Batch`.
@@ -245,17 +248,18 @@ def train_batches(
     Args:
       batch_size: global; `shard` (i, n) fetches the i-th of its n slices.
       max_instances: padded objects per image, those with the largest boxes; 0 for the
-        data set's largest number, or twice that where objects are pasted.
+        data set's largest number, and once more for each way in which images are joined.
       repeat_threshold: see `sampler.repeat_factors`; 0: every image once an epoch.
       max_images: train on the first ones only; 0 for all.
       keypoints: of the data set's objects, for a field `keypoints`.
       pixel_maps: further fields, uint8 [B, h, w], by name.
+      join_steps: from this step on, no images are joined (mosaic, mixup, copy and paste).
     """
     rows = _slice_of_batch(batch_size, shard)
-    if pixel_maps and augment.adds_objects:
+    if pixel_maps and (augment.adds_objects or augment.cutout_prob):
         raise InputError(
-            "augment.paste_prob and augment.custom do not reach "
-            f"{', '.join(pixel_maps)}; set them back to 0 and ()."
+            "augment.paste_prob, mosaic_prob, mixup_prob, cutout_prob and augment.custom do "
+            f"not reach {', '.join(pixel_maps)}; set them back to 0 and ()."
         )
     for path in augment.custom:
         custom_function(path)  # an error before anything is read
@@ -278,7 +282,7 @@ def train_batches(
         dataset=dataclasses.replace(dataset, table=None),
         schedule=schedule.part(rows=rows),
         resize=resize,
-        bgr=_IS_BGR[channel_order],
+        bgr=_IS_BGR[channel_order] and dataset.pixels.channels == 3,
         images=images,
         seed=seed,
         flip_prob=flip_prob,
@@ -286,6 +290,7 @@ def train_batches(
         augment=augment,
         keypoints=keypoints,
         pixel_maps=pixel_maps,
+        join_steps=join_steps,
     )
     return Batches(maker, start_step, reading)
 
@@ -347,7 +352,7 @@ def _training_images(dataset: CocoDataset, keep_empty: bool, max_images: int) ->
 
 def _slots(num_objects: np.ndarray, max_instances: int, augment: Augment) -> int:
     """Returns the padded objects of an image, and logs what that leaves out."""
-    most = int(num_objects.max()) * (2 if augment.paste_prob else 1)
+    most = int(num_objects.max()) * (1 + augment.joins)
     slots = max_instances or max(8, -(-most // 8) * 8)
     if (crowded := num_objects > slots).any():
         log.warning(
@@ -405,5 +410,6 @@ def eval_batches(
     schedule = sampler.eval_schedule(assigned[images, 0], buckets, batch_size)
     part = schedule.part(steps=slice(shard[0], None, shard[1]))
     dataset = dataclasses.replace(dataset, table=None)  # workers do not need it
-    maker = EvalBatchMaker(dataset, part, resize, _IS_BGR[channel_order])
+    bgr = _IS_BGR[channel_order] and dataset.pixels.channels == 3
+    maker = EvalBatchMaker(dataset, part, resize, bgr)
     return Batches(maker, 0, reading)

@@ -37,8 +37,9 @@ def random_bits(seed: int, stream: int, *keys: np.ndarray | int) -> np.ndarray:
 _ORDER, _SCALE, _FLIP, _REPEAT = range(4)
 _PHASE = 92
 # Of `random_generator`: an image's look; which guest is pasted and where; the look of
-# a guest; custom augmentations.
-LOOK, PASTE, GUEST, CUSTOM = range(4, 8)
+# a guest; custom augmentations; blur, noise, ...; a mosaic; the looks in it; which image
+# is mixed with; that one's look.
+LOOK, PASTE, GUEST, CUSTOM, DEGRADE, MOSAIC, TILE, MIXUP, MIXED = range(4, 13)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -146,7 +146,7 @@ class PoolSender:
             for key, value in self.maker(step, new).items():
                 start = value.ctypes.data - memory.ctypes.data
                 if 0 <= start < memory.nbytes:
-                    sent[key] = PoolBlock(slot, start, value.shape)
+                    sent[key] = PoolBlock(slot, start, value.shape, value.dtype.str)
                     continue
                 start, sent[key] = end + _padding(end), value
                 if start + value.nbytes <= memory.nbytes:

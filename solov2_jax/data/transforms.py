@@ -1,4 +1,4 @@
-"""Resize, flip, crop and rotation, which compose into one affine map of an image.
+"""Resize, flip, turn, crop and rotation, which compose into one affine map of an image.
 
 `Affine` says where the points of the original are; `AffineImage` is a picture with its
 map. Outlines, boxes and key points follow by the map, once, at the end.
@@ -7,10 +7,12 @@ Coordinates are continuous: pixel (0, 0) covers 0..1, as in polygons and boxes.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from solov2_jax.data.pixel_format import Planes
 from solov2_jax.rle import Size
 
 _BILINEAR, _NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
@@ -37,12 +39,14 @@ def shortest_edge_sizes(
 
 
 def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Returns uint8 [height, width, 3], bilinear and antialiased.
+    """Returns [height, width, C], uint8 or float32, bilinear and antialiased.
 
     Source: detectron2 data/transforms/transform.py, ResizeTransform: PIL's filter.
     """
     if image.shape[:2] == (height, width):
         return image
+    if image.dtype != np.uint8 or image.shape[2] != 3:
+        return Planes.of(image).resize((width, height), _BILINEAR).array()
     return np.asarray(Image.fromarray(image).resize((width, height), _BILINEAR))
 
 
@@ -114,7 +118,7 @@ class Affine:
 class AffineImage:
     """A picture and its map; a last resize and flip may be in the map only."""
 
-    picture: Image.Image  # RGB, not mirrored
+    picture: Image.Image | Planes  # RGB where it is PIL's; not mirrored
     affine: Affine
 
     @property
@@ -123,7 +127,7 @@ class AffineImage:
         return self.affine.size
 
     def write(self, out: np.ndarray, bgr: bool = False) -> None:
-        """Writes the image into uint8 [H, W, 3], with zeros beyond it.
+        """Writes the image into [H, W, C], uint8 or float32, with zeros beyond it.
 
         PIL turns the channels around where it packs its pixels, for less than a copy by
         numpy costs; and the picture is never an array at its own size.
@@ -133,27 +137,34 @@ class AffineImage:
             picture = picture.resize((w, h), _BILINEAR)
         if self.affine.mirrored:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = picture.tobytes("raw", "BGR" if bgr else "RGB")
-        out[:h, :w] = np.frombuffer(pixels, np.uint8).reshape(h, w, 3)
+        if isinstance(picture, Planes):
+            image = picture.array()
+            out[:h, :w] = image[..., ::-1] if bgr else image
+        else:
+            pixels = picture.tobytes("raw", "BGR" if bgr else "RGB")
+            out[:h, :w] = np.frombuffer(pixels, np.uint8).reshape(h, w, 3)
         out[h:] = 0
         out[:h, w:] = 0
 
     def pixels(self) -> np.ndarray:
-        """Returns the image, uint8 [h, w, 3]."""
-        image = np.empty((*self.size, 3), np.uint8)
+        """Returns the image, uint8 [h, w, 3], or [h, w, C] as its planes are."""
+        if isinstance(self.picture, Planes):
+            first = self.picture.channels[0]
+            kind = np.uint8 if first.mode == "L" else np.float32
+            image = np.empty((*self.size, len(self.picture.channels)), kind)
+        else:
+            image = np.empty((*self.size, 3), np.uint8)
         self.write(image)
         return image
 
 
-def _transform(
-    picture: Image.Image, size: Size, back: np.ndarray, resampling: Image.Resampling
-) -> Image.Image:
+def _transform(picture: Any, size: Size, back: np.ndarray, resampling: Image.Resampling) -> Any:
     """Returns a picture of `size`; `back` says where its points come from, [2, 3]."""
     coefficients = back.ravel().tolist()
     return picture.transform((size[1], size[0]), Image.Transform.AFFINE, coefficients, resampling)
 
 
-def affine_image(picture: Image.Image) -> AffineImage:
+def affine_image(picture: Image.Image | Planes) -> AffineImage:
     """Returns the picture as it is."""
     size = picture.height, picture.width
     return AffineImage(picture, Affine(size, size, np.eye(2, 3)))
@@ -176,6 +187,27 @@ def rotate(view: AffineImage, degrees: float) -> AffineImage:
     step = np.concatenate([linear, shift[:, None]], axis=1)
     picture = _transform(view.picture, (height, width), back, _BILINEAR)
     return AffineImage(picture, view.affine.then(step, (height, width)))
+
+
+_TURNS = {
+    1: (Image.Transpose.ROTATE_90, [[0, 1], [-1, 0]]),
+    2: (Image.Transpose.ROTATE_180, [[-1, 0], [0, -1]]),
+    3: (Image.Transpose.ROTATE_270, [[0, -1], [1, 0]]),
+}
+
+
+def turn(view: AffineImage, quarters: int) -> AffineImage:
+    """Returns the picture turned counter-clockwise by quarters of a full turn, pixel by
+    pixel."""
+    if not quarters % 4:
+        return view
+    transpose, linear = _TURNS[quarters % 4]
+    picture = view.picture.transpose(transpose)
+    size = picture.height, picture.width
+    # The turn around the middle: what it leads to the negative side comes back.
+    corner = np.minimum(np.array(linear) @ [view.size[1], view.size[0]], 0)
+    step = np.concatenate([np.array(linear, float), -corner[:, None].astype(float)], axis=1)
+    return AffineImage(picture, view.affine.then(step, size))
 
 
 def crop(view: AffineImage, box: tuple[int, int, int, int]) -> AffineImage:
@@ -226,4 +258,13 @@ def clear_outside(points: np.ndarray, size: Size) -> np.ndarray:
     image of this size; changes its argument."""
     inside = ((points[..., :2] >= 0) & (points[..., :2] <= size[::-1])).all(axis=-1)
     points[~inside | (points[..., 2] == 0)] = 0
+    return points
+
+
+def hide_points(points: np.ndarray, cover: np.ndarray) -> np.ndarray:
+    """Returns key points [..., 3], those in front of which something now is, `cover` bool
+    [h, w], as hidden."""
+    points, (h, w) = points.copy(), cover.shape
+    x, y = (np.clip(points[..., i].astype(int), 0, n - 1) for i, n in ((0, w), (1, h)))
+    points[..., 2][cover[y, x] & (points[..., 2] == 2)] = 1
     return points

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Int, Num
 
 from solov2_jax import ops
 from solov2_jax.data.buckets import STRIDE
@@ -97,7 +97,7 @@ class DetectPrograms:
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="compile")
 
     def __call__(
-        self, variables: Any, image: UInt8[Any, "B h w 3"], image_size: Int[Any, "B 2"]
+        self, variables: Any, image: Num[Any, "B h w c"], image_size: Int[Any, "B 2"]
     ) -> Detections:
         """Returns the detections, by the shape's program; waits until it is there."""
         program = self.start(variables, image.shape).result()
@@ -179,7 +179,7 @@ def compiler_options() -> dict[str, int] | None:
 def detect_images(
     model: Any,
     variables: Any,
-    image: UInt8[Array, "B h w 3"],
+    image: Num[Array, "B h w c"],
     image_size: Int[Array, "B 2"],
     *,
     mean: tuple[float, float, float],

@@ -87,7 +87,7 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B h w 3"], extent: Int[Array, "B 2"] | None = None
+        self, x: Float[Array, "B h w c"], extent: Int[Array, "B 2"] | None = None
     ) -> Float[Array, "B _ _ 64"]:
         conv = functools.partial(ConvNorm, norm=self.norm, dtype=self.dtype, frozen=self.frozen)
         return ops.max_pool_3x3_stride2(nn.relu(conv(64, 7, 2, name="conv1")(x, extent)))
@@ -108,7 +108,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "B h w 3"], extent: Int[Array, "B 2"] | None = None
+        self, image: Float[Array, "B h w c"], extent: Int[Array, "B 2"] | None = None
     ) -> dict[str, jax.Array]:
         """Returns the features; `extent`, see `ops`, is of multiples of 32."""
         if self.depth not in STAGES:

@@ -42,7 +42,7 @@ class SOLOv2(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "B h w 3"], extent: Int[Array, "B 2"] | None = None
+        self, image: Float[Array, "B h w c"], extent: Int[Array, "B 2"] | None = None
     ) -> Outputs:
         """Returns what the network computes of normalised images, 0 where padded.
 
@@ -87,7 +87,7 @@ def _join_levels(levels: Sequence[jax.Array]) -> jax.Array:
 
 
 def intermediates(
-    model: nn.Module, variables: Mapping, image: Float[Array, "B h w 3"]
+    model: nn.Module, variables: Mapping, image: Float[Array, "B h w c"]
 ) -> dict[str, jax.Array]:
     """Returns what every module computed, by path: "fpn/p3", "ins_head/cate_tower/gn0".
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from solov2_jax.data.build import build_train_batches
+from solov2_jax.data.build import build_train_batches, last_joining_step, pixel_format
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.inference.draw import distinct_colors, draw_objects
 from solov2_jax.io import without_controls
@@ -32,12 +32,13 @@ def browse(config: Any, dataset: CocoDataset, folder: str, step: int, num_steps:
       step: of training, from which on.
     """
     config = config.copy_and_resolve_references()
+    join_steps = last_joining_step(config)
     config.train.steps = step + num_steps
     config.data.num_workers = 0
     os.makedirs(folder, exist_ok=True)
     names = dict(zip(dataset.image_ids.tolist(), dataset.file_names, strict=True))
     paths = []
-    for i, batch in enumerate(build_train_batches(config, dataset, step)):
+    for i, batch in enumerate(build_train_batches(config, dataset, step, join_steps=join_steps)):
         for row in range(len(batch["image"])):
             fields = {key: value[row] for key, value in batch.items()}
             image_id = int(fields["image_id"])
@@ -67,9 +68,10 @@ def targets_of(fields: dict[str, np.ndarray], config: Any) -> tuple[GridAssignme
 
 def draw_sample(fields: dict[str, np.ndarray], config: Any, names: Sequence[str]) -> np.ndarray:
     """Returns the input and its levels side by side, uint8 [h, w, 3]."""
-    image = fields["image"]
-    if config.input.channel_order == "BGR":
+    image, pixels = fields["image"], pixel_format(config)
+    if config.input.channel_order == "BGR" and pixels.channels == 3:
         image = image[..., ::-1]
+    image = pixels.to_rgb(image)
     cells, sharing = targets_of(fields, config)
     labels = fields["labels"][fields["valid"]].tolist()
     height, width = image.shape[:2]

@@ -79,7 +79,7 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
     config.model.num_classes = num_classes
     model = build_model(config, num_classes)
 
-    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, 64, 64, config.data.channels), jnp.float32)
 
     def init(key: jax.Array) -> dict[str, PyTree]:
         # Lazy: the forward pass is traced for its shapes and not computed.
@@ -120,8 +120,8 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
 def in_steps(config: Any, train: Any) -> Any:
     """Returns a copy of the config, its epochs over these training images as steps.
 
-    `train.steps`, `train.eval_every` and, unless it is shorter, `train.checkpoint_every`
-    are set where `train.epochs` is; shares of the run stay shares.
+    `train.steps`, `train.eval_every`, `augment.stop_last` and, unless it is shorter,
+    `train.checkpoint_every` are set where `train.epochs` is; shares of the run stay shares.
     """
     config = config.copy_and_resolve_references()
     values = config.train
@@ -136,6 +136,8 @@ def in_steps(config: Any, train: Any) -> Any:
     per_epoch = images / values.batch_size
     values.steps = max(1, math.ceil(values.epochs * per_epoch))
     values.eval_every = max(1, round(values.eval_epochs * per_epoch)) if values.eval_epochs else 0
+    if config.augment.stop_last_epochs:
+        config.augment.stop_last = float(round(config.augment.stop_last_epochs * per_epoch))
     if values.eval_every and values.checkpoint_every:
         values.checkpoint_every = min(values.checkpoint_every, values.eval_every)
     log.info(

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from solov2_jax import distributed, ops
+from solov2_jax.config import input_statistics
 from solov2_jax.losses import normalizers_of, solov2_loss
 from solov2_jax.structs import Batch, Targets
 from solov2_jax.targets import assign_targets
@@ -70,7 +71,7 @@ def build_loss(config: Any, model: Any, *, evaluated: bool = False) -> Loss:
         focal_alpha=config.loss.focal_alpha,
         focal_gamma=config.loss.focal_gamma,
     )
-    mean, std = tuple(config.input.mean), tuple(config.input.std)
+    mean, std = input_statistics(config)
 
     def image_of(batch: dict[str, jax.Array]) -> jax.Array:
         return ops.normalize_image(batch["image"], batch["image_size"], mean, std)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from solov2_jax.config import suggest
+from solov2_jax.config_schema import as_steps
 from solov2_jax.io import InputError
 
 PyTree = Any
@@ -41,11 +42,6 @@ def build_schedule(config: Any) -> optax.Schedule:
             f"optim.schedule is {optim.schedule!r}; choose 'multistep', 'cosine' or 'fixed_gamma'"
         )
     return with_warmup(staircase(rate, milestones, optim.gamma), **warmup)
-
-
-def as_steps(place: int | float, steps: int) -> int:
-    """Returns a place in a run of so many steps: a share of it below 1, else itself."""
-    return round(place * steps) if place < 1 else int(place)
 
 
 def warmup_steps(config: Any) -> int:

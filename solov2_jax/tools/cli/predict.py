@@ -115,7 +115,7 @@ def predict(overrides: list[str], scratch: str) -> "Summary":
     """
     from PIL import Image
 
-    from solov2_jax.data import images
+    from solov2_jax.data import image_files
     from solov2_jax.download import DownloadLimits
     from solov2_jax.inference.preprocess import default_buckets
     from solov2_jax.tools.multiview.build import build_views
@@ -130,7 +130,7 @@ def predict(overrides: list[str], scratch: str) -> "Summary":
     from solov2_jax.tools.predict.sources import open_sources, shapes_of
 
     if _MAX_PIXELS.value is not None:
-        images.max_pixels = Image.MAX_IMAGE_PIXELS = _MAX_PIXELS.value
+        image_files.max_pixels = Image.MAX_IMAGE_PIXELS = _MAX_PIXELS.value
     # Whatever can be wrong is found before the weights are loaded and compiled for.
     tta, tiles = shared.view_options()
     options = FileOptions(

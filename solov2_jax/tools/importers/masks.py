@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from solov2_jax.data.annotations import describe
-from solov2_jax.data.images import list_files, list_images, opened, read_header
+from solov2_jax.data.image_files import opened
+from solov2_jax.data.images import list_files, list_images, read_header
 from solov2_jax.io import InputError
 from solov2_jax.progress import track
 from solov2_jax.tools.importers.instances import Instances

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, ImageSequence
 
-from solov2_jax.data.images import _to_rgb, opened
+from solov2_jax.data.image_files import opened
+from solov2_jax.data.images import _to_rgb
 from solov2_jax.download import without_secrets
 from solov2_jax.io import InputError, atomic_path, printable
 
