@@ -14,6 +14,12 @@ import threading
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+
+from solov2_jax import pretrained
+from solov2_jax.weights import hub
+from solov2_jax.weights.hub_client import hub_library
+
 
 class Repository:
     """Commits (id -> files) of a repository, and its branches and tags."""
@@ -203,6 +209,25 @@ class HubHandler(BaseHTTPRequestHandler):
         number = self.hub.repositories[repo].commit(files, revision)
         url = f"{self.hub.url}/{repo}/commit/{number}"
         return self.answer(200, {"success": True, "commitOid": number, "commitUrl": url})
+
+
+@pytest.fixture(name="server")
+def hub_server(tmp_path, monkeypatch):
+    """The server, which the library takes for the hub, and an empty cache."""
+    constants = hub_library().constants
+    for name in ("fetch_weights", "fetch_folder"):  # each asks anew
+        monkeypatch.setattr(hub, name, getattr(hub, name).__wrapped__)
+    monkeypatch.setattr(pretrained, "fetch_folder", hub.fetch_folder)
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield server
 
 
 _REPO = r"(?P<repo>[^/]+/[^/]+)"

@@ -42,9 +42,10 @@ LAYERS = {
     "paste": 2,
     "weights": 3,
     "checkpoint": 4,
-    "inference": 5,
-    "evaluation": 6,
-    "training": 7,
+    "pretrained": 5,
+    "inference": 6,
+    "evaluation": 7,
+    "training": 8,
 }
 # Worker processes, the check of a data set and imports stay light: no JAX, also not
 # indirectly.

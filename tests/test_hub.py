@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hub_server import HubServer
+from hub_server import hub_server  # noqa: F401  a fixture
 from safetensors.numpy import save
 
 from solov2_jax.io import InputError
-from solov2_jax.weights.hub import choose_file, fetch_weights, is_remote, open_weights, parse_name
+from solov2_jax.weights import hub
+from solov2_jax.weights.hub import choose_file, is_remote, open_weights, parse_name
 from solov2_jax.weights.hub_client import HubName, card_data, hub_library
 
 huggingface_hub = hub_library()
@@ -29,22 +30,6 @@ def backbone(seed=0):
     arrays = {name: rng.standard_normal(shape, np.float32) for name, shape in state.items()}
     arrays["bn1.weight"] = np.ones(8, np.float32)
     return save(arrays)
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """The server, which the library takes for the hub, and an empty cache."""
-    constants = huggingface_hub.constants
-    with HubServer() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        yield server
 
 
 def offline(monkeypatch):
@@ -138,7 +123,7 @@ def test_weights_of_timm(server, caplog):
 def test_torchvision_by_the_copy_of_timm(server, caplog):
     server.add("timm/resnet18.tv_in1k", {"pytorch_model.bin": backbone()})
     with caplog.at_level(logging.INFO, "solov2_jax"):
-        origin = fetch_weights("torchvision/resnet18")
+        origin = hub.fetch_weights("torchvision/resnet18")
     assert origin.path.endswith("pytorch_model.bin") and origin.licence == ""
     assert "IMAGENET1K_V1, by timm's copy" in caplog.text and "none is stated" in caplog.text
 
@@ -147,20 +132,20 @@ def test_the_cache_serves_without_network(server, monkeypatch):
     first, second = backbone(1), backbone(2)
     old = server.add("a/b", {"x/w.safetensors": first, "README.md": CARD})
     for name in ("hf:a/b", "hf:a/b/x/w.safetensors"):
-        assert fetch_weights(name).revision == old
+        assert hub.fetch_weights(name).revision == old
     sent = len([r for r in server.requests if r.startswith("GET /a/b/resolve")])
     assert sent == 2, "each file once"
     new = server.add("a/b", {"x/w.safetensors": second})
-    assert fetch_weights("hf:a/b").revision == new
-    assert Path(fetch_weights(f"hf:a/b@{old}").path).read_bytes() == first
+    assert hub.fetch_weights("hf:a/b").revision == new
+    assert Path(hub.fetch_weights(f"hf:a/b@{old}").path).read_bytes() == first
     offline(monkeypatch)
     server.requests.clear()
-    found = fetch_weights("hf:a/b")
+    found = hub.fetch_weights("hf:a/b")
     assert (found.revision, found.licence) == (new, "apache-2.0") and not server.requests
     with pytest.raises(InputError, match="hf:a/c: is not in the cache, and HF_HUB_OFFLINE is set"):
-        fetch_weights("hf:a/c")
+        hub.fetch_weights("hf:a/c")
     with pytest.raises(InputError, match="not in the cache, and HF_HUB_OFFLINE"):
-        fetch_weights("hf:a/b/other.pth")
+        hub.fetch_weights("hf:a/b/other.pth")
 
 
 def test_errors_of_the_hub(server, monkeypatch):
@@ -177,12 +162,12 @@ def test_errors_of_the_hub(server, monkeypatch):
         "hf:a/gated/model.safetensors": "is gated",
     }.items():
         with pytest.raises(InputError, match=f"init_from: {name}: .*{message}"):
-            fetch_weights(name)
+            hub.fetch_weights(name)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    assert fetch_weights("hf:a/gated").licence == "apache-2.0"
+    assert hub.fetch_weights("hf:a/gated").licence == "apache-2.0"
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(InputError, match="gated"):
-        fetch_weights("hf:a/gated@main")
+        hub.fetch_weights("hf:a/gated@main")
 
 
 def test_a_file_with_another_sum_is_refused_and_removed(server):
@@ -190,29 +175,29 @@ def test_a_file_with_another_sum_is_refused_and_removed(server):
     server.wrong_sum.add("model.safetensors")
     for _ in range(2):
         with pytest.raises(InputError, match="is damaged: its sha256 is .*, the hub says"):
-            fetch_weights("hf:a/b")
+            hub.fetch_weights("hf:a/b")
     server.wrong_sum.clear()
-    assert fetch_weights("hf:a/b").path
+    assert hub.fetch_weights("hf:a/b").path
 
 
 def test_a_download_that_breaks_off_goes_on(server):
     data = backbone() + bytes(200_000)
     server.add("a/b", {"w.pth": data})
     server.cut, server.cuts = 150_000, 1
-    assert Path(fetch_weights("hf:a/b").path).read_bytes() == data
+    assert Path(hub.fetch_weights("hf:a/b").path).read_bytes() == data
     assert server.cuts == 0
 
 
 def test_no_network(monkeypatch, server):
     server.add("a/b", {"model.safetensors": backbone()})
-    assert fetch_weights("hf:a/b").path
+    assert hub.fetch_weights("hf:a/b").path
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
-    assert fetch_weights("hf:a/b").path, "by the cache"
+    assert hub.fetch_weights("hf:a/b").path, "by the cache"
     with pytest.raises(InputError, match="127.0.0.1:9 cannot be reached"):
-        fetch_weights("hf:a/c")
+        hub.fetch_weights("hf:a/c")
 
 
 @contextlib.contextmanager
@@ -253,8 +238,8 @@ def test_weights_at_an_address(server, monkeypatch):
         assert weights.sha256 == digest and "secret" not in str(weights.origin)
         assert weights.settings["input.channel_order"] == "RGB"
         with pytest.raises(InputError, match=f"sha256 is {digest}, expected 00000000"):
-            fetch_weights(place.url + bad)
-        assert fetch_weights(f"{place.url}/w.pth#sha256={digest}").path
+            hub.fetch_weights(place.url + bad)
+        assert hub.fetch_weights(f"{place.url}/w.pth#sha256={digest}").path
         for name, message in {
             f"{place.url}/no.pth": "answers 404",
             f"{place.url}/w.pth#sha256={'0' * 64}": "expected 0000",
@@ -263,15 +248,15 @@ def test_weights_at_an_address(server, monkeypatch):
             "https://127.0.0.1:9/w.pth": "cannot be fetched",
         }.items():
             with pytest.raises(InputError, match=f"init_from: .*{message}"):
-                fetch_weights(name)
+                hub.fetch_weights(name)
         offline(monkeypatch)
-        assert fetch_weights(f"{place.url}/w.pth").path
+        assert hub.fetch_weights(f"{place.url}/w.pth").path
         with pytest.raises(InputError, match="was not fetched before, and HF_HUB_OFFLINE"):
-            fetch_weights(f"{place.url}/new.pth")
+            hub.fetch_weights(f"{place.url}/new.pth")
     with web({"/w.pth": data}, length=len(data) + 10) as place:
         monkeypatch.delenv("HF_HUB_OFFLINE")
         with pytest.raises(InputError, match=r"the connection ended after \d+ of"):
-            fetch_weights(f"{place.url}/w.pth")
+            hub.fetch_weights(f"{place.url}/w.pth")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from solov2_jax.checkpoint import load_workdir_config, read_classes, restore_variables
@@ -35,9 +34,11 @@ from solov2_jax.inference.programs import (
     compile_kernel_transform,
     paste_detections,
 )
+from solov2_jax.io import InputError
 from solov2_jax.models import build_model
+from solov2_jax.pretrained import find_pretrained, is_pretrained, local_folder, read_pretrained
 from solov2_jax.structs import Detections
-from solov2_jax.weights.convert import fit
+from solov2_jax.weights.convert import fit, network_shapes
 from solov2_jax.weights.hub import open_weights
 from solov2_jax.weights.settings import adopt_settings, check_settings
 
@@ -100,17 +101,47 @@ class Predictor:
         """Returns the predictor of a training run.
 
         Args:
+          workdir: its folder, or what `from_pretrained` takes, with "hf:" before a repository.
           checkpoint: "last", "best" or a step.
           overrides: of its config, such as "--config.input.min_size_test=640".
         """
-        config = load_workdir_config(workdir, overrides)
-        names, ids = read_classes(workdir)
-        variables, step = restore_variables(workdir, checkpoint)
+        folder = local_folder(workdir)
+        if is_pretrained(folder):
+            if checkpoint not in ("last", "best"):
+                raise InputError(f"{workdir}: has no checkpoint {checkpoint!r}, only its weights")
+            return cls.from_pretrained(folder, overrides)
+        config = load_workdir_config(folder, overrides)
+        names, ids = read_classes(folder)
+        variables, step = restore_variables(folder, checkpoint)
         log.info("%s: weights of step %d", workdir, step)
         model = build_model(config, len(names))
         predictor = build_predictor(config, model, variables, names, ids)
         predictor.step = step
         return predictor
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], overrides: Sequence[str] = ()
+    ) -> "Predictor":
+        """Returns the predictor of a repository of the hub that `solov2 hub push` wrote.
+
+        Args:
+          name: "USER/REPO" or "USER/REPO@REVISION"; or a folder: `solov2 hub pull`'s or a run's.
+          overrides: of its config, such as "--config.test.score_threshold=0.2".
+
+        Raises:
+          InputError: naming what is missing, damaged, closed or unknown.
+        """
+        folder = find_pretrained(name)
+        if not is_pretrained(folder):
+            return cls.from_workdir(folder, overrides=overrides)
+        found = read_pretrained(folder, overrides)
+        model = build_model(found.config, len(found.class_names))
+        shapes = network_shapes(found.config, len(found.class_names))
+        variables, _ = fit(found.weights, shapes, strict=True)
+        return build_predictor(
+            found.config, model, variables, found.class_names, found.category_ids
+        )
 
     @classmethod
     def from_weights(
@@ -154,8 +185,7 @@ class Predictor:
             )
         check_settings(read.settings, config, weights)
         model = build_model(config, num_classes)
-        shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
-        variables, _ = fit(read, shapes, strict=True)
+        variables, _ = fit(read, network_shapes(config, num_classes), strict=True)
         names = read.class_names or [f"class {i + 1}" for i in range(num_classes)]
         return build_predictor(config, model, variables, names)
 

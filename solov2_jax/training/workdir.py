@@ -26,6 +26,7 @@ from solov2_jax.classes import classes_difference, classes_record
 from solov2_jax.config import changed_keys, read_config, save_config
 from solov2_jax.io import InputError, lock_file, reason, write_json
 from solov2_jax.logging import PlainFormatter
+from solov2_jax.pretrained import is_pretrained
 from solov2_jax.training.optim import build_schedule
 
 log = logging.getLogger("solov2_jax")
@@ -141,6 +142,11 @@ def check_workdir(
     """
     check_writable(workdir)
     read_best(workdir)
+    if is_pretrained(workdir):
+        raise InputError(
+            f"--workdir {workdir}: holds the weights of a finished run; give another folder, and "
+            f"--config.init_from={workdir} to start from them"
+        )
     if not list_steps(workdir):
         check_nothing_lost(workdir)
         return

@@ -11,12 +11,13 @@ its mirrors (`HF_ENDPOINT`), its offline mode (`HF_HUB_OFFLINE`). It is imported
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from typing import Any
 from solov2_jax.download import DownloadLimits, fetch, without_secrets
 from solov2_jax.io import InputError, make_folder, printable, reason
 from solov2_jax.weights.hub_client import (
+    DownloadProgress,
     HubName,
-    LogProgress,
     address_of,
     check_sum,
     commit_of,
@@ -117,8 +118,11 @@ def open_weights(name: str, *, key: str = "init_from", **options: Any) -> Weight
     return replace(weights, path=origin.name, origin=origin.to_dict())
 
 
+@functools.lru_cache(16)
 def fetch_weights(name: str, *, key: str = "init_from") -> Origin:
     """Returns where the weights of a name are now, after fetching them if need be.
+
+    A process asks once for a name.
 
     Raises:
       InputError: for an unknown repository, a closed one, no network, a damaged file.
@@ -130,7 +134,8 @@ def fetch_weights(name: str, *, key: str = "init_from") -> Origin:
     return origin
 
 
-def fetch_folder(name: str, files: Sequence[str], optional: Sequence[str] = ()) -> Origin:
+@functools.lru_cache(16)
+def fetch_folder(name: str, files: tuple[str, ...], optional: tuple[str, ...] = ()) -> Origin:
     """Returns where the files of a repository are now; `path` is their folder.
 
     Args:
@@ -282,8 +287,9 @@ def _fetch_address(name: str, key: str) -> Origin:
         raise InputError(f"{key}: {shown}: was not fetched before, and HF_HUB_OFFLINE is set")
     else:
         limits = DownloadLimits(_MOST_BYTES, _MOST_SECONDS, size_flag="", time_flag="")
-        show = LogProgress(shown)
-        path = fetch(address, str(folder), limits, key=f"{key}: ", progress=show)
+        show = DownloadProgress(shown)
+        with contextlib.closing(show):
+            path = fetch(address, str(folder), limits, key=f"{key}: ", progress=show)
     if expected and not (actual := sha256_of(path)).startswith(expected):
         if not there:
             os.unlink(path)

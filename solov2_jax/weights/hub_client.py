@@ -8,8 +8,6 @@ import contextlib
 import logging
 import os
 import re
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +17,12 @@ from typing import Any
 import yaml
 
 from solov2_jax.io import InputError, printable, reason
+from solov2_jax.progress import Progress
 from solov2_jax.weights.sources import sha256_of
 
 log = logging.getLogger(__name__)
 
 CARD = "README.md"
-_EVERY = 5.0  # seconds between two lines of progress
 
 
 @dataclass(frozen=True)
@@ -159,47 +157,48 @@ def hub_errors(name: str) -> Iterator[None]:
       name: what was asked for, for the message.
     """
     hub = hub_library()
-    errors, place = hub.errors, hub.constants.ENDPOINT
-    shown = printable(name)
+    errors = hub.errors
     try:
         yield
         return
     except InputError:
         raise
     except errors.HFValidationError as error:
-        raise InputError(f"{shown}: is no name of a repository; write hf:USER/REPO") from error
+        cause, why = error, "is no name of a repository; write hf:USER/REPO"
     except (errors.EntryNotFoundError, errors.HTTPError, errors.OfflineModeIsEnabled) as error:
-        cause = error
+        cause, why = error, _explain(error)
     except OSError as error:
-        raise InputError(
-            f"{shown}: {reason(error)} (cache: {hub.constants.HF_HUB_CACHE})"
-        ) from error
+        cause, why = error, f"{reason(error)} (cache: {hub.constants.HF_HUB_CACHE})"
+    except (RuntimeError, ValueError) as error:  # of an upload; what happened is below it
+        cause, why = error, reason(error.__cause__ or error)
+    raise InputError(f"{printable(name)}: {why}") from cause
+
+
+def _explain(cause: BaseException) -> str:
+    """Returns what an error of the hub means, and the fix."""
+    hub = hub_library()
+    errors, place = hub.errors, hub.constants.ENDPOINT
     if isinstance(cause, errors.LocalEntryNotFoundError) and cause.__cause__ is not None:
         cause = cause.__cause__
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if hub.constants.HF_HUB_OFFLINE and status is None:
-        why = (
+        return (
             "is not in the cache, and HF_HUB_OFFLINE is set; unset it once, or give the file "
             f"itself (cache: {hub.constants.HF_HUB_CACHE})"
         )
-    elif isinstance(cause, errors.GatedRepoError):
-        why = f"is gated: accept its terms at {place}, and set HF_TOKEN to a token of that account"
-    elif isinstance(cause, errors.RevisionNotFoundError):
-        why = "there is no such revision; give a branch, tag or commit of the repository"
-    elif isinstance(cause, errors.RepositoryNotFoundError):
-        why = f"{place} has no such repository, or a private one: check the name, or set HF_TOKEN"
-    elif isinstance(cause, errors.EntryNotFoundError) and status == 404:
-        why = f"the repository has no such file ({_last_words(cause)})"
-    elif status in (401, 403):
-        why = f"{place} refuses access ({status}): set HF_TOKEN to a token that may use it"
-    elif status is not None:
-        why = f"{place} answers {status}; try again later, or give the file itself"
-    else:
-        why = (
-            f"{place} cannot be reached ({reason(cause)}); check the network, or give a file that "
-            "is here"
-        )
-    raise InputError(f"{shown}: {why}") from cause
+    if isinstance(cause, errors.GatedRepoError):
+        return f"is gated: accept its terms at {place}, and set HF_TOKEN to that account's token"
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return "there is no such revision; give a branch, tag or commit of the repository"
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        return f"{place} has no such repository, or a private one: check the name, or set HF_TOKEN"
+    if isinstance(cause, errors.EntryNotFoundError) and status == 404:
+        return f"the repository has no such file ({_last_words(cause)})"
+    if status in (401, 403):
+        return f"{place} refuses access ({status}): set HF_TOKEN to a token that may use it"
+    if status is not None:
+        return f"{place} answers {status}; try again later, or give the file itself"
+    return f"{place} cannot be reached ({reason(cause)}); check the network, or give a file"
 
 
 def _last_words(error: BaseException) -> str:
@@ -208,40 +207,46 @@ def _last_words(error: BaseException) -> str:
 
 
 def _progress_class(shown: str) -> Any:
-    """Returns the class by which the hub's library shows a download's progress.
-
-    On a terminal its own; else one that logs a line now and then.
-    """
+    """Returns the class by which the hub's library tells how far a download is."""
     hub_library()
     from huggingface_hub.utils import tqdm
 
-    if sys.stderr.isatty():
-        return None
-
-    class Lines(tqdm):
+    class Shown(tqdm):
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **{**kwargs, "disable": True})
-            self._lines = LogProgress(shown)
-            self._done, self._size = kwargs.get("initial") or 0, kwargs.get("total")
+            self._shown = DownloadProgress(shown)
+            self._there, self._size = kwargs.get("initial") or 0, kwargs.get("total")
 
         def update(self, n: Any = 1) -> None:
-            self._done += int(n or 0)
-            self._lines(self._done, self._size)
+            self._there += int(n or 0)
+            self._shown(self._there, self._size)
 
-    return Lines
+        def close(self) -> None:
+            if hasattr(self, "_shown"):
+                self._shown.close()
+
+    return Shown
 
 
-class LogProgress:
-    """Logs how far a download is: when it starts, every few seconds, when it ends."""
+class DownloadProgress:
+    """Shows how far a download is: a bar in a terminal, else lines.
+
+    Args:
+      shown: what is fetched.
+    """
 
     def __init__(self, shown: str):
-        self._shown, self._last, self._began = shown, 0.0, time.monotonic()
+        self._what = f"fetching {printable(shown)}"
+        self._progress: Progress | None = None
 
-    def __call__(self, done: int, size: int | None) -> None:
-        now, ended = time.monotonic(), done == size
-        if now - self._last < _EVERY and not ended:
-            return
-        self._last = now
-        of = f" of {size / 1e6:.1f}" if size else ""
-        rate = done / 1e6 / max(now - self._began, 1e-3)
-        log.info("fetching %s: %.1f%s MB, %.1f MB/s", self._shown, done / 1e6, of, rate)
+    def __call__(self, there: int, size: int | None) -> None:
+        if self._progress is None:
+            total = size / 1e6 if size else None
+            log.info("%s%s", self._what, f", {total:.1f} MB" if total else "")
+            self._progress = Progress(self._what, total, unit="MB").__enter__()
+        self._progress.update(there / 1e6)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.__exit__()
+            self._progress = None

@@ -24,7 +24,7 @@ from solov2_jax.weights.names import TABLES
 if TYPE_CHECKING:
     from solov2_jax.weights.sources import Weights
 
-_INPUT = Flag("input", text(), "Weights file, or a run's workdir.", required=True)
+_INPUT = Flag("input", text(), "Weights file or name, or a run's workdir.", required=True)
 _OUTPUT = Flag("output", text(), "File (.safetensors, .pth) or folder to write.", required=True)
 _SOURCE = Flag("source", choice("auto", ("auto", *TABLES, "solov2_jax")), "Who wrote the file.")
 _SUFFIX = {"solov2_jax": ".safetensors", "adelaidet": ".pth"}
@@ -50,12 +50,17 @@ def _read() -> "Weights":
         from solov2_jax.checkpoint import read_run
 
         return read_run(_INPUT.value, shared.CHECKPOINT.value)
+    from solov2_jax.weights.hub import open_weights
     from solov2_jax.weights.settings import parse_setting
-    from solov2_jax.weights.sources import read_weights
 
     settings = dict(parse_setting(text) for text in _SETTING.value)
-    return read_weights(
-        _INPUT.value, _SOURCE.value, sha256=_SHA256.value, settings=settings, prefix=_PREFIX.value
+    return open_weights(
+        _INPUT.value,
+        key="--input",
+        source=_SOURCE.value,
+        sha256=_SHA256.value,
+        settings=settings,
+        prefix=_PREFIX.value,
     )
 
 

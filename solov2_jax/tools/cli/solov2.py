@@ -18,6 +18,7 @@ COMMANDS = {
     "export": (_CLI + "export:run", "writes ONNX, StableHLO, SavedModel, TFLite"),
     "convert": (_CLI + "convert:run", "converts weights of other programs, and ours"),
     "serve": (_CLI + "serve:run", "answers HTTP requests"),
+    "hub": (_CLI + "hub:run", "hands a run on by the Hugging Face hub, and fetches one"),
     "doctor": ("solov2_jax.tools.cli.doctor:main", "reports on a data set before training"),
     "import": ("solov2_jax.tools.cli.importers:main", "YOLO, labelme, PNG masks to COCO json"),
     "view": (_CLI + "view:run", "draws training batches with their targets"),
