@@ -30,6 +30,7 @@ from solov2_jax.models.conv import transformed_for
 from solov2_jax.paste import paste_masks
 from solov2_jax.postprocess import detect
 from solov2_jax.progress import working
+from solov2_jax.stored import load_or_compile
 from solov2_jax.structs import Detections
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def compile_detect(
             model, variables, image, image_size, mean=mean, std=std, options=options
         )
 
-    name = hashlib.sha256(repr((model, options, jax.__version__)).encode()).hexdigest()[:16]
+    name = repr(("detect", model, mean, std, options))
     return DetectPrograms(jax.jit(run, compiler_options=compiler_options()), name)
 
 
@@ -86,7 +87,7 @@ class DetectPrograms:
 
     Args:
       run: jitted (variables, image, image_size) -> Detections.
-      name: of the computation, for the times that compiling took.
+      name: says what it computes besides, for `stored.load_or_compile`.
     """
 
     def __init__(self, run: Any, name: str):
@@ -114,7 +115,8 @@ class DetectPrograms:
             return self._programs[key]
 
     def _compile(self, variables: Any, shape: tuple[int, ...]) -> Any:
-        key = f"{self._name} {shape}"
+        version = hashlib.sha256(f"{self._name} {jax.__version__}".encode()).hexdigest()[:16]
+        key = f"{version} {shape}"
         seconds = compile_seconds().get(key)
         estimate = "" if seconds is None else f" ({seconds:.0f} s the last time)"
         log.info("compiling for %d image(s) padded to %d x %d%s", *shape[:3], estimate)
@@ -126,7 +128,7 @@ class DetectPrograms:
         image = jax.ShapeDtypeStruct(shape, jnp.uint8)
         image_size = jax.ShapeDtypeStruct((shape[0], 2), jnp.int32)
         with working("compiling for {} image(s) of {} x {}".format(*shape)):
-            program = self._run.lower(abstract, image, image_size).compile()
+            program = load_or_compile(self._run, (abstract, image, image_size), self._name)
         with self._lock:
             note_compile_seconds(key, time.perf_counter() - start)
         return program
@@ -212,10 +214,11 @@ def compile_kernel_transform(model: Any, size: tuple[int, int], platform: str) -
         with transformed_for(platform):
             return model.apply(variables, image, mutable=["transformed"])[1]
 
-    compiled = jax.jit(run, compiler_options=compiler_options())
+    jitted = jax.jit(run, compiler_options=compiler_options())
+    name = repr(("transform", model, size, platform))
 
     def transform_kernels(variables):
-        transformed = compiled(variables)
+        transformed = load_or_compile(jitted, (variables,), name)(variables)
         replaced = flatten_dict(transformed["transformed"])
         params = flatten_dict(variables["params"])
         kept = {path: leaf for path, leaf in params.items() if path not in replaced}

@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from solov2_jax.models import build_model
+from solov2_jax.stored import variable_shapes
 from solov2_jax.weights.array_files import write_safetensors, write_torch
 from solov2_jax.weights.names import Flat, shorten, to_adelaidet
 from solov2_jax.weights.settings import check_settings, depth_of
@@ -197,9 +196,7 @@ def save_weights(path: str, flat: Flat, settings: Mapping[str, Any]) -> None:
 
 def network_shapes(config: Any, num_classes: int) -> dict[str, Any]:
     """Returns the variables' shapes of the network that the config describes."""
-    model = build_model(config, num_classes)
-    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), image)
+    return variable_shapes(build_model(config, num_classes), config.data.channels)
 
 
 def check_network(config: Any, weights: Weights, strict: bool = False) -> tuple[Flat, Report]:
