@@ -28,6 +28,7 @@ LAYERS = {
     "download": 1,
     "classes": 1,
     "distributed": 1,
+    "stored": 1,
     "config_schema": 1,
     "rle": 1,
     "ops": 1,
