@@ -23,8 +23,8 @@ from solov2_jax.config import load_config, save_config
 from solov2_jax.data.images import read_image
 from solov2_jax.data.transforms import resize_image
 from solov2_jax.models import build_model
-from solov2_jax.tools import dry_run
 from solov2_jax.tools.summary import summarize
+from solov2_jax.training import memory
 from solov2_jax.weights import names
 from solov2_jax.weights.names import fill, match, skeleton
 from tests.golden_weights import golden_weight
@@ -171,7 +171,7 @@ def build_step(config: Any, mesh: Mesh | None = None) -> tuple[Any, PyTree, Mesh
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.train.batch_size, config.train.accumulate = 0, 1  # 0: every mesh divides it
-    return dry_run.build_step(config, mesh or distributed.make_mesh(1))
+    return memory.build_step(config, mesh or distributed.make_mesh(1))
 
 
 def start_state(shapes: PyTree, variables: PyTree = None) -> PyTree:

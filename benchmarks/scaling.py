@@ -356,7 +356,7 @@ def lower_for(devices: Any, config: Any, size: tuple[int, int], images: int) -> 
     from cases import OBJECTS, build_step
     from jax.sharding import AxisType, Mesh
 
-    from solov2_jax.tools.dry_run import batch_shapes
+    from solov2_jax.training.memory import batch_shapes
 
     mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
     batch = batch_shapes(len(devices) * images, OBJECTS, *size, mesh)

@@ -12,6 +12,7 @@ import re
 from ml_collections import ConfigDict
 
 from solov2_jax.config_schema import (
+    AUTO,
     IMPORT_PATH,
     NAME,
     KeyRule,
@@ -516,7 +517,13 @@ def keys() -> Section:
     # Epochs between evaluations, where epochs are given, with a checkpoint at each; 0:
     # only the end is evaluated.
     train.eval_epochs = number(1.0, 0, high=1e6, used=unless("train.epochs", 0))
-    train.batch_size = whole(16, 1, 1_000_000)  # global, over all devices [SOLVER.IMS_PER_BATCH]
+    # Images per step, over all devices; "auto": as many as the devices' memory holds by two
+    # compilations of the step, a sixteenth of the training images at most. The rate follows:
+    # `optim.reference_batch_size`, if 0, is the number that "auto" replaced
+    # [SOLVER.IMS_PER_BATCH].
+    train.batch_size = whole(
+        16, 1, 1_000_000, words=(AUTO,), meant_for="optim.reference_batch_size"
+    )
     # Microbatches computed one after the other, to save memory. The losses
     # and gradients are those of the whole batch.
     train.accumulate = whole(1, 1, 1_000_000)

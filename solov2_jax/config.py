@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from solov2_jax.config_schema import FREE, lock, old_names, set_below, wrong_values
+from solov2_jax.config_schema import FREE, keep_numbers, lock, old_names, set_below, wrong_values
 from solov2_jax.io import InputError, read_json, reading, reason, write_json
 
 # A ConfigDict; its attributes are not known to type checkers.
@@ -47,6 +47,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         shipped = file.resolve().parent == shipped_configs().resolve()
         apply_preset(config, {} if shipped else before, overrides)
         check_config(config)
+    keep_numbers(config, _base().rules())
     check_effect(config, overrides)
     return config
 

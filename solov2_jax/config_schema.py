@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 Number = int | float
 INT_MAX = 2**31 - 1  # of the devices' counters
@@ -21,6 +21,9 @@ INT_MAX = 2**31 - 1  # of the devices' counters
 ANY_TEXT = (r"[^\0]*", "a text without control codes")
 NAME = (r"[^\0]+", "a text that is not empty")
 IMPORT_PATH = (r"[\w.]+:\w+", "an import path, 'package.module:name'")
+
+# A key's value that is found out when the run starts.
+AUTO = "auto"
 
 # Groups that may hold keys of the user's own: they are not locked.
 FREE = ("user", "data.providers")
@@ -67,6 +70,9 @@ class KeyRule:
       whole_from: of a float: from there on it counts steps and is a whole number; below,
         it is a share of the run.
       above, below: excluded.
+      words: texts that a number may be instead, such as "auto".
+      meant_for: of a key with words: the key that gets the number which a word replaces,
+        unless that key is set.
       form: regular expression of a whole text, with the words that describe it.
       item: of each entry of a tuple.
       length: (fewest, most) entries of a tuple.
@@ -84,6 +90,8 @@ class KeyRule:
     whole_from: Number | None = None
     multiple: int = 1
     choices: tuple[Any, ...] = ()
+    words: tuple[str, ...] = ()
+    meant_for: str = ""
     form: tuple[str, str] = ANY_TEXT
     item: "KeyRule | None" = None
     length: tuple[int, int] = (0, INT_MAX)
@@ -100,6 +108,8 @@ class KeyRule:
         """Returns what a value must do and does not, such as "be at least 1", else ""."""
         if self.kind is tuple:
             return self._list_error(value)
+        if isinstance(value, str) and value in self.words:
+            return ""
         if not _is_a(self.kind, value) or self.choices and value not in self.choices:
             return f"be {self.describe()}"
         if self.kind is bool or self.choices:
@@ -162,7 +172,8 @@ class KeyRule:
             share, number = ("shares", "whole numbers") if plural else ("a share", "a whole number")
             return f"{share} of the run below 1, or {number} of steps"
         noun = "whole number" if self.kind is int else "number"
-        return (f"{noun}s" if plural else f"a {noun}") + self._range()
+        words = "".join(f", or {word!r}" for word in self.words)
+        return (f"{noun}s" if plural else f"a {noun}") + self._range() + words
 
     def _how_many(self) -> str:
         few, most = self.length
@@ -290,7 +301,44 @@ class Section:
         config = ConfigDict()
         for name, value in self._entries.items():
             config[name] = value._defaults() if isinstance(value, Section) else value.default
+            if isinstance(value, KeyRule) and value.words:
+                config[name] = NumberOrWord(value.default)
         return config
+
+
+class NumberOrWord(FieldReference):
+    """A config's value that is a number or a word; remembers the last number."""
+
+    number: int | None = None
+
+    def __init__(self, number: int):
+        super().__init__(number, field_type=object)  # not int alone, as ConfigDict would have it
+        self.number = number
+
+    def set(self, value: Any, type_safe: bool = True) -> None:
+        """Sets the value; called for `config.key = value`."""
+        if not isinstance(value, str):
+            self.number = value
+        super().set(value, type_safe)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.number = state.get("number")
+
+
+def keep_numbers(config: ConfigDict, rules: Mapping[str, KeyRule]) -> None:
+    """Sets the `meant_for` keys of keys whose number a word has replaced, where they are 0."""
+    for key, rule in rules.items():
+        if rule.meant_for:
+            *groups, name = key.split(".")
+            node, meant = config, rule.meant_for.rpartition(".")
+            for group in groups:
+                node = node[group]
+            reference = node.get_ref(name)
+            number = getattr(reference, "number", None)
+            group = config[meant[0]]
+            if reference.get() in rule.words and number is not None and not group[meant[2]]:
+                group[meant[2]] = number
 
 
 def lock(config: ConfigDict) -> None:

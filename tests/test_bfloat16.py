@@ -9,7 +9,7 @@ from tiny_network import tiny_config
 from solov2_jax import ops
 from solov2_jax.models.heads import append_coords
 from solov2_jax.models.layers import SharedConv
-from solov2_jax.tools.dry_run import batch_shapes, build_step
+from solov2_jax.training.memory import batch_shapes, build_step
 
 # Where few bits show: norms, losses, the sigmoid of masks, optimiser.
 EXACT = {"exp", "log", "log1p", "logistic", "rsqrt", "sqrt", "div", "pow"}

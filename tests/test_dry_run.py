@@ -19,8 +19,9 @@ from solov2_jax.data.build import build_loss_batches, build_train_batches
 from solov2_jax.distributed import make_mesh, put_batch, replicated
 from solov2_jax.models import build_model
 from solov2_jax.tools.cli.train import overfit_config, verdict
-from solov2_jax.tools.dry_run import batch_shapes, dry_run, format_rows
+from solov2_jax.tools.dry_run import dry_run, format_rows
 from solov2_jax.training.loss import ValidationLoss, build_loss
+from solov2_jax.training.memory import batch_shapes
 from solov2_jax.training.restore import state_of
 from solov2_jax.training.step import TrainStep
 

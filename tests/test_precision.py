@@ -9,8 +9,8 @@ from tiny_network import tiny_config, tiny_variables
 
 from solov2_jax.inference.predictor import build_predictor
 from solov2_jax.models import build_model
-from solov2_jax.tools.dry_run import batch_shapes, build_step
 from solov2_jax.training.loss import build_loss
+from solov2_jax.training.memory import batch_shapes, build_step
 
 
 def precisions(jaxpr):

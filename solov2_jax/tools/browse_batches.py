@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from solov2_jax.config_schema import AUTO
 from solov2_jax.data.build import build_train_batches, last_joining_step, pixel_format
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.inference.draw import distinct_colors, draw_objects
@@ -21,6 +22,7 @@ from solov2_jax.tools.predict.gallery import caption, tile_panels
 
 WIDTH = 560  # of a panel, pixels
 COLUMNS = 3
+AUTO_SHOWN = 4  # images of a batch whose size is "auto"
 _DARK = 0.45  # brightness of the picture behind a grid
 _FILL = 0.65  # opacity of a positive cell
 
@@ -34,6 +36,9 @@ def browse(config: Any, dataset: CocoDataset, folder: str, step: int, num_steps:
     config = config.copy_and_resolve_references()
     join_steps = last_joining_step(config)
     config.train.steps = step + num_steps
+    if config.train.batch_size == AUTO:  # found out when a training starts
+        with config.ignore_type():
+            config.train.batch_size = AUTO_SHOWN
     config.data.num_workers = 0
     os.makedirs(folder, exist_ok=True)
     names = dict(zip(dataset.image_ids.tolist(), dataset.file_names, strict=True))

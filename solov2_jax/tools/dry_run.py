@@ -4,39 +4,29 @@ Neither images nor annotations are opened and no array is allocated, so that a s
 that will not fit into the memory is known before the data is prepared.
 """
 
-import time
-from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from solov2_jax import distributed
+from solov2_jax.config_schema import AUTO
 from solov2_jax.data.buckets import DERIVED, Bucket, Resize, check_buckets, derive_buckets
-from solov2_jax.data.build import train_resize
-from solov2_jax.models import build_model
-from solov2_jax.training.build import build_optimizer, build_trainable
-from solov2_jax.training.loss import build_loss
-from solov2_jax.training.restore import abstract, state_of
-from solov2_jax.training.step import TrainState, TrainStep
+from solov2_jax.data.build import pixel_format, train_resize
+from solov2_jax.training.memory import (
+    STEPS_PER_EPOCH,
+    StepMemory,
+    batch_shapes,
+    build_step,
+    choose_batch_size,
+    compile_step,
+    with_batch_size,
+)
 
 # Where the config leaves them to the annotations: COCO's.
 NUM_CLASSES, MAX_INSTANCES, PHOTOGRAPH = 80, 96, (480, 640)
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """What compiling the train step for a padded shape shows."""
-
-    shape: tuple[int, int]  # (height, width)
-    seconds: float  # to trace and compile, or to read from the compilation cache
-    flops: float  # of a step, on one device
-    state_bytes: int  # parameters, optimiser state and batch, on one device
-    work_bytes: int  # everything else at the same time, on one device
-
-
-def dry_run(config: Any) -> tuple[list[Compiled], list[str]]:
+def dry_run(config: Any) -> tuple[list[StepMemory], list[str]]:
     """Returns (a row for each padded shape, what had to be assumed)."""
     config = config.copy_and_resolve_references()
     notes = []
@@ -56,11 +46,21 @@ def dry_run(config: Any) -> tuple[list[Compiled], list[str]]:
             f"input.buckets_train is (): shapes for images of {height} x {width} and "
             f"{width} x {height} pixels assumed"
         )
+    buckets = nominal_buckets(resize, height, width)
+    if config.train.batch_size == AUTO:
+        largest = max(buckets, key=lambda shape: shape[0] * shape[1])
+        number, _ = choose_batch_size(config, largest, config.data.max_instances)
+        config = with_batch_size(config, number, ())
+        notes.append(
+            f"train.batch_size = {number} by memory; a training takes fewer images where an epoch "
+            f"would have fewer than {STEPS_PER_EPOCH} steps"
+        )
     step, state, mesh = build_step(config)
     rows = []
-    for h, w in nominal_buckets(resize, height, width):
-        batch = batch_shapes(config.train.batch_size, config.data.max_instances, h, w, mesh)
-        rows.append(_compile(step, state, batch, (h, w)))
+    for h, w in buckets:
+        size, slots = config.train.batch_size, config.data.max_instances
+        batch = batch_shapes(size, slots, h, w, mesh, pixel_format(config))
+        rows.append(compile_step(step, state, batch, (h, w)))
     return rows, notes
 
 
@@ -76,74 +76,7 @@ def nominal_buckets(resize: Resize, height: int, width: int) -> tuple[Bucket, ..
     return derive_buckets(resize.sizes(sides, sides[::-1]), *DERIVED["train"])
 
 
-def build_step(
-    config: Any, mesh: jax.sharding.Mesh | None = None
-) -> tuple[TrainStep, TrainState, jax.sharding.Mesh]:
-    """Returns the train step, the shapes of its state, and the mesh, as the loop's."""
-    mesh, accumulate = mesh or distributed.make_mesh(), config.train.accumulate
-    distributed.check_batch_size(config.train.batch_size, mesh, accumulate)
-    model = build_model(config, config.model.num_classes)
-    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-    key = jax.random.key(0)
-    variables = jax.eval_shape(lambda k: dict(model.lazy_init(k, image)), key)
-    trainable = build_trainable(config, variables["params"])
-    _, tx = build_optimizer(config, trainable)
-    step = TrainStep(
-        loss=build_loss(config, model),
-        tx=tx,
-        mesh=mesh,
-        key=key,
-        trainable=trainable,
-        accumulate=accumulate,
-        ema_decay=config.optim.ema_decay,
-    )
-    ema = config.optim.ema_decay > 0
-    state = jax.eval_shape(lambda v: state_of(v, tx, ema=ema), variables)
-    return step, abstract(state, mesh), mesh
-
-
-def batch_shapes(
-    batch: int, slots: int, height: int, width: int, mesh: jax.sharding.Mesh
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns `Batch`'s fields as shapes on the mesh's devices.
-
-    Args:
-      slots: padded objects per image.
-    """
-    fields = {
-        "image": ((height, width, 3), jnp.uint8),
-        "image_size": ((2,), jnp.int32),
-        "boxes": ((slots, 4), jnp.float32),
-        "labels": ((slots,), jnp.int32),
-        "centers": ((slots, 2), jnp.float32),
-        "masks": ((slots, height // 4, width // 4), jnp.uint8),
-        "valid": ((slots,), jnp.bool_),
-        "image_id": ((), jnp.int32),
-    }
-    split = distributed.split_by_batch(mesh)
-    return {
-        name: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=split)
-        for name, (shape, dtype) in fields.items()
-    }
-
-
-def _compile(step, state, batch, shape) -> Compiled:
-    start = time.perf_counter()
-    compiled = step.lower(state, batch).compile()
-    seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    # The new state lies where the old one was; only what does not is counted again.
-    extra = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Compiled(
-        shape=shape,
-        seconds=seconds,
-        flops=compiled.cost_analysis()["flops"],
-        state_bytes=memory.argument_size_in_bytes,
-        work_bytes=memory.temp_size_in_bytes + max(extra, 0),
-    )
-
-
-def format_rows(config: Any, rows: list[Compiled], notes: list[str]) -> str:
+def format_rows(config: Any, rows: list[StepMemory], notes: list[str]) -> str:
     """Returns the rows as a table, with what was assumed."""
     devices = jax.devices()
     lines = [

@@ -41,6 +41,7 @@ from solov2_jax.training.hooks import (
     TrainingProgress,
     call_hooks,
 )
+from solov2_jax.training.memory import resolve_batch_size
 from solov2_jax.training.metrics import MetricsWindow
 from solov2_jax.training.report_hooks import Reports, load_reports
 from solov2_jax.training.restore import Start, restore
@@ -96,6 +97,7 @@ def train(
 
         # First everything that can refuse: it only reads.
         mesh = distributed.make_mesh()
+        config = resolve_batch_size(config, path)
         distributed.check_batch_size(config.train.batch_size, mesh, config.train.accumulate)
         task = build(config, path)
         config = task.config

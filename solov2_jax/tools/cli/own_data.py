@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from solov2_jax.config import check_config, flatten, given_keys, load_config
-from solov2_jax.config_schema import number, set_below, several, switch, text
+from solov2_jax.config_schema import AUTO, number, set_below, several, switch, text
 from solov2_jax.data import records
 from solov2_jax.data.annotations import describe, read_instances
 from solov2_jax.data.coco import CocoDataset, read_coco
@@ -173,13 +173,37 @@ def _advise(config: Any, dataset: CocoDataset, given: set[str], workdir: str) ->
 
     derived = _adopt(config, given, workdir) if config.init_from else []
     adopted = {key for each in derived for key in each.values}
-    derived += derive(config, dataset, given | adopted, devices=jax.device_count())
+    fixed = given | adopted
+    if config.train.batch_size == AUTO:
+        _set_auto_batch(config, dataset, fixed, workdir)
+        fixed |= {"train.batch_size"}
+    derived += derive(config, dataset, fixed, devices=jax.device_count())
     for each in derived:
         for key, value in each.values.items():
             set_below(config, key, value)
     lines = [each.line() for each in derived]
     config.user.derived = tuple(lines)
     return lines
+
+
+def _set_auto_batch(config: Any, dataset: CocoDataset, given: set[str], workdir: str) -> None:
+    """Sets the batch that memory allows for the sizes and grids that follow from the data."""
+    import jax
+
+    from solov2_jax.training.memory import resolve_batch_size, with_batch_size
+
+    trial = with_batch_size(config, jax.device_count(), ())
+    with trial.unlocked(), trial.ignore_type():
+        for each in derive(trial, dataset, given | {"train.batch_size"}):
+            for key, value in each.values.items():
+                set_below(trial, key, value)
+        trial.train.batch_size = AUTO
+    resolved = resolve_batch_size(trial, Path(workdir), dataset)
+    with config.ignore_type():
+        config.train.batch_size = resolved.train.batch_size
+    config.user.batch_size = tuple(resolved.user.get("batch_size", ()))
+    if not given & {"optim.learning_rate", "optim.reference_batch_size"}:
+        config.optim.reference_batch_size = 0  # the rate that is derived is for this batch
 
 
 def _adopt(config: Any, given: set[str], workdir: str) -> list[Derived]:

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from solov2_jax.config import given_keys, load_config
-from solov2_jax.config_schema import switch, text, whole
+from solov2_jax.config_schema import AUTO, switch, text, whole
 from solov2_jax.io import InputError
 from solov2_jax.tools.cli import app, own_data, shared
 from solov2_jax.tools.cli.flags import Flag
@@ -115,7 +115,9 @@ def overfit_config(config: Any, num_images: int) -> Any:
         augment.rotate_prob = augment.paste_prob = 0.0
         augment.brightness = augment.contrast = augment.saturation = 0.0
         augment.crop_size = augment.jitter_scale = ()
-        train.batch_size = min(train.batch_size, num_images)
+        with config.ignore_type():
+            auto = train.batch_size == AUTO
+            train.batch_size = num_images if auto else min(train.batch_size, num_images)
         train.epochs = 0.0
         train.steps = max(MIN_STEPS, STEPS_PER_IMAGE * num_images)
         train.checkpoint_every = train.eval_every = 0
