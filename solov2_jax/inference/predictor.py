@@ -81,6 +81,7 @@ class Predictor:
         self.mask_threshold = detect_options.mask_threshold
         self.class_names = tuple(class_names)
         self.category_ids = tuple(int(i) for i in category_ids)
+        self.model = model
         self.variables = variables
         placed = jax.device_put(variables)
         self._ready = transform_kernels(placed) if transform_kernels else placed

@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from solov2_jax.config_schema import choice, number, several, share, switch, text, whole
@@ -26,6 +28,7 @@ WEIGHTS = Flag("weights", text(), "Weights file, with --config.")
 # Keys and groups that nothing reads but training.
 _OF_TRAINING = ("augment.", "data.train.", "init_from=", "loss.", "optim.", "seed=", "train.")
 _OF_TRAINING += ("targets.", "input.min_sizes_train", "input.max_size_train", "input.flip_prob")
+_SHOWN_PROBLEMS = 5  # in the closing error; each was logged
 MODEL = (WORKDIR, CHECKPOINT, CONFIG, WEIGHTS)
 
 BEST = "best"
@@ -103,6 +106,22 @@ def load_predictor(overrides: list[str]) -> "Predictor":
     if WORKDIR.value:
         return Predictor.from_workdir(WORKDIR.value, CHECKPOINT.value, overrides)
     return Predictor.from_weights(WEIGHTS.value, CONFIG.value, overrides)
+
+
+def end_with_problems(problems: Sequence[str], others: str) -> None:
+    """Ends the command with exit code 1 where some pictures could not be read.
+
+    Args:
+      others: what became of the rest.
+    """
+    if problems:
+        shown = " | ".join(problems[:_SHOWN_PROBLEMS])
+        more = len(problems) - _SHOWN_PROBLEMS
+        rest = f" | and {more} more, see above" if more > 0 else ""
+        sys.stdout.flush()
+        text = f"{len(problems)} pictures could not be read, {others}: {shown}{rest}"
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 def view_options() -> "tuple[TtaOptions | None, TileOptions | None]":

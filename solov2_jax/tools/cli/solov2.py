@@ -21,6 +21,8 @@ COMMANDS = {
     "hub": (_CLI + "hub:run", "hands a run on by the Hugging Face hub, and fetches one"),
     "doctor": ("solov2_jax.tools.cli.doctor:main", "reports on a data set before training"),
     "import": ("solov2_jax.tools.cli.importers:main", "YOLO, labelme, PNG masks to COCO json"),
+    "select": (_CLI + "select:run", "ranks pictures without labels: which to label next"),
+    "pseudo": (_CLI + "pseudo:run", "labels pictures by a network, to train on"),
     "view": (_CLI + "view:run", "draws training batches with their targets"),
     "summary": (_CLI + "summary:run", "prints the network as a table"),
     "tfds": ("solov2_jax.tools.tfds:main", "writes a data set as few large files"),

@@ -149,6 +149,12 @@ class OutputFolder:
             if self._manifest is not None:
                 self._append([relative, *values])
 
+    def listed(self, subfolder: str) -> list[str]:
+        """Returns the paths below a subfolder that runs of ours wrote, there or not."""
+        inside = os.path.join(subfolder, "")
+        names = sorted(name for name in self._written if name.startswith(inside))
+        return [os.path.join(self.path, name) for name in names]
+
     def remove_ours(self, paths: Iterable[str]) -> None:
         """Deletes the files that are ours; with `overwrite`, the others too."""
         for path in paths:

@@ -1,0 +1,164 @@
+"""A run and a folder of pictures -> labels that the network made, to train on beside others.
+
+Only what is sure is taken: detections from their class's threshold on. A picture without
+any is left out, because an empty one would say that there is nothing. The json says in its
+`info` that it is for training only: `train --data` takes no validation image from it.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from solov2_jax.inference.prediction import Prediction, to_coco_results
+from solov2_jax.io import InputError
+from solov2_jax.tools.importers.merge import TRAINING_ONLY
+from solov2_jax.tools.labelling.pictures import (
+    IMAGES,
+    Pictures,
+    find_pictures,
+    fit_shapes,
+    leave_out,
+    own_pictures,
+    place_pictures,
+    read_pictures,
+)
+from solov2_jax.tools.predict.output_folder import OutputFolder
+
+log = logging.getLogger(__name__)
+
+LABELS = "pseudo.json"
+
+
+@dataclass(frozen=True)
+class PseudoOptions:
+    """What is taken as a label, and what is written.
+
+    Attributes:
+      thresholds: least score of each class, in the order of the labels.
+      keep_empty: keep pictures in which nothing is sure, as pictures without objects.
+      link: put links to the pictures beside the json, not copies.
+      origin: what made the labels, for the json's `info`.
+    """
+
+    thresholds: tuple[float, ...]
+    keep_empty: bool = False
+    link: bool = True
+    batch_size: int = 1
+    overwrite: bool = False
+    origin: str = ""
+
+
+def thresholds(
+    class_names: Sequence[str], score: float, by_class: Mapping[str, float]
+) -> tuple[float, ...]:
+    """Returns the least score of each class: its own, or the one of all."""
+    return tuple(by_class.get(name, score) for name in class_names)
+
+
+def pseudo(
+    predictor: Any,
+    views: Any,
+    workdir: str,
+    text: str,
+    output: str,
+    options: PseudoOptions,
+) -> Pictures:
+    """Writes the labels and the pictures; returns these, with what could not be read.
+
+    Args:
+      predictor: of the run.
+      views: predictor -> what predicts with it: several views of a picture, or itself.
+
+    Raises:
+      InputError: if nothing is left to write.
+    """
+    folder = OutputFolder(output, options.overwrite)
+    path = os.path.join(output, LABELS)
+    pictures = find_pictures(text)
+    folder.check([path])
+    pictures, left = leave_out(pictures, [p for part in own_pictures(workdir) for p in part])
+    if left:
+        log.info("%d pictures are the run's own data: left out", len(left))
+    fitted = views(fit_shapes(predictor, map(pictures.path, pictures.names)))
+    images: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
+    read = 0
+    for name, image, prediction in _predictions(fitted, pictures, options.batch_size):
+        read += 1
+        found = annotations(prediction, predictor.category_ids, options.thresholds)
+        if not found and not options.keep_empty:
+            continue
+        number = len(images) + 1
+        height, width = image.shape[:2]
+        images.append({"id": number, "file_name": name, "height": height, "width": width})
+        for record in found:
+            records.append({"id": len(records) + 1, **record, "image_id": number})
+    if not images:
+        raise InputError(
+            f"--input {text}: no label: of {read} pictures none has a detection from its class's "
+            f"threshold on, {len(left)} are the run's own data, {len(pictures.problems)} cannot be "
+            "read. Lower --score, or train longer."
+        )
+    names, ids = predictor.class_names, predictor.category_ids
+    content = {
+        "info": {
+            "description": "labels that a network made",
+            TRAINING_ONLY: True,
+            "origin": options.origin,
+            "thresholds": dict(zip(names, options.thresholds, strict=True)),
+        },
+        "images": images,
+        "annotations": records,
+        "categories": [{"id": i, "name": n} for i, n in zip(ids, names, strict=True)],
+    }
+    with folder.opened():
+        place_pictures(folder, pictures, [i["file_name"] for i in images], link=options.link)
+        with folder.replacing(path) as temporary:
+            temporary.write_text(json.dumps(content), "utf-8")
+    log.info(
+        "%d objects in %d of %d pictures: %s, pictures in %s",
+        *(len(records), len(images), read, path, IMAGES),
+    )
+    return pictures
+
+
+def _predictions(
+    predictor: Any, pictures: Pictures, batch_size: int
+) -> Iterator[tuple[str, np.ndarray, Prediction]]:
+    """Yields (name, image, prediction) of each picture that can be read, in order."""
+    waiting: list[tuple[str, np.ndarray]] = []
+
+    def done() -> Iterator[tuple[str, np.ndarray, Prediction]]:
+        found = predictor.predict_images([image for _, image in waiting], batch_size)
+        for (name, image), prediction in zip(waiting, found, strict=True):
+            yield name, image, prediction
+
+    for item in read_pictures(pictures, "labelling"):
+        waiting.append(item)
+        if len(waiting) == batch_size:
+            yield from done()
+            waiting = []
+    if waiting:
+        yield from done()
+
+
+def annotations(
+    prediction: Prediction, category_ids: Sequence[int], least: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Returns the detections from their class's threshold on as annotations of COCO,
+    with `score`, without ids."""
+    records = []
+    results = to_coco_results(prediction, category_ids)
+    for result, label in zip(results, prediction.labels.tolist(), strict=True):
+        if result["score"] >= least[label]:
+            counts = result["segmentation"]["counts"]
+            counts = counts.encode() if isinstance(counts, str) else counts
+            rle: Any = {**result["segmentation"], "counts": counts}
+            records.append({**result, "iscrowd": 0, "area": int(coco_mask.area(rle))})
+    return records

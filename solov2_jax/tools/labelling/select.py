@@ -1,0 +1,256 @@
+"""A run and a folder of pictures -> the list of those to label next."""
+
+import contextlib
+import csv
+import functools
+import io
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from solov2_jax import ops
+from solov2_jax.data.buckets import STRIDE
+from solov2_jax.inference.preprocess import make_batches
+from solov2_jax.inference.programs import DetectOptions, compiler_options
+from solov2_jax.io import InputError
+from solov2_jax.postprocess import detect
+from solov2_jax.progress import working
+from solov2_jax.tools.labelling.choose import choose, uncertainty
+from solov2_jax.tools.labelling.pictures import (
+    Pictures,
+    find_pictures,
+    fit_shapes,
+    leave_out,
+    own_pictures,
+    place_pictures,
+    read_pictures,
+)
+from solov2_jax.tools.predict.output_folder import OutputFolder
+
+log = logging.getLogger(__name__)
+
+LIST, ABOUT = "selection.csv", "selection.json"
+MOST_LABELLED = 1000  # training images that the choice is kept away from
+_LEVELS = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}  # strides
+
+
+@dataclass(frozen=True)
+class SelectOptions:
+    """What is wanted of a selection.
+
+    Attributes:
+      diversity: 0 to 1, see `choose`.
+      against_training: stay away from what the run was trained on.
+      images: "none", "link" or "copy": whether the chosen pictures are put beside the list.
+    """
+
+    number: int = 50
+    diversity: float = 0.5
+    against_training: bool = True
+    batch_size: int = 1
+    images: str = "none"
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Described:
+    """What the network says about pictures, in the order of `names`."""
+
+    names: list[str]
+    unsure: np.ndarray  # float64 [n]
+    objects: np.ndarray  # int64 [n], detections
+    features: np.ndarray  # float32 [n, c]
+
+
+def select(
+    predictor: Any, workdir: str, text: str, output: str, options: SelectOptions
+) -> Pictures:
+    """Writes the list; returns the pictures, with what could not be read.
+
+    Raises:
+      InputError: if no picture is left to choose from.
+    """
+    folder = OutputFolder(output, options.overwrite)
+    paths = [os.path.join(output, name) for name in (LIST, ABOUT)]
+    pictures = find_pictures(text)
+    folder.check(paths)
+    train, val = own_pictures(workdir)
+    pictures, left = leave_out(pictures, [*train, *val])
+    if left:
+        log.info("%d pictures are the run's own data: left out", len(left))
+    if not pictures.names:
+        raise InputError(
+            f"--input {text}: no picture is left: {len(left)} are the run's own data, "
+            f"{len(pictures.problems)} cannot be read."
+        )
+    labelled = _spread(train) if options.against_training else []
+    labelled = [path for path in labelled if os.path.isfile(path)]
+    fitted = fit_shapes(predictor, [*map(pictures.path, pictures.names), *labelled])
+    candidates = describe(fitted, pictures, options.batch_size, "looking at pictures")
+    if not candidates.names:
+        raise InputError(f"--input {text}: none of its pictures can be read.")
+    known = None
+    if labelled:
+        own = Pictures("", labelled)
+        known = describe(fitted, own, options.batch_size, "looking at training images").features
+    chosen = choose(
+        candidates.unsure,
+        candidates.features,
+        options.number or len(candidates.names),
+        labelled=known,
+        diversity=options.diversity,
+    )
+    rows = [
+        {
+            "rank": rank,
+            "file_name": candidates.names[i],
+            "uncertainty": round(float(candidates.unsure[i]), 6),
+            "difference": round(difference, 6),
+            "detections": int(candidates.objects[i]),
+        }
+        for rank, (i, difference) in enumerate(
+            zip(chosen.index.tolist(), chosen.difference.tolist(), strict=True), start=1
+        )
+    ]
+    about = {
+        "input": text,
+        "looked_at": len(candidates.names),
+        "labelled": len(labelled),
+        "left_out": left,
+        "unreadable": pictures.problems,
+        "diversity": options.diversity,
+        "selected": rows,
+    }
+    with folder.opened():
+        for path, content in zip(paths, (_csv(rows), _json(about)), strict=True):
+            with folder.replacing(path) as temporary:
+                temporary.write_bytes(content)
+        if options.images != "none":
+            names = [row["file_name"] for row in rows]
+            place_pictures(folder, pictures, names, link=options.images == "link")
+    log.info("%d of %d pictures to label next: %s", len(rows), len(candidates.names), paths[0])
+    return pictures
+
+
+def _spread(paths: Sequence[str]) -> list[str]:
+    """Returns all paths, or `MOST_LABELLED` of them at equal distances."""
+    if len(paths) <= MOST_LABELLED:
+        return list(paths)
+    places = np.linspace(0, len(paths) - 1, MOST_LABELLED).round().astype(int)
+    return [paths[i] for i in places.tolist()]
+
+
+def describe(predictor: Any, pictures: Pictures, batch_size: int, what: str) -> Described:
+    """Returns what the network says about the pictures that can be read."""
+    program = compile_describe(
+        predictor.model, predictor.input.mean, predictor.input.std, predictor.options
+    )
+    variables = jax.device_put(predictor.variables)
+    found: dict[int, tuple[str, float, int, np.ndarray]] = {}
+    shapes: set[tuple[int, ...]] = set()
+    names: list[str] = []
+
+    def examples() -> Iterator[Mapping[str, np.ndarray]]:
+        for number, (name, image) in enumerate(read_pictures(pictures, what)):
+            names.append(name)
+            try:
+                yield predictor.preprocess(image, number)
+            except ValueError as error:  # fits into none of the padded shapes
+                pictures.report(f"{name}: {error}")
+
+    for batch in _batches(examples(), batch_size):
+        shape = batch["image"].shape
+        new = shape not in shapes
+        if new:
+            shapes.add(shape)
+            log.info("compiling for %d picture(s) padded to %d x %d", *shape[:3])
+        with working("computing the first batch") if new else contextlib.nullcontext():
+            results = program(variables, batch["image"], batch["image_size"])
+            scores, valid, features = jax.device_get(results)
+        for row, number in enumerate(batch["image_id"].tolist()):
+            if number >= 0:
+                kept = scores[row][valid[row]]
+                found[number] = names[number], uncertainty(kept), len(kept), features[row]
+    rows = [found[number] for number in sorted(found)]
+    return Described(
+        names=[row[0] for row in rows],
+        unsure=np.array([row[1] for row in rows]),
+        objects=np.array([row[2] for row in rows], np.int64),
+        features=np.array([row[3] for row in rows], np.float32),
+    )
+
+
+def _batches(
+    examples: Iterator[Mapping[str, np.ndarray]], size: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields full batches of one padded shape; the last ones are filled up."""
+    waiting: dict[tuple[int, ...], list[Mapping[str, np.ndarray]]] = {}
+    for example in examples:
+        group = waiting.setdefault(example["image"].shape, [])
+        group.append(example)
+        if len(group) == size:
+            yield from make_batches(waiting.pop(example["image"].shape), size)
+    for group in waiting.values():
+        yield from make_batches(group, size)
+
+
+@functools.lru_cache(maxsize=4)
+def compile_describe(
+    model: Any,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    options: DetectOptions,
+) -> Any:
+    """Returns the compiled (variables, image, image_size) -> (scores, valid, features).
+
+    scores and valid [B, D] are the detections', features [B, c] the FPN's means over
+    each image without its padding.
+    """
+
+    def run(variables, image, image_size):
+        pixels = ops.normalize_image(image, image_size, mean, std)
+        extent = -(-image_size // STRIDE) * STRIDE
+        with jax.default_matmul_precision(model.matmul_precision):
+            outputs, state = model.apply(
+                variables,
+                pixels,
+                extent,
+                capture_intermediates=lambda module, _: module.name == "fpn",
+            )
+            found = detect(outputs, **asdict(options), extent=extent // 4)
+        (levels,) = state["intermediates"]["fpn"]["__call__"]
+        pooled = [
+            _mean(levels[name], -(-extent // stride)) for name, stride in sorted(_LEVELS.items())
+        ]
+        return found.scores, found.valid, jnp.concatenate(pooled, axis=-1)
+
+    return jax.jit(run, compiler_options=compiler_options())
+
+
+def _mean(features: jax.Array, extent: jax.Array) -> jax.Array:
+    """Returns the means over the first (height, width) cells of each image, [B, c]."""
+    rows = jnp.arange(features.shape[1]) < extent[:, :1]
+    columns = jnp.arange(features.shape[2]) < extent[:, 1:]
+    inside = rows[:, :, None, None] & columns[:, None, :, None]
+    total = jnp.where(inside, features.astype(jnp.float32), 0).sum((1, 2))
+    return total / extent.prod(axis=1)[:, None]
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Returns a table; names that are no Unicode are written as their bytes."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def _json(values: Any) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
