@@ -2,6 +2,7 @@ r"""Labels pictures by a trained network, for a training beside labels that peop
 
     solov2 pseudo --workdir runs/first --input photos --output pseudo
     solov2 train --data labelled --data pseudo --data_weights 2,1 --workdir runs/second
+    solov2 pseudo --workdir runs/first --input photos --output pseudo --score best
     solov2 pseudo --workdir runs/first --input photos --output pseudo \
         --score 0.6 --class_scores person=0.8,"traffic light"=0.5 --tta flip
 
@@ -16,6 +17,8 @@ and the others are labelled; 2: an error, and nothing was written.
 
 import functools
 
+import numpy as np
+
 from solov2_jax.config_schema import choice, several, share, switch, text, whole
 from solov2_jax.io import InputError
 from solov2_jax.tools.cli import app, shared
@@ -25,11 +28,16 @@ _INPUT = Flag(
     "input", text(), "A folder with pictures, also below it, or a quoted pattern.", required=True
 )
 _OUTPUT = Flag("output", text(), "Folder to write to.", required=True)
-_SCORE = Flag("score", share(0.5), "Least score of a label.")
+_SCORE = shared.ScoreFlag(
+    "score",
+    share(0.5),
+    "Least score of a label; best: for each class the one that was best on the run's validation "
+    "data.",
+)
 _CLASS_SCORES = Flag(
     "class_scores",
     several((), text("", form=(r"[^=]+=[^=]+", "written CLASS=SCORE"))),
-    "The same for single classes: cat=0.6,dog=0.4.",
+    "Other scores for single classes: cat=0.6,dog=0.4.",
 )
 _KEEP_EMPTY = Flag(
     "keep_empty", switch(False), "Keep pictures without a label, as pictures without objects."
@@ -73,14 +81,16 @@ def class_scores(words: tuple[str, ...], class_names: tuple[str, ...]) -> dict[s
 
 
 def main(overrides: list[str]) -> None:
-    shared.check_model()
-    from solov2_jax.tools.labelling.pseudo import PseudoOptions, pseudo, thresholds
+    shared.check_model(_SCORE)
+    from solov2_jax.tools.labelling.pseudo import PseudoOptions, pseudo
     from solov2_jax.tools.multiview.build import build_views
 
     tta, tiles = shared.view_options()
     predictor = shared.load_predictor(overrides)
-    own = class_scores(_CLASS_SCORES.value, predictor.class_names)
-    least = thresholds(predictor.class_names, _SCORE.value, own)
+    names = predictor.class_names
+    of_all = np.broadcast_to(shared.least_scores(predictor, _SCORE), len(names))
+    own = class_scores(_CLASS_SCORES.value, names)
+    least = tuple(own.get(n, float(s)) for n, s in zip(names, of_all, strict=True))
     predictor.limit_score = min(least)
     pictures = pseudo(
         predictor,
@@ -89,7 +99,7 @@ def main(overrides: list[str]) -> None:
         _INPUT.value,
         _OUTPUT.value,
         PseudoOptions(
-            thresholds=least,
+            least=least,
             keep_empty=_KEEP_EMPTY.value,
             link=_IMAGES.value == "link",
             batch_size=_BATCH_SIZE.value,
@@ -97,7 +107,7 @@ def main(overrides: list[str]) -> None:
             origin=shared.WORKDIR.value or shared.WEIGHTS.value,
         ),
     )
-    shared.end_with_problems(pictures.problems, "the others are labelled")
+    shared.end_with_problems(pictures, "the others are labelled")
 
 
 run = functools.partial(app.run, main, FLAGS)

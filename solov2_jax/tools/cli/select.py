@@ -59,7 +59,7 @@ def main(overrides: list[str]) -> None:
             overwrite=_OVERWRITE.value,
         ),
     )
-    shared.end_with_problems(pictures.problems, "the others are ranked")
+    shared.end_with_problems(pictures, "the others are ranked")
 
 
 run = functools.partial(app.run, main, FLAGS)

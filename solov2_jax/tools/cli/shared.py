@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from solov2_jax.config_schema import choice, number, several, share, switch, text, whole
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from solov2_jax.inference.predictor import Predictor
+    from solov2_jax.tools.labelling.pictures import Pictures
     from solov2_jax.tools.multiview.tiling import TileOptions
     from solov2_jax.tools.multiview.tta import TtaOptions
 
@@ -69,21 +69,25 @@ HEARTBEAT = Flag(
 PROCESSES = (MODE, COORDINATOR, NUM_PROCESSES, PROCESS_ID, HEARTBEAT)
 
 
-def check_model() -> None:
-    """Raises an InputError unless the flags name one model."""
+def check_model(score: Flag = SCORE) -> None:
+    """Raises an InputError unless the flags name one model.
+
+    Args:
+      score: the command's, if it has one.
+    """
     given = (bool(WORKDIR.value), bool(CONFIG.value), bool(WEIGHTS.value))
     if given not in ((True, False, False), (False, True, True)):
         raise InputError("give either --workdir, or --config and --weights together")
-    if SCORE.value == BEST and not WORKDIR.value:
+    if score.value == BEST and not WORKDIR.value:
         raise InputError("--score best needs --workdir, a run whose evaluation found the scores")
-    if SCORE.value == BEST and CHECKPOINT.value.endswith(":raw"):
+    if score.value == BEST and CHECKPOINT.value.endswith(":raw"):
         raise InputError("--score best is of the weights that are evaluated, not of :raw ones")
 
 
-def least_scores(predictor: "Predictor") -> "float | np.ndarray":
+def least_scores(predictor: "Predictor", score: Flag = SCORE) -> "float | np.ndarray":
     """Returns the least score of a detection, or that of each label, as --score says."""
-    if SCORE.value != BEST:
-        return SCORE.value
+    if score.value != BEST:
+        return score.value
     from solov2_jax.tools.report.thresholds import describe_scores, read_thresholds
 
     assert predictor.step is not None, "check_model demands a run"
@@ -108,18 +112,19 @@ def load_predictor(overrides: list[str]) -> "Predictor":
     return Predictor.from_weights(WEIGHTS.value, CONFIG.value, overrides)
 
 
-def end_with_problems(problems: Sequence[str], others: str) -> None:
+def end_with_problems(pictures: "Pictures", others: str) -> None:
     """Ends the command with exit code 1 where some pictures could not be read.
 
     Args:
       others: what became of the rest.
     """
-    if problems:
+    if problems := pictures.problems:
         shown = " | ".join(problems[:_SHOWN_PROBLEMS])
         more = len(problems) - _SHOWN_PROBLEMS
         rest = f" | and {more} more, see above" if more > 0 else ""
         sys.stdout.flush()
-        text = f"{len(problems)} pictures could not be read, {others}: {shown}{rest}"
+        total = len(pictures.names) + pictures.num_unusable
+        text = f"{len(problems)} of {total} pictures could not be read, {others}: {shown}{rest}"
         print(f"error: {text}", file=sys.stderr, flush=True)
         sys.exit(1)
 

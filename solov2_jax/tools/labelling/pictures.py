@@ -4,25 +4,30 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from solov2_jax.checkpoint import load_workdir_config
 from solov2_jax.data import records
 from solov2_jax.data.annotations import read_content
 from solov2_jax.data.build import data_files
-from solov2_jax.data.images import list_images, read_header, read_image
+from solov2_jax.data.images import list_images
 from solov2_jax.inference.preprocess import default_buckets
 from solov2_jax.io import InputError, printable
 from solov2_jax.progress import track
 from solov2_jax.tools.predict.output_folder import OutputFolder
 from solov2_jax.tools.predict.pipeline import ahead
-from solov2_jax.tools.predict.sources import find_files, is_video, shapes_of, why_unreadable
+from solov2_jax.tools.predict.sources import (
+    ImageFiles,
+    Names,
+    find_files,
+    is_video,
+    shapes_of,
+    why_unreadable,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +43,13 @@ class Pictures:
     Attributes:
       names: relative to `root`, with "/", sorted.
       problems: what could not be read, a sentence each; grows while reading.
+      num_unusable: files that are not among `names`, being no pictures.
     """
 
     root: str
     names: list[str]
     problems: list[str] = field(default_factory=list)
+    num_unusable: int = 0
 
     def path(self, name: str) -> str:
         return os.path.join(self.root, name)
@@ -76,6 +83,7 @@ def find_pictures(text: str) -> Pictures:
             pictures.report(why)
         else:
             pictures.names.append(name)
+    pictures.num_unusable = len(pictures.problems)
     return pictures
 
 
@@ -107,7 +115,7 @@ def _hash(path: str) -> str:
 def own_pictures(workdir: str) -> tuple[list[str], list[str]]:
     """Returns the training and the validation images' paths of a run, as far as its data
     is where it was."""
-    if not workdir:
+    if not os.path.isdir(workdir):  # none, or a run at another place
         return [], []
     config = load_workdir_config(workdir)
     found: list[list[str]] = []
@@ -130,41 +138,32 @@ def fit_shapes(predictor: Any, pictures: Iterable[str]) -> Any:
     if input_.buckets != default_buckets(input_.min_size, input_.max_size):
         return predictor
     alone = predictor.with_shapes(())
-    shapes = shapes_of([_Sizes(list(pictures))], alone.padded_shape, MOST_SHAPES)  # type: ignore[list-item]
+    paths = list(pictures)
+    if not paths:
+        return alone
+    files = ImageFiles(paths, THREADS, Names())
+    shapes = shapes_of([files], alone.padded_shape, MOST_SHAPES)
     return predictor.with_shapes(shapes) if shapes else alone
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Yields the (height, width) of the files that can be read, as a source does."""
+def read_pictures(
+    pictures: Pictures, load: Callable[[str], Any], what: str
+) -> Iterator[tuple[str, Any]]:
+    """Yields (name, what `load` makes of its path) in order; notes what cannot be read."""
 
-    paths: list[str]
-
-    def sizes(self) -> Iterator[tuple[int, int]]:
-        for path in self.paths:
-            try:
-                header = read_header(path)
-            except ValueError:  # its reader says it later
-                continue
-            yield header.height, header.width
-
-
-def read_pictures(pictures: Pictures, what: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (name, RGB uint8 [H, W, 3]) in order; notes what cannot be read."""
-
-    def read(name: str) -> tuple[str, np.ndarray | None, str]:
+    def read(name: str) -> tuple[str, Any, str]:
         try:
-            return name, read_image(pictures.path(name)), ""
+            return name, load(pictures.path(name)), ""
         except (ValueError, OSError) as error:
             return name, None, str(error)
 
     with ThreadPoolExecutor(THREADS) as pool:
         items = ahead(pool, read, pictures.names, WINDOW)
-        for name, image, problem in track(items, what, total=len(pictures.names)):
-            if image is None:
+        for name, loaded, problem in track(items, what, total=len(pictures.names)):
+            if loaded is None:
                 pictures.report(problem)
             else:
-                yield name, image
+                yield name, loaded
 
 
 def place_pictures(

@@ -8,13 +8,14 @@ any is left out, because an empty one would say that there is nothing. The json 
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from solov2_jax.data.images import read_image
 from solov2_jax.inference.prediction import Prediction, to_coco_results
 from solov2_jax.io import InputError
 from solov2_jax.tools.importers.merge import TRAINING_ONLY
@@ -40,25 +41,18 @@ class PseudoOptions:
     """What is taken as a label, and what is written.
 
     Attributes:
-      thresholds: least score of each class, in the order of the labels.
+      least: least score of each class, in the order of the labels.
       keep_empty: keep pictures in which nothing is sure, as pictures without objects.
       link: put links to the pictures beside the json, not copies.
       origin: what made the labels, for the json's `info`.
     """
 
-    thresholds: tuple[float, ...]
+    least: tuple[float, ...]
     keep_empty: bool = False
     link: bool = True
     batch_size: int = 1
     overwrite: bool = False
     origin: str = ""
-
-
-def thresholds(
-    class_names: Sequence[str], score: float, by_class: Mapping[str, float]
-) -> tuple[float, ...]:
-    """Returns the least score of each class: its own, or the one of all."""
-    return tuple(by_class.get(name, score) for name in class_names)
 
 
 def pseudo(
@@ -91,7 +85,7 @@ def pseudo(
     read = 0
     for name, image, prediction in _predictions(fitted, pictures, options.batch_size):
         read += 1
-        found = annotations(prediction, predictor.category_ids, options.thresholds)
+        found = annotations(prediction, predictor.category_ids, options.least)
         if not found and not options.keep_empty:
             continue
         number = len(images) + 1
@@ -111,7 +105,7 @@ def pseudo(
             "description": "labels that a network made",
             TRAINING_ONLY: True,
             "origin": options.origin,
-            "thresholds": dict(zip(names, options.thresholds, strict=True)),
+            "thresholds": dict(zip(names, options.least, strict=True)),
         },
         "images": images,
         "annotations": records,
@@ -139,7 +133,7 @@ def _predictions(
         for (name, image), prediction in zip(waiting, found, strict=True):
             yield name, image, prediction
 
-    for item in read_pictures(pictures, "labelling"):
+    for item in read_pictures(pictures, read_image, "labelling"):
         waiting.append(item)
         if len(waiting) == batch_size:
             yield from done()
@@ -154,11 +148,7 @@ def annotations(
     """Returns the detections from their class's threshold on as annotations of COCO,
     with `score`, without ids."""
     records = []
-    results = to_coco_results(prediction, category_ids)
-    for result, label in zip(results, prediction.labels.tolist(), strict=True):
-        if result["score"] >= least[label]:
-            counts = result["segmentation"]["counts"]
-            counts = counts.encode() if isinstance(counts, str) else counts
-            rle: Any = {**result["segmentation"], "counts": counts}
-            records.append({**result, "iscrowd": 0, "area": int(coco_mask.area(rle))})
+    for result in to_coco_results(prediction.above(np.asarray(least)), category_ids):
+        rle: Any = result["segmentation"]
+        records.append({**result, "iscrowd": 0, "area": int(coco_mask.area(rle))})
     return records

@@ -158,12 +158,9 @@ def describe(predictor: Any, pictures: Pictures, batch_size: int, what: str) -> 
     names: list[str] = []
 
     def examples() -> Iterator[Mapping[str, np.ndarray]]:
-        for number, (name, image) in enumerate(read_pictures(pictures, what)):
+        for name, example in read_pictures(pictures, predictor.preprocess, what):
             names.append(name)
-            try:
-                yield predictor.preprocess(image, number)
-            except ValueError as error:  # fits into none of the padded shapes
-                pictures.report(f"{name}: {error}")
+            yield {**example, "image_id": np.array(len(names) - 1)}
 
     for batch in _batches(examples(), batch_size):
         shape = batch["image"].shape
@@ -216,7 +213,7 @@ def compile_describe(
 
     def run(variables, image, image_size):
         pixels = ops.normalize_image(image, image_size, mean, std)
-        extent = -(-image_size // STRIDE) * STRIDE
+        extent = ops.at_stride(image_size, STRIDE) * STRIDE
         with jax.default_matmul_precision(model.matmul_precision):
             outputs, state = model.apply(
                 variables,
@@ -224,10 +221,11 @@ def compile_describe(
                 extent,
                 capture_intermediates=lambda module, _: module.name == "fpn",
             )
-            found = detect(outputs, **asdict(options), extent=extent // 4)
+            found = detect(outputs, **asdict(options), extent=ops.at_stride(extent, 4))
         (levels,) = state["intermediates"]["fpn"]["__call__"]
         pooled = [
-            _mean(levels[name], -(-extent // stride)) for name, stride in sorted(_LEVELS.items())
+            _mean(levels[name], ops.at_stride(extent, stride))
+            for name, stride in sorted(_LEVELS.items())
         ]
         return found.scores, found.valid, jnp.concatenate(pooled, axis=-1)
 
@@ -236,8 +234,8 @@ def compile_describe(
 
 def _mean(features: jax.Array, extent: jax.Array) -> jax.Array:
     """Returns the means over the first (height, width) cells of each image, [B, c]."""
-    rows = jnp.arange(features.shape[1]) < extent[:, :1]
-    columns = jnp.arange(features.shape[2]) < extent[:, 1:]
+    rows = jnp.arange(features.shape[1])[None] < extent[:, :1]
+    columns = jnp.arange(features.shape[2])[None] < extent[:, 1:]
     inside = rows[:, :, None, None] & columns[:, None, :, None]
     total = jnp.where(inside, features.astype(jnp.float32), 0).sum((1, 2))
     return total / extent.prod(axis=1)[:, None]
