@@ -21,7 +21,7 @@ from solov2_jax.tools.cli import pseudo as pseudo_command
 from solov2_jax.tools.importers.merge import Options, merge
 from solov2_jax.tools.importers.recognise import recognise
 from solov2_jax.tools.labelling.choose import choose, uncertainty
-from solov2_jax.tools.labelling.pictures import Pictures, find_pictures, leave_out
+from solov2_jax.tools.labelling.pictures import PictureFolder, find_pictures, leave_out
 from solov2_jax.tools.labelling.pseudo import PseudoOptions, pseudo
 from solov2_jax.tools.labelling.select import SelectOptions, describe, select
 
@@ -105,7 +105,7 @@ def test_equal_pictures_are_not_taken_twice_and_nothing_found_is_no_error():
 
 def test_features_are_the_fpn_s_means_whatever_holds_the_picture(run, photos):
     predictor = run[1].with_shapes(((64, 64),))
-    pictures = Pictures(str(photos), ["0.png", "1.png", "2.png"])
+    pictures = PictureFolder(str(photos), ["0.png", "1.png", "2.png"])
     found = describe(predictor, pictures, 2, "looking")
     example = run[1].with_shapes(()).preprocess(str(photos / "1.png"))
     mean, std = (np.array(v, np.float32) for v in (predictor.input.mean, predictor.input.std))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from solov2_jax.inference.predictor import Predictor
-    from solov2_jax.tools.labelling.pictures import Pictures
+    from solov2_jax.tools.labelling.pictures import PictureFolder
     from solov2_jax.tools.multiview.tiling import TileOptions
     from solov2_jax.tools.multiview.tta import TtaOptions
 
@@ -112,7 +112,7 @@ def load_predictor(overrides: list[str]) -> "Predictor":
     return Predictor.from_weights(WEIGHTS.value, CONFIG.value, overrides)
 
 
-def end_with_problems(pictures: "Pictures", others: str) -> None:
+def end_with_problems(pictures: "PictureFolder", others: str) -> None:
     """Ends the command with exit code 1 where some pictures could not be read.
 
     Args:

@@ -1,4 +1,4 @@
-"""Pictures without labels: which there are, reading them, putting them beside a result."""
+"""PictureFolder without labels: which there are, reading them, putting them beside a result."""
 
 import hashlib
 import logging
@@ -37,7 +37,7 @@ IMAGES = "images"  # the folder of pictures beside a result
 
 
 @dataclass
-class Pictures:
+class PictureFolder:
     """Picture files below a folder.
 
     Attributes:
@@ -60,7 +60,7 @@ class Pictures:
         log.error("%s", self.problems[-1])
 
 
-def find_pictures(text: str) -> Pictures:
+def find_pictures(text: str) -> PictureFolder:
     """Returns the pictures of a folder and its subfolders, of a pattern, or one picture.
 
     Raises:
@@ -75,7 +75,7 @@ def find_pictures(text: str) -> Pictures:
         paths = find_files(text)
         root = os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths])
         names = [os.path.relpath(p, root).replace(os.sep, "/") for p in paths]
-    pictures = Pictures(root, [])
+    pictures = PictureFolder(root, [])
     for name, path in sorted(zip(names, paths, strict=True)):
         if is_video(path):
             pictures.report(f"{path}: is a video; give its frames as pictures")
@@ -87,7 +87,7 @@ def find_pictures(text: str) -> Pictures:
     return pictures
 
 
-def leave_out(pictures: Pictures, known: Iterable[str]) -> tuple[Pictures, list[str]]:
+def leave_out(pictures: PictureFolder, known: Iterable[str]) -> tuple[PictureFolder, list[str]]:
     """Returns the pictures without those that are known, byte for byte, and these.
 
     Args:
@@ -147,7 +147,7 @@ def fit_shapes(predictor: Any, pictures: Iterable[str]) -> Any:
 
 
 def read_pictures(
-    pictures: Pictures, load: Callable[[str], Any], what: str
+    pictures: PictureFolder, load: Callable[[str], Any], what: str
 ) -> Iterator[tuple[str, Any]]:
     """Yields (name, what `load` makes of its path) in order; notes what cannot be read."""
 
@@ -167,7 +167,7 @@ def read_pictures(
 
 
 def place_pictures(
-    folder: OutputFolder, pictures: Pictures, names: Iterable[str], *, link: bool
+    folder: OutputFolder, pictures: PictureFolder, names: Iterable[str], *, link: bool
 ) -> None:
     """Puts pictures below `images`, in the subfolders that they had; those that an earlier
     run put there and are not among them go.

@@ -20,8 +20,7 @@ from solov2_jax.inference.prediction import Prediction, to_coco_results
 from solov2_jax.io import InputError
 from solov2_jax.tools.importers.merge import TRAINING_ONLY
 from solov2_jax.tools.labelling.pictures import (
-    IMAGES,
-    Pictures,
+    PictureFolder,
     find_pictures,
     fit_shapes,
     leave_out,
@@ -62,7 +61,7 @@ def pseudo(
     text: str,
     output: str,
     options: PseudoOptions,
-) -> Pictures:
+) -> PictureFolder:
     """Writes the labels and the pictures; returns these, with what could not be read.
 
     Args:
@@ -99,31 +98,34 @@ def pseudo(
             f"threshold on, {len(left)} are the run's own data, {len(pictures.problems)} cannot be "
             "read. Lower --score, or train longer."
         )
-    names, ids = predictor.class_names, predictor.category_ids
     content = {
-        "info": {
-            "description": "labels that a network made",
-            TRAINING_ONLY: True,
-            "origin": options.origin,
-            "thresholds": dict(zip(names, options.least, strict=True)),
-        },
+        "info": _info(predictor, options),
         "images": images,
         "annotations": records,
-        "categories": [{"id": i, "name": n} for i, n in zip(ids, names, strict=True)],
+        "categories": [
+            {"id": i, "name": n}
+            for i, n in zip(predictor.category_ids, predictor.class_names, strict=True)
+        ],
     }
     with folder.opened():
         place_pictures(folder, pictures, [i["file_name"] for i in images], link=options.link)
         with folder.replacing(path) as temporary:
             temporary.write_text(json.dumps(content), "utf-8")
-    log.info(
-        "%d objects in %d of %d pictures: %s, pictures in %s",
-        *(len(records), len(images), read, path, IMAGES),
-    )
+    log.info("%d objects in %d of %d pictures: %s", len(records), len(images), read, path)
     return pictures
 
 
+def _info(predictor: Any, options: PseudoOptions) -> dict[str, Any]:
+    return {
+        "description": "labels that a network made",
+        TRAINING_ONLY: True,
+        "origin": options.origin,
+        "thresholds": dict(zip(predictor.class_names, options.least, strict=True)),
+    }
+
+
 def _predictions(
-    predictor: Any, pictures: Pictures, batch_size: int
+    predictor: Any, pictures: PictureFolder, batch_size: int
 ) -> Iterator[tuple[str, np.ndarray, Prediction]]:
     """Yields (name, image, prediction) of each picture that can be read, in order."""
     waiting: list[tuple[str, np.ndarray]] = []

@@ -22,9 +22,9 @@ from solov2_jax.inference.programs import DetectOptions, compiler_options
 from solov2_jax.io import InputError
 from solov2_jax.postprocess import detect
 from solov2_jax.progress import working
-from solov2_jax.tools.labelling.choose import choose, uncertainty
+from solov2_jax.tools.labelling.choose import Chosen, choose, uncertainty
 from solov2_jax.tools.labelling.pictures import (
-    Pictures,
+    PictureFolder,
     find_pictures,
     fit_shapes,
     leave_out,
@@ -71,7 +71,7 @@ class Described:
 
 def select(
     predictor: Any, workdir: str, text: str, output: str, options: SelectOptions
-) -> Pictures:
+) -> PictureFolder:
     """Writes the list; returns the pictures, with what could not be read.
 
     Raises:
@@ -90,15 +90,15 @@ def select(
             f"--input {text}: no picture is left: {len(left)} are the run's own data, "
             f"{len(pictures.problems)} cannot be read."
         )
-    labelled = _spread(train) if options.against_training else []
-    labelled = [path for path in labelled if os.path.isfile(path)]
+    wanted = _spread(train) if options.against_training else []
+    labelled = [path for path in wanted if os.path.isfile(path)]
     fitted = fit_shapes(predictor, [*map(pictures.path, pictures.names), *labelled])
     candidates = describe(fitted, pictures, options.batch_size, "looking at pictures")
     if not candidates.names:
         raise InputError(f"--input {text}: none of its pictures can be read.")
     known = None
     if labelled:
-        own = Pictures("", labelled)
+        own = PictureFolder("", labelled)
         known = describe(fitted, own, options.batch_size, "looking at training images").features
     chosen = choose(
         candidates.unsure,
@@ -107,18 +107,7 @@ def select(
         labelled=known,
         diversity=options.diversity,
     )
-    rows = [
-        {
-            "rank": rank,
-            "file_name": candidates.names[i],
-            "uncertainty": round(float(candidates.unsure[i]), 6),
-            "difference": round(difference, 6),
-            "detections": int(candidates.objects[i]),
-        }
-        for rank, (i, difference) in enumerate(
-            zip(chosen.index.tolist(), chosen.difference.tolist(), strict=True), start=1
-        )
-    ]
+    rows = _rows(candidates, chosen)
     about = {
         "input": text,
         "looked_at": len(candidates.names),
@@ -139,6 +128,21 @@ def select(
     return pictures
 
 
+def _rows(candidates: Described, chosen: Chosen) -> list[dict[str, Any]]:
+    """Returns the list's rows."""
+    pairs = zip(chosen.index.tolist(), chosen.difference.tolist(), strict=True)
+    return [
+        {
+            "rank": rank,
+            "file_name": candidates.names[i],
+            "uncertainty": round(float(candidates.unsure[i]), 6),
+            "difference": round(difference, 6),
+            "detections": int(candidates.objects[i]),
+        }
+        for rank, (i, difference) in enumerate(pairs, start=1)
+    ]
+
+
 def _spread(paths: Sequence[str]) -> list[str]:
     """Returns all paths, or `MOST_LABELLED` of them at equal distances."""
     if len(paths) <= MOST_LABELLED:
@@ -147,7 +151,7 @@ def _spread(paths: Sequence[str]) -> list[str]:
     return [paths[i] for i in places.tolist()]
 
 
-def describe(predictor: Any, pictures: Pictures, batch_size: int, what: str) -> Described:
+def describe(predictor: Any, pictures: PictureFolder, batch_size: int, what: str) -> Described:
     """Returns what the network says about the pictures that can be read."""
     program = compile_describe(
         predictor.model, predictor.input.mean, predictor.input.std, predictor.options
