@@ -286,7 +286,7 @@ def group_norm(
     """
     b, h, w, c = x.shape
     x32 = x.astype(jnp.float32)
-    pixels = h * w if extent is None else jnp.prod(extent, axis=1)[:, None, None]
+    pixels = h * w if extent is None else (extent[:, 0] * extent[:, 1])[:, None, None]
 
     def grouped_mean(counted):  # [B, h, w, C] -> [B, C], equal within a group
         total = counted.sum((1, 2)).reshape(b, groups, c // groups)

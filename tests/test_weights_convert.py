@@ -362,7 +362,7 @@ def test_settings_that_are_no_settings(tmp_path):
         "nonsense": "settings are not JSON",
         "[" * 100_000: "settings are not JSON",
         '{"input.size": 3}': "setting 'input.size' is none of",
-        '{"input.mean": [1, 2]}': r"setting input.mean = \[1, 2\] should be like",
+        '{"input.mean": []}': r"setting input.mean = \[\] should be like",
         '{"input.mean": ["a", 1, 2]}': "setting input.mean",
         '{"class_names": [[]]}': "setting class_names",
         '{"model.backbone.depth": "50"}': "depth = 50 should be like 50",

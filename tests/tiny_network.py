@@ -43,7 +43,7 @@ def tiny_config() -> Any:
 def tiny_variables(config: Any, seed: int = 0) -> dict[str, Any]:
     """Returns random variables that detect something: every score is about a half."""
     model = build_model(config, len(NAMES))
-    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, 64, 64, config.data.channels), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)
     rng = np.random.default_rng(seed)
 

@@ -155,9 +155,10 @@ def color_jitter(view: AffineImage, augment: Augment, rng: np.random.Generator) 
     """
     picture = view.picture
     if isinstance(picture, Planes):
-        factors = [1 + s * rng.uniform(-1, 1) for s in (augment.brightness, augment.contrast)]
+        strengths = augment.brightness, augment.contrast, 0.0  # as many draws as below
+        brightness, contrast, _ = (rng.uniform(1 - s, 1 + s) for s in strengths)
         if augment.brightness or augment.contrast:
-            picture = picture.enhance(brightness=factors[0], contrast=factors[1])
+            picture = picture.enhance(brightness, contrast)
         return dataclasses.replace(view, picture=picture)
     for strength, kind in (
         (augment.brightness, ImageEnhance.Brightness),

@@ -15,6 +15,7 @@ from solov2_jax.data import raw_images
 from solov2_jax.data.image_files import NO_PICTURES, load_plugins, opened, say_once
 from solov2_jax.data.pixel_format import RGB, PixelFormat, Planes
 from solov2_jax.io import InputError, reading
+from solov2_jax.rle import Size
 
 log = logging.getLogger(__name__)
 
@@ -140,9 +141,24 @@ def open_sized(
         image = open_image(path)
     else:
         image = Planes.of(pixels.scaled(read_values(path, pixels), path))
-    w, h = image.size
-    if (h, w) == (height, width):
-        return image
+    _check_size(path, (image.height, image.width), (height, width), annotations)
+    return image
+
+
+def read_sized(
+    path: str, height: int, width: int, annotations: str, *, pixels: PixelFormat = RGB
+) -> np.ndarray:
+    """Returns the picture as `read_values` does, or raises if its size is another; args as of
+    `open_sized`."""
+    image = read_values(path, pixels)
+    _check_size(path, (image.shape[0], image.shape[1]), (height, width), annotations)
+    return image
+
+
+def _check_size(path: str, size: Size, expected: Size, annotations: str) -> None:
+    (h, w), (height, width) = size, expected
+    if size == expected:
+        return
     hint = ""
     if (w, h) == (height, width):
         hint = (

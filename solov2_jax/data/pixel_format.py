@@ -5,6 +5,7 @@ float32, its range 0..255, so that means, augmentations and weights keep their u
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -79,6 +80,13 @@ class PixelFormat:
         low, high = self.bounds()
         moved = np.nan_to_num(values.astype(np.float64), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
         return (np.clip((moved - low) / (high - low), 0, 1) * 255).astype(np.float32)
+
+    def values_of(self, scaled: Sequence[float]) -> tuple[float, ...]:
+        """Returns the pictures' own values of 0..255, one per channel; whole for 8 bits."""
+        low, high = self.bounds()
+        clipped = np.clip(scaled, 0, 255)
+        values = low + clipped / 255 * (high - low) if self.value_range else np.round(clipped)
+        return tuple(values.tolist())
 
     def to_rgb(self, image: np.ndarray) -> np.ndarray:
         """Returns what is shown of an image [h, w, C] as `scaled` returns it, uint8 [h, w, 3].

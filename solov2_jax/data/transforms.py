@@ -39,13 +39,14 @@ def shortest_edge_sizes(
 
 
 def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Returns [height, width, C], uint8 or float32, bilinear and antialiased.
+    """Returns [height, width, C], uint8 or, of others, float32, bilinear and antialiased.
 
     Source: detectron2 data/transforms/transform.py, ResizeTransform: PIL's filter.
     """
     if image.shape[:2] == (height, width):
         return image
     if image.dtype != np.uint8 or image.shape[2] != 3:
+        image = image if image.dtype == np.uint8 else image.astype(np.float32)
         return Planes.of(image).resize((width, height), _BILINEAR).array()
     return np.asarray(Image.fromarray(image).resize((width, height), _BILINEAR))
 

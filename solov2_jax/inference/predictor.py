@@ -18,8 +18,9 @@ import jax
 import numpy as np
 
 from solov2_jax.checkpoint import load_workdir_config, read_classes, restore_variables
-from solov2_jax.config import given_keys, load_config
+from solov2_jax.config import given_keys, input_statistics, load_config
 from solov2_jax.data.buckets import Bucket, check_buckets
+from solov2_jax.data.build import pixel_format
 from solov2_jax.inference.prediction import MaskCrops, Prediction, pack
 from solov2_jax.inference.preprocess import (
     InputOptions,
@@ -191,7 +192,8 @@ class Predictor:
         return build_predictor(config, model, variables, names)
 
     def __call__(self, image: Image) -> Prediction:
-        """Returns the prediction of one image: RGB uint8 [H, W, 3], or a path."""
+        """Returns the prediction of one image: an array as `input.pixels` says, RGB
+        uint8 [H, W, 3] where it says nothing else, or a path."""
         (prediction,) = self.predict_images([image])
         return prediction
 
@@ -199,7 +201,7 @@ class Predictor:
         """Yields the prediction of each image, in order; `image_id` counts from 0.
 
         Args:
-          images: RGB uint8 [H, W, 3], or paths.
+          images: RGB uint8 [H, W, 3] (see `input.pixels`), or paths.
           batch_size: of so many images in a row, those that have one padded shape are
             computed together.
         """
@@ -236,8 +238,11 @@ class Predictor:
         Args:
           wait: until all are there; else images wait for the program that they need.
         """
+        pixels = self.input.pixels
         started = [
-            self._detect.start(self._ready, (batch_size, height, width, 3))
+            self._detect.start(
+                self._ready, (batch_size, height, width, pixels.channels), pixels.dtype
+            )
             for height, width in shapes
         ]
         for program in started if wait else []:
@@ -247,8 +252,8 @@ class Predictor:
         """Returns a prediction for each image whose id is not -1 (padding).
 
         Args:
-          batch: image uint8 [B, h, w, 3] in the config's channel order, padded to
-            multiples of 32; image_size and original_size [B, 2] (height, width);
+          batch: image [B, h, w, C] as `preprocess` makes it, in the config's channel order,
+            padded to multiples of 32; image_size and original_size [B, 2] (height, width);
             image_id [B].
         """
         image_size = np.asarray(batch["image_size"], np.int32)
@@ -392,19 +397,21 @@ def build_predictor(
     names = class_names or [f"class {i + 1}" for i in range(model.num_classes)]
     buckets = check_buckets(input_.buckets_test, "input.buckets_test")
     buckets = buckets or default_buckets(input_.min_size_test, input_.max_size_test)
+    mean, std = input_statistics(config)
     return Predictor(
         model,
         variables,
         InputOptions(
             channel_order=input_.channel_order,
-            mean=tuple(input_.mean),
-            std=tuple(input_.std),
+            mean=mean,
+            std=std,
             min_size=input_.min_size_test,
             max_size=input_.max_size_test,
             buckets=buckets,
+            pixels=pixel_format(config),
         ),
         DetectOptions(num_grids=tuple(config.model.ins_head.num_grids), **options),
         names,
         category_ids or range(1, len(names) + 1),
-        compile_kernel_transform(model, max(buckets), jax.default_backend()),
+        compile_kernel_transform(model, max(buckets), jax.default_backend(), config.data.channels),
     )

@@ -7,23 +7,25 @@ from dataclasses import dataclass
 import numpy as np
 
 from solov2_jax.data.buckets import STRIDE, Bucket, assign_buckets
-from solov2_jax.data.images import read_image
+from solov2_jax.data.images import read_values
+from solov2_jax.data.pixel_format import RGB, PixelFormat
 from solov2_jax.data.transforms import resize_image, shortest_edge_sizes
 from solov2_jax.inference.programs import round_up
 
 
 @dataclass(frozen=True)
 class InputOptions:
-    """How an RGB image becomes the network's input; see `configs/base.py`."""
+    """How an image becomes the network's input; see `configs/base.py`."""
 
-    channel_order: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    channel_order: str  # of three channels
+    mean: tuple[float, ...]  # of each channel
+    std: tuple[float, ...]
     min_size: int
     max_size: int
     # Padded shapes to choose from, a compilation each; results do not depend on them.
     # (): each image's own multiples of 32.
     buckets: tuple[Bucket, ...]
+    pixels: PixelFormat = RGB  # of the images
 
 
 def default_buckets(min_size: int, max_size: int) -> tuple[Bucket, ...]:
@@ -35,19 +37,22 @@ def default_buckets(min_size: int, max_size: int) -> tuple[Bucket, ...]:
     return tuple(dict.fromkeys([(short, long), (long, short)]))
 
 
-def load_image(image: np.ndarray | str | os.PathLike[str], name: str) -> np.ndarray:
-    """Returns RGB uint8 [H, W, 3] of a path or of such an array, or raises."""
+def load_image(
+    image: np.ndarray | str | os.PathLike[str], name: str, pixels: PixelFormat = RGB
+) -> np.ndarray:
+    """Returns the values [H, W, C] of a path or of an array, RGB uint8 unless `pixels` says
+    otherwise, or raises."""
     if isinstance(image, str | os.PathLike):
-        return read_image(os.fspath(image))
+        return read_values(image, pixels)
     if not isinstance(image, np.ndarray):
         raise ValueError(
-            f"{name} is a {type(image).__name__}; give a path or a numpy array, uint8 "
-            "[height, width, 3], RGB"
+            f"{name} is a {type(image).__name__}; give a path or a numpy array, {pixels.describe()}"
         )
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(
-            f"{name} is {image.dtype} {image.shape}; it must be uint8 [height, width, 3], RGB"
-        )
+    if pixels.channels == 1 and image.ndim == 2:
+        image = image[..., None]
+    fits = image.ndim == 3 and image.shape[2] == pixels.channels
+    if not fits or image.dtype != np.uint8 and not pixels.value_range:
+        raise ValueError(f"{name} is {image.dtype} {image.shape}; it must be {pixels.describe()}")
     if not image.size:
         raise ValueError(f"{name} is {image.shape}: it has no pixels")
     return image
@@ -78,16 +83,19 @@ def make_example(
     """Returns one image as a batch of evaluation has it, but without the batch axis.
 
     Args:
-      image: RGB uint8 [H, W, 3], or a path.
+      image: RGB uint8 [H, W, 3], or as `options.pixels` says, or a path.
     """
     is_path = isinstance(image, str | os.PathLike)
     name = os.fspath(image) if is_path else f"image {image_id}"
-    image = load_image(image, name)
+    image = load_image(image, name, options.pixels)
     rows, columns = image.shape[:2]
     (height, width), shape = padded_shape(rows, columns, name, options)
-    padded = np.zeros((*shape, 3), np.uint8)
+    pixels = options.pixels
+    if not pixels.is_rgb:
+        image = pixels.scaled(image, name)
+    padded = np.zeros((*shape, pixels.channels), pixels.dtype)
     resized = resize_image(image, height, width)
-    if options.channel_order == "BGR":
+    if options.channel_order == "BGR" and pixels.channels == 3:
         resized = resized[..., ::-1]
     padded[:height, :width] = resized
     return {

@@ -64,8 +64,8 @@ class DetectOptions:
 @functools.lru_cache(maxsize=16)
 def compile_detect(
     model: Any,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
     options: DetectOptions,
 ) -> "DetectPrograms":
     """Returns the compiled (variables, image, image_size) -> Detections.
@@ -101,20 +101,20 @@ class DetectPrograms:
         self, variables: Any, image: Num[Any, "B h w c"], image_size: Int[Any, "B 2"]
     ) -> Detections:
         """Returns the detections, by the shape's program; waits until it is there."""
-        program = self.start(variables, image.shape).result()
+        program = self.start(variables, image.shape, image.dtype).result()
         return program(variables, image, image_size)
 
-    def start(self, variables: Any, shape: tuple[int, ...]) -> Future:
-        """Returns the program for images [B, h, w, 3], compiled by another thread."""
+    def start(self, variables: Any, shape: tuple[int, ...], dtype: Any = np.uint8) -> Future:
+        """Returns the program for images [B, h, w, C], compiled by another thread."""
         leaves, structure = jax.tree.flatten(variables)
         shardings = tuple(getattr(leaf, "sharding", None) for leaf in leaves)
-        key = (shape, structure, shardings)
+        key = (shape, np.dtype(dtype), structure, shardings)
         with self._lock:
             if key not in self._programs:
-                self._programs[key] = self._pool.submit(self._compile, variables, shape)
+                self._programs[key] = self._pool.submit(self._compile, variables, shape, dtype)
             return self._programs[key]
 
-    def _compile(self, variables: Any, shape: tuple[int, ...]) -> Any:
+    def _compile(self, variables: Any, shape: tuple[int, ...], dtype: Any) -> Any:
         version = hashlib.sha256(f"{self._name} {jax.__version__}".encode()).hexdigest()[:16]
         key = f"{version} {shape}"
         seconds = compile_seconds().get(key)
@@ -125,7 +125,7 @@ class DetectPrograms:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
             variables,
         )
-        image = jax.ShapeDtypeStruct(shape, jnp.uint8)
+        image = jax.ShapeDtypeStruct(shape, dtype)
         image_size = jax.ShapeDtypeStruct((shape[0], 2), jnp.int32)
         with working("compiling for {} image(s) of {} x {}".format(*shape)):
             program = load_or_compile(self._run, (abstract, image, image_size), self._name)
@@ -184,8 +184,8 @@ def detect_images(
     image: Num[Array, "B h w c"],
     image_size: Int[Array, "B 2"],
     *,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
     options: DetectOptions,
 ) -> Detections:
     """Returns the detections of images in the config's channel order.
@@ -201,7 +201,9 @@ def detect_images(
 
 
 @functools.lru_cache(maxsize=16)
-def compile_kernel_transform(model: Any, size: tuple[int, int], platform: str) -> Any:
+def compile_kernel_transform(
+    model: Any, size: tuple[int, int], platform: str, channels: int = 3
+) -> Any:
     """Returns the compiled variables -> variables with transformed kernels in their place.
 
     Those are in the form that is fastest on a platform for images of `size` (height, width)
@@ -210,7 +212,7 @@ def compile_kernel_transform(model: Any, size: tuple[int, int], platform: str) -
     """
 
     def run(variables):
-        image = jnp.zeros((1, *size, 3), jnp.float32)
+        image = jnp.zeros((1, *size, channels), jnp.float32)
         with transformed_for(platform):
             return model.apply(variables, image, mutable=["transformed"])[1]
 

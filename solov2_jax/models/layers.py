@@ -93,7 +93,7 @@ class BatchNorm(FrozenBatchNorm):
         def total(of_rows: jax.Array) -> jax.Array:
             return lax.psum(of_rows, axes) if axes else of_rows
 
-        pixels = x.size // channels if extent is None else jnp.sum(jnp.prod(extent, axis=1))
+        pixels = x.size // channels if extent is None else jnp.sum(extent[:, 0] * extent[:, 1])
         count = total(jnp.asarray(pixels, jnp.float32))
         mean = total(jnp.sum(ops.zero_outside(y, extent), (0, 1, 2))) / count
         deviation = ops.zero_outside(y - mean[None, None, None], extent)

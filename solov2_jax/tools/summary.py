@@ -39,7 +39,9 @@ class Row:
     flops: int = 0
 
 
-def summarize(model: nn.Module, height: int, width: int, freeze_at: int) -> list[Row]:
+def summarize(
+    model: nn.Module, height: int, width: int, freeze_at: int, channels: int = 3
+) -> list[Row]:
     """Returns a row per module, outermost first, for one image of the padded size.
 
     Args:
@@ -58,7 +60,7 @@ def summarize(model: nn.Module, height: int, width: int, freeze_at: int) -> list
         row.what = _describe(module, jax.tree.leaves(args)[0].shape[-1])
         return out
 
-    image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
     with nn.intercept_methods(record):
         variables = jax.eval_shape(model.init, jax.random.key(0), image)
     _count(rows, variables, freeze_at)
@@ -165,7 +167,8 @@ def report(config: Any, size: tuple[int, int] | None = None, depth: int = 0) -> 
     height, width = size or padded_test_size(config)
     num_classes = config.model.num_classes or DEFAULT_NUM_CLASSES
     model = build_model(config, num_classes)
-    rows = summarize(model, height, width, config.model.backbone.freeze_at)
+    freeze_at = config.model.backbone.freeze_at
+    rows = summarize(model, height, width, freeze_at, config.data.channels)
     total, lines = rows[0], [format_table(rows, depth), ""]
     lines += [
         f"image {height}x{width}, {num_classes} classes"

@@ -110,6 +110,14 @@ def initial_weights(
     """
     weights = read_init(config.init_from)
     check_settings(weights.settings, config, weights.path, config.init_from_ignores)
+    frozen = config.model.backbone.freeze_at
+    if config.data.channels != 3 and frozen:
+        log.warning(
+            "model.backbone.freeze_at = %d keeps the stem as it is, which RGB pictures made; "
+            "--config.model.backbone.freeze_at=0 trains it on data.channels = %d",
+            frozen,
+            config.data.channels,
+        )
     return convert.fit(weights, shapes, init=init)
 
 

@@ -54,7 +54,8 @@ _MAY_CHANGE = (
     *("init_from", "eval.", "test."),
     *("data.num_workers", "data.num_threads", "data.prefetch", "data.val."),
     *("data.train.images", "data.train.annotations", "data.generated.root"),
-    *("data.name", "data.providers.", "user.derived", "user.batch_size"),
+    *("data.name", "data.providers.", "data.display_channels"),
+    *("user.derived", "user.batch_size"),
     *("data.generated.num_val", "input.min_size_test", "input.max_size_test"),
     "input.buckets_test",
 )

@@ -21,6 +21,7 @@ from solov2_jax.weights.sources import Weights
 from solov2_jax.weights.state_dicts import NO_RULE, OURS
 
 _log = logging.getLogger(__name__)
+_STEM = "params/backbone/stem/conv1/kernel"
 _CLASS_LAYER = "params/ins_head/cate_pred/"
 
 
@@ -107,6 +108,32 @@ def _other_classes(flat: Flat, targets: Mapping[str, Any]) -> bool:
     return any(a[:-1] == b[:-1] and a != b for a, b in shapes)
 
 
+def adapt_stem(weights: Weights, flat: Flat, targets: Mapping[str, Any]) -> None:
+    """Makes the first convolution of RGB weights one of the network's channels, in `flat`.
+
+    One channel gets the sum of the three: a grey picture gives what it gives as RGB. With C
+    channels, channel i gets the weights of red, green, blue in turn, times 3 / C.
+    Source: timm's `adapt_input_conv`.
+    """
+    kernel = flat.get(_STEM)
+    if kernel is None or _STEM not in targets or kernel.ndim != 4 or kernel.shape[2] != 3:
+        return
+    channels = targets[_STEM].shape[2]
+    if channels == 3:
+        return
+    if weights.settings.get("input.channel_order") == "BGR":
+        kernel = kernel[:, :, ::-1]
+    if channels == 1:
+        flat[_STEM], how = kernel.sum(axis=2, keepdims=True), "their sum"
+    else:
+        repeated = kernel[:, :, np.arange(channels) % 3]
+        flat[_STEM] = repeated * np.float32(3 / channels)
+        how = f"red, green, blue in turn, times 3 / {channels}"
+    _log.info(
+        "%s: the stem's RGB weights become those of %d channels: %s", weights.path, channels, how
+    )
+
+
 def _refuse_misfits(weights: Weights, flat: Flat, targets: Mapping[str, Any]) -> None:
     """Raises ValueError naming all that keeps the leaves from being put in."""
     depths = depth_of(flat), depth_of(targets)
@@ -114,6 +141,11 @@ def _refuse_misfits(weights: Weights, flat: Flat, targets: Mapping[str, Any]) ->
         raise ValueError(
             f"{weights.path} holds a ResNet-{depths[0]}, the network is a "
             f"ResNet-{depths[1]}: set model.backbone.depth"
+        )
+    if _STEM in flat and _STEM in targets and flat[_STEM].shape[2:3] != targets[_STEM].shape[2:3]:
+        raise ValueError(
+            f"{weights.path} is for pictures of {flat[_STEM].shape[2]} channels, the network "
+            f"for {targets[_STEM].shape[2]}: set data.channels"
         )
     wrong = _mismatches(flat, targets)
     if wrong:
@@ -135,6 +167,8 @@ def match(
         for leaf in [leaf for leaf in flat if leaf.startswith(_CLASS_LAYER)]:
             classes = flat.pop(leaf).shape[-1]
             dropped.append((leaf, f"class layer of {classes} classes"))
+    if not strict:
+        adapt_stem(weights, flat, targets)
     _refuse_misfits(weights, flat, targets)
     new = tuple(leaf for leaf in targets if leaf not in flat)
     dropped = (*weights.dropped, *dropped)

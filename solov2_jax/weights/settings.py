@@ -124,7 +124,9 @@ def check_form(settings: Any) -> Settings:
         if isinstance(form, list):
             kinds = str if isinstance(form[0], str) else int | float
             fits = isinstance(value, list) and all(isinstance(v, kinds) for v in value)
-            fits = fits and (key == "class_names" or len(value) == len(form))
+            # Means and deviations are as many as the channels.
+            any_number = key == "class_names" or key in _TOLERANCE and value
+            fits = fits and (any_number or len(value) == len(form))
         else:
             fits = type(value) is type(form)
         if not fits:
@@ -207,6 +209,12 @@ def implied_settings(
         **settings_of_shapes(flat),
     }
     drop_needless(settings)
+    stem = flat.get("params/backbone/stem/conv1/kernel")
+    channels = stem.shape[2] if stem is not None and stem.ndim == 4 else None
+    for key in _TOLERANCE:
+        number = len(settings.get(key, (0,)))
+        if channels and number not in (1, 3, channels):
+            raise ValueError(f"its {key} has {number} entries for {channels} channels")
     classes, names = settings.get("model.num_classes"), settings.get("class_names")
     if names is not None and classes is not None and len(names) != classes:
         raise ValueError(f"it names {len(names)} classes and has weights for {classes}")
@@ -253,8 +261,9 @@ def _lookup(config: Any, key: str) -> Any:
 def _agree(key: str, configured: Any, implied: Any) -> bool:
     if isinstance(implied, list | tuple) and isinstance(configured, list | tuple):
         tolerance = _TOLERANCE.get(key, 0.0)
-        same_length = len(configured) == len(implied)
-        return same_length and bool(np.allclose(configured, implied, rtol=0.0, atol=tolerance))
+        if len(configured) != len(implied):  # other channels have statistics of their own
+            return key in _TOLERANCE
+        return bool(np.allclose(configured, implied, rtol=0.0, atol=tolerance))
     # Frozen or trained, a batch norm has the same weights.
     norms = ("frozen_bn", "sync_bn")
     return configured == implied or (configured in norms and implied in norms)

@@ -82,7 +82,7 @@ def main(overrides: list[str]) -> None:
     if not _IMAGES.value or _EVALUATE.value:
         dataset = _load_dataset(config, predictor)
     model = build_model(config, len(predictor.class_names))
-    images = _find_images(dataset)
+    images = _find_images(dataset, predictor.input.pixels)
     report = export(model, predictor, options, folder, images, source, overwrite=_OVERWRITE.value)
     if _EVALUATE.value:
         report["ap"] = _measure_ap(config, predictor, options.buckets, dataset, folder)
@@ -118,11 +118,11 @@ def _load_dataset(config: Any, predictor: Any) -> Any:
     return load_val_dataset(config, dict(classes))
 
 
-def _find_images(dataset: Any) -> list[str]:
+def _find_images(dataset: Any, pixels: Any) -> list[str]:
     if _IMAGES.value:
         from solov2_jax.tools.predict.sources import find_files, is_video
 
-        files = [path for path in find_files(_IMAGES.value) if not is_video(path)]
+        files = [path for path in find_files(_IMAGES.value, pixels) if not is_video(path)]
         return files[: _NUM_IMAGES.value]
     number = min(len(dataset), _NUM_IMAGES.value)
     return [dataset.path(i) for i in range(number)]

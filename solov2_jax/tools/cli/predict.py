@@ -149,6 +149,7 @@ def predict(overrides: list[str], scratch: str) -> "Summary":
         limit=_FRAMES.value,
         every=_EVERY.value,
         download=DownloadLimits(round(_DOWNLOAD_MB.value * 1e6), _SECONDS.value),
+        pixels=shared.model_pixels(overrides),
     )
     check_outputs(sources, OutputFolder(_OUTPUT.value, _OVERWRITE.value), options.formats)
     predictor = shared.load_predictor(overrides)
@@ -164,9 +165,8 @@ def predict(overrides: list[str], scratch: str) -> "Summary":
             predictor = predictor.with_shapes(shapes)
             if not (tta or tiles):
                 predictor.compile(shapes, _BATCH_SIZE.value, wait=False)
-    multiview = build_views(predictor, tta, tiles)
     _EARLY.check()
-    return predict_files(multiview, sources, _OUTPUT.value, options)
+    return predict_files(build_views(predictor, tta, tiles), sources, _OUTPUT.value, options)
 
 
 def main(overrides: list[str]) -> None:

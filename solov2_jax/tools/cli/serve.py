@@ -56,6 +56,11 @@ def main(overrides: list[str]) -> None:
         ) from error
     from solov2_jax.tools.serving.engine import Engine
 
+    if not (pixels := shared.model_pixels(overrides)).is_rgb:
+        raise InputError(
+            f"serve takes 8-bit RGB pictures, and this network is for {pixels.describe()}; use "
+            "predict.py or solov2_jax.Predictor"
+        )
     sock = bind(_HOST.value, _PORT.value)  # raises now instead of after compiling
     predictor = shared.load_predictor(overrides)
     least = shared.least_scores(predictor)

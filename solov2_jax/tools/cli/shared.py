@@ -14,6 +14,7 @@ from solov2_jax.tools.cli.flags import Flag
 if TYPE_CHECKING:
     import numpy as np
 
+    from solov2_jax.data.pixel_format import PixelFormat
     from solov2_jax.inference.predictor import Predictor
     from solov2_jax.tools.labelling.pictures import PictureFolder
     from solov2_jax.tools.multiview.tiling import TileOptions
@@ -127,6 +128,22 @@ def end_with_problems(pictures: "PictureFolder", others: str) -> None:
         text = f"{len(problems)} of {total} pictures could not be read, {others}: {shown}{rest}"
         print(f"error: {text}", file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+def model_pixels(overrides: list[str]) -> "PixelFormat":
+    """Returns what the pictures of the model hold, before its weights are read."""
+    from solov2_jax.checkpoint import load_workdir_config
+    from solov2_jax.config import load_config
+    from solov2_jax.data.build import pixel_format
+
+    package = logging.getLogger("solov2_jax")
+    package.disabled = True  # what it tells is told when the model is loaded
+    try:
+        if WORKDIR.value:
+            return pixel_format(load_workdir_config(WORKDIR.value, overrides))
+        return pixel_format(load_config(CONFIG.value, overrides))
+    finally:
+        package.disabled = False
 
 
 def view_options() -> "tuple[TtaOptions | None, TileOptions | None]":

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from solov2_jax.data.build import pixel_format
 from solov2_jax.data.coco import CocoDataset, missing_files, read_coco
+from solov2_jax.data.pixel_format import RGB, PixelFormat
 from solov2_jax.tools.doctor.files import FileFacts, file_findings, leaked, read_files
 from solov2_jax.tools.doctor.findings import (
     ERROR,
@@ -100,6 +102,7 @@ class Settings:
     keep_empty: bool
     max_images: int = 0  # looked at in each part, spread evenly; 0: all
     limits: DataLimits = DataLimits()
+    pixels: PixelFormat = RGB
 
 
 def examine(train: tuple[str, str], val: tuple[str, str] | None, settings: Settings) -> DataReport:
@@ -140,6 +143,7 @@ def _facts(part: Part) -> list[tuple[int, FileFacts]]:
 
 def _part(name: str, dataset: CocoDataset, settings: Settings) -> Part:
     """Returns a part with its own findings."""
+    dataset = dataclasses.replace(dataset, pixels=settings.pixels)
     indices = spread(len(dataset), settings.max_images)
     files = read_files(dataset, indices.tolist())
     training = name == "training"
@@ -195,6 +199,7 @@ def settings_of(config: Any, max_images: int = 0) -> Settings:
         layout=layout,
         keep_empty=config.data.keep_empty,
         max_images=max_images,
+        pixels=pixel_format(config),
         limits=DataLimits(
             max_instances=config.data.max_instances,
             max_pairs=targets.max_pairs,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from solov2_jax.data.build import pixel_format
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.tools.doctor.data_report import settings_of, spread
 from solov2_jax.tools.doctor.grids import SHORT_SIDES, Advice, advise, compact
@@ -63,6 +64,7 @@ def derive(
         *_limits(config, dataset),
         *_pairs(config, advice),
         *_from_random(config, given),
+        *_of_channels(config),
         Derived(
             {"train.batch_size": batch},
             f"by the number of images, {len(dataset)}; lower it if memory does not suffice",
@@ -140,6 +142,21 @@ def _from_random(config: Any, given: Collection[str]) -> list[Derived]:
         "than from pretrained weights, --config.init_from=timm/resnet50.a1_in1k"
     )
     return [Derived(values, reason)]
+
+
+def _of_channels(config: Any) -> list[Derived]:
+    """Returns what pictures that are not 8-bit RGB need."""
+    if pixel_format(config).is_rgb:
+        return []
+    derived = []
+    on = [key for key in ("saturation", "hue", "jpeg_prob") if config.augment[key]]
+    if on:
+        values = {f"augment.{key}": 0.0 for key in on}
+        derived.append(Derived(values, "the pictures are not 8-bit RGB"))
+    if config.data.channels != 3 and config.init_from and config.model.backbone.freeze_at:
+        reason = "the stem's weights were made for RGB, and have to be trained"
+        derived.append(Derived({"model.backbone.freeze_at": 0}, reason))
+    return derived
 
 
 def _rate(batch: int, pretrained: bool) -> Derived:

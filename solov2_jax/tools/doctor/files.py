@@ -13,6 +13,7 @@ from PIL import Image
 
 from solov2_jax.data.coco import CocoDataset, missing_files
 from solov2_jax.data.images import read_header, read_image
+from solov2_jax.data.pixel_format import RGB, PixelFormat
 from solov2_jax.data.records import read_bytes
 from solov2_jax.progress import track
 from solov2_jax.tools.doctor.findings import ERROR, NOTE, WARNING, Finding, counted
@@ -38,17 +39,17 @@ class FileFacts:
 def read_files(dataset: CocoDataset, indices: Sequence[int]) -> list[FileFacts]:
     """Returns the facts of these images, decoded completely, in order."""
     with ThreadPoolExecutor(THREADS) as pool:
-        read = pool.map(lambda i: read_file(dataset.path(i)), indices)
+        read = pool.map(lambda i: read_file(dataset.path(i), dataset.pixels), indices)
         return list(track(read, "reading images", total=len(indices)))
 
 
-def read_file(path: str) -> FileFacts:
+def read_file(path: str, pixels: PixelFormat = RGB) -> FileFacts:
     """Returns what a file holds; what is wrong with it stands in `problem`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow: what matters is raised
             header = read_header(path)
-            image = read_image(path)
+            image = read_image(path, pixels)
         digest = hashlib.sha256(read_bytes(path)).hexdigest()
     except (ValueError, OSError) as error:
         return FileFacts(problem=str(error))

@@ -95,7 +95,7 @@ def _suspects(part: Part, number: int) -> list[tuple[str, list[html.PagePicture]
 def _picture(part: Part, index: int) -> html.PagePicture:
     """Returns an image with all its objects."""
     data = part.dataset
-    image = shrink(read_image(data.path(index)), LONGEST)
+    image = shrink(read_image(data.path(index), data.pixels), LONGEST)
     objects = np.arange(data.start[index], data.start[index + 1])
     spans, _ = draw(data, objects, resize_map(data, index, (image.shape[0], image.shape[1])))
     crops = []

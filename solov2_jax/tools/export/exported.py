@@ -13,6 +13,7 @@ from PIL import Image
 
 import solov2_jax
 from solov2_jax.data.buckets import Bucket
+from solov2_jax.data.pixel_format import PixelFormat
 from solov2_jax.data.transforms import shortest_edge_sizes
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.preprocess import InputOptions, make_batches, make_example
@@ -37,6 +38,10 @@ _FORM = {
     "options": {"mask_threshold": float},
     "files": {},
 }
+_SCALE = (
+    "(value - low) / (high - low) * 255, cut to 0..255, in float32; value_range is low and high "
+    "of all channels, or of each in turn"
+)
 _FIX = "Give a folder that export.py wrote, or export again"
 
 
@@ -56,6 +61,7 @@ def describe_export(
 ) -> dict[str, Any]:
     """Returns the metadata of an export of a predictor, as JSON has it."""
     size, longest = predictor.input.min_size, predictor.input.max_size
+    pixels = predictor.input.pixels
     example = shortest_edge_sizes(480, 640, size, longest)
     ids = [int(i) for i in predictor.category_ids]
     return {
@@ -67,8 +73,11 @@ def describe_export(
         "precision": options.precision,
         "classes": {"names": list(predictor.class_names), "ids": ids},
         "preprocessing": {
-            "channel_order": "RGB",
-            "dtype": "uint8",
+            "channel_order": "RGB" if pixels.channels == 3 else "as in the picture",
+            "channels": pixels.channels,
+            "value_range": list(pixels.value_range),
+            "dtype": np.dtype(pixels.dtype).name,
+            **({"scale": _SCALE} if pixels.value_range else {}),
             "normalised_inside": True,
             "min_size": size,
             "max_size": longest,
@@ -78,7 +87,7 @@ def describe_export(
             "pad": "zeros at the right and bottom, up to one of `files`",
         },
         "inputs": {
-            "image": "uint8 [batch, height, width, 3]",
+            "image": f"{np.dtype(pixels.dtype).name} [batch, height, width, {pixels.channels}]",
             "image_size": "int32 [batch, 2]: (height, width) before padding",
         },
         "outputs": list(output_names(options.masks)),
@@ -167,13 +176,16 @@ def written_by_exports(folder: Path) -> set[str]:
 def input_of(metadata: dict[str, Any]) -> InputOptions:
     """Returns how images are prepared for the exported program, which normalises."""
     preprocessing = metadata["preprocessing"]
+    values = tuple(preprocessing.get("value_range", ()))  # earlier exports have none
+    pixels = PixelFormat(preprocessing.get("channels", 3), values)
     return InputOptions(
         channel_order=preprocessing["channel_order"],
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
+        mean=(0.0,) * pixels.channels,
+        std=(1.0,) * pixels.channels,
         min_size=preprocessing["min_size"],
         max_size=preprocessing["max_size"],
         buckets=tuple((h, w) for h, w in metadata["files"].values()),
+        pixels=pixels,
     )
 
 

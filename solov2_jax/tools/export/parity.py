@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from solov2_jax.data.buckets import Bucket
-from solov2_jax.data.images import read_image
+from solov2_jax.data.images import read_values
 from solov2_jax.evaluation.coco import CocoEvaluator, json_metrics
 from solov2_jax.evaluation.evaluate import evaluate
 from solov2_jax.inference.preprocess import InputOptions, make_batches, make_example
@@ -182,7 +182,7 @@ def _examples(
     straight, turned = [], []
     only = replace(options, buckets=(bucket,))
     for number, path in enumerate(images):
-        picture = read_image(path)
+        picture = read_values(path, options.pixels)
         example = make_example(picture, number, options)
         if example["image"].shape[:2] == tuple(bucket):
             straight.append(example)

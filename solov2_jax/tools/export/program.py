@@ -42,12 +42,12 @@ def make_program(
 ) -> Program:
     """Returns the function that is exported; its weights are constants.
 
-    It takes image uint8 [B, h, w, 3], always RGB, padded at the right and bottom, and
-    image_size int32 [B, 2], (height, width) before padding. It returns, for the best D
-    detections, best first: count int32 [B], how many there are; scores float32 [B, D];
-    labels int32 [B, D]; and with masks="input" boxes float32 [B, D, 4] (x0, y0, x1, y1,
-    in input pixels) and masks uint8 [B, D, h, w], with masks="quarter" masks float32
-    [B, D, h4, w4]. What is beyond `count` is 0.
+    It takes image uint8 [B, h, w, 3], RGB (or what `input_options.pixels` says: uint8 or
+    float32 [B, h, w, C], 0..255), padded at the right and bottom, and image_size int32
+    [B, 2], (height, width) before padding. It returns, for the best D detections, best
+    first, zeros beyond: count int32 [B]; scores float32 [B, D]; labels int32 [B, D]; and
+    with masks="input" boxes float32 [B, D, 4] (x0, y0, x1, y1, in input pixels) and masks
+    uint8 [B, D, h, w], with masks="quarter" masks float32 [B, D, h4, w4].
 
     Args:
       half_weights: large weights are constants of 16 bits; the computation stays.
@@ -57,7 +57,7 @@ def make_program(
         weights = jax.tree.map(_halved, weights)
 
     def program(image: Any, image_size: Any) -> dict[str, Any]:
-        if input_options.channel_order == "BGR":
+        if input_options.channel_order == "BGR" and input_options.pixels.channels == 3:
             image = image[..., ::-1]
         # Staged, not computed: what the file holds are the halved constants.
         full = jax.tree.map(lambda w: jnp.asarray(w).astype(jnp.float32), weights)

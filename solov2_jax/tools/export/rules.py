@@ -29,6 +29,14 @@ def _elementwise(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
     return [w.apply(eqn.name, *inputs)]
 
 
+def _shift_right(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
+    """A division: what is shifted are sizes, which are not negative."""
+    number, steps = inputs
+    if not isinstance(steps, np.ndarray | np.generic | int):
+        raise eqn.refuse("a shift by a computed number")
+    return [w.apply("div", number, np.asarray(1 << np.asarray(steps), eqn.outputs[0].dtype))]
+
+
 def _clamp(w: Any, eqn: Equation, inputs: Inputs) -> list[Value]:
     low, x, high = inputs
     return [w.apply("min", w.apply("max", x, low), high)]
@@ -297,6 +305,7 @@ RULES: dict[str, Rule] = {
     "pad": _pad,
     "rev": lambda w, eqn, inputs: [w.reverse(inputs[0], eqn["dimensions"], eqn.inputs[0].shape)],
     "scan": _scan,
+    "shift_right_logical": _shift_right,
     "select_n": _select_n,
     "slice": _slice,
     "sort": _sort,

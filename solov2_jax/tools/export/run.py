@@ -97,9 +97,10 @@ def _write_programs(
 ) -> dict[str, int]:
     """Writes a program for each image shape; returns the files' sizes in bytes."""
     chosen, sizes = find_format(options.file_format), {}
+    pixels = exported.input.pixels
     for bucket in exported.input.buckets:
         file = folder / file_name(bucket, options.file_format)
-        image = jax.ShapeDtypeStruct((options.batch, *bucket, 3), jnp.uint8)
+        image = jax.ShapeDtypeStruct((options.batch, *bucket, pixels.channels), pixels.dtype)
         image_size = jax.ShapeDtypeStruct((options.batch, 2), jnp.int32)
         with working(f"writing {file.name}"):
             chosen.write(program, (image, image_size), file, exported.metadata)

@@ -38,7 +38,7 @@ def build_views(
         return looking
     input_ = predictor.input
     side = min(input_.min_size, input_.max_size)  # of a tile at the network
-    fill = input_.mean[::-1] if input_.channel_order == "BGR" else input_.mean
-    red, green, blue = (round(min(max(value, 0), 255)) for value in fill)
+    reverse = input_.channel_order == "BGR" and input_.pixels.channels == 3
+    fill = input_.pixels.values_of(input_.mean[::-1] if reverse else input_.mean)
     border = math.ceil(CELL * tiles.size / side)
-    return TiledPredictor(looking, tiles, nms, border, (red, green, blue))
+    return TiledPredictor(looking, tiles, nms, border, fill)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from solov2_jax.data.transforms import resize_image
 from solov2_jax.inference.prediction import MaskCrops, Prediction, pack
-from solov2_jax.inference.preprocess import load_image
+from solov2_jax.inference.preprocess import InputOptions, load_image
 from solov2_jax.progress import track
 from solov2_jax.tools.multiview.merge import (
     COARSE,
@@ -97,7 +97,13 @@ class MultiviewPredictor(abc.ABC):
           batch_size: tiles computed together; scales and mirrored images are batches anyway.
         """
         for number, image in enumerate(images):
-            yield self._predict(load_image(image, f"image {number}"), number, batch_size)
+            values = load_image(image, f"image {number}", self.input.pixels)
+            yield self._predict(values, number, batch_size)
+
+    @property
+    def input(self) -> InputOptions:
+        """How an image becomes the network's input."""
+        return self.predictor.input
 
     @abc.abstractmethod
     def _predict(self, image: np.ndarray, number: int, batch_size: int) -> Prediction: ...
@@ -109,7 +115,7 @@ class TiledPredictor(MultiviewPredictor):
     Args:
       predictor: of the tiles.
       border: an object that ends within so many pixels of a tile's border is cut by it.
-      fill: RGB of the tile beyond a smaller image.
+      fill: values of each channel of the tile beyond a smaller image.
     """
 
     def __init__(
@@ -118,7 +124,7 @@ class TiledPredictor(MultiviewPredictor):
         tiles: TileOptions,
         nms: NmsOptions,
         border: int,
-        fill: tuple[int, int, int],
+        fill: tuple[float, ...],
     ):
         super().__init__(predictor, nms)
         self.tiles, self.border, self.fill = tiles, border, fill
@@ -153,8 +159,8 @@ class TiledPredictor(MultiviewPredictor):
         size = self.tiles.size
         if part.shape[:2] == (size, size):
             return np.ascontiguousarray(part)
-        picture = np.empty((size, size, 3), np.uint8)
-        picture[:] = self.fill
+        picture = np.empty((size, size, image.shape[2]), image.dtype)
+        picture[:] = self.fill if image.dtype.kind == "f" else np.round(self.fill)
         picture[: part.shape[0], : part.shape[1]] = part
         return picture
 

@@ -95,7 +95,7 @@ def read_ahead(
         picture = Picture(number, frame, problem=frame.problem)
         if staged is not None and frame.image is not None:
             try:
-                picture.example = staged.preprocess(frame.image, number)
+                picture.example = staged.preprocess(values_of(frame), number)
             except ValueError as error:  # fits into none of the padded shapes
                 picture.problem = f"{frame.path}: {error}"
         return picture
@@ -104,6 +104,11 @@ def read_ahead(
         if picture is None:
             return
         yield picture
+
+
+def values_of(frame: Any) -> np.ndarray:
+    """Returns what a predictor takes of a frame that was read."""
+    return frame.image if frame.values is None else frame.values
 
 
 def predict_ahead(
@@ -116,7 +121,7 @@ def predict_ahead(
     """Yields the predictions, in order among pictures of one padded shape."""
     if not isinstance(predictor, StagedPredictor):
         for picture in pictures:
-            images = [picture.frame.image]  # its tiles, if any, make the batches
+            images = [values_of(picture.frame)]  # its tiles, if any, make the batches
             (prediction,) = predictor.predict_images(images, batch_size)
             yield picture, prediction
         return

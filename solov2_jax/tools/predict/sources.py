@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from solov2_jax.data.buckets import Bucket, derive_buckets
-from solov2_jax.data.images import image_suffixes, is_junk, read_header, read_image
+from solov2_jax.data.images import image_suffixes, is_junk, read_header, read_image, read_values
+from solov2_jax.data.pixel_format import RGB, PixelFormat
 from solov2_jax.download import DEFAULT_LIMITS, DownloadLimits, fetch, without_secrets
 from solov2_jax.io import InputError
 from solov2_jax.tools.predict.video import PageReader, VideoReader, count_pages
@@ -41,12 +42,13 @@ class Frame:
     name: str  # stem of everything that is written about it, unique in a run
     file_name: str  # for the results: relative to the folder of all inputs
     path: str  # the file that the user gave
-    image: np.ndarray | None = None  # RGB uint8 [H, W, 3]; None if it cannot be read
+    image: np.ndarray | None = None  # RGB uint8 [H, W, 3], shown; None if it cannot be read
     index: int | None = None  # place in its video or among its file's pages
     stays: bool = True  # the file is there after the run, and is this picture
     problem: str = ""
     seconds: float | None = None  # since its video's first frame
     in_video: bool = False  # its overlay goes into a video
+    values: np.ndarray | None = None  # [H, W, C], what is predicted on if not `image`
 
 
 Read = Callable[[], Frame | None]
@@ -61,7 +63,15 @@ class ImageFiles:
 
     makes_video, name, fps = False, "", 0.0  # of a video of overlays
 
-    def __init__(self, paths: Sequence[str], threads: int, names: "Names", stays: bool = True):
+    def __init__(
+        self,
+        paths: Sequence[str],
+        threads: int,
+        names: "Names",
+        stays: bool = True,
+        pixels: PixelFormat = RGB,
+    ):
+        self.pixels = pixels
         self.paths, self.threads, self.stays = list(paths), threads, stays
         self.root = os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths])
         self.names = [names.reserve(path) for path in paths]
@@ -85,7 +95,11 @@ class ImageFiles:
     def _read(self, path: str, name: str) -> Frame:
         file_name = os.path.relpath(path, self.root)
         try:
-            return Frame(name, file_name, path, read_image(path), stays=self.stays)
+            if self.pixels.is_rgb:
+                return Frame(name, file_name, path, read_image(path), stays=self.stays)
+            values = read_values(path, self.pixels)
+            image = self.pixels.to_rgb(self.pixels.scaled(values, path))
+            return Frame(name, file_name, path, image, stays=self.stays, values=values)
         except ValueError as error:
             return Frame(name, file_name, path, problem=str(error))
 
@@ -234,6 +248,7 @@ def open_sources(
     limit: int,
     every: int,
     download: DownloadLimits = DEFAULT_LIMITS,
+    pixels: PixelFormat = RGB,
 ) -> list[Source]:
     """Returns the sources that `--input` names: all images, then each video.
 
@@ -241,7 +256,14 @@ def open_sources(
       scratch: folder for what is downloaded.
       threads: that read image files.
       limit, every: see `VideoFile`.
+      pixels: of the pictures. Other than 8-bit RGB there are files only, no videos and no
+        pages, which may be channels.
     """
+    if not pixels.is_rgb and (is_live(text) or is_video(text)):
+        raise InputError(
+            f"--input {without_secrets(text)}: a video has 8-bit RGB pictures, the network takes "
+            f"{pixels.describe()}; give image files"
+        )
     if is_live(text):
         return [VideoFile(text, Names(), limit, every)]
     is_address = text.lower().startswith(ADDRESSES) and not os.path.lexists(text)
@@ -253,7 +275,7 @@ def open_sources(
             "rtsp://, or a file"
         )
     else:
-        paths = find_files(text)
+        paths = find_files(text, pixels)
     alone = len(paths) == 1
     problems = {path: why for path in paths if (why := why_unreadable(path))}
     if alone and problems:
@@ -261,11 +283,12 @@ def open_sources(
     readable = [path for path in paths if path not in problems]
     pages = {path: 0 if is_video(path) else count_pages(path) for path in readable}
     sequences = [path for path in readable if is_video(path) or pages[path] not in (0, 1)]
+    sequences = sequences if pixels.is_rgb else []
     images = [path for path in readable if path not in set(sequences)]
     names = Names()
     sources: list[Source] = []
     if images:
-        sources.append(ImageFiles(images, threads, names, stays=not is_address))
+        sources.append(ImageFiles(images, threads, names, not is_address, pixels))
     for path in sequences:
         try:
             sources.append(VideoFile(path, names, limit, every, pages[path]))
@@ -296,13 +319,13 @@ def why_unreadable(path: str) -> str:
     return f"{path}: is {kind}, not a file; name an image or a video"
 
 
-def find_files(text: str) -> list[str]:
+def find_files(text: str, pixels: PixelFormat = RGB) -> list[str]:
     """Returns the files of a file name, a folder or a glob, sorted.
 
     Of a folder, what is named like an image or a video; of a glob, every file.
     """
     if os.path.isdir(text):
-        suffixes = (*image_suffixes(), *VIDEO_SUFFIXES)
+        suffixes = (*image_suffixes(), *(VIDEO_SUFFIXES if pixels.is_rgb else (".npy",)))
         paths = [
             os.path.join(text, name)
             for name in sorted(os.listdir(text))

@@ -12,7 +12,7 @@ import numpy as np
 from solov2_jax.checkpoint import load_workdir_config
 from solov2_jax.data.build import build_eval_batches, load_val_dataset
 from solov2_jax.data.coco import CocoDataset
-from solov2_jax.data.images import open_sized
+from solov2_jax.data.images import read_sized
 from solov2_jax.evaluation.evaluate import build_evaluator, build_reports, evaluate
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.predictor import Predictor
@@ -92,7 +92,8 @@ def is_own_validation(overrides: Sequence[str]) -> bool:
 
 
 class FullResolutionBatches:
-    """Batches of one image each: image uint8 [1, H, W, 3] RGB, image_id [1].
+    """Batches of one image each: image [1, H, W, C], as a predictor takes it, and
+    image_id [1].
 
     Tiles and scales are made of the original image, so its size must not be lost before.
 
@@ -113,7 +114,8 @@ class FullResolutionBatches:
         data = self._dataset
         for i in self._chosen:
             size = int(data.heights[i]), int(data.widths[i])
-            image = np.asarray(open_sized(data.path(i), *size, data.annotation_file))
+            file = data.annotation_file
+            image = read_sized(data.path(i), *size, file, pixels=data.pixels)
             ids = np.array([data.image_ids[i]], np.int64)
             yield {"image": image[None], "image_id": ids}
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from solov2_jax.data.pixel_format import RGB, PixelFormat
 from solov2_jax.evaluation.coco import CocoEvaluator, format_metric, is_defined
 from solov2_jax.evaluation.coco_score import METRICS, extra_metrics
 from solov2_jax.evaluation.evaluate import FinishedEvaluation, Report
@@ -57,7 +58,7 @@ def _write_evaluation(title: str, evaluation: FinishedEvaluation) -> None:
     data = make_report_data(evaluator, evaluation.metrics, title, facts, evaluation.milliseconds)
     ids = (evaluator.truth.image_ids[i] for i in dataset.image_ids.tolist())
     paths = {image_id: dataset.path(n) for n, image_id in enumerate(ids)}
-    write_report(evaluation.folder / "report", data, evaluator, paths)
+    write_report(evaluation.folder / "report", data, evaluator, paths, dataset.pixels)
 
 
 def write_report(
@@ -65,6 +66,7 @@ def write_report(
     data: ReportData,
     evaluator: CocoEvaluator,
     paths: Mapping[int, str] | None,
+    pixels: PixelFormat = RGB,
 ) -> Path:
     """Returns the page's path; an older report in `folder` is replaced.
 
@@ -79,7 +81,7 @@ def write_report(
     for name, rows in tables(data).items():
         with (out / "tables" / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
-    pictures = _pictures(out / "gallery", data, Gallery(evaluator, paths))
+    pictures = _pictures(out / "gallery", data, Gallery(evaluator, paths, pixels))
     path = out / "report.html"
     write_text(_page(data, evaluator.max_detections, drawn, pictures), path)
     log.info("report: %s", path)

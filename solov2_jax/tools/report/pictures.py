@@ -9,6 +9,7 @@ from PIL import Image
 
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.images import read_image
+from solov2_jax.data.pixel_format import RGB, PixelFormat
 from solov2_jax.data.rasterize import draw_object
 from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.evaluation.evaluate import FinishedEvaluation
@@ -39,7 +40,7 @@ def write_pictures(evaluation: FinishedEvaluation) -> None:
     for image_id, prediction in evaluation.predictions.items():
         index = indices[image_id]
         picture = side_by_side(
-            read_image(dataset.path(index)),
+            read_image(dataset.path(index), dataset.pixels),
             annotated_objects(dataset, index),
             prediction.above(MIN_SCORE),
             dataset.class_names,
@@ -54,8 +55,13 @@ class Gallery:
       paths: of the images, by id; None draws masks on grey.
     """
 
-    def __init__(self, evaluator: CocoEvaluator, paths: Mapping[int, str] | None):
-        self._evaluator, self._paths = evaluator, paths
+    def __init__(
+        self,
+        evaluator: CocoEvaluator,
+        paths: Mapping[int, str] | None,
+        pixels: PixelFormat = RGB,
+    ):
+        self._evaluator, self._paths, self._pixels = evaluator, paths, pixels
         self._labels = {c: n for n, c in enumerate(sorted(evaluator.category_ids))}
         names = evaluator.sorted_names()
         self._names = names if len(names) > 1 else []  # one class needs no labels
@@ -77,7 +83,7 @@ class Gallery:
         size = (int(record["height"]), int(record["width"]))
         image = np.full((*size, 3), PAPER, np.uint8)
         if self._paths is not None:
-            image = read_image(self._paths[image_id])
+            image = read_image(self._paths[image_id], self._pixels)
         if image.shape[:2] != size:
             raise InputError(
                 f"{self.file_name(image_id)} is {image.shape[:2]} (height, width), but "
