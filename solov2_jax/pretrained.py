@@ -40,6 +40,8 @@ CARD = "README.md"
 _CODE = re.compile(r"[\w.]+:\w+")
 # Groups that say where this machine has what, or what nothing here reads.
 _LOCAL = ("data.", "user.")
+# Of those, what the network's pictures hold.
+_PICTURES = ("data.channels", "data.value_range")
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,11 @@ def load_run_config(workdir: str | os.PathLike[str], overrides: Sequence[str] = 
     base = base_config()
     known = flatten(base)
     with config.unlocked():
+        pictures = {key: flatten(config)[key] for key in _PICTURES}
         # Wholly, because what stands below may be keys that base.py does not have.
         config.data, config.user = base.data, base.user
+        for key, value in pictures.items():
+            set_below(config, key, value)
         for key, value in flatten(config).items():
             if _names_code(value) and value != known.get(key):
                 set_below(config, key, known[key])
@@ -134,7 +139,7 @@ def portable_config(config: Any) -> dict[str, Any]:
     for key, value in flat.items():
         if key == "init_from" and os.path.exists(str(value)):
             value = os.path.basename(os.path.normpath(value))
-        if key.startswith(_LOCAL):
+        if key.startswith(_LOCAL) and key not in _PICTURES:
             if key not in base:
                 continue
             value = base[key] if isinstance(value, str | list | tuple) else value

@@ -88,6 +88,10 @@ CASES = {
         lambda x: (x.sum(0), x.max(1), x.min(), (x > 2).any(0), (x > -9).all(1)),
         X,
     ),
+    "product and shift": (
+        lambda i: (jnp.prod(i), lax.shift_right_logical(i + 31, 5)),
+        np.abs(I) + 1,
+    ),
     "first maximum": (lambda v: (jnp.argmax(v), jnp.argmax(v < 0)), V),
     "batched product": (lambda a: jnp.einsum("bhwc,bhwd->bcd", a, a), IMAGE),
     "outer product": (lambda v: jnp.einsum("i,j->ij", v, v), V),

@@ -5,10 +5,16 @@ r"""Evaluates a training run on its validation data, or files of predictions.
         --config.data.val.images=other/images \
         --config.data.val.annotations=other/instances.json
     solov2 evaluate --workdir runs/r50 --expect segm/AP=0.42+-0.02
+    solov2 evaluate --config r50_3x --weights r50_3x.pth --data FOLDER
+    solov2 evaluate --model runs/r50/export/onnx_float32 --data FOLDER
+    solov2 evaluate --workdir hf:USER/REPO --data FOLDER
     solov2 evaluate --annotations instances.json --predictions a.json \
         --against b.json
 
 `--tta=flip,0.8,1,1.25` and `--tile=512` evaluate with several views of each image.
+
+`--data` takes what `train --data` takes; classes are matched by name with the network's,
+and what is evaluated is the validation part, else the test part, else all (`--split`).
 
 Writes `eval/metrics.json` and `eval/predictions.json` (COCO's results format) into the
 workdir, and `eval/report/report.html` with `--report`. Predictions of any tool in that
@@ -18,12 +24,17 @@ that the one line `error: ...` explains.
 """
 
 import functools
+import os
 import sys
+from typing import TYPE_CHECKING, Any
 
-from solov2_jax.config_schema import several, switch, text, whole
+from solov2_jax.config_schema import choice, several, switch, text, whole
 from solov2_jax.io import InputError
 from solov2_jax.tools.cli import app, shared
 from solov2_jax.tools.cli.flags import Flag
+
+if TYPE_CHECKING:
+    from solov2_jax.tools.importers.eval_data import EvalRequest
 
 _REPORT = Flag("report", switch(False), "Write a page with curves, errors and the worst images.")
 _EXPECT = Flag(
@@ -36,14 +47,28 @@ _PREDICTIONS = Flag("predictions", text(), "Score this file in COCO's results fo
 _AGAINST = Flag("against", text(), "Compare --predictions with this file.")
 _ANNOTATIONS = Flag("annotations", text(), "Instances json that --predictions are about.")
 _IMAGES = Flag("images", text(), "Folder of the images, for the report of --predictions.")
-_OUTPUT = Flag("output", text(), "Folder to write. Default: WORKDIR/eval; none without workdir.")
+_OUTPUT = Flag(
+    "output",
+    text(),
+    "Folder to write. Default: WORKDIR/eval, WORKDIR/eval_NAME with --data; none without workdir.",
+)
+_DATA = Flag(
+    "data",
+    several((), text("", form=(r"[^\0]+", "a folder or file"))),
+    "Folder or file of annotated images to evaluate on, in any of the formats of docs/data.md.",
+    repeated=True,
+)
+_SPLITS = ("val", "test", "train", "all")
+_SPLIT = Flag("split", choice("val", _SPLITS), "With --data: its part to take.", optional=True)
+_CLASSES = Flag("classes", several((), text()), "With --data: classes of it that count.")
+_OTHER_DATA = (_DATA, _SPLIT, _CLASSES)
 _MAX_DETECTIONS = Flag(
     "max_detections",
     whole(0, high=1_000_000),
     "With --predictions: detections per image and class that count, beyond COCO's 100.",
 )
 _FILES = (_PREDICTIONS, _ANNOTATIONS, _AGAINST, _IMAGES, _MAX_DETECTIONS)
-FLAGS = (shared.WORKDIR, shared.CHECKPOINT, _REPORT, _EXPECT, *_FILES, _OUTPUT)
+FLAGS = (*shared.MODEL, shared.EXPORT, *_OTHER_DATA, _REPORT, _EXPECT, *_FILES, _OUTPUT)
 FLAGS += (*shared.VIEWS, *shared.PROCESSES)
 
 
@@ -68,14 +93,19 @@ def score_run(overrides: list[str], expectations: list) -> dict[str, float]:
     for flag in (_AGAINST, _ANNOTATIONS, _IMAGES, _MAX_DETECTIONS):
         if flag.value:
             raise InputError(f"--{flag.name} goes with --predictions")
-    workdir = shared.WORKDIR.value
-    if not workdir:
-        raise InputError("give --workdir (of a training run), or --predictions")
+    if not any(f.value for f in (shared.WORKDIR, shared.CONFIG, shared.WEIGHTS, shared.EXPORT)):
+        raise InputError(
+            "give --workdir (of a training run), or --predictions; or --config and --weights, or "
+            "--model"
+        )
+    shared.check_model()
     tta, tiles = shared.view_options()
+    if not shared.WORKDIR.value:
+        return score_weights(overrides, expectations, tta=tta, tiles=tiles)
     from solov2_jax.tools.report.evaluate_run import evaluate_run
 
     return evaluate_run(
-        workdir,
+        shared.WORKDIR.value,
         shared.CHECKPOINT.value,
         overrides,
         tta=tta,
@@ -83,12 +113,58 @@ def score_run(overrides: list[str], expectations: list) -> dict[str, float]:
         output=_OUTPUT.value,
         report=_REPORT.value,
         expectations=expectations,
+        data=other_data(),
+    )
+
+
+def other_data() -> "EvalRequest | None":
+    """Returns what --data and its flags name."""
+    if not _DATA.value:
+        for flag in _OTHER_DATA[1:]:
+            if flag.present:
+                raise InputError(f"--{flag.name} goes with --data")
+        return None
+    from solov2_jax.tools.importers.eval_data import EvalRequest
+
+    return EvalRequest(tuple(_DATA.value), _SPLIT.value or "", tuple(_CLASSES.value))
+
+
+def score_weights(
+    overrides: list[str], expectations: list, *, tta: Any, tiles: Any
+) -> dict[str, float]:
+    """Returns the metrics of --weights or --model."""
+    from solov2_jax.config import base_config, load_config
+    from solov2_jax.tools.report.evaluate_run import evaluate_predictor
+
+    if _REPORT.value and not _OUTPUT.value:
+        raise InputError("--report needs --output, a folder to write to")
+    name = shared.EXPORT.value or shared.WEIGHTS.value
+    if shared.EXPORT.value:
+        if not _DATA.value:
+            raise InputError("--model needs --data, a folder of annotated images")
+        predictor, config = shared.load_export(overrides), base_config()
+    else:
+        config = load_config(shared.CONFIG.value, overrides)
+        predictor = shared.load_predictor(overrides)
+        with config.unlocked():  # where it follows from the weights
+            config.input.channel_order = predictor.input.channel_order
+    return evaluate_predictor(
+        predictor,
+        config,
+        tta=tta,
+        tiles=tiles,
+        output=_OUTPUT.value,
+        title=os.path.basename(os.path.abspath(name)) if _REPORT.value else "",
+        expectations=expectations,
+        data=other_data(),
     )
 
 
 def score_files(overrides: list[str], expectations: list) -> dict[str, float]:
-    if shared.WORKDIR.value or overrides:
-        raise InputError("--predictions goes without --workdir and --config")
+    if overrides or any(f.present for f in (*shared.MODEL, shared.EXPORT, *_OTHER_DATA)):
+        raise InputError(
+            "--predictions goes without --workdir and --config, --weights, --model and --data"
+        )
     if not _ANNOTATIONS.value:
         raise InputError("--predictions needs --annotations, an instances json")
     from solov2_jax.tools.report.results_file import evaluate_files

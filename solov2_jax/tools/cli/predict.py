@@ -3,6 +3,7 @@ r"""Predicts objects in images and videos: overlays, `predictions.json`, masks, 
     solov2 predict --workdir runs/r50 --input photos/ --output outputs/
     solov2 predict --config configs/r50_3x.py --weights r50_3x.npz \
         --input 'photos/*.jpg' --output outputs/ --score 0.5 --classes person,dog
+    solov2 predict --model runs/r50/export/onnx_float32 --input photos --output outputs
     solov2 predict --workdir runs/r50 --input clip.mp4 --output outputs/ --track
     solov2 predict --workdir runs/r50 --input camera:0 --output outputs/ --frames 500
     solov2 predict --workdir runs/r50 --input photos/ --output outputs/ \
@@ -27,8 +28,9 @@ import functools
 import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from solov2_jax.config_schema import choice, number, several, switch, text, whole
 from solov2_jax.tools.cli import app, shared
@@ -79,7 +81,17 @@ _MAX_PIXELS = Flag(
 )
 _DOWNLOAD_MB = Flag("download_mb", number(1000.0, 0.001, high=1e9), "Most megabytes to fetch.")
 _SECONDS = Flag("download_seconds", number(600.0, 0.01, high=1e7), "Most seconds to fetch a file.")
-FLAGS = (*shared.MODEL, _INPUT, _OUTPUT, _WRITE, shared.SCORE, _CLASSES, _MAX, *shared.VIEWS)
+FLAGS = (
+    *shared.MODEL,
+    shared.EXPORT,
+    _INPUT,
+    _OUTPUT,
+    _WRITE,
+    shared.SCORE,
+    _CLASSES,
+    _MAX,
+    *shared.VIEWS,
+)
 FLAGS += (_SHAPES, _BATCH_SIZE, _TRACK, _COLOR_BY, _HIDE_LABELS, _FRAMES, _EVERY, _READERS)
 FLAGS += (_OVERWRITE, _MAX_PIXELS, _DOWNLOAD_MB, _SECONDS)
 
@@ -117,8 +129,7 @@ def predict(overrides: list[str], scratch: str) -> "Summary":
 
     from solov2_jax.data import image_files
     from solov2_jax.download import DownloadLimits
-    from solov2_jax.inference.preprocess import default_buckets
-    from solov2_jax.tools.multiview.build import build_views
+    from solov2_jax.inference.predictor import Predictor
     from solov2_jax.tools.predict.output_folder import OutputFolder
     from solov2_jax.tools.predict.outputs import (
         DetectionFilter,
@@ -127,7 +138,7 @@ def predict(overrides: list[str], scratch: str) -> "Summary":
         parse_formats,
     )
     from solov2_jax.tools.predict.predict_files import FileOptions, predict_files
-    from solov2_jax.tools.predict.sources import open_sources, shapes_of
+    from solov2_jax.tools.predict.sources import open_sources
 
     if _MAX_PIXELS.value is not None:
         image_files.max_pixels = Image.MAX_IMAGE_PIXELS = _MAX_PIXELS.value
@@ -152,11 +163,25 @@ def predict(overrides: list[str], scratch: str) -> "Summary":
         pixels=shared.model_pixels(overrides),
     )
     check_outputs(sources, OutputFolder(_OUTPUT.value, _OVERWRITE.value), options.formats)
-    predictor = shared.load_predictor(overrides)
+    load = shared.load_export if shared.EXPORT.value else shared.load_predictor
+    predictor = load(overrides)
     labels = parse_classes(_CLASSES.value, predictor.class_names, predictor.category_ids)
     score = shared.least_scores(predictor)
     options = replace(options, keep=replace(options.keep, labels=labels, score=score))
+    if not isinstance(predictor, Predictor):  # one view of each image, shapes as exported
+        return predict_files(predictor, sources, _OUTPUT.value, options)
     predictor.limit_score = options.keep.lowest
+    multiview = _prepare(predictor, sources, tta, tiles)
+    _EARLY.check()
+    return predict_files(multiview, sources, _OUTPUT.value, options)
+
+
+def _prepare(predictor: Any, sources: Sequence[Any], tta: Any, tiles: Any) -> Any:
+    """Returns the predictor of the views, in few padded shapes; starts to compile them."""
+    from solov2_jax.inference.preprocess import default_buckets
+    from solov2_jax.tools.multiview.build import build_views
+    from solov2_jax.tools.predict.sources import shapes_of
+
     input_ = predictor.input
     if input_.buckets == default_buckets(input_.min_size, input_.max_size):  # no others named
         predictor = predictor.with_shapes(())
@@ -165,8 +190,7 @@ def predict(overrides: list[str], scratch: str) -> "Summary":
             predictor = predictor.with_shapes(shapes)
             if not (tta or tiles):
                 predictor.compile(shapes, _BATCH_SIZE.value, wait=False)
-    _EARLY.check()
-    return predict_files(build_views(predictor, tta, tiles), sources, _OUTPUT.value, options)
+    return build_views(predictor, tta, tiles)
 
 
 def main(overrides: list[str]) -> None:

@@ -2,6 +2,7 @@ r"""Serves predictions over HTTP until it is told to stop.
 
     solov2 serve --workdir runs/r50
     solov2 serve --config r50_3x --weights r50_3x.safetensors --port 9000
+    solov2 serve --model runs/r50/export/onnx_float32
     curl -H 'Content-Type: image/jpeg' --data-binary @photo.jpg \
         'http://localhost:8000/predict?score=0.5'
 
@@ -41,7 +42,18 @@ _CONNECTIONS = Flag("max_connections", whole(512, 1, 1_000_000), "Most open ones
 _WRITE_SECONDS = Flag(
     "write_seconds", number(30.0, 0.01, high=86_400), "Seconds to read an answer."
 )
-FLAGS = (*shared.MODEL, _HOST, _PORT, shared.SCORE, _BATCH, _WAIT, _QUEUE, _MAX_MB, _MAX_MEGAPIXELS)
+FLAGS = (
+    *shared.MODEL,
+    shared.EXPORT,
+    _HOST,
+    _PORT,
+    shared.SCORE,
+    _BATCH,
+    _WAIT,
+    _QUEUE,
+    _MAX_MB,
+    _MAX_MEGAPIXELS,
+)
 FLAGS += (_BODY_SECONDS, _HEADER_SECONDS, _WRITE_SECONDS, _CONNECTIONS)
 
 
@@ -55,6 +67,7 @@ def main(overrides: list[str]) -> None:
             f'serving needs {error.name}, which is not installed: pip install "solov2_jax[serve]"'
         ) from error
     from solov2_jax.tools.serving.engine import Engine
+    from solov2_jax.tools.serving.exported import ExportedEngine
 
     if not (pixels := shared.model_pixels(overrides)).is_rgb:
         raise InputError(
@@ -62,20 +75,25 @@ def main(overrides: list[str]) -> None:
             "predict.py or solov2_jax.Predictor"
         )
     sock = bind(_HOST.value, _PORT.value)  # raises now instead of after compiling
-    predictor = shared.load_predictor(overrides)
+    if shared.EXPORT.value:
+        predictor = shared.load_export(overrides)
+        engine = ExportedEngine(predictor, predictor.input.buckets, predictor.batch)
+    else:
+        predictor = shared.load_predictor(overrides)
+        engine = Engine(predictor, predictor.input.buckets, _BATCH.value)
     least = shared.least_scores(predictor)
-    engine = Engine(predictor, predictor.input.buckets, _BATCH.value)
     limits = Limits(
         max_bytes=int(_MAX_MB.value * 1e6),
         max_pixels=int(_MAX_MEGAPIXELS.value * 1e6),
         queue=_QUEUE.value,
         body_seconds=_BODY_SECONDS.value,
-        batch_size=_BATCH.value,
+        batch_size=engine.sizes[-1],
         batch_wait=_WAIT.value / 1000,
         score=least,
     )
+    name = shared.WORKDIR.value or shared.WEIGHTS.value or shared.EXPORT.value
     server = make_server(
-        make_app(engine, limits, shared.WORKDIR.value or shared.WEIGHTS.value),
+        make_app(engine, limits, name),
         max_connections=_CONNECTIONS.value,
         header_seconds=_HEADER_SECONDS.value,
         write_seconds=_WRITE_SECONDS.value,

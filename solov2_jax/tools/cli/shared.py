@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from solov2_jax.config_schema import choice, number, several, share, switch, text, whole
@@ -16,16 +17,18 @@ if TYPE_CHECKING:
 
     from solov2_jax.data.pixel_format import PixelFormat
     from solov2_jax.inference.predictor import Predictor
+    from solov2_jax.tools.export.exported import ExportedPredictor
     from solov2_jax.tools.labelling.pictures import PictureFolder
     from solov2_jax.tools.multiview.tiling import TileOptions
     from solov2_jax.tools.multiview.tta import TtaOptions
 
 log = logging.getLogger(__name__)
 
-WORKDIR = Flag("workdir", text(), "Folder of a training run.")
+WORKDIR = Flag("workdir", text(), "Folder of a training run, or hf:USER/REPO[@REVISION].")
 CHECKPOINT = Flag("checkpoint", text("last"), "Of the workdir: last, best or a step.")
 CONFIG = Flag("config", text(), "Config file or a shipped config's name, with --weights.")
-WEIGHTS = Flag("weights", text(), "Weights file, with --config.")
+WEIGHTS = Flag("weights", text(), "Weights file, or a name such as hf:USER/REPO, with --config.")
+EXPORT = Flag("model", text(), "What `solov2 export` wrote: its folder, or a file such as x.onnx.")
 # Keys and groups that nothing reads but training.
 _OF_TRAINING = ("augment.", "data.train.", "init_from=", "loss.", "optim.", "seed=", "train.")
 _OF_TRAINING += ("targets.", "input.min_sizes_train", "input.max_size_train", "input.flip_prob")
@@ -76,8 +79,12 @@ def check_model(score: Flag = SCORE) -> None:
     Args:
       score: the command's, if it has one.
     """
+    if EXPORT.value:
+        others = [f"--{flag.name}" for flag in (*MODEL, TILE, TTA) if flag.present]
+        if others:
+            raise InputError(f"--model is a network by itself and goes without {others[0]}")
     given = (bool(WORKDIR.value), bool(CONFIG.value), bool(WEIGHTS.value))
-    if given not in ((True, False, False), (False, True, True)):
+    if not EXPORT.value and given not in ((True, False, False), (False, True, True)):
         raise InputError("give either --workdir, or --config and --weights together")
     if score.value == BEST and not WORKDIR.value:
         raise InputError("--score best needs --workdir, a run whose evaluation found the scores")
@@ -85,23 +92,37 @@ def check_model(score: Flag = SCORE) -> None:
         raise InputError("--score best is of the weights that are evaluated, not of :raw ones")
 
 
-def least_scores(predictor: "Predictor", score: Flag = SCORE) -> "float | np.ndarray":
+def least_scores(
+    predictor: "Predictor | ExportedPredictor", score: Flag = SCORE
+) -> "float | np.ndarray":
     """Returns the least score of a detection, or that of each label, as --score says."""
     if score.value != BEST:
         return score.value
+    from solov2_jax.pretrained import local_folder
     from solov2_jax.tools.report.thresholds import describe_scores, read_thresholds
 
-    assert predictor.step is not None, "check_model demands a run"
+    step = getattr(predictor, "step", None)
+    if step is None:
+        raise InputError(f"--score best: {WORKDIR.value} records no step of its weights")
     names, ids = predictor.class_names, predictor.category_ids
-    scores = read_thresholds(WORKDIR.value, predictor.step, names, ids)
+    scores = read_thresholds(local_folder(WORKDIR.value), step, names, ids)
     log.info("--score best: %s", describe_scores(names, scores))
     if TILE.value or TTA.value:
         log.warning("--score best was found without --tile and --tta; their scores may differ")
     return scores
 
 
+def load_export(overrides: Sequence[str]) -> "ExportedPredictor":
+    """Returns the predictor of --model."""
+    from solov2_jax.tools.export.load import open_export
+
+    if overrides:
+        raise InputError(f"{overrides[0]}: an exported network keeps its settings; export again")
+    return open_export(EXPORT.value)
+
+
 def load_predictor(overrides: list[str]) -> "Predictor":
-    """Returns the predictor that the flags name."""
+    """Returns the predictor that the flags name, --model aside."""
     from solov2_jax.inference.predictor import Predictor
 
     check_model()
@@ -132,15 +153,17 @@ def end_with_problems(pictures: "PictureFolder", others: str) -> None:
 
 def model_pixels(overrides: list[str]) -> "PixelFormat":
     """Returns what the pictures of the model hold, before its weights are read."""
-    from solov2_jax.checkpoint import load_workdir_config
     from solov2_jax.config import load_config
     from solov2_jax.data.build import pixel_format
+    from solov2_jax.pretrained import load_run_config
 
     package = logging.getLogger("solov2_jax")
     package.disabled = True  # what it tells is told when the model is loaded
     try:
+        if EXPORT.value:
+            return load_export(overrides).input.pixels
         if WORKDIR.value:
-            return pixel_format(load_workdir_config(WORKDIR.value, overrides))
+            return pixel_format(load_run_config(WORKDIR.value, overrides))
         return pixel_format(load_config(CONFIG.value, overrides))
     finally:
         package.disabled = False

@@ -1,7 +1,7 @@
 """An export's folder: what its metadata says, and running it by the format's own runtime."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,15 @@ def read_metadata(folder: str | os.PathLike[str]) -> dict[str, Any]:
       InputError: naming the file and the entry that is missing or of another form.
     """
     path = Path(folder) / FILE
-    metadata = read_json(path, "an export's metadata", _FIX)
+    return check_metadata(read_json(path, "an export's metadata", _FIX), path)
+
+
+def check_metadata(metadata: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns an export's metadata; raises InputError for anything else.
+
+    Args:
+      path: of the file that holds it.
+    """
     version = metadata.get("version") if isinstance(metadata, dict) else None
     if type(version) is int and version != VERSION:
         raise InputError(f"{path}: has form {version}, this version reads {VERSION}; export again")
@@ -138,7 +146,7 @@ def read_metadata(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return metadata
 
 
-def _check_form(path: Path, key: str, value: Any, form: Any) -> None:
+def _check_form(path: str | os.PathLike[str], key: str, value: Any, form: Any) -> None:
     """Raises InputError naming the first entry whose type is another."""
     if isinstance(form, dict):
         fits, kind = isinstance(value, dict), "an object"
@@ -190,10 +198,21 @@ def input_of(metadata: dict[str, Any]) -> InputOptions:
 
 
 class ExportedPredictor:
-    """Predicts with an export's files: an `ImagePredictor` like `Predictor`."""
+    """Predicts with an export's files: a `PicturePredictor` like `Predictor`.
 
-    def __init__(self, folder: str | os.PathLike[str]):
-        self.metadata = read_metadata(folder)
+    Args:
+      metadata: None: that of the folder.
+      files: padded shape -> file, where it is not in the folder under its own name.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        metadata: dict[str, Any] | None = None,
+        files: Mapping[Bucket, Path] | None = None,
+    ):
+        self.metadata = metadata or read_metadata(folder)
+        self._files = dict(files or {})
         self.class_names = tuple(self.metadata["classes"]["names"])
         self.category_ids = tuple(self.metadata["classes"]["ids"])
         self.batch = int(self.metadata["batch"])
@@ -206,7 +225,8 @@ class ExportedPredictor:
         """Returns the outputs of a batch of one exported shape."""
         height, width = image.shape[1:3]
         if (height, width) not in self._runners:
-            path = self._folder / file_name((height, width), self.metadata["format"])
+            own = self._folder / file_name((height, width), self.metadata["format"])
+            path = self._files.get((height, width), own)
             if not path.exists():
                 raise InputError(f"{path}: the export has no file for this shape")
             outputs = tuple(self.metadata["outputs"])
@@ -224,11 +244,29 @@ class ExportedPredictor:
         del batch_size
         waiting: list[dict[str, np.ndarray]] = []
         for number, image in enumerate(images):
-            waiting.append(make_example(image, number, self.input))
+            waiting.append(self.preprocess(image, number))
             if len(waiting) == self.batch:
                 yield from self._predict(waiting)
                 waiting = []
         yield from self._predict(waiting)
+
+    def preprocess(self, image: np.ndarray | str, image_id: int = 0) -> dict[str, np.ndarray]:
+        """Returns an image as the program takes it, without a batch axis.
+
+        Raises:
+          InputError: if it fits into none of the exported shapes.
+        """
+        try:
+            return make_example(image, image_id, self.input)
+        except InputError as error:
+            if "no shape in" not in str(error):
+                raise
+            shapes = ", ".join(f"{h}x{w}" for h, w in self.input.buckets)
+            name = image if isinstance(image, str) else f"image {image_id}"
+            raise InputError(
+                f"{name}: fits into none of the padded shapes of {self._folder}, {shapes}; give "
+                "the export's folder with all its files, or export with --shape"
+            ) from error
 
     def _predict(self, examples: Sequence[dict[str, np.ndarray]]) -> list[Prediction]:
         done = {}
@@ -236,29 +274,46 @@ class ExportedPredictor:
             outputs = self.run(batch["image"], batch["image_size"])
             for i, image_id in enumerate(batch["image_id"].tolist()):
                 if image_id != -1:
-                    done[image_id] = self._at_original(outputs, batch, i)
+                    done[image_id] = self.paste(
+                        outputs,
+                        i,
+                        np.arange(int(outputs["count"][i])),
+                        image_size=batch["image_size"][i],
+                        original=batch["original_size"][i],
+                        image_id=image_id,
+                    )
         return [done[int(example["image_id"])] for example in examples]
 
-    def _at_original(
-        self, outputs: dict[str, np.ndarray], batch: dict[str, np.ndarray], i: int
+    def paste(
+        self,
+        outputs: dict[str, np.ndarray],
+        row: int,
+        kept: np.ndarray,
+        *,
+        image_size: np.ndarray,
+        original: np.ndarray,
+        image_id: int = 0,
     ) -> Prediction:
-        """Returns the prediction of the batch's i-th image."""
-        image_size, original = batch["image_size"][i], batch["original_size"][i]
-        kept = np.arange(int(outputs["count"][i]))
+        """Returns detections of a row of a batch's outputs at the original size.
+
+        Args:
+          kept: which of the row's detections, int [n].
+          image_size, original: (height, width) at the network and of the file.
+        """
         if self.metadata["masks"] == "quarter":
-            soft = jnp.asarray(outputs["masks"][i : i + 1])
+            soft = jnp.asarray(outputs["masks"][row : row + 1])
             threshold = self.metadata["options"]["mask_threshold"]
             masks, boxes = paste_detections(soft, 0, kept, image_size, original, threshold)
         else:
-            masks = resize_masks(outputs["masks"][i][kept], image_size, original)
+            masks = resize_masks(outputs["masks"][row][kept], image_size, original)
             boxes = tight_boxes(masks)
         nonempty = boxes[:, 2] > boxes[:, 0]
         return Prediction(
             masks=masks[nonempty],
             boxes=boxes[nonempty],
-            scores=outputs["scores"][i][kept][nonempty],
-            labels=outputs["labels"][i][kept][nonempty],
-            image_id=int(batch["image_id"][i]),
+            scores=outputs["scores"][row][kept][nonempty],
+            labels=outputs["labels"][row][kept][nonempty],
+            image_id=image_id,
             class_names=self.class_names,
         )
 

@@ -28,6 +28,7 @@ _REDUCTIONS = {
     "reduce_max": "ReduceMax",
     "reduce_min": "ReduceMin",
     "reduce_or": "ReduceMax",
+    "reduce_prod": "ReduceProd",
     "reduce_sum": "ReduceSum",
 }
 # Smaller initializers are compared by value, so that each shape is stored once.

@@ -284,7 +284,7 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(("copy", "stop_gradient"), lambda w, eqn, inputs: list(inputs)),
     **dict.fromkeys(
-        ("reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_sum"),
+        ("reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum"),
         lambda w, eqn, inputs: [w.reduce(eqn.name, inputs[0], [int(a) for a in eqn["axes"]])],
     ),
     "argmax": _argmax,

@@ -95,7 +95,7 @@ def merge(sources: Mapping[str, Sequence[DataPart]], options: Options) -> Merged
     if not changed and all(_ids(p) == {i: n for n, i in ids.items()} for p in used):
         files, contents = (train[0].file, val[0].file), (train[0].content, val[0].content)
         return MergedData((train[0].images, val[0].images), contents, files, tuple(lines))
-    pairs = [_joined(parts, names, ids) for parts in (train, val)]
+    pairs = [joined(parts, names, ids) for parts in (train, val)]
     images, contents = (pairs[0][0], pairs[1][0]), (pairs[0][1], pairs[1][1])
     folders = tuple(sorted({os.path.abspath(p.images) for p in used}))
     return MergedData(images, contents, ("", ""), tuple(lines), folders)
@@ -303,7 +303,7 @@ def _objects(parts: Iterable[DataPart], names: Mapping[str, str]) -> Counter[str
     return counts
 
 
-def _joined(
+def joined(
     parts: Sequence[DataPart], names: Mapping[str, str], ids: Mapping[str, int]
 ) -> tuple[str, dict[str, Any]]:
     """Returns (image folder, content) of several parts; ids of images stay if there is one."""

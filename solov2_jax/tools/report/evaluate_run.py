@@ -1,26 +1,31 @@
 """The evaluation of a training run, from its folder; with tiles or scales on the files' own
 pixels."""
 
+import contextlib
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from solov2_jax.checkpoint import load_workdir_config
 from solov2_jax.data.build import build_eval_batches, load_val_dataset
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.images import read_sized
-from solov2_jax.evaluation.evaluate import build_evaluator, build_reports, evaluate
+from solov2_jax.evaluation.evaluate import Report, build_evaluator, build_reports, evaluate
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.predictor import Predictor
+from solov2_jax.io import InputError
+from solov2_jax.pretrained import is_pretrained, load_run_config, local_folder
+from solov2_jax.tools.importers.eval_data import EvalRequest, read_eval_data
 from solov2_jax.tools.multiview.build import build_views
 from solov2_jax.tools.multiview.tiling import PicturePredictor, TileOptions
 from solov2_jax.tools.multiview.tta import TtaOptions
 from solov2_jax.tools.report.results_file import ExpectedResult, check_names
 from solov2_jax.tools.report.thresholds import write_thresholds
+from solov2_jax.weights.hub import is_remote
 
 
 def evaluate_run(
@@ -33,56 +38,116 @@ def evaluate_run(
     output: str | os.PathLike[str] = "",
     report: bool = False,
     expectations: Sequence[ExpectedResult] = (),
+    data: EvalRequest | None = None,
 ) -> dict[str, float]:
-    """Returns COCO's metrics of a training run on its validation data.
+    """Returns COCO's metrics of a training run on its validation data, or on other data.
 
     Writes what `evaluation.evaluate.evaluate` and the reports of the config do, and the
     thresholds of the checkpoint where it is evaluated as in training.
 
     Args:
+      workdir: the run's folder, or hf:USER/REPO.
       checkpoint: "last", "best" or a step.
       overrides: of the run's config, such as "--config.eval.max_images=100".
       tta, tiles: several views of each image; None: a single one.
-      output: folder for what is written; "": `eval` in the workdir.
+      output: folder for what is written; "": `eval` in the workdir, `eval_NAME` for other
+        data; of a repository, none.
       report: write a page with curves, errors and the worst images, too.
       expectations: their names are checked before anything is predicted.
+      data: None: the run's.
     """
-    config = load_workdir_config(workdir, overrides)
+    folder, config = local_folder(workdir), load_run_config(workdir, overrides)
+    own = is_own_validation(overrides)
+    if is_pretrained(folder) and own and data is None:
+        raise InputError(f"--workdir {workdir}: comes without its data; add --data FOLDER")
     predictor = Predictor.from_workdir(workdir, checkpoint, overrides)
-    predictor.limit_score = 2.0  # tells of too many candidates; detections are counted below
-    classes = zip(predictor.category_ids, predictor.class_names, strict=True)
-    dataset = load_val_dataset(config, dict(classes))
-    evaluator = build_evaluator(config, dataset)
-    check_names(expectations, evaluator.metric_names())
-    reports = build_reports(config)
-    if report:
-        from solov2_jax.tools.report.outcomes import require_hotcoco
-        from solov2_jax.tools.report.page import report_writer
-
-        require_hotcoco()
-        run = os.path.basename(os.path.abspath(workdir))
-        reports.append(report_writer(f"{run}, checkpoint {checkpoint}"))
+    reports: list[Report] = []
     if predictor.step is not None and not checkpoint.endswith(":raw"):
-        if is_own_validation(overrides) and not (tta or tiles or output):
-            at = Path(workdir).absolute(), predictor.step
+        if own and not (tta or tiles or output or data):
+            at = folder.absolute(), predictor.step
             reports.append(lambda done: write_thresholds(replace(done, checkpoint=at)))
-    # Of several processes, each predicts a part of the images.
-    shard = (jax.process_index(), jax.process_count())
-    batches = build_eval_batches(config, dataset, shard)
-    if tta or tiles:
-        views = build_views(predictor, tta, tiles, batches.buckets)
-        predictor = FullResolutionPredictor(views, config.eval.batch_size)
-        batches = FullResolutionBatches(dataset, config.eval.max_images, shard)
-    return evaluate(
+    if not output and not is_remote(os.fspath(workdir)):
+        output = folder / (f"eval_{data.name}" if data else "eval")
+    name = os.path.basename(os.path.abspath(workdir))
+    return evaluate_predictor(
         predictor,
-        evaluator,
-        dataset,
-        batches,
-        output or os.path.join(workdir, "eval"),
-        num_pictures=config.eval.num_pictures,
-        max_per_image=0 if tta or tiles else config.test.max_per_image,
+        config,
+        tta=tta,
+        tiles=tiles,
+        output=output,
+        title=f"{name}, checkpoint {checkpoint}" if report else "",
+        expectations=expectations,
+        data=data,
         reports=reports,
     )
+
+
+def evaluate_predictor(
+    predictor: Predictor | PicturePredictor,
+    config: Any,
+    *,
+    tta: TtaOptions | None = None,
+    tiles: TileOptions | None = None,
+    output: str | os.PathLike[str] = "",
+    title: str = "",
+    expectations: Sequence[ExpectedResult] = (),
+    data: EvalRequest | None = None,
+    reports: Sequence[Report] = (),
+) -> dict[str, float]:
+    """Returns COCO's metrics of a predictor of any kind.
+
+    Args:
+      predictor: one that is no `Predictor` gets each image in its own size.
+      config: says which data, how many images and which reports.
+      tta, tiles: of a `Predictor`.
+      output: folder for what is written; "": nothing is.
+      title: of the page with curves and errors; "": no page.
+      data: None: the config's validation data.
+      reports: besides those of the config.
+    """
+    names, ids = predictor.class_names, predictor.category_ids
+    if data is None:
+        dataset = load_val_dataset(config, dict(zip(ids, names, strict=True)))
+    else:
+        dataset = replace(read_eval_data(data, names, ids), pixels=predictor.input.pixels)
+    evaluator = build_evaluator(config, dataset)
+    check_names(expectations, evaluator.metric_names())
+    written = [*build_reports(config), *reports, *_page(title)] if output else []
+    # Of several processes, each predicts a part of the images.
+    shard = (jax.process_index(), jax.process_count())
+    limit, batches = 0, FullResolutionBatches(dataset, config.eval.max_images, shard)
+    if isinstance(predictor, Predictor) and not (tta or tiles):
+        predictor.limit_score = 2.0  # tells of too many candidates; detections are counted
+        limit, batches = config.test.max_per_image, build_eval_batches(config, dataset, shard)
+        source = predictor
+    elif isinstance(predictor, Predictor):
+        buckets = build_eval_batches(config, dataset, shard).buckets
+        views = build_views(predictor, tta, tiles, buckets)
+        source = FullResolutionPredictor(views, config.eval.batch_size)
+    else:
+        source = FullResolutionPredictor(predictor)
+    with contextlib.ExitStack() as stack:
+        return evaluate(
+            source,
+            evaluator,
+            dataset,
+            batches,
+            output or stack.enter_context(tempfile.TemporaryDirectory()),
+            num_pictures=config.eval.num_pictures if output else 0,
+            max_per_image=limit,
+            reports=written,
+        )
+
+
+def _page(title: str) -> list[Report]:
+    """Returns what writes the page of an evaluation, [] without a title."""
+    if not title:
+        return []
+    from solov2_jax.tools.report.outcomes import require_hotcoco
+    from solov2_jax.tools.report.page import report_writer
+
+    require_hotcoco()
+    return [report_writer(title)]
 
 
 def is_own_validation(overrides: Sequence[str]) -> bool:

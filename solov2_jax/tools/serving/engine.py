@@ -8,9 +8,9 @@ import io
 import itertools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -100,22 +100,7 @@ class Engine:
         size = next(n for n in self.sizes if n >= len(jobs))
         answers = [b""] * len(jobs)
         for batch in make_batches(examples, size):
-            detections = self.predictor.detect(batch)
-            fields = jax.device_get((detections.scores, detections.labels, detections.valid))
-            for row, i in enumerate(batch["image_id"].tolist()):
-                if i == -1:
-                    continue
-                scores, labels, valid = (field[row] for field in fields)
-                kept = np.flatnonzero(valid & reaches(scores, labels, jobs[i].score))
-                kept = kept[: jobs[i].limit]
-                image = ImageDetections(
-                    soft_masks=row_of(detections.soft_masks, row),
-                    image_size=jobs[i].example["image_size"],
-                    threshold=self.predictor.mask_threshold,
-                    kept=kept,
-                    scores=scores[kept],
-                    labels=labels[kept],
-                )
+            for i, image in self._detect(batch, jobs):
                 picture = jobs[i].picture
                 if picture is None:
                     answers[i] = self._json(image, jobs[i].example["original_size"].tolist())
@@ -123,14 +108,36 @@ class Engine:
                     answers[i] = self._png(image, picture)
         return answers
 
-    def _png(self, image: "ImageDetections", picture: np.ndarray) -> bytes:
+    def _detect(
+        self, batch: dict[str, np.ndarray], jobs: Sequence[Job]
+    ) -> Iterator[tuple[int, "PastedDetections"]]:
+        """Yields (which job, its detections) of a batch, padding left out."""
+        detections = self.predictor.detect(batch)
+        fields = jax.device_get((detections.scores, detections.labels, detections.valid))
+        for row, i in enumerate(batch["image_id"].tolist()):
+            if i == -1:
+                continue
+            scores, labels, valid = (field[row] for field in fields)
+            kept = np.flatnonzero(valid & reaches(scores, labels, jobs[i].score))
+            kept = kept[: jobs[i].limit]
+            image = ImageDetections(
+                soft_masks=row_of(detections.soft_masks, row),
+                image_size=jobs[i].example["image_size"],
+                threshold=self.predictor.mask_threshold,
+                kept=kept,
+                scores=scores[kept],
+                labels=labels[kept],
+            )
+            yield i, image
+
+    def _png(self, image: "PastedDetections", picture: np.ndarray) -> bytes:
         prediction = image.paste(slice(None), picture.shape[:2])
         drawn = draw_prediction(picture, prediction, self.class_names)
         file = io.BytesIO()
         Image.fromarray(drawn).save(file, "PNG", compress_level=1)
         return file.getvalue()
 
-    def _json(self, image: "ImageDetections", size: Sequence[int]) -> bytes:
+    def _json(self, image: "PastedDetections", size: Sequence[int]) -> bytes:
         height, width = size
         detections = []
         for start in range(0, len(image.kept), _TOGETHER):
@@ -143,8 +150,17 @@ class Engine:
         return json.dumps(answer).encode()
 
 
+class PastedDetections(Protocol):
+    """The detections of one image that are answered."""
+
+    @property
+    def kept(self) -> np.ndarray: ...  # int [n]
+
+    def paste(self, part: slice, size: tuple[int, int]) -> Prediction: ...
+
+
 @jax.jit
-def row_of(batch: jax.Array, row: int) -> jax.Array:
+def row_of(batch: jax.Array, row: int | jax.Array) -> jax.Array:
     """Returns one row of a batch, the batch axis kept."""
     return jax.lax.dynamic_slice_in_dim(batch, row, 1)
 
