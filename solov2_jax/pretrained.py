@@ -41,7 +41,7 @@ _CODE = re.compile(r"[\w.]+:\w+")
 # Groups that say where this machine has what, or what nothing here reads.
 _LOCAL = ("data.", "user.")
 # Of those, what the network's pictures hold.
-_PICTURES = ("data.channels", "data.value_range")
+_PICTURES = ("data.channels", "data.value_range", "data.display_channels")
 
 
 @dataclass(frozen=True)

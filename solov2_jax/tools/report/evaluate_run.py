@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from solov2_jax.data.images import read_sized
 from solov2_jax.evaluation.evaluate import Report, build_evaluator, build_reports, evaluate
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.predictor import Predictor
+from solov2_jax.inference.preprocess import InputOptions
 from solov2_jax.io import InputError
 from solov2_jax.pretrained import is_pretrained, load_run_config, local_folder
 from solov2_jax.tools.importers.eval_data import EvalRequest, read_eval_data
@@ -26,6 +27,13 @@ from solov2_jax.tools.multiview.tta import TtaOptions
 from solov2_jax.tools.report.results_file import ExpectedResult, check_names
 from solov2_jax.tools.report.thresholds import write_thresholds
 from solov2_jax.weights.hub import is_remote
+
+
+@runtime_checkable
+class InputPredictor(PicturePredictor, Protocol):
+    """A predictor of pictures that says what it takes; an exported network is one."""
+
+    input: InputOptions
 
 
 def evaluate_run(
@@ -83,7 +91,7 @@ def evaluate_run(
 
 
 def evaluate_predictor(
-    predictor: Predictor | PicturePredictor,
+    predictor: Predictor | InputPredictor,
     config: Any,
     *,
     tta: TtaOptions | None = None,
