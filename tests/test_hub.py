@@ -117,7 +117,7 @@ def test_weights_of_timm(server, caplog):
         weights.settings["input.mean"] == [127.5] * 3
         and weights.settings["input.std"] == [51.0] * 3
     )
-    assert "licence: apache-2.0" in caplog.text and "fetching" in caplog.text
+    assert "licence: apache-2.0" in caplog.text and "asking http" in caplog.text
 
 
 def test_torchvision_by_the_copy_of_timm(server, caplog):

@@ -95,7 +95,7 @@ def evaluate(
 
     Of several processes, each has batches of its own, and all return the metrics of all
     images; the first one writes `metrics.json`, with null for what is undefined, and
-    `predictions.json` in COCO's results format into `out_dir`.
+    `predictions.json` in COCO's results format into `out_dir`; "": nothing is written.
 
     Args:
       evaluator: of `dataset`; forgets what it has collected before.
@@ -107,13 +107,17 @@ def evaluate(
     Raises:
       StopEvaluation: in all of several processes, once one was told to stop.
     """
-    out = make_folder(out_dir)
+    out = make_folder(out_dir) if out_dir else None
     evaluator.reset()
     predictions, clock = predict(predictor, batches, evaluator, num_pictures)
     if jax.process_count() > 1:
         evaluator.merge(distributed.gather(evaluator.state()))
 
     def finish() -> dict[str, float]:
+        if out is None:
+            metrics = evaluator.evaluate()
+            warn_of_full_images(evaluator, max_per_image)
+            return metrics
         names = dict(zip(dataset.category_ids, dataset.class_names, strict=True))
         results = [{**r, "class_name": names[r["category_id"]]} for r in evaluator.results]
         write_results(results, out / "predictions.json")

@@ -32,6 +32,7 @@ from solov2_jax.weights.hub_client import (
     commit_of,
     download,
     hub_errors,
+    hub_library,
     list_files,
     missing_file,
     read_licence,
@@ -129,7 +130,9 @@ def fetch_weights(name: str, *, key: str = "init_from") -> Origin:
     """
     if name.lower().startswith(_WEB):
         return _fetch_address(name, key)
-    origin = _fetch_file(parse_name(name, key), name, key)
+    wanted = parse_name(name, key)
+    log.info("%s: asking %s", name, hub_library().constants.ENDPOINT)
+    origin = _fetch_file(wanted, name, key)
     log.info("%s: %s", name, origin.summary())
     return origin
 
@@ -148,6 +151,7 @@ def fetch_folder(name: str, files: tuple[str, ...], optional: tuple[str, ...] = 
     wanted = parse_name(name if name.startswith("hf:") else f"hf:{name}", name)
     if wanted.file:
         raise InputError(f"{name}: names a file; give the repository, hf:USER/REPO[@REVISION]")
+    log.info("%s: asking %s", wanted, hub_library().constants.ENDPOINT)
     with hub_errors(str(wanted)):
         first = download(wanted, files[0], str(wanted))
         commit = commit_of(first, files[0])

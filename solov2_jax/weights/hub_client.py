@@ -23,6 +23,7 @@ from solov2_jax.weights.sources import sha256_of
 log = logging.getLogger(__name__)
 
 CARD = "README.md"
+_SMALL = 1 << 20  # bytes of a file whose download is not worth a line
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ def hub_library() -> ModuleType:
     import huggingface_hub
     import huggingface_hub.constants
     import huggingface_hub.errors
+    import huggingface_hub.utils.logging
 
+    if not os.environ.get("HF_HUB_VERBOSITY"):  # what ends in an error is told in one
+        huggingface_hub.utils.logging.set_verbosity_error()
     return huggingface_hub
 
 
@@ -242,7 +246,8 @@ class DownloadProgress:
     def __call__(self, there: int, size: int | None) -> None:
         if self._progress is None:
             total = size / 1e6 if size else None
-            log.info("%s%s", self._what, f", {total:.1f} MB" if total else "")
+            if size is None or size > _SMALL:
+                log.info("%s%s", self._what, f", {total:.1f} MB" if total else "")
             self._progress = Progress(self._what, total, unit="MB").__enter__()
         self._progress.update(there / 1e6)
 

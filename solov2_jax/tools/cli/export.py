@@ -60,6 +60,8 @@ def main(overrides: list[str]) -> None:
     shared.check_model()
     if not shared.WORKDIR.value and not (_OUTPUT.value and _IMAGES.value):
         raise InputError("--config and --weights need --output and --images")
+    if shared.WORKDIR.value.startswith("hf:") and not (_OUTPUT.value and _IMAGES.value):
+        raise InputError("--workdir hf:... needs --output and --images")
     buckets = tuple(_parse_shape(text) for text in _SHAPES.value)
     from solov2_jax.tools.export.formats import find_format
 
@@ -101,11 +103,11 @@ def _parse_shape(text: str) -> tuple[int, int]:
 
 
 def _load(overrides: list[str]) -> "tuple[Any, Predictor]":
-    from solov2_jax.inference.predictor import load_workdir_config
+    from solov2_jax.pretrained import load_run_config
 
     predictor = shared.load_predictor(overrides)
     if shared.WORKDIR.value:
-        return load_workdir_config(shared.WORKDIR.value, overrides), predictor
+        return load_run_config(shared.WORKDIR.value, overrides), predictor
     return load_config(shared.CONFIG.value, overrides), predictor
 
 

@@ -1,9 +1,7 @@
 """The evaluation of a training run, from its folder; with tiles or scales on the files' own
 pixels."""
 
-import contextlib
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
@@ -134,17 +132,16 @@ def evaluate_predictor(
         source = FullResolutionPredictor(views, config.eval.batch_size)
     else:
         source = FullResolutionPredictor(predictor)
-    with contextlib.ExitStack() as stack:
-        return evaluate(
-            source,
-            evaluator,
-            dataset,
-            batches,
-            output or stack.enter_context(tempfile.TemporaryDirectory()),
-            num_pictures=config.eval.num_pictures if output else 0,
-            max_per_image=limit,
-            reports=written,
-        )
+    return evaluate(
+        source,
+        evaluator,
+        dataset,
+        batches,
+        output,
+        num_pictures=config.eval.num_pictures if output else 0,
+        max_per_image=limit,
+        reports=written,
+    )
 
 
 def _page(title: str) -> list[Report]:
