@@ -228,7 +228,7 @@ def network(case: Case) -> Work:
     def describe(outputs: Outputs) -> dict[str, float]:
         return {k: float(np.abs(np.asarray(getattr(outputs, k))).mean()) for k in FIELDS}
 
-    return case.work(lambda: jax.block_until_ready(apply(predictor._ready, pixels)), describe)
+    return case.work(lambda: jax.block_until_ready(apply(predictor.placed, pixels)), describe)
 
 
 def image(case: Case) -> Work:
@@ -239,7 +239,7 @@ def image(case: Case) -> Work:
 
     def describe(predictions: Any) -> dict[str, Any]:
         # Predictions do not keep the number of candidates.
-        detections = predictor._detect(predictor._ready, batch["image"], batch["image_size"])
+        detections = predictor._detect(predictor.placed, batch["image"], batch["image_size"])
         return describe_predictions(predictions, detections)
 
     return case.work(lambda: predictor.predict_batch(batch), describe)
@@ -265,7 +265,7 @@ def stages(case: Case) -> Work:
         outputs: dict[str, Any] = {}
         for name, program in parts.items():
             with timed(name):
-                outputs[name] = jax.block_until_ready(program(predictor._ready, pixels, outputs))
+                outputs[name] = jax.block_until_ready(program(predictor.placed, pixels, outputs))
         with timed("post-processing"):
             all_outputs = Outputs(*outputs["ins_head"], outputs["mask_head"])
             detections = jax.block_until_ready(find(all_outputs))

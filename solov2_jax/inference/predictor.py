@@ -85,7 +85,8 @@ class Predictor:
         self.model = model
         self.variables = variables
         placed = jax.device_put(variables)
-        self._ready = transform_kernels(placed) if transform_kernels else placed
+        # On the device, as the model is applied with them.
+        self.placed = transform_kernels(placed) if transform_kernels else placed
         mean, std = input_options.mean, input_options.std
         self._detect = compile_detect(model, mean, std, detect_options)
         # From this score on, detections that a limit cuts are told of; see `report_limits`.
@@ -241,7 +242,7 @@ class Predictor:
         pixels = self.input.pixels
         started = [
             self._detect.start(
-                self._ready, (batch_size, height, width, pixels.channels), pixels.dtype
+                self.placed, (batch_size, height, width, pixels.channels), pixels.dtype
             )
             for height, width in shapes
         ]
@@ -278,7 +279,7 @@ class Predictor:
     def detect(self, batch: Mapping[str, np.ndarray]) -> Detections:
         """Returns the detections of a batch's images, on the device."""
         image_size = np.asarray(batch["image_size"], np.int32)
-        return self._detect(self._ready, batch["image"], image_size)
+        return self._detect(self.placed, batch["image"], image_size)
 
     def report_limits(self, detections: Detections, index: int) -> None:
         """Logs the limits that image `index` reaches, each once, with the key to raise.

@@ -31,7 +31,7 @@ from solov2_jax.paste import paste_masks
 from solov2_jax.postprocess import detect
 from solov2_jax.progress import working
 from solov2_jax.stored import load_or_compile
-from solov2_jax.structs import Detections
+from solov2_jax.structs import Detections, Outputs
 
 log = logging.getLogger(__name__)
 
@@ -193,11 +193,32 @@ def detect_images(
     They are those of each image alone, padded to multiples of 32 as the reference pads
     it, whatever shape holds the batch.
     """
-    pixels = ops.normalize_image(image, image_size, mean, std)
-    extent = ops.at_stride(image_size, STRIDE) * STRIDE
+    outputs = apply_network(model, variables, image, image_size, mean=mean, std=std)
     with jax.default_matmul_precision(model.matmul_precision):
-        outputs = model.apply(variables, pixels, extent)
-        return detect(outputs, **asdict(options), extent=ops.at_stride(extent, 4))
+        return detect_outputs(outputs, image_size, options)
+
+
+def apply_network(
+    model: Any,
+    variables: Any,
+    image: Num[Array, "B h w c"],
+    image_size: Int[Array, "B 2"],
+    *,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> Outputs:
+    """Returns what the network makes of images in the config's channel order."""
+    pixels = ops.normalize_image(image, image_size, mean, std)
+    with jax.default_matmul_precision(model.matmul_precision):
+        return model.apply(variables, pixels, ops.at_stride(image_size, STRIDE) * STRIDE)
+
+
+def detect_outputs(
+    outputs: Outputs, image_size: Int[Array, "B 2"], options: DetectOptions
+) -> Detections:
+    """Returns the detections in the network's outputs for images of a size."""
+    extent = ops.at_stride(image_size, STRIDE) * STRIDE
+    return detect(outputs, **asdict(options), extent=ops.at_stride(extent, 4))
 
 
 @functools.lru_cache(maxsize=16)
