@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from solov2_jax.data.build import pixel_format
 from solov2_jax.data.coco import CocoDataset, missing_files, read_coco
 from solov2_jax.data.pixel_format import RGB, PixelFormat
 from solov2_jax.tools.doctor.files import FileFacts, file_findings, leaked, read_files
@@ -189,6 +188,8 @@ def spread(number: int, limit: int) -> np.ndarray:
 
 def settings_of(config: Any, max_images: int = 0) -> Settings:
     """Returns the settings that a config describes."""
+    from solov2_jax.data.build import pixel_format  # brings grain and JAX; `--help` has neither
+
     head, targets = config.model.ins_head, config.targets
     ranges = tuple((low, high) for low, high in targets.scale_ranges)
     layout = Layout(tuple(head.num_grids), ranges, targets.sigma)

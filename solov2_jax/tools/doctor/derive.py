@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from solov2_jax.data.build import pixel_format
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.tools.doctor.data_report import settings_of, spread
 from solov2_jax.tools.doctor.grids import SHORT_SIDES, Advice, advise, compact
@@ -146,6 +145,8 @@ def _from_random(config: Any, given: Collection[str]) -> list[Derived]:
 
 def _of_channels(config: Any) -> list[Derived]:
     """Returns what pictures that are not 8-bit RGB need."""
+    from solov2_jax.data.build import pixel_format  # brings grain and JAX; `--help` has neither
+
     if pixel_format(config).is_rgb:
         return []
     derived = []

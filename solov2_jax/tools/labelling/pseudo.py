@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from solov2_jax.data.images import read_image
+from solov2_jax.data.pixel_format import PixelFormat
 from solov2_jax.inference.prediction import Prediction, to_coco_results
+from solov2_jax.inference.preprocess import load_image
 from solov2_jax.io import InputError
 from solov2_jax.tools.importers.merge import TRAINING_ONLY
 from solov2_jax.tools.labelling.pictures import (
@@ -82,7 +83,9 @@ def pseudo(
     images: list[dict[str, Any]] = []
     records: list[dict[str, Any]] = []
     read = 0
-    for name, image, prediction in _predictions(fitted, pictures, options.batch_size):
+    for name, image, prediction in _predictions(
+        fitted, pictures, options.batch_size, predictor.input.pixels
+    ):
         read += 1
         found = annotations(prediction, predictor.category_ids, options.least)
         if not found and not options.keep_empty:
@@ -125,7 +128,7 @@ def _info(predictor: Any, options: PseudoOptions) -> dict[str, Any]:
 
 
 def _predictions(
-    predictor: Any, pictures: PictureFolder, batch_size: int
+    predictor: Any, pictures: PictureFolder, batch_size: int, pixels: PixelFormat
 ) -> Iterator[tuple[str, np.ndarray, Prediction]]:
     """Yields (name, image, prediction) of each picture that can be read, in order."""
     waiting: list[tuple[str, np.ndarray]] = []
@@ -135,7 +138,7 @@ def _predictions(
         for (name, image), prediction in zip(waiting, found, strict=True):
             yield name, image, prediction
 
-    for item in read_pictures(pictures, read_image, "labelling"):
+    for item in read_pictures(pictures, lambda path: load_image(path, path, pixels), "labelling"):
         waiting.append(item)
         if len(waiting) == batch_size:
             yield from done()
