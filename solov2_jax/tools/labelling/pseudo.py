@@ -83,15 +83,13 @@ def pseudo(
     images: list[dict[str, Any]] = []
     records: list[dict[str, Any]] = []
     read = 0
-    for name, image, prediction in _predictions(
-        fitted, pictures, options.batch_size, predictor.input.pixels
-    ):
+    pixels = predictor.input.pixels
+    for name, image, prediction in _predictions(fitted, pictures, options.batch_size, pixels):
         read += 1
         found = annotations(prediction, predictor.category_ids, options.least)
         if not found and not options.keep_empty:
             continue
-        number = len(images) + 1
-        height, width = image.shape[:2]
+        number, (height, width) = len(images) + 1, image.shape[:2]
         images.append({"id": number, "file_name": name, "height": height, "width": width})
         for record in found:
             records.append({"id": len(records) + 1, **record, "image_id": number})
@@ -101,14 +99,12 @@ def pseudo(
             f"threshold on, {len(left)} are the run's own data, {len(pictures.problems)} cannot be "
             "read. Lower --score, or train longer."
         )
+    ids, names = predictor.category_ids, predictor.class_names
     content = {
         "info": _info(predictor, options),
         "images": images,
         "annotations": records,
-        "categories": [
-            {"id": i, "name": n}
-            for i, n in zip(predictor.category_ids, predictor.class_names, strict=True)
-        ],
+        "categories": [{"id": i, "name": n} for i, n in zip(ids, names, strict=True)],
     }
     with folder.opened():
         place_pictures(folder, pictures, [i["file_name"] for i in images], link=options.link)
