@@ -578,7 +578,7 @@ def keys() -> Section:
     train.watch_steps = whole(500, used=unless("train.log_every", 0))
 
     config.eval = Section()
-    config.eval.batch_size = whole(1, 1, 100_000)  # images per step
+    config.eval.batch_size = whole(1, 1, 100_000)  # images per step and device
     config.eval.max_images = whole(0)  # the first so many are evaluated; 0: all
     # Validation images whose loss is computed at each evaluation, in whole batches of
     # train.batch_size, as val/loss; 0: none.

@@ -7,6 +7,7 @@ operation that it takes part in. So a failing one does not wait for anybody, and
 the others once its sign of life is missing.
 """
 
+import functools
 import json
 import logging
 import os
@@ -14,7 +15,8 @@ import sys
 import threading
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +128,11 @@ def initialize(joining: Joining) -> bool:
     return True
 
 
+def devices_per_process() -> int:
+    """Returns how many devices each process has; of unequal ones, the most."""
+    return max(Counter(d.process_index for d in jax.devices()).values())
+
+
 def is_primary() -> bool:
     """Returns whether this process is the one that writes and prints."""
     return jax.process_index() == 0
@@ -176,16 +183,55 @@ def gather(value: Any) -> list[Any]:
     """Returns every process's value, in their order; JSON values only."""
     if jax.process_count() == 1:
         return [value]
-    data = np.frombuffer(zlib.compress(json.dumps(value).encode(), 1), np.uint8)
+    data = _to_bytes(value)
     sizes = multihost_utils.process_allgather(np.int32(len(data)))
-    # One program for each power of two, instead of one for each length.
-    padded = np.zeros(1 << (int(sizes.max()) - 1).bit_length(), np.uint8)
+    rows = multihost_utils.process_allgather(_padded(data, int(sizes.max())))
+    return [_from_bytes(row[:size]) for row, size in zip(rows, sizes, strict=True)]
+
+
+def gather_to_host0(value: Any) -> list[Any]:
+    """Returns every process's value to the first one, [] to the others; JSON values only.
+
+    Each sends its own to the first process alone, one after the other.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    data = _to_bytes(value)
+    sizes = multihost_utils.process_allgather(np.int32(len(data))).tolist()
+    first = {d.process_index: d for d in reversed(jax.devices())}  # each process's first device
+    received = [data]
+    for sender in range(1, jax.process_count()):
+        if jax.process_index() not in (0, sender):
+            continue
+        mesh = mesh_of([first[0], first[sender]])
+        is_sender = jax.process_index() == sender
+        own = data if is_sender else np.zeros(0, np.uint8)
+        rows = _put_rows(_padded(own, sizes[sender])[None], mesh)
+        (row,) = (np.asarray(shard.data)[0] for shard in _send_back(rows, mesh).addressable_shards)
+        received.append(row[: sizes[sender]])
+    return [_from_bytes(row) for row in received] if is_primary() else []
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _send_back(rows: jax.Array, mesh: Mesh) -> jax.Array:
+    """Returns rows [2, n] with the second device's row on the first one."""
+    send = functools.partial(jax.lax.ppermute, axis_name="data", perm=[(1, 0)])
+    return jax.shard_map(send, mesh=mesh, in_specs=P("data"), out_specs=P("data"))(rows)
+
+
+def _to_bytes(value: Any) -> np.ndarray:
+    return np.frombuffer(zlib.compress(json.dumps(value).encode(), 1), np.uint8)
+
+
+def _from_bytes(data: np.ndarray) -> Any:
+    return json.loads(zlib.decompress(data.tobytes()))
+
+
+def _padded(data: np.ndarray, length: int) -> np.ndarray:
+    """Returns bytes of the next power of two: a program each, not one for each length."""
+    padded = np.zeros(1 << (length - 1).bit_length(), np.uint8)
     padded[: len(data)] = data
-    rows = multihost_utils.process_allgather(padded)
-    return [
-        json.loads(zlib.decompress(row[:size].tobytes()))
-        for row, size in zip(rows, sizes, strict=True)
-    ]
+    return padded
 
 
 def broadcast_from_host0(make: Callable[[], Any]) -> Any:
@@ -228,8 +274,13 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     """Returns a mesh with the one axis "data" over the first devices, or over all."""
     # In the order of processes: each holds rows of the batch that follow one another.
     devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    return mesh_of(devices[:num_devices])
+
+
+def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
+    """Returns a mesh with the one axis "data" over these devices."""
     # JAX's default is Explicit, where contracting over the batch axis raises.
-    return Mesh(np.array(devices[:num_devices]), ("data",), axis_types=(AxisType.Auto,))
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -24,14 +24,14 @@ class Tuning(NamedTuple):
     mask_pixels: int
     # Of the dice loss, over the images of one device: pairs times pixels.
     dice_logits: int
-    # Masks that are enlarged to the original size.
-    pasted_masks: int
+    # Of the masks at the original size that are enlarged together.
+    pasted_pixels: int
 
 
 # 7 MiB of logits for 512 masks, 16 MiB for the dice loss: a CPU's caches.
-CPU = Tuning(mask_pixels=3584, dice_logits=2**22, pasted_masks=1)
-# A launch and a wait for each tile are what costs: 256 MiB at most. Not measured yet.
-ACCELERATOR = Tuning(mask_pixels=2**17, dice_logits=2**26, pasted_masks=20)
+CPU = Tuning(mask_pixels=3584, dice_logits=2**22, pasted_pixels=1)
+# A launch and a wait for each tile are what costs: 256 MiB of float32 at most. Not measured.
+ACCELERATOR = Tuning(mask_pixels=2**17, dice_logits=2**26, pasted_pixels=2**24)
 
 _portable = contextvars.ContextVar("portable", default=False)
 

@@ -18,8 +18,8 @@ from solov2_jax.tools.predict.pipeline import (
     Picture,
     ahead,
     covered,
-    detect,
     read_ahead,
+    start,
 )
 from solov2_jax.tools.predict.sources import Frame, find_files
 
@@ -81,20 +81,19 @@ def test_reading_ends_at_the_first_none():
 class Counting:
     """Stands for a predictor; remembers its batches."""
 
-    class_names, mask_threshold = (), 0.5
+    class_names, num_devices = (), 1
 
     def __init__(self):
         self.batches = []
 
     def preprocess(self, image, image_id): ...
 
-    def detect(self, batch):
+    def start_batch(self, batch):
         self.batches.append((batch["image"].shape[1:3], batch["image_id"].tolist()))
-        return SimpleNamespace(scores=np.zeros(len(batch["image_id"])))
+        scores = np.zeros(len(batch["image_id"]))
+        return SimpleNamespace(detections=SimpleNamespace(scores=scores))
 
-    def paste(self, detections, index, *others): ...
-
-    def report_limits(self, detections, index): ...
+    def finish_batch(self, started): ...
 
 
 def test_pictures_of_one_shape_share_a_batch_and_none_waits_for_ever():
@@ -106,12 +105,12 @@ def test_pictures_of_one_shape_share_a_batch_and_none_waits_for_ever():
         pictures.append(Picture(i, Frame(str(i), "f", "p"), example))
     predictor = Counting()
     with DeviceUtilization() as clock:
-        found = list(detect(predictor, pictures, 2, clock))
-    assert sorted(picture.number for picture, _, _ in found) == list(range(len(shapes)))
+        found = [picture for group, _ in start(predictor, pictures, 2, clock) for picture in group]
+    assert sorted(picture.number for picture in found) == list(range(len(shapes)))
     full = [ids for _, ids in predictor.batches if -1 not in ids]
     assert len(full) == 7 and len(predictor.batches) == 8
     assert predictor.batches[0] == (a, [0, 2])
-    assert all("image" not in picture.example for picture, _, _ in found), "images are let go"
+    assert all(picture.example is None for picture in found), "images are let go"
     # One of each shape: when too many wait, a batch goes with what there is.
     many = []
     for i in range(20):
@@ -119,8 +118,8 @@ def test_pictures_of_one_shape_share_a_batch_and_none_waits_for_ever():
         example = {"image": image, "image_id": np.array(i)}
         many.append(Picture(i, Frame(str(i), "f", "p"), example))
     with DeviceUtilization() as clock:
-        stream = detect(Counting(), iter(many), 2, clock)
-        assert next(stream)[0].number <= SHAPES_AHEAD * 2
+        stream = start(Counting(), iter(many), 2, clock)
+        assert next(stream)[0][0].number <= SHAPES_AHEAD * 2
 
 
 def test_busy_time_counts_overlaps_once_and_no_compilation():

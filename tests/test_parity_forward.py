@@ -7,7 +7,7 @@ import pytest
 from golden_weights import golden_model
 
 from solov2_jax import ops
-from solov2_jax.inference.programs import paste_detections
+from solov2_jax.inference.pasting import paste_detections
 from solov2_jax.models import intermediates
 from solov2_jax.postprocess import detect
 

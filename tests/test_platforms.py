@@ -75,10 +75,11 @@ def test_the_network_is_lowered_for_the_platform_that_is_asked_for():
 
 
 def test_masks_are_pasted_in_windows_on_the_cpu_alone():
-    soft, sizes = jnp.zeros((50, 16, 16)), (jnp.zeros(2, jnp.int32),) * 2
+    soft, part = jnp.zeros((50, 16, 16)), jnp.zeros(50, jnp.int32)
+    numbers = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32)
     paste = functools.partial(paste_masks, canvas=(128, 128), threshold=0.5)
-    assert "stablehlo.case" in lowered(paste, "cpu", soft, *sizes)
-    assert "stablehlo.case" not in lowered(paste, "tpu", soft, *sizes)
+    assert "stablehlo.case" in lowered(paste, "cpu", soft, part, *numbers)
+    assert "stablehlo.case" not in lowered(paste, "tpu", soft, part, *numbers)
 
 
 def test_tiles_of_the_dice_loss_are_of_the_platform_and_of_the_local_images():

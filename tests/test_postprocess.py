@@ -13,6 +13,7 @@ import pytest
 
 from solov2_jax import nms, platforms, postprocess
 from solov2_jax.paste import WINDOWS, paste_masks
+from solov2_jax.platforms import ACCELERATOR
 from solov2_jax.structs import Outputs
 
 GRIDS, K, E, H4, W4 = (8, 6, 4), 3, 6, 16, 24
@@ -274,10 +275,15 @@ def test_linear_matrix_nms_of_three_equal_masks():
 
 
 def paste(soft, image_size, original, threshold=0.5, canvas=None):
-    program = jax.jit(paste_masks, static_argnums=(3, 4))
+    """Returns the masks at the original size, bool, and the boxes, as numpy."""
+    height, width = canvas or original
+    canvas = height, -(-width // 8) * 8
+    program = jax.jit(paste_masks, static_argnums=(5, 6))
     sizes = jnp.int32(image_size), jnp.int32(original)
-    masks, boxes = program(jnp.asarray(soft), *sizes, canvas or original, threshold)
-    return np.asarray(masks), np.asarray(boxes)
+    part = np.arange(len(soft), dtype=np.int32)
+    bits, boxes = program(soft, part, len(soft), *sizes, canvas, threshold)
+    masks = np.unpackbits(bits, axis=2).view(bool)[:, : original[0], : original[1]]
+    return masks, np.asarray(boxes)
 
 
 @pytest.mark.parametrize("size", [(100, 126), (40, 51)])
@@ -315,14 +321,17 @@ def test_pasted_shape_stands_where_it_was():
 def test_canvas_is_empty_beyond_the_image_and_sizes_do_not_retrace():
     traces = []
 
-    @functools.partial(jax.jit, static_argnums=3)
+    @functools.partial(jax.jit, static_argnums=5)
     def counted(*args):
         traces.append(1)
         return paste_masks(*args, 0.5)
 
     soft = np.random.default_rng(0).random((5, 16, 16)).astype(np.float32)
+    part = np.arange(5, dtype=np.int32)
     for original in ((50, 70), (33, 80), (1, 1), (60, 80)):
-        masks, boxes = counted(soft, jnp.int32([61, 50]), jnp.int32(original), (60, 80))
+        sizes = jnp.int32([61, 50]), jnp.int32(original)
+        bits, boxes = counted(soft, part, 5, *sizes, (60, 80))
+        masks = np.unpackbits(bits, axis=2)
         h, w = original
         assert not masks[:, h:].any() and not masks[:, :, w:].any()
         want, want_boxes = paste(soft, (61, 50), original)
@@ -361,11 +370,25 @@ def test_a_mask_enlarged_within_a_window_equals_the_whole(monkeypatch, original)
     np.testing.assert_array_equal(boxes, whole_boxes)
 
 
-def test_the_form_for_other_devices_pastes_the_same():
+@pytest.mark.parametrize("pixels", [1, 2 * 50 * 88, 2**24])
+def test_the_form_for_other_devices_pastes_the_same(monkeypatch, pixels):
     soft = np.random.default_rng(0).random((5, 16, 24)).astype(np.float32)
-    wanted = paste(soft, (60, 90), (50, 81))
-    sizes = jnp.int32([60, 90]), jnp.int32([50, 81])
-    with platforms.portable_forms():
-        masks, boxes = jax.jit(lambda *args: paste_masks(*args, (50, 81), 0.5))(soft, *sizes)
-    np.testing.assert_array_equal(masks, wanted[0])
-    np.testing.assert_array_equal(boxes, wanted[1])
+    monkeypatch.setattr("solov2_jax.paste.ACCELERATOR", ACCELERATOR._replace(pasted_pixels=pixels))
+    part, sizes = np.int32([3, 0, 0, 4, 2]), (jnp.int32([60, 90]), jnp.int32([50, 81]))
+    for count in (0, 3, 5):
+        want = jax.jit(lambda *args: paste_masks(*args, (50, 88), 0.5))(soft, part, count, *sizes)
+        with platforms.portable_forms():
+            program = jax.jit(lambda *args: paste_masks(*args, (50, 88), 0.5))
+            got = program(soft, part, count, *sizes)
+        for ours, theirs in zip(got, want, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+            assert ours[:count].any() == (count > 0) and not ours[count:].any()
+    whole, boxes = paste(soft[part], (60, 90), (50, 81))
+    np.testing.assert_array_equal(np.unpackbits(got[0], axis=2)[:, :, :81], whole)
+    np.testing.assert_array_equal(got[1], boxes)
+
+
+def test_a_canvas_that_does_not_fill_its_bytes_is_refused():
+    with pytest.raises(ValueError, match="multiple of 8"):
+        sizes = jnp.int32([60, 90]), jnp.int32([50, 81])
+        paste_masks(jnp.zeros((1, 16, 24)), jnp.zeros(1, int), 1, *sizes, (50, 81), 0.5)

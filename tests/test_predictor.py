@@ -14,12 +14,12 @@ import tiny_network
 from PIL import Image
 
 from solov2_jax.config import save_config
-from solov2_jax.inference import predictor as predictor_module
-from solov2_jax.inference import programs
+from solov2_jax.inference import pasting, programs
+from solov2_jax.inference.pasting import round_size
 from solov2_jax.inference.prediction import MaskCrops
 from solov2_jax.inference.predictor import Predictor
 from solov2_jax.inference.preprocess import InputOptions
-from solov2_jax.inference.programs import DetectOptions, chunk_size
+from solov2_jax.inference.programs import DetectOptions
 from solov2_jax.structs import Detections, Outputs
 
 GRIDS = (4, 3, 2, 1, 1)
@@ -236,8 +236,8 @@ def test_compiled_ahead_is_not_compiled_again():
 
 def test_masks_pasted_in_small_chunks_are_the_same(monkeypatch):
     (whole,) = predictor().predict_images([picture(200, 150)])
-    monkeypatch.setattr(programs, "CHUNK_PIXELS", 256 * 256)
-    assert chunk_size((256, 256)) == 1
+    monkeypatch.setattr(pasting, "ROUND_PIXELS", 256 * 256)
+    assert round_size((256, 256), 100) == 1
     (parts,) = predictor().predict_images([picture(200, 150)])
     np.testing.assert_array_equal(whole.masks, parts.masks)
     np.testing.assert_array_equal(whole.boxes, parts.boxes)
@@ -245,7 +245,7 @@ def test_masks_pasted_in_small_chunks_are_the_same(monkeypatch):
 
 def test_masks_of_a_large_image_are_held_packed(monkeypatch):
     (plain,) = predictor(buckets=((96, 96),)).predict_images([picture(80, 64)])
-    monkeypatch.setattr(predictor_module, "PACK_BYTES", 2 * 64 * 80)
+    monkeypatch.setattr(pasting, "PACK_BYTES", 2 * 64 * 80)
     (packed,) = predictor(buckets=((96, 96),)).predict_images([picture(80, 64)])
     assert isinstance(packed.masks, MaskCrops) and len(packed) == len(plain) == 3
     np.testing.assert_array_equal(np.asarray(packed.masks), plain.masks)
@@ -254,10 +254,10 @@ def test_masks_of_a_large_image_are_held_packed(monkeypatch):
     assert packed.encode() == plain.encode()
 
 
-def test_chunks_are_smaller_on_large_canvases():
-    assert chunk_size((640, 640)) == 16
-    assert chunk_size((3072, 4096)) == 1
-    assert chunk_size((20_000, 20_000)) == 1
+def test_rounds_are_smaller_on_large_canvases():
+    assert round_size((768, 768), 100) == round_size((1024, 1024), 100) == 100
+    assert round_size((3072, 4096), 100) == 10
+    assert round_size((20_000, 20_000), 100) == 1
 
 
 def test_wrong_images_and_buckets_are_named():

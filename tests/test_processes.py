@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import evaluate_painted
 import evaluate_part
 import jax
 import numpy as np
@@ -195,6 +196,26 @@ def test_evaluation_counts_every_image_once_and_ends_when_one_process_is_told(tm
         assert json.loads((out / name / "metrics.json").read_text())["num_images"] == number
     found = json.loads((out / "all" / "predictions.json").read_text())
     assert [r["image_id"] for r in found] == [3, 7, 7]
+
+
+def test_results_are_those_of_one_device_on_any_number_of_devices_and_processes(tmp_path):
+    evaluate_painted.write_data(tmp_path / "data")
+    written = {}
+    for name, count, devices in (("one", 1, 1), ("eight", 1, 8), ("two", 2, 2)):
+        flags = (f"--folder={tmp_path / 'data'}", f"--out={tmp_path / name}")
+        results = finish(start(evaluate_painted, *flags, count=count, devices=devices))
+        text = "".join(text for _, text in results)
+        assert all(code == 0 for code, _ in results), text
+        assert f"prediction on {devices} device(s): cpu" in results[0][1]
+        files = ("predictions.json", "metrics.json")
+        written[name] = [(tmp_path / name / file).read_bytes() for file in files]
+    assert written["one"] == written["eight"] == written["two"], "to the bit"
+    number = len(json.loads(written["one"][0]))
+    assert number > len(evaluate_painted.SIZES)
+    assert f"process 0: {number} results" in results[0][1], "the first one has all"
+    own = re.search(r"process 1: (\d+) results", results[1][1])
+    assert own and 0 < int(own[1]) < number
+    assert results[1][1].count("96, 3)") == 1, "few shapes for each process"
 
 
 # Without other processes

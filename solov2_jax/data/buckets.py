@@ -22,6 +22,11 @@ STRIDE = 32  # of the coarsest feature level: sides of a bucket are its multiple
 DERIVED = {"train": (5, 0.05), "test": (2, 0.02)}
 
 
+def round_up(size: int, divisor: int) -> int:
+    """Returns the smallest multiple of `divisor` that is not below `size`."""
+    return -(-size // divisor) * divisor
+
+
 @dataclasses.dataclass(frozen=True)
 class Resize:
     """Where the padded shapes and the sizes within them come from, in pixels."""

@@ -160,13 +160,17 @@ def build_loss_batches(
 
 
 def build_eval_batches(
-    config: Any, dataset: CocoDataset, shard: tuple[int, int] = (0, 1)
+    config: Any, dataset: CocoDataset, shard: tuple[int, int] = (0, 1), devices: int = 1
 ) -> Batches:
     """Returns the i-th of n parts, `shard`, of batches that hold every image once, or the
-    first `eval.max_images`."""
+    first `eval.max_images`.
+
+    Args:
+      devices: that a batch is split over, `eval.batch_size` images for each.
+    """
     return eval_batches(
         dataset,
-        batch_size=config.eval.batch_size,
+        batch_size=config.eval.batch_size * devices,
         resize=_test_resize(config),
         channel_order=config.input.channel_order,
         max_images=config.eval.max_images,

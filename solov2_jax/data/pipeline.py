@@ -401,14 +401,18 @@ def eval_batches(
 
     Args:
       max_images: only the first ones; 0 for all.
-      shard: (i, n) gives every n-th batch from the i-th on.
+      shard: (i, n) gives the i-th of n parts of the batches. Those of one padded shape
+        are dealt one after the other, so that a part has few shapes.
     """
     resize = dataclasses.replace(resize, shorts=resize.shorts[:1])
     images = np.arange(len(dataset))[: max_images or None]
     sizes = resize.sizes(dataset.heights, dataset.widths)
     buckets, assigned = choose_buckets(dataset, sizes, images, resize, "test")
     schedule = sampler.eval_schedule(assigned[images, 0], buckets, batch_size)
-    part = schedule.part(steps=slice(shard[0], None, shard[1]))
+    index, count = shard
+    order = np.argsort(schedule.bucket, kind="stable") if count > 1 else np.arange(len(schedule))
+    begin, end = (-(-i * len(order) // count) for i in (index, index + 1))
+    part = schedule.part(steps=order[begin:end])
     dataset = dataclasses.replace(dataset, table=None)  # workers do not need it
     bgr = _IS_BGR[channel_order] and dataset.pixels.channels == 3
     maker = EvalBatchMaker(dataset, part, resize, bgr)

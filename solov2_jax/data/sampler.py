@@ -56,7 +56,9 @@ class BatchSchedule:
     def __len__(self) -> int:
         return len(self.image)
 
-    def part(self, steps: slice = slice(None), rows: slice = slice(None)) -> "BatchSchedule":
+    def part(
+        self, steps: slice | np.ndarray = slice(None), rows: slice = slice(None)
+    ) -> "BatchSchedule":
         """Returns some of the batches, or some rows of each."""
         image, epoch = self.image[steps, rows].copy(), self.epoch[steps, rows].copy()
         return BatchSchedule(image, epoch, self.bucket[steps], self.buckets)

@@ -107,13 +107,22 @@ class CocoEvaluator:
 
     def process(self, prediction: Prediction) -> None:
         """Adds one image's predictions; an image without any counts too."""
+        self.add(*self.encode(prediction))
+
+    def add(self, image_id: int, results: Sequence[dict[str, Any]]) -> None:
+        """Adds what `encode` returned of an image."""
+        if image_id in self._seen:
+            raise ValueError(f"image {image_id} was predicted twice")
+        self._seen.add(image_id)
+        self.results.extend(results)
+
+    def encode(self, prediction: Prediction) -> tuple[int, list[dict[str, Any]]]:
+        """Returns an image's id and its results in COCO's format; may run in any thread."""
         # Batches may carry other numbers than the file's ids, which need not fit.
         image_id = self.truth.image_ids.get(int(prediction.image_id), prediction.image_id)
         image = self.truth.images.get(image_id)
         if image is None:
             raise ValueError(f"{self.source}: no image has id {image_id}")
-        if image_id in self._seen:
-            raise ValueError(f"image {image_id} was predicted twice")
         expected = (int(image["height"]), int(image["width"]))
         if prediction.masks.shape[1:] != expected:
             raise ValueError(
@@ -123,9 +132,8 @@ class CocoEvaluator:
         labels, num_classes = prediction.labels, len(self.category_ids)
         if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
             raise ValueError(f"image {image_id}: label {labels.max()} of {num_classes} classes")
-        self._seen.add(image_id)
         results = to_coco_results(prediction, self.category_ids)
-        self.results.extend({**result, "image_id": image_id} for result in results)
+        return image_id, [{**result, "image_id": image_id} for result in results]
 
     def state(self) -> dict[str, Any]:
         """Returns what was processed, as JSON values, for `merge`."""

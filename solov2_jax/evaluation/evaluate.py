@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -21,9 +21,11 @@ from solov2_jax.inference.prediction import Prediction, write_results
 from solov2_jax.io import import_object, make_folder, write_json
 from solov2_jax.progress import Progress
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 WAITING_BATCHES = 1  # for the encoder; more would only cost memory
+STARTED_BATCHES = 1  # that the devices have while an earlier one is fetched
 ASK_EVERY = 4  # batches, after which several processes ask each other whether to stop
 
 
@@ -36,6 +38,15 @@ class BatchPredictor(Protocol):
     """What an evaluation needs of a `Predictor`."""
 
     def predict_batch(self, batch: Mapping[str, np.ndarray]) -> list[Prediction]: ...
+
+
+@runtime_checkable
+class StagedBatchPredictor(Protocol):
+    """A predictor that begins a batch without waiting for it, such as a `Predictor`."""
+
+    def start_batch(self, batch: Mapping[str, np.ndarray]) -> Any: ...
+
+    def finish_batch(self, started: Any) -> list[Prediction]: ...
 
 
 @runtime_checkable
@@ -94,8 +105,9 @@ def evaluate(
     """Returns COCO's metrics of the batches' images, see `CocoEvaluator.evaluate`.
 
     Of several processes, each has batches of its own, and all return the metrics of all
-    images; the first one writes `metrics.json`, with null for what is undefined, and
-    `predictions.json` in COCO's results format into `out_dir`; "": nothing is written.
+    images; the first one gets all results and writes `metrics.json`, with null for what is
+    undefined, and `predictions.json` in COCO's results format into `out_dir`; "": nothing is
+    written.
 
     Args:
       evaluator: of `dataset`; forgets what it has collected before.
@@ -110,8 +122,8 @@ def evaluate(
     out = make_folder(out_dir) if out_dir else None
     evaluator.reset()
     predictions, clock = predict(predictor, batches, evaluator, num_pictures)
-    if jax.process_count() > 1:
-        evaluator.merge(distributed.gather(evaluator.state()))
+    if parts := distributed.gather_to_host0(evaluator.state()):
+        evaluator.merge(parts)
 
     def finish() -> dict[str, float]:
         if out is None:
@@ -166,37 +178,45 @@ def predict(
 ) -> tuple[dict[int, Prediction], "EvaluationClock"]:
     """Returns the first `keep` predictions and the times; `evaluator` gets them all.
 
-    Masks are encoded in a thread of their own while the device computes the next batch.
+    The devices have the next batch before this one's masks are fetched, if the predictor can,
+    and masks are encoded by threads meanwhile: one for each device.
     """
     kept: dict[int, Prediction] = {}
     clock = EvaluationClock()
-    iterator = stoppable(batches)
-    encoding: deque[Future[None]] = deque()
+    staged = predictor if isinstance(predictor, StagedBatchPredictor) else None
+    started: deque[Any] = deque()  # batches, or of a predictor without stages their predictions
+    encoding: deque[list[Future[Any]]] = deque()  # by batch
+    threads = min(getattr(predictor, "num_devices", 1), os.cpu_count() or 1)
 
-    def encode(predictions: Sequence[Prediction]) -> None:
-        for prediction in predictions:
-            evaluator.process(prediction)
+    def add_encoded() -> None:
+        for image in encoding.popleft():
+            evaluator.add(*image.result())
+
+    def finish(pool: ThreadPoolExecutor, progress: Progress) -> None:
+        batch = started.popleft()
+        predictions = staged.finish_batch(batch) if staged else batch
+        clock.lap("compute")
+        kept.update((p.image_id, p) for p in predictions[: keep - len(kept)])
+        encoding.append([pool.submit(evaluator.encode, p) for p in predictions])
+        if len(encoding) > WAITING_BATCHES:
+            add_encoded()
+        clock.lap("encode")
+        clock.images += len(predictions)
+        progress.advance(text=f"{clock.images} images")
 
     with (
-        ThreadPoolExecutor(1) as thread,
+        ThreadPoolExecutor(threads) as pool,
         Progress("evaluating", len(batches), unit="batches") as progress,
     ):
-        while True:
-            batch = next(iterator, None)
-            clock.lap("data")
-            if batch is None:
-                break
-            predictions = predictor.predict_batch(batch)
+        for batch in clock.timed(stoppable(batches)):
+            started.append(staged.start_batch(batch) if staged else predictor.predict_batch(batch))
             clock.lap("compute", first_of=batch["image"].shape)
-            kept |= {p.image_id: p for p in predictions[: keep - len(kept)]}
-            encoding.append(thread.submit(encode, predictions))
-            if len(encoding) > WAITING_BATCHES:
-                encoding.popleft().result()
-            clock.lap("encode")
-            clock.images += len(predictions)
-            progress.advance(text=f"{clock.images} images")
-        for waiting in encoding:
-            waiting.result()
+            if len(started) > (STARTED_BATCHES if staged else 0):
+                finish(pool, progress)
+        while started:
+            finish(pool, progress)
+        while encoding:
+            add_encoded()
         clock.lap("encode")
     log.info("%s", clock.summary())
     return kept, clock
@@ -234,6 +254,13 @@ class EvaluationClock:
         self._seconds = {"data": 0.0, "compute": 0.0, "encode": 0.0, "first": 0.0}
         self._shapes: set[Any] = set()
         self._begin = self._last = time.perf_counter()
+
+    def timed(self, batches: Iterator[T]) -> Iterator[T]:
+        """Yields batches; the time until one is there is booked as "data"."""
+        for batch in batches:
+            self.lap("data")
+            yield batch
+        self.lap("data")
 
     def lap(self, part: str, first_of: Any = None) -> None:
         """Books the time since the last lap, the first of a shape as compilation."""

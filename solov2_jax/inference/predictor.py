@@ -7,6 +7,7 @@ bounded whatever the image shows.
 """
 
 import copy
+import functools
 import logging
 import math
 import os
@@ -16,12 +17,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from solov2_jax.checkpoint import load_workdir_config, read_classes, restore_variables
 from solov2_jax.config import given_keys, input_statistics, load_config
 from solov2_jax.data.buckets import Bucket, check_buckets
 from solov2_jax.data.build import pixel_format
-from solov2_jax.inference.prediction import MaskCrops, Prediction, pack
+from solov2_jax.distributed import mesh_of, replicated
+from solov2_jax.inference.pasting import BatchPaste, StartedBatch, paste_image
+from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.preprocess import (
     InputOptions,
     default_buckets,
@@ -31,9 +35,9 @@ from solov2_jax.inference.preprocess import (
 )
 from solov2_jax.inference.programs import (
     DetectOptions,
+    DetectPrograms,
     compile_detect,
     compile_kernel_transform,
-    paste_detections,
 )
 from solov2_jax.io import InputError
 from solov2_jax.models import build_model
@@ -46,9 +50,6 @@ from solov2_jax.weights.settings import adopt_settings, check_settings
 PyTree = Any
 Image = np.ndarray | str | os.PathLike[str]
 log = logging.getLogger(__name__)
-
-# Masks of one image that take more are held packed, as `MaskCrops`.
-PACK_BYTES = 256 << 20
 
 
 class Predictor:
@@ -66,6 +67,10 @@ class Predictor:
       transform_kernels: variables -> what the model is applied with instead, once; see
         `programs.compile_kernel_transform`.
     """
+
+    # Of several devices: their mesh, their programs, and a copy of the variables on each.
+    mesh: Mesh | None = None
+    _split: tuple[DetectPrograms, PyTree] | None = None
 
     def __init__(
         self,
@@ -89,6 +94,7 @@ class Predictor:
         self.placed = transform_kernels(placed) if transform_kernels else placed
         mean, std = input_options.mean, input_options.std
         self._detect = compile_detect(model, mean, std, detect_options)
+        self._compile_detect = functools.partial(compile_detect, model, mean, std, detect_options)
         # From this score on, detections that a limit cuts are told of; see `report_limits`.
         self.limit_score = math.inf
         self._reported_limits: set[str] = set()
@@ -233,6 +239,43 @@ class Predictor:
         changed.input = replace(self.input, buckets=tuple(shapes))
         return changed
 
+    @property
+    def num_devices(self) -> int:
+        """Over how many devices a batch is split; it has a multiple of so many images."""
+        return 1 if self.mesh is None else self.mesh.devices.size
+
+    def on_devices(self, devices: Sequence[jax.Device]) -> "Predictor":
+        """Returns a predictor that splits batches over these devices of this process.
+
+        A batch whose number of images is no multiple of theirs is computed by the first.
+        """
+        log.info("prediction on %d device(s): %s", len(devices), devices[0].device_kind)
+        changed = self.on_first_device()
+        if len(devices) == 1:
+            changed.placed = jax.device_put(self.placed, devices[0])
+            return changed
+        changed.mesh = mesh_of(devices)
+        copies = jax.device_put(self.placed, replicated(changed.mesh))
+        changed._split = self._compile_detect(changed.mesh), copies
+        changed.placed = jax.tree.map(lambda x: x.addressable_data(0), copies)
+        return changed
+
+    def on_first_device(self) -> "Predictor":
+        """Returns a predictor that computes all on the first of its devices."""
+        changed = copy.copy(self)
+        changed.mesh = changed._split = None
+        return changed
+
+    def _is_split(self, batch_size: int) -> bool:
+        return self.mesh is not None and batch_size % self.num_devices == 0
+
+    def _programs(self, batch_size: int) -> tuple[DetectPrograms, PyTree]:
+        """Returns the programs of a batch, and the variables that they take."""
+        if self._is_split(batch_size):
+            assert self._split is not None
+            return self._split
+        return self._detect, self.placed
+
     def compile(self, shapes: Iterable[Bucket], batch_size: int = 1, *, wait: bool = True) -> None:
         """Compiles ahead, for padded (height, width) shapes, side by side.
 
@@ -240,10 +283,9 @@ class Predictor:
           wait: until all are there; else images wait for the program that they need.
         """
         pixels = self.input.pixels
+        programs, variables = self._programs(batch_size)
         started = [
-            self._detect.start(
-                self.placed, (batch_size, height, width, pixels.channels), pixels.dtype
-            )
+            programs.start(variables, (batch_size, height, width, pixels.channels), pixels.dtype)
             for height, width in shapes
         ]
         for program in started if wait else []:
@@ -257,29 +299,38 @@ class Predictor:
             padded to multiples of 32; image_size and original_size [B, 2] (height, width);
             image_id [B].
         """
-        image_size = np.asarray(batch["image_size"], np.int32)
+        return self.finish_batch(self.start_batch(batch))
+
+    def start_batch(self, batch: Mapping[str, np.ndarray]) -> StartedBatch:
+        """Hands a batch to the devices, masks at the original size included; waits for nothing
+        but a program that is not compiled yet.
+
+        Args: see `predict_batch`.
+        """
+        image_ids = np.asarray(batch["image_id"])
+        original_size = np.asarray(batch["original_size"], np.int32)
         detections = self.detect(batch)
-        original = np.asarray(batch["original_size"], np.int32)
-        for i in np.flatnonzero(np.asarray(batch["image_id"]) != -1).tolist():
-            self.report_limits(detections, i)
-        return [
-            self.paste(
-                detections,
-                i,
-                image_size[i],
-                original[i],
-                self.mask_threshold,
-                image_id,
-                self.class_names,
-            )
-            for i, image_id in enumerate(batch["image_id"].tolist())
-            if image_id != -1
-        ]
+        masks = BatchPaste(
+            detections,
+            np.asarray(batch["image_size"], np.int32),
+            original_size,
+            wanted=image_ids != -1,
+            threshold=self.mask_threshold,
+            mesh=self.mesh if self._is_split(len(image_ids)) else None,
+        )
+        return StartedBatch(detections, masks, image_ids, original_size)
+
+    def finish_batch(self, started: StartedBatch) -> list[Prediction]:
+        """Returns a started batch's predictions, once; see `predict_batch`."""
+        for i in started.images:
+            self.report_limits(started.detections, i)
+        return started.predictions(self.class_names)
 
     def detect(self, batch: Mapping[str, np.ndarray]) -> Detections:
-        """Returns the detections of a batch's images, on the device."""
+        """Returns the detections of a batch's images, on the devices that computed them."""
         image_size = np.asarray(batch["image_size"], np.int32)
-        return self._detect(self.placed, batch["image"], image_size)
+        programs, variables = self._programs(len(image_size))
+        return programs(variables, batch["image"], image_size)
 
     def report_limits(self, detections: Detections, index: int) -> None:
         """Logs the limits that image `index` reaches, each once, with the key to raise.
@@ -308,43 +359,7 @@ class Predictor:
                     key,
                 )
 
-    @staticmethod
-    def paste(
-        detections: Detections,
-        index: int,
-        image_size: Sequence[Any] | np.ndarray,
-        original_size: Sequence[Any] | np.ndarray,
-        threshold: float,
-        image_id: int = 0,
-        class_names: tuple[str, ...] = (),
-    ) -> Prediction:
-        """Returns the detections of image `index` at its original size.
-
-        Args:
-          image_size, original_size: (height, width) at the network and of the file.
-          threshold: of the soft masks, after they are resized.
-          class_names: of all labels.
-        """
-        # Small enough to fetch whole; taking a row on the device is a program each.
-        fields = jax.device_get((detections.scores, detections.labels, detections.valid))
-        scores, labels, valid = (field[index] for field in fields)
-        kept = np.flatnonzero(valid)
-        size = int(original_size[0]), int(original_size[1])
-        soft_masks = detections.soft_masks
-        if len(kept) * size[0] * size[1] > PACK_BYTES:
-            masks, nonempty = paste_packed(
-                soft_masks, index, kept, image_size=image_size, size=size, threshold=threshold
-            )
-            boxes, kept = masks.boxes(), kept[nonempty]
-        else:
-            masks, boxes = paste_detections(
-                soft_masks, index, kept, image_size, original_size, threshold
-            )
-            nonempty = boxes[:, 2] > boxes[:, 0]
-            if not nonempty.all():
-                masks, boxes, kept = masks[nonempty], boxes[nonempty], kept[nonempty]
-        scores, labels = scores[kept], labels[kept]
-        return Prediction(masks, boxes, scores, labels, image_id, class_names)
+    paste = staticmethod(paste_image)
 
     def _in_order(
         self, examples: Sequence[dict[str, np.ndarray]], batch_size: int
@@ -354,31 +369,6 @@ class Predictor:
             done.update({p.image_id: p for p in self.predict_batch(batch)})
         for example in examples:
             yield done.pop(int(example["image_id"]))
-
-
-def paste_packed(
-    soft_masks: jax.Array,
-    index: int,
-    kept: np.ndarray,
-    *,
-    image_size: Sequence[Any] | np.ndarray,
-    size: tuple[int, int],
-    threshold: float,
-) -> tuple[MaskCrops, np.ndarray]:
-    """Returns the masks of a large image, packed, and which are not empty, bool [n].
-
-    Args: see `paste_detections`; `size` is the original (height, width).
-    """
-    step = max(1, PACK_BYTES // (size[0] * size[1]))
-    packed = []
-    for start in range(0, len(kept), step):
-        part = kept[start : start + step]
-        masks, boxes = paste_detections(soft_masks, index, part, image_size, size, threshold)
-        for mask, box in zip(masks, boxes.astype(int).tolist(), strict=True):
-            x0, y0, x1, y1 = box
-            packed.append(pack(mask[y0:y1, x0:x1], y0, x0) if x1 > x0 else None)
-    nonempty = np.array([p is not None for p in packed], bool)
-    return MaskCrops([p for p in packed if p is not None], size), nonempty
 
 
 def build_predictor(

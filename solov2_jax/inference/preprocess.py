@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from solov2_jax.data.buckets import STRIDE, Bucket, assign_buckets
+from solov2_jax.data.buckets import STRIDE, Bucket, assign_buckets, round_up
 from solov2_jax.data.images import read_values
 from solov2_jax.data.pixel_format import RGB, PixelFormat
 from solov2_jax.data.transforms import resize_image, shortest_edge_sizes
-from solov2_jax.inference.programs import round_up
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,6 @@
-"""The two compiled programs of inference.
+"""The compiled programs of inference: the network with its post-processing.
 
-The first is the network with its post-processing, for a batch of one padded shape. The
-second turns the soft masks of a few detections into masks of the original image, on a
-canvas whose size is rounded up, so that thousands of differently sized photographs need
-a handful of compilations.
+One for each padded shape of a batch. `pasting.py` has those after it.
 """
 
 import functools
@@ -11,7 +8,6 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,27 +17,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, Num
 
 from solov2_jax import ops
 from solov2_jax.data.buckets import STRIDE
+from solov2_jax.distributed import replicated, split_by_batch
 from solov2_jax.io import InputError, read_json, write_json
 from solov2_jax.models.conv import transformed_for
-from solov2_jax.paste import paste_masks
 from solov2_jax.postprocess import detect
 from solov2_jax.progress import working
 from solov2_jax.stored import load_or_compile
 from solov2_jax.structs import Detections, Outputs
 
 log = logging.getLogger(__name__)
-
-# Sides of canvases are multiples of it. Up to the limit they are square, so that two serve
-# a folder of photographs: the masks of one with 640 x 480 pixels are pasted as fast on
-# 768 x 768 as on 640 x 512, and each canvas is a program.
-CANVAS_DIVISOR, MAX_SQUARE_CANVAS = 256, 1024
-# Pixels of the masks that are pasted together: 16 masks of 1024 x 1024.
-CHUNK_PIXELS = 16 * 1024 * 1024
-MAX_CHUNK = 16
 
 
 @dataclass(frozen=True)
@@ -67,10 +56,12 @@ def compile_detect(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     options: DetectOptions,
+    mesh: Mesh | None = None,
 ) -> "DetectPrograms":
     """Returns the compiled (variables, image, image_size) -> Detections.
 
-    Cached, so that every evaluation during a training run uses the same programs.
+    Cached, so that every evaluation during a training run uses the same programs. With a
+    mesh, each of its devices computes its rows of the images; it has a copy of the variables.
     """
 
     def run(variables, image, image_size):
@@ -78,8 +69,12 @@ def compile_detect(
             model, variables, image, image_size, mean=mean, std=std, options=options
         )
 
-    name = repr(("detect", model, mean, std, options))
-    return DetectPrograms(jax.jit(run, compiler_options=compiler_options()), name)
+    if mesh is not None:
+        rows = split_by_batch(mesh).spec
+        specs = (replicated(mesh).spec, rows, rows)
+        run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+    name = repr(("detect", model, mean, std, options, mesh and mesh.devices.size))
+    return DetectPrograms(jax.jit(run, compiler_options=compiler_options()), name, mesh)
 
 
 class DetectPrograms:
@@ -88,10 +83,12 @@ class DetectPrograms:
     Args:
       run: jitted (variables, image, image_size) -> Detections.
       name: says what it computes besides, for `stored.load_or_compile`.
+      mesh: over whose devices the images are split; None: one device has all.
     """
 
-    def __init__(self, run: Any, name: str):
+    def __init__(self, run: Any, name: str, mesh: Mesh | None = None):
         self._run, self._name = run, name
+        self._split = None if mesh is None else split_by_batch(mesh)
         self._lock = threading.Lock()
         self._programs: dict[Any, Future] = {}
         # Two: where cores are few, more at once finish none of them sooner.
@@ -102,6 +99,8 @@ class DetectPrograms:
     ) -> Detections:
         """Returns the detections, by the shape's program; waits until it is there."""
         program = self.start(variables, image.shape, image.dtype).result()
+        if self._split is not None:
+            image, image_size = jax.device_put((image, image_size), self._split)
         return program(variables, image, image_size)
 
     def start(self, variables: Any, shape: tuple[int, ...], dtype: Any = np.uint8) -> Future:
@@ -125,8 +124,8 @@ class DetectPrograms:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
             variables,
         )
-        image = jax.ShapeDtypeStruct(shape, dtype)
-        image_size = jax.ShapeDtypeStruct((shape[0], 2), jnp.int32)
+        image = jax.ShapeDtypeStruct(shape, dtype, sharding=self._split)
+        image_size = jax.ShapeDtypeStruct((shape[0], 2), jnp.int32, sharding=self._split)
         with working("compiling for {} image(s) of {} x {}".format(*shape)):
             program = load_or_compile(self._run, (abstract, image, image_size), self._name)
         with self._lock:
@@ -248,78 +247,3 @@ def compile_kernel_transform(
         return {**variables, **transformed, "params": unflatten_dict(kept)}
 
     return transform_kernels
-
-
-@functools.partial(jax.jit, static_argnames=("canvas", "threshold"))
-def _paste(soft_masks, index, part, image_size, original_size, origin, *, canvas, threshold):
-    """Returns the masks and boxes of detections `part` [N] of image `index`."""
-    chosen = jnp.take(soft_masks[index], part, axis=0, mode="fill", fill_value=0)
-    return paste_masks(chosen, image_size, original_size, canvas, threshold, origin)
-
-
-def paste_detections(
-    soft_masks: jax.Array,
-    index: int,
-    kept: np.ndarray,
-    image_size: Sequence[Any] | np.ndarray,
-    original_size: Sequence[Any] | np.ndarray,
-    threshold: float,
-    canvas: tuple[int, int] | None = None,
-    origin: tuple[int, int] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns masks bool [n, H, W] and boxes [n, 4] of one image's detections.
-
-    A few at a time: only the result itself grows with the image and their number.
-
-    Args:
-      soft_masks: [B, D, h4, w4], on the device.
-      index: which image of the batch.
-      kept: which of its detections, int [n].
-      image_size, original_size: (height, width) at the network and of the file.
-      canvas: holds the original size; each is a program. None: its next multiples.
-      origin: (row, column) at which the canvas is a part of the original image; the
-        masks and boxes are those of the part then.
-    """
-    height, width = (int(v) for v in original_size)
-    if origin is not None and canvas is not None:
-        height, width = (
-            min(c, int(side) - o) for c, side, o in zip(canvas, original_size, origin, strict=True)
-        )
-    canvas = canvas or canvas_for(height, width)
-    chunk = chunk_size(canvas)
-    none = soft_masks.shape[1]  # pads with empty masks, which cost next to nothing
-    masks = np.zeros((len(kept), height, width), bool)
-    boxes = np.zeros((len(kept), 4), np.float32)
-    for start in range(0, len(kept), chunk):
-        part = np.asarray(kept[start : start + chunk], np.int32)
-        n = len(part)
-        pasted, pasted_boxes = _paste(
-            soft_masks,
-            np.int32(index),
-            np.pad(part, (0, chunk - n), constant_values=none),
-            np.asarray(image_size, np.int32),
-            np.asarray(original_size, np.int32),
-            None if origin is None else np.asarray(origin, np.int32),
-            canvas=canvas,
-            threshold=threshold,
-        )
-        masks[start : start + n] = np.asarray(pasted)[:n, :height, :width]
-        boxes[start : start + n] = np.asarray(pasted_boxes)[:n]
-    return masks, boxes
-
-
-def canvas_for(height: int, width: int) -> tuple[int, int]:
-    """Returns the canvas (height, width) on which masks of a size are pasted."""
-    sides = round_up(height, CANVAS_DIVISOR), round_up(width, CANVAS_DIVISOR)
-    longest = max(sides)
-    return (longest, longest) if longest <= MAX_SQUARE_CANVAS else sides
-
-
-def chunk_size(canvas: tuple[int, int]) -> int:
-    """Returns how many masks are pasted at once: 16, fewer on a large canvas."""
-    return int(np.clip(CHUNK_PIXELS // (canvas[0] * canvas[1]), 1, MAX_CHUNK))
-
-
-def round_up(size: int, divisor: int) -> int:
-    """Returns the smallest multiple of `divisor` that is not below `size`."""
-    return -(-size // divisor) * divisor

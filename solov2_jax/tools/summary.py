@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from solov2_jax.inference.programs import round_up
+from solov2_jax.data.buckets import round_up
 from solov2_jax.models import build_model
 from solov2_jax.models.layers import ConvNorm, FrozenBatchNorm, GroupNorm, SharedConv
 from solov2_jax.training.optim import trainable_mask

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from solov2_jax import distributed
 from solov2_jax.data.build import (
     build_eval_batches,
     build_loss_batches,
@@ -206,12 +207,12 @@ def build_evaluate(
         reports.append(lambda evaluation: finished.append(replace(evaluation, predictions={})))
 
     def evaluate_variables(variables: dict[str, PyTree]) -> Mapping[str, float | None]:
-        # The state lives on every device; prediction runs on one.
+        # The state lives on the devices of all processes, prediction on this one's.
         variables = jax.device_get(variables)
         predictor = build_predictor(
             config, model, variables, dataset.class_names, dataset.category_ids
-        )
-        batches = build_eval_batches(config, dataset, _shard())
+        ).on_devices(jax.local_devices())
+        batches = build_eval_batches(config, dataset, _shard(), distributed.devices_per_process())
         return evaluate(
             predictor,
             evaluator,

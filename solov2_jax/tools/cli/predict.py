@@ -62,7 +62,7 @@ _COLOR_BY = Flag(
     optional=True,
 )
 _TRACK = Flag("track", switch(False), "Follow objects from frame to frame and number them.")
-_BATCH_SIZE = Flag("batch_size", whole(1, 1, 4096), "Images of one padded shape per batch.")
+_BATCH_SIZE = Flag("batch_size", whole(1, 1, 4096), "Images of one shape per batch and device.")
 _SHAPES = Flag(
     "shapes",
     whole(2, high=10_000),
@@ -171,6 +171,8 @@ def predict(overrides: list[str], scratch: str) -> "Summary":
     if not isinstance(predictor, Predictor):  # one view of each image, shapes as exported
         return predict_files(predictor, sources, _OUTPUT.value, options)
     predictor.limit_score = options.keep.lowest
+    predictor = shared.on_local_devices(predictor, most_devices(sources))
+    options = replace(options, batch_size=_BATCH_SIZE.value * predictor.num_devices)
     multiview = _prepare(predictor, sources, tta, tiles)
     _EARLY.check()
     return predict_files(multiview, sources, _OUTPUT.value, options)
@@ -189,8 +191,18 @@ def _prepare(predictor: Any, sources: Sequence[Any], tta: Any, tiles: Any) -> An
             shapes = shapes_of(sources, predictor.padded_shape, _SHAPES.value)
             predictor = predictor.with_shapes(shapes)
             if not (tta or tiles):
-                predictor.compile(shapes, _BATCH_SIZE.value, wait=False)
+                predictor.compile(shapes, _BATCH_SIZE.value * predictor.num_devices, wait=False)
     return build_views(predictor, tta, tiles)
+
+
+def most_devices(sources: Sequence[Any]) -> int:
+    """Returns how many devices have something to do; 0: all."""
+    from solov2_jax.tools.predict.sources import is_live
+
+    if is_live(_INPUT.value):
+        return 1  # a frame waits for no other one
+    totals = [source.total() for source in sources]
+    return 0 if None in totals else sum(total or 0 for total in totals)
 
 
 def main(overrides: list[str]) -> None:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 _HOST = Flag("host", text("127.0.0.1"), "Address to listen on.")
 _PORT = Flag("port", whole(8000, high=65_535), "Port to listen on; 0 picks a free one.")
-_BATCH = Flag("batch_size", whole(1, 1, 4096), "Most images computed together; above 1 for GPUs.")
+_BATCH = Flag("batch_size", whole(1, 1, 4096), "Most images together, on each device.")
 _WAIT = Flag("batch_wait_ms", number(5.0, 0, high=60_000), "Time that an image waits for others.")
 _QUEUE = Flag("queue", whole(16, 1, 1_000_000), "Most requests at once; one more is answered 429.")
 _MAX_MB = Flag("max_mb", number(10.0, 0.001, high=1e6), "Most megabytes of a body.")
@@ -79,7 +79,7 @@ def main(overrides: list[str]) -> None:
         predictor = shared.load_export(overrides)
         engine = ExportedEngine(predictor, predictor.input.buckets, predictor.batch)
     else:
-        predictor = shared.load_predictor(overrides)
+        predictor = shared.on_local_devices(shared.load_predictor(overrides))
         engine = Engine(predictor, predictor.input.buckets, _BATCH.value)
     least = shared.least_scores(predictor)
     limits = Limits(

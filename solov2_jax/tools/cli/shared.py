@@ -169,6 +169,14 @@ def model_pixels(overrides: list[str]) -> "PixelFormat":
         package.disabled = False
 
 
+def on_local_devices(predictor: "Predictor", most: int = 0) -> "Predictor":
+    """Returns the predictor on this process's devices, at most so many; 0: all."""
+    import jax
+
+    devices = jax.local_devices()
+    return predictor.on_devices(devices[: most or None])
+
+
 def view_options() -> "tuple[TtaOptions | None, TileOptions | None]":
     """Returns test-time augmentation and tiles by the flags, None where not wanted."""
     tiles = tta = None

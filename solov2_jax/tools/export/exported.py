@@ -15,9 +15,9 @@ import solov2_jax
 from solov2_jax.data.buckets import Bucket
 from solov2_jax.data.pixel_format import PixelFormat
 from solov2_jax.data.transforms import shortest_edge_sizes
+from solov2_jax.inference.pasting import paste_detections
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.preprocess import InputOptions, make_batches, make_example
-from solov2_jax.inference.programs import paste_detections
 from solov2_jax.io import InputError, read_json, reading
 from solov2_jax.tools.export.formats import FORMATS, Runner, find_format
 from solov2_jax.tools.export.program import MASKS, output_names

@@ -26,11 +26,12 @@ def build_views(
       buckets: padded shapes of whole images at scale 1; (): those of the predictor. A
         tile has a shape of its own.
     """
-    changed = predictor
+    # The views of an image are fused on the device that has them.
+    changed = predictor.on_first_device() if tta else predictor
     if tiles:
-        changed = predictor.with_shapes(())
+        changed = changed.with_shapes(())
     elif buckets:
-        changed = predictor.with_shapes(buckets)
+        changed = changed.with_shapes(buckets)
     names = NmsOptions.__dataclass_fields__
     nms = NmsOptions(**{name: getattr(predictor.options, name) for name in names})
     looking = AugmentedPredictor(changed, tta, nms) if tta else changed

@@ -18,11 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from solov2_jax.data.buckets import STRIDE
+from solov2_jax.data.buckets import STRIDE, round_up
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.predictor import Predictor
 from solov2_jax.inference.preprocess import InputOptions, make_example
-from solov2_jax.inference.programs import round_up
 from solov2_jax.structs import Detections
 from solov2_jax.tools.multiview.merge import AGREE, NmsOptions, suppress
 from solov2_jax.tools.multiview.tiling import MultiviewPredictor

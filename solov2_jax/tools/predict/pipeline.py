@@ -1,8 +1,8 @@
 """Reading, network and writing at once: what one does while another waits.
 
     read, resize      threads, so many pictures ahead
-    network           called by the main thread, which does not wait for the result
-    masks to size     a thread, while the network has the next batch
+    network, paste    started by the main thread, which does not wait for the result
+    masks to host     a thread, while the devices have the next batch
     draw, write       threads
 
 Every stage holds a bounded number of pictures, so memory does not grow with their
@@ -28,7 +28,7 @@ from solov2_jax.tools.predict.sources import Frame, Read
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Batches that the device has before it: one computes, one waits.
+# Batches that the devices have before them: one computes, one waits.
 BATCHES_AHEAD = 2
 # Pictures of various shapes that wait for others of their shape, in batches.
 SHAPES_AHEAD = 4
@@ -39,15 +39,13 @@ class StagedPredictor(Protocol):
     """A `Predictor`, whose stages may run beside each other."""
 
     class_names: tuple[str, ...]
-    mask_threshold: float
+    num_devices: int  # a batch is a multiple of them
 
     def preprocess(self, image: np.ndarray, image_id: int) -> dict[str, np.ndarray]: ...
 
-    def detect(self, batch: Mapping[str, np.ndarray]) -> Any: ...
+    def start_batch(self, batch: Mapping[str, np.ndarray]) -> Any: ...
 
-    def paste(self, detections: Any, index: int, *others: Any) -> Prediction: ...
-
-    def report_limits(self, detections: Any, index: int) -> None: ...
+    def finish_batch(self, started: Any) -> list[Prediction]: ...
 
 
 @dataclass
@@ -56,7 +54,7 @@ class Picture:
 
     number: int  # in the run
     frame: Frame
-    example: Mapping[str, np.ndarray] | None = None  # the network's input; then its sizes
+    example: Mapping[str, np.ndarray] | None = None  # the network's input, until it has it
     num_objects: int = 0
     # What is added to the files about all pictures, by format: records, or texts.
     results: dict[str, list[Any]] = field(default_factory=dict)
@@ -126,42 +124,32 @@ def predict_ahead(
             yield picture, prediction
         return
 
-    def paste(detected: tuple[Picture, Any, int]) -> tuple[Picture, Prediction]:
-        picture, detections, row = detected
-        assert picture.example is not None
+    def finish(started: tuple[list[Picture], Any]) -> list[tuple[Picture, Prediction]]:
+        group, batch = started
         with utilization.busy():
-            prediction = predictor.paste(
-                detections,
-                row,
-                picture.example["image_size"],
-                picture.example["original_size"],
-                predictor.mask_threshold,
-                picture.number,
-                predictor.class_names,
-            )
-        predictor.report_limits(detections, row)
-        return picture, prediction
+            return list(zip(group, predictor.finish_batch(batch), strict=True))
 
-    detected = detect(predictor, pictures, batch_size, utilization)
-    yield from ahead(pool, paste, detected, BATCHES_AHEAD * batch_size)
+    started = start(predictor, pictures, batch_size, utilization)
+    for predicted in ahead(pool, finish, started, BATCHES_AHEAD):
+        yield from predicted
 
 
-def detect(
+def start(
     predictor: StagedPredictor,
     pictures: Iterable[Picture],
     batch_size: int,
     utilization: "DeviceUtilization",
-) -> Iterator[tuple[Picture, Any, int]]:
-    """Yields (picture, detections of its batch, its row) as soon as the device has them."""
+) -> Iterator[tuple[list[Picture], Any]]:
+    """Yields (pictures, their batch) as soon as the devices have them."""
     for group in groups_of_one_shape(pictures, batch_size):
         examples = [picture.example for picture in group if picture.example is not None]
         (batch,) = make_batches(examples, batch_size)
         began = time.perf_counter()
-        detections = predictor.detect(batch)
-        utilization.watch(began, detections.scores)
-        for row, (picture, example) in enumerate(zip(group, examples, strict=True)):
-            picture.example = {key: v for key, v in example.items() if key != "image"}
-            yield picture, detections, row
+        started = predictor.start_batch(batch)
+        utilization.watch(began, started.detections.scores)
+        for picture in group:
+            picture.example = None  # lets go of its pixels
+        yield group, started
 
 
 def groups_of_one_shape(pictures: Iterable[Picture], batch_size: int) -> Iterator[list[Picture]]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from solov2_jax import distributed
 from solov2_jax.data.build import build_eval_batches, load_val_dataset
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.images import read_sized
@@ -122,14 +123,16 @@ def evaluate_predictor(
     # Of several processes, each predicts a part of the images.
     shard = (jax.process_index(), jax.process_count())
     limit, batches = 0, FullResolutionBatches(dataset, config.eval.max_images, shard)
-    if isinstance(predictor, Predictor) and not (tta or tiles):
+    if isinstance(predictor, Predictor):
+        predictor = predictor.on_devices(jax.local_devices())
         predictor.limit_score = 2.0  # tells of too many candidates; detections are counted
-        limit, batches = config.test.max_per_image, build_eval_batches(config, dataset, shard)
-        source = predictor
-    elif isinstance(predictor, Predictor):
-        buckets = build_eval_batches(config, dataset, shard).buckets
-        views = build_views(predictor, tta, tiles, buckets)
-        source = FullResolutionPredictor(views, config.eval.batch_size)
+        devices = distributed.devices_per_process()
+        whole = build_eval_batches(config, dataset, shard, devices)
+        if tta or tiles:
+            views = build_views(predictor, tta, tiles, whole.buckets)
+            source = FullResolutionPredictor(views, config.eval.batch_size * devices)
+        else:
+            source, limit, batches = predictor, config.test.max_per_image, whole
     else:
         source = FullResolutionPredictor(predictor)
     return evaluate(

@@ -18,9 +18,9 @@ from PIL import Image
 
 from solov2_jax.data.buckets import Bucket
 from solov2_jax.inference.draw import draw_prediction, shrink
+from solov2_jax.inference.pasting import paste_detections, rows_on_one_device
 from solov2_jax.inference.prediction import Prediction, reaches, to_coco_results
 from solov2_jax.inference.preprocess import make_batches
-from solov2_jax.inference.programs import paste_detections
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +51,16 @@ class Engine:
 
     Args:
       shapes: padded (height, width) that images go into; together they hold every one.
-      batch_size: most images that are computed together.
+      batch_size: most images that a device computes together. With several devices, two
+        images and more are split over them.
     """
 
     def __init__(self, predictor: Any, shapes: Sequence[Bucket], batch_size: int):
         self.predictor = predictor
         self.shapes = tuple(shapes)
-        self.sizes = batch_sizes(batch_size)
+        devices = predictor.num_devices
+        several = [devices * size for size in batch_sizes(batch_size)]
+        self.sizes = tuple(several if devices == 1 else [1, *several])
         self.class_names = predictor.class_names
         for shape in self.shapes:
             self._compile(shape)
@@ -68,7 +71,8 @@ class Engine:
                 "image": np.zeros((size, *shape, 3), np.uint8),
                 "image_size": np.full((size, 2), shape, np.int32),
             }
-            soft_masks = row_of(self.predictor.detect(batch).soft_masks, 0)
+            found = self.predictor.detect(batch)
+            soft_masks = row_of(*rows_on_one_device(found.soft_masks, 0))
         log.info("compiling %d programs that paste masks", len(CANVASES))
         for canvas in CANVASES:
             paste_detections(
@@ -121,7 +125,7 @@ class Engine:
             kept = np.flatnonzero(valid & reaches(scores, labels, jobs[i].score))
             kept = kept[: jobs[i].limit]
             image = ImageDetections(
-                soft_masks=row_of(detections.soft_masks, row),
+                soft_masks=row_of(*rows_on_one_device(detections.soft_masks, row)),
                 image_size=jobs[i].example["image_size"],
                 threshold=self.predictor.mask_threshold,
                 kept=kept,
