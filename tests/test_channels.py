@@ -70,7 +70,7 @@ def test_ranges_become_0_to_255():
     ("pixels", "values", "message"),
     [
         (DEEP, FIVE[..., :3], "a.tif: has 3 channels .* data.channels is 5; set data.channels=3"),
-        (DEEP, FIVE[..., 0], "a.tif: has 1 channels .* set data.channels=1"),
+        (DEEP, FIVE[..., 0], "a.tif: has 1 channel .* set data.channels=1"),
         (DEEP, np.moveaxis(FIVE, -1, 0), "its channels come first; save it with them last"),
         (PixelFormat(5), FIVE, r"holds uint16 values from .* data.value_range=\(0,4095\)"),
         (PixelFormat(5), FIVE / 4095, r"holds float64 values .* data.value_range=\(0,1\)"),

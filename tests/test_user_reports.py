@@ -427,7 +427,7 @@ def test_the_limit_of_pixels_is_a_setting_and_its_error_names_the_flag(tmp_path,
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
     with pytest.raises(ValueError, match="more than 40 pixels. Raise the limit .*--max_pixels"):
         images.read_image(tmp_path / "x.png")
-    monkeypatch.setattr(images, "max_pixels", 100)
+    monkeypatch.setattr(image_files, "max_pixels", 100)
     assert images.read_image(tmp_path / "x.png").shape == (10, 10, 3)
 
 

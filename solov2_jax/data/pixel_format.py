@@ -63,9 +63,10 @@ class PixelFormat:
                 if first
                 else f"set data.channels={shape[-1]} or convert it"
             )
+            number = shape[-1] if values.ndim == 3 else 0
             raise InputError(
-                f"{name}: has {shape[-1] if values.ndim == 3 else 'no'} channels (its array is "
-                f"{shape}), data.channels is {self.channels}; {fix}."
+                f"{name}: has {number} channel{'s' * (number != 1)} (its array is {shape}), "
+                f"data.channels is {self.channels}; {fix}."
             )
         if values.dtype == bool or values.dtype.kind not in "uif":
             raise InputError(f"{name}: holds {values.dtype} values, not numbers; convert it.")

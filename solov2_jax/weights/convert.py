@@ -130,7 +130,7 @@ def adapt_stem(weights: Weights, flat: Flat, targets: Mapping[str, Any]) -> None
         flat[_STEM] = repeated * np.float32(3 / channels)
         how = f"red, green, blue in turn, times 3 / {channels}"
     _log.info(
-        "%s: the stem's RGB weights become those of %d channels: %s", weights.path, channels, how
+        "%s: the stem's RGB weights become those of %d channel(s): %s", weights.path, channels, how
     )
 
 
