@@ -36,6 +36,7 @@ from solov2_jax.weights.state_dicts import OURS
 
 WEIGHTS, CONFIG, CLASSES, RUN = "model.safetensors", "config.json", "classes.json", "run.json"
 CARD = "README.md"
+THRESHOLDS = "thresholds.json"  # scores for `--score best`, where the run had them
 # What a value looks like that names code to import.
 _CODE = re.compile(r"[\w.]+:\w+")
 # Groups that say where this machine has what, or what nothing here reads.
@@ -63,7 +64,7 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
     text = os.fspath(name)
     if not text.startswith("hf:"):
         return Path(text)
-    return Path(fetch_folder(text, (CONFIG, WEIGHTS, CLASSES), (RUN,)).path)
+    return Path(fetch_folder(text, (CONFIG, WEIGHTS, CLASSES), (RUN, THRESHOLDS)).path)
 
 
 def find_pretrained(name: str | os.PathLike[str]) -> Path:

@@ -17,6 +17,7 @@ from solov2_jax.inference.predictor import Predictor
 from solov2_jax.io import InputError
 from solov2_jax.pretrained import find_pretrained, load_run_config, portable_config
 from solov2_jax.tools.cli import hub as command
+from solov2_jax.tools.report.thresholds import read_thresholds
 from solov2_jax.tools.sharing import share
 from solov2_jax.training import restore
 from solov2_jax.training.workdir import check_workdir
@@ -76,7 +77,7 @@ def test_push_and_pull_give_the_same_network(server, run, tmp_path, monkeypatch,
     address = share.push(str(run), "me/model", share.PushOptions(licence="mit", dataset="cats"))
     assert address.startswith(f"{server.url}/me/model/commit/")
     files = server.repositories["me/model"].commits[address.rpartition("/")[2]]
-    assert set(share.FILES) <= set(files) and not any(
+    assert {*share.FILES} - {pretrained.THRESHOLDS} <= set(files) and not any(
         b"somebody" in data for data in files.values()
     )
     share.push(str(run), "me/model", share.PushOptions("last"))
@@ -125,6 +126,19 @@ def test_a_model_card_says_what_is_known(folder):
     about = json.loads((folder / "run.json").read_text())
     assert about["step"] == 3 and about["metrics"] == {"segm/AP": 0.5, "segm/AP/cat": 0.25}
     assert pretrained.read_step(folder) == 3
+
+
+def test_the_scores_of_the_checkpoint_are_handed_on(run, tmp_path):
+    own = shutil.copytree(run, tmp_path / "own")
+    classes = {name: {"score": score} for name, score in (("cat", 0.25), ("dog", 0.75))}
+    steps = {"3": {"classes": classes}, "9": {"classes": {}}}
+    (own / "thresholds.json").write_text(json.dumps({"steps": steps}))
+    folder = _write(own, tmp_path / "folder")
+    predictor = Predictor.from_pretrained(folder)
+    assert predictor.step == 3
+    scores = read_thresholds(folder, 3, predictor.class_names, predictor.category_ids)
+    assert scores.tolist() == [0.25, 0.75]
+    assert list(json.loads((folder / "thresholds.json").read_text())["steps"]) == ["3"]
 
 
 def test_a_card_without_metrics_and_origin_says_so(run, tmp_path):

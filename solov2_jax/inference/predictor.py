@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from solov2_jax import pretrained
 from solov2_jax.checkpoint import load_workdir_config, read_classes, restore_variables
 from solov2_jax.config import given_keys, input_statistics, load_config
 from solov2_jax.data.buckets import Bucket, check_buckets
@@ -41,7 +42,6 @@ from solov2_jax.inference.programs import (
 )
 from solov2_jax.io import InputError
 from solov2_jax.models import build_model
-from solov2_jax.pretrained import find_pretrained, is_pretrained, local_folder, read_pretrained
 from solov2_jax.structs import Detections
 from solov2_jax.weights.convert import fit, network_shapes
 from solov2_jax.weights.hub import open_weights
@@ -114,8 +114,8 @@ class Predictor:
           checkpoint: "last", "best" or a step.
           overrides: of its config, such as "--config.input.min_size_test=640".
         """
-        folder = local_folder(workdir)
-        if is_pretrained(folder):
+        folder = pretrained.local_folder(workdir)
+        if pretrained.is_pretrained(folder):
             if checkpoint not in ("last", "best"):
                 raise InputError(f"{workdir}: has no checkpoint {checkpoint!r}, only its weights")
             return cls.from_pretrained(folder, overrides)
@@ -141,16 +141,17 @@ class Predictor:
         Raises:
           InputError: naming what is missing, damaged, closed or unknown.
         """
-        folder = find_pretrained(name)
-        if not is_pretrained(folder):
+        folder = pretrained.find_pretrained(name)
+        if not pretrained.is_pretrained(folder):
             return cls.from_workdir(folder, overrides=overrides)
-        found = read_pretrained(folder, overrides)
+        found = pretrained.read_pretrained(folder, overrides)
         model = build_model(found.config, len(found.class_names))
         shapes = network_shapes(found.config, len(found.class_names))
         variables, _ = fit(found.weights, shapes, strict=True)
-        return build_predictor(
-            found.config, model, variables, found.class_names, found.category_ids
-        )
+        names, ids = found.class_names, found.category_ids
+        predictor = build_predictor(found.config, model, variables, names, ids)
+        predictor.step = pretrained.read_step(folder)
+        return predictor
 
     @classmethod
     def from_weights(

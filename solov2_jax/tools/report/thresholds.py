@@ -21,12 +21,13 @@ from solov2_jax.checkpoint import list_steps
 from solov2_jax.evaluation.coco import CocoEvaluator, unique_names
 from solov2_jax.evaluation.evaluate import FinishedEvaluation
 from solov2_jax.io import InputError, read_json, reading, write_json
+from solov2_jax.pretrained import THRESHOLDS
 from solov2_jax.tools.report.analysis import curves
 from solov2_jax.tools.report.outcomes import outcomes
 
 log = logging.getLogger(__name__)
 
-FILE = "thresholds.json"
+FILE = THRESHOLDS
 SHOWN = 5  # classes, in a line of the log
 NOTHING_RIGHT = 0.3  # as `--score` without thresholds
 

@@ -17,6 +17,7 @@ from solov2_jax.checkpoint import list_steps, read_best, read_classes, restore_v
 from solov2_jax.classes import classes_record
 from solov2_jax.config import read_config
 from solov2_jax.io import InputError, make_folder, write_json, write_text
+from solov2_jax.tools.report.thresholds import carry_thresholds
 from solov2_jax.tools.sharing.card import model_card
 from solov2_jax.tools.sharing.describe import describe_run
 from solov2_jax.weights.convert import save_weights
@@ -32,6 +33,7 @@ FILES = (
     pretrained.CLASSES,
     pretrained.RUN,
     pretrained.CARD,
+    pretrained.THRESHOLDS,
 )
 
 
@@ -76,6 +78,7 @@ def write_pretrained(workdir: str, folder: Path, repo: str, options: PushOptions
     write_json(about, folder / pretrained.RUN)
     card = model_card(repo, portable, names, about, options.licence)
     write_text(card, folder / pretrained.CARD)
+    carry_thresholds(source, step, folder)
     return step
 
 
@@ -99,7 +102,11 @@ def push(workdir: str, repo: str, options: PushOptions, *, private: bool = False
             add = hub.CommitOperationAdd
             commit = api.create_commit(
                 name,
-                [add(path_in_repo=n, path_or_fileobj=str(Path(scratch) / n)) for n in FILES],
+                [
+                    add(path_in_repo=n, path_or_fileobj=str(Path(scratch) / n))
+                    for n in FILES
+                    if (Path(scratch) / n).is_file()
+                ],
                 commit_message=f"Step {step} of a solov2_jax run",
             )
     return str(commit.commit_url)
