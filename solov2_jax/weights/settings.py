@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from solov2_jax.config import base_config, flatten
+from solov2_jax.config import flatten
 from solov2_jax.config_schema import set_below
 from solov2_jax.weights.names import NORM_EPS
 
@@ -272,15 +272,14 @@ def _agree(key: str, configured: Any, implied: Any) -> bool:
 def adopt_settings(settings: Settings, config: Any, given: Collection[str], path: str) -> str:
     """Sets the config's keys that weights imply and nobody asked to have otherwise.
 
-    A key that is given, or that a config file has another value for than configs/base.py,
-    stays. Returns a line about what was set, "" if nothing was.
+    Returns a line about what was set, "" if nothing was.
 
     Args:
-      given: keys on the command line.
+      given: keys on the command line; they and those of `init_from_ignores` stay.
       path: of the weights.
     """
-    base, known = flatten(base_config()), flatten(config)
-    free = [k for k in ADOPTED if k in settings and k not in given and known[k] == base[k]]
+    known, kept = flatten(config), {*given, *config.init_from_ignores}
+    free = [k for k in ADOPTED if k in settings and k not in kept]
     values = {k: settings[k] for k in free if not _agree(k, known[k], settings[k])}
     with config.unlocked():
         for key, value in values.items():
