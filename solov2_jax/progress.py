@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+P = TypeVar("P", bound="Progress")
 log = logging.getLogger(__name__)
 
 EVERY = 10.0  # seconds between two lines, where there is no bar
@@ -34,10 +35,10 @@ class _Display:
     def add(self, what: str, total: int | float | None) -> tuple[Any, Any] | None:
         """Returns (bars, the new one's number), None where there is no terminal."""
         with self._lock:
-            if self._bars is None:
-                if not is_terminal():
-                    return None
+            if self._bars is None and is_terminal():
                 self._start()
+            if self._bars is None:
+                return None
             self._users += 1
             return self._bars, self._bars.add_task(what, total=total, text="")
 
@@ -128,7 +129,7 @@ class Progress:
         self._lock = threading.Lock()
         self._bar: tuple[Any, Any] | None = None
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self: P) -> P:
         self._begin = self._shown = time.perf_counter()
         self._bar = _DISPLAY.add(self._what, self._total)
         return self

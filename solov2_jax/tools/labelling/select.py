@@ -143,10 +143,10 @@ def _rows(candidates: Described, chosen: Chosen) -> list[dict[str, Any]]:
     ]
 
 
-def _spread(paths: Sequence[str]) -> list[str]:
+def _spread(paths: list[str]) -> list[str]:
     """Returns all paths, or `MOST_LABELLED` of them at equal distances."""
     if len(paths) <= MOST_LABELLED:
-        return list(paths)
+        return paths
     places = np.linspace(0, len(paths) - 1, MOST_LABELLED).round().astype(int)
     return [paths[i] for i in places.tolist()]
 
@@ -217,7 +217,7 @@ def compile_describe(
 
     def run(variables, image, image_size):
         pixels = ops.normalize_image(image, image_size, mean, std)
-        extent = ops.at_stride(image_size, STRIDE) * STRIDE
+        extent = _at_stride(image_size, STRIDE) * STRIDE
         with jax.default_matmul_precision(model.matmul_precision):
             outputs, state = model.apply(
                 variables,
@@ -228,12 +228,18 @@ def compile_describe(
             found = detect(outputs, **asdict(options), extent=ops.at_stride(extent, 4))
         (levels,) = state["intermediates"]["fpn"]["__call__"]
         pooled = [
-            _mean(levels[name], ops.at_stride(extent, stride))
+            _mean(levels[name], _at_stride(extent, stride))
             for name, stride in sorted(_LEVELS.items())
         ]
         return found.scores, found.valid, jnp.concatenate(pooled, axis=-1)
 
     return jax.jit(run, compiler_options=compiler_options())
+
+
+def _at_stride(extent: jax.Array, stride: int) -> jax.Array:
+    result = ops.at_stride(extent, stride)
+    assert result is not None  # as `extent` is not
+    return result
 
 
 def _mean(features: jax.Array, extent: jax.Array) -> jax.Array:
