@@ -203,8 +203,8 @@ def apply_network(
     image: Num[Array, "B h w c"],
     image_size: Int[Array, "B 2"],
     *,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
 ) -> Outputs:
     """Returns what the network makes of images in the config's channel order."""
     pixels = ops.normalize_image(image, image_size, mean, std)
