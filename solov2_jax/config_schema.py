@@ -108,7 +108,7 @@ class KeyRule:
         """Returns what a value must do and does not, such as "be at least 1", else ""."""
         if self.kind is tuple:
             return self._list_error(value)
-        if isinstance(value, str) and value in self.words:
+        if value in self.words:
             return ""
         if not _is_a(self.kind, value) or self.choices and value not in self.choices:
             return f"be {self.describe()}"
@@ -331,12 +331,13 @@ def keep_numbers(config: ConfigDict, rules: Mapping[str, KeyRule]) -> None:
     for key, rule in rules.items():
         if rule.meant_for:
             *groups, name = key.split(".")
-            node, meant = config, rule.meant_for.rpartition(".")
-            for group in groups:
-                node = node[group]
+            node: Any = config
+            for part in groups:
+                node = node[part]
+            meant = rule.meant_for.rpartition(".")
             reference = node.get_ref(name)
             number = getattr(reference, "number", None)
-            group = config[meant[0]]
+            group: Any = config[meant[0]]
             if reference.get() in rule.words and number is not None and not group[meant[2]]:
                 group[meant[2]] = number
 

@@ -119,7 +119,7 @@ def batch_shapes(
 def compile_step(step: TrainStep, state: Any, batch: Any, shape: tuple[int, int]) -> StepMemory:
     """Returns what the step of a batch's shapes takes."""
     start = time.perf_counter()
-    compiled = step.lower(state, batch).compile()
+    compiled: Any = step.lower(state, batch).compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     # The new state lies where the old one was; only what does not is counted again.

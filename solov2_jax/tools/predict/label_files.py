@@ -67,7 +67,7 @@ def cvat_image(prediction: Prediction, class_names: Sequence[str], image: Labell
         place = f'left="{columns.start}" top="{rows.start}"'
         size = f'width="{mask.shape[1]}" height="{mask.shape[0]}"'
         lines.append(
-            f'<mask label={quoteattr(class_names[label])} source="auto" occluded="0" '
+            f'<mask label={quoteattr(class_names[int(label)])} source="auto" occluded="0" '
             f'rle="{runs}" {place} {size} z_order="0"></mask>'
         )
     return "\n".join([*lines, "</image>"])
