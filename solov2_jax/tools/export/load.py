@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from solov2_jax.data.buckets import Bucket
-from solov2_jax.io import InputError, reading
+from solov2_jax.io import InputError, read_json, reading
 from solov2_jax.tools.export.exported import FILE, ExportedPredictor, check_metadata
 from solov2_jax.tools.export.formats import FORMATS, METADATA_KEY, find_format
 
@@ -66,7 +66,7 @@ def _open_file(path: Path, kind: str) -> ExportedPredictor:
     shape = (
         shape or files.get(path.name) or (next(iter(files.values())) if len(files) == 1 else None)
     )
-    if shape not in files.values():
+    if shape is None or shape not in files.values():
         raise InputError(
             f"--model {path}: which of the padded shapes it has is not known; call it by one of "
             f"its names, {', '.join(files)}"

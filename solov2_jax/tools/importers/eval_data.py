@@ -85,7 +85,7 @@ def read_eval_data(
 
 def _records(request: EvalRequest, ids: dict[str, int]) -> CocoDataset:
     places, split, classes = request.places, request.split, request.classes
-    if len(places) > 1 or classes or split not in ("", VAL, TRAIN):
+    if len(places) != 1 or classes or split not in ("", VAL, TRAIN):
         raise InputError(
             f"--data {describe(list(places))}: records are used alone and as they are, --split is "
             "val or train"

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax.traverse_util import flatten_dict
@@ -66,7 +67,7 @@ def write_pretrained(workdir: str, folder: Path, repo: str, options: PushOptions
     config = read_config(source / "config.json")
     variables, step = restore_variables(source, checkpoint)
     names, ids = read_classes(source, step)
-    flat = {**flatten_dict(jax.device_get(variables), sep="/")}
+    flat: dict[str, Any] = {**flatten_dict(jax.device_get(variables), sep="/")}
     settings = {**settings_of_config(config), **settings_of_shapes(flat), "class_names": names}
     drop_needless(settings)
     about = describe_run(source, config, step=step, checkpoint=checkpoint, dataset=options.dataset)
