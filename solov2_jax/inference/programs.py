@@ -209,15 +209,22 @@ def apply_network(
     """Returns what the network makes of images in the config's channel order."""
     pixels = ops.normalize_image(image, image_size, mean, std)
     with jax.default_matmul_precision(model.matmul_precision):
-        return model.apply(variables, pixels, ops.at_stride(image_size, STRIDE) * STRIDE)
+        return model.apply(variables, pixels, padded_extent(image_size))
 
 
 def detect_outputs(
     outputs: Outputs, image_size: Int[Array, "B 2"], options: DetectOptions
 ) -> Detections:
     """Returns the detections in the network's outputs for images of a size."""
-    extent = ops.at_stride(image_size, STRIDE) * STRIDE
-    return detect(outputs, **asdict(options), extent=ops.at_stride(extent, 4))
+    extent = ops.at_stride(padded_extent(image_size), 4)
+    return detect(outputs, **asdict(options), extent=extent)
+
+
+def padded_extent(image_size: Int[Array, "B 2"]) -> Int[Array, "B 2"]:
+    """Returns (height, width) of images that are padded to multiples of 32."""
+    extent = ops.at_stride(image_size, STRIDE)
+    assert extent is not None
+    return extent * STRIDE
 
 
 @functools.lru_cache(maxsize=16)
