@@ -550,13 +550,15 @@ def keys() -> Section:
     train.checks = several(
         ("solov2_jax.tools.doctor.start:check_at_start",), text("module:name", IMPORT_PATH)
     )
-    # What is made of each evaluation of a run, and of the last one when it ends: import
-    # paths of functions of one `solov2_jax.evaluation.evaluate.FinishedEvaluation`, whose
-    # `checkpoint` is (workdir, step). The first finds the scores of `--score best`, the
-    # second writes eval/report/report.html. One that fails is told in a line; (): none.
+    # What is made of each evaluation of a run: import paths of functions of one
+    # `solov2_jax.evaluation.evaluate.FinishedEvaluation`, whose `checkpoint` is (workdir, step).
+    # The default finds the scores of `--score best`. One that fails is told in a line; ():
+    # none.
     train.after_evaluation = several(
         ("solov2_jax.tools.report.thresholds:write_thresholds",), text("module:name", IMPORT_PATH)
     )
+    # The same for the last evaluation, when a run ends; the default writes
+    # eval/report/report.html.
     train.after_training = several(
         ("solov2_jax.tools.report.page:write_run_report",), text("module:name", IMPORT_PATH)
     )

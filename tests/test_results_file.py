@@ -236,7 +236,9 @@ def test_expectations():
     ]
     check_names(found, ["segm/AP", "bbox/AP50"])
     with pytest.raises(ValueError, match="no such metric; did you mean segm/AP50"):
-        check_names(found, ["segm/AP50", "segm/AP"])
+        check_names(parse_expectations(["segm/AP5=0.4+-0.1"]), ["segm/AP50", "bbox/AP"])
+    with pytest.raises(ValueError, match=r"bbox/AP50=.* no such metric\.$"):
+        check_names(found, ["segm/AP", "segm/APs"])
 
 
 @pytest.mark.parametrize(
