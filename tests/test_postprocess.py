@@ -370,6 +370,25 @@ def test_a_mask_enlarged_within_a_window_equals_the_whole(monkeypatch, original)
     np.testing.assert_array_equal(boxes, whole_boxes)
 
 
+@pytest.mark.parametrize("pixels", [7, 64, 100])
+def test_common_pixels_counted_by_bits_are_the_products(pixels):
+    hard = jnp.asarray(np.random.default_rng(pixels).random((23, pixels)) < 0.4)
+    want = postprocess._common_by_products(hard)
+    np.testing.assert_array_equal(jax.jit(postprocess._common_by_bits)(hard), want)
+    assert want.dtype == postprocess._common_by_bits(hard).dtype and want.max() > want.min()
+
+
+def test_detections_by_bits_are_those_by_products(monkeypatch):
+    monkeypatch.setattr(postprocess, "BITS_FROM", 1)
+    outputs = make_outputs()
+    with platforms.portable_forms():
+        want = jax.jit(functools.partial(postprocess.detect, **SETTINGS))(outputs)
+    for ours, theirs in zip(
+        jitted()(outputs).__dict__.values(), want.__dict__.values(), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("pixels", [1, 2 * 50 * 88, 2**24])
 def test_the_form_for_other_devices_pastes_the_same(monkeypatch, pixels):
     soft = np.random.default_rng(0).random((5, 16, 24)).astype(np.float32)
