@@ -87,3 +87,18 @@ def test_each_device_has_its_rows_and_a_shape_is_compiled_once(single, images, m
         own, index = rows_on_one_device(started.detections.soft_masks, row)
         assert own.devices() == {jax.devices()[0]} and index == 0
         np.testing.assert_array_equal(own[index], started.detections.soft_masks[row])
+
+
+def test_the_service_answers_the_same(single, images, monkeypatch):
+    pytest.importorskip("prometheus_client")
+    from solov2_jax.tools.serving import engine
+
+    monkeypatch.setattr(engine, "CANVASES", ((128, 128),))
+    one, two = (
+        engine.Engine(p, ((160, 160),), 1) for p in (single, single.on_devices(jax.devices()[:2]))
+    )
+    assert (one.sizes, two.sizes) == ((1,), (1, 2))
+    jobs = [one.preprocess(image, 0.1, 100, drawn=False) for image in images[:3]]
+    want = [answer for job in jobs for answer in one.answer([job])]
+    assert two.answer(jobs[:2]) + two.answer(jobs[2:]) == want
+    assert b"segmentation" in want[0]

@@ -99,7 +99,7 @@ class OutputFolder:
         self._read_manifest()
         message = (
             f"--output {self.path}: another prediction is writing there; wait for it, or "
-            "choose another folder"
+            "choose another folder (each of several processes needs its own)"
         )
         with lock_file(os.path.join(self.path, LOCK), message), self._listing():
             yield
