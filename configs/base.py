@@ -8,6 +8,8 @@ The rules beside the defaults (`whole`, `number`, ...) are `solov2_jax.config_sc
 
 import fnmatch
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -41,6 +43,7 @@ _FILES, _SHAPES = only("data.name", ""), only("data.name", "shapes")
 _MATRIX, _GAUSSIAN = only("test.nms_type", "matrix"), only("test.nms_kernel", "gaussian")
 _NO_EPOCHS = only("train.epochs", 0)
 _NO_JITTER = only("augment.jitter_scale", ())
+_DEEP = only("model.backbone.depth", 50, 101, 152)
 
 # What `augment.preset` sets, by name.
 PRESETS: dict[str, dict[str, object]] = {
@@ -106,6 +109,22 @@ def _leaves_something(patterns: tuple[str, ...]) -> bool:
     return not all(any(fnmatch.fnmatchcase(n, p) for p in patterns) for n in names)
 
 
+def _undivided(c: Mapping[str, Any]) -> bool:
+    """Whether some channels that are deformed are no multiple of model.dcn.groups."""
+    fpn, channels, heads = c["model.fpn.channels"], [], c["model.ins_head.channels"]
+    if c["model.dcn.towers"] != "none":
+        channels.append(heads)
+        if c["model.dcn.towers"] == "all" or c["model.ins_head.num_convs"] == 1:
+            channels += [fpn, fpn + 2]
+    if c["model.dcn.mask_head"]:
+        channels += [c["model.mask_head.channels"], fpn, fpn + 2]
+    if stages := c["model.dcn.stages"]:
+        deep = c["model.backbone.depth"] >= 50
+        width = c["model.backbone.groups"] * c["model.backbone.width_per_group"] if deep else 64
+        channels.append(width * 2 ** (min(stages) - 2))
+    return any(number % c["model.dcn.groups"] for number in channels)
+
+
 # What must hold between keys: (sentence, whether it does).
 RELATIONS = (
     (
@@ -124,8 +143,22 @@ RELATIONS = (
         ),
     ),
     (
-        "train.precise_bn is for model.backbone.norm = 'sync_bn' only",
-        lambda c: not c["train.precise_bn"] or c["model.backbone.norm"] == "sync_bn",
+        "train.precise_bn is for model.backbone.norm or model.fpn.norm = 'sync_bn' only",
+        lambda c: (
+            not c["train.precise_bn"]
+            or "sync_bn" in (c["model.backbone.norm"], c["model.fpn.norm"])
+        ),
+    ),
+    (
+        "model.dcn.groups = %(model.dcn.groups)s must divide the channels that are deformed: "
+        "model.ins_head.channels, model.mask_head.channels, model.fpn.channels, these plus 2 "
+        "for coordinates, and the backbone's",
+        lambda c: not _undivided(c),
+    ),
+    (
+        "model.fpn.norm = 'gn' needs model.fpn.channels = %(model.fpn.channels)s to be a "
+        "multiple of 32",
+        lambda c: c["model.fpn.norm"] != "gn" or c["model.fpn.channels"] % 32 == 0,
     ),
     (
         "data.value_range = %(data.value_range)s must be (low, high), or that for each of "
@@ -215,13 +248,39 @@ def keys() -> Section:
     backbone.freeze_at = whole(2, high=5)
     # Stride of a bottleneck in its first 1x1 convolution (True: MSRA/Caffe weights) or
     # in its 3x3 (False: torchvision weights) [MODEL.RESNETS.STRIDE_IN_1X1].
-    backbone.stride_in_1x1 = switch(True, used=only("model.backbone.depth", 50, 101, 152))
+    backbone.stride_in_1x1 = switch(True, used=_DEEP)
     # "frozen_bn" (pretrained weights); "sync_bn", trained with the statistics of all
     # devices' images, but for frozen stages; or "gn", group norm, which lets
     # the backbone start from random weights [MODEL.RESNETS.NORM].
     backbone.norm = choice("frozen_bn", ("frozen_bn", "gn", "sync_bn"))
+    # Groups of the 3x3 of bottlenecks: 32 or 64, 4 wide, are ResNeXt
+    # [MODEL.RESNETS.NUM_GROUPS].
+    backbone.groups = whole(1, 1, 1024, used=_DEEP)
+    # Channels of each of these groups in res2; the next stages have twice as many
+    # [MODEL.RESNETS.WIDTH_PER_GROUP].
+    backbone.width_per_group = whole(64, 1, 1024, used=_DEEP)
+    # Three 3x3 convolutions instead of the 7x7; with the next key, ResNet-D, also called vd.
+    backbone.deep_stem = switch(False)
+    # Shortcuts that halve by the mean of 2x2 instead of the stride.
+    backbone.avg_down = switch(False)
+    model.dcn = dcn = Section()
+    # Deformable convolutions: stages of the backbone whose 3x3 are, such as (3, 4, 5)
+    # [MODEL.RESNETS.DEFORM_ON_PER_STAGE].
+    dcn.stages = several((), whole(3, 2, 5), (1, 4), rising="<")
+    # Which convolutions of the instance head's towers are: "none", the "last", "all".
+    dcn.towers = choice("none", ("none", "last", "all"))
+    dcn.mask_head = switch(False)  # all of the mask head's
+    # 1: offsets; 2: a factor for each tap besides [MODEL.RESNETS.DEFORM_MODULATED].
+    dcn.version = choice(2, (1, 2))
+    # Equal parts of the channels with offsets of their own [MODEL.RESNETS.DEFORM_NUM_GROUPS].
+    dcn.groups = whole(1, 1, 64)
+    # Biases in the heads' deformable convolutions, as PaddleDetection has.
+    dcn.head_bias = switch(False)
     model.fpn = fpn = Section()
     fpn.channels = whole(256, 8, 8192, multiple=8)  # of p2 .. p6 [MODEL.FPN.OUT_CHANNELS]
+    # "none"; "gn", group norm; "sync_bn", trained batch norm, see backbone.norm
+    # [MODEL.FPN.NORM].
+    fpn.norm = choice("none", ("none", "gn", "sync_bn"))
     model.ins_head = ins_head = Section()
     # Convolutions of each tower, classes and kernels [MODEL.SOLOV2.NUM_INSTANCE_CONVS].
     ins_head.num_convs = whole(4, 1, 64)
@@ -231,10 +290,14 @@ def keys() -> Section:
     ins_head.num_kernels = whole(256, 32, 8192, multiple=32)
     # Cells per side on each level, finest level first [MODEL.SOLOV2.NUM_GRIDS].
     ins_head.num_grids = several((40, 36, 24, 16, 12), whole(1, 1, 512), 5)
+    # of the towers: "gn", or "none" for biases instead [MODEL.SOLOV2.NORM]
+    ins_head.norm = choice("gn", ("gn", "none"))
     ins_head.prior_prob = number(0.01, above=0, below=1)  # initial class probability [..PRIOR_PROB]
     model.mask_head = mask_head = Section()
     # Of the convolutions before the mask features [MODEL.SOLOV2.MASK_CHANNELS].
     mask_head.channels = whole(128, 32, 8192, multiple=32)
+    # As ins_head.norm; the mask features themselves are normalised in any case.
+    mask_head.norm = choice("gn", ("gn", "none"))
 
     config.targets = targets = Section()
     # sqrt(box area), input pixels, both ends included; one pair per level

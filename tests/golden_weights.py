@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from solov2_jax.models import SOLOv2
+from solov2_jax.models import ResNet, SOLOv2
 from solov2_jax.weights.names import ADELAIDET, from_names, to_adelaidet
 
 CATE_GAIN, KERNEL_GAIN = 1.5, 0.25  # of the R18 goldens
@@ -64,7 +64,7 @@ def golden_weight(
 @functools.cache
 def golden_model() -> tuple[SOLOv2, dict[str, Any]]:
     """Returns the R18 model of 3 classes and its variables."""
-    model = SOLOv2(num_classes=3, depth=18)
+    model = SOLOv2(num_classes=3, backbone=ResNet(depth=18))
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)
     ours = {"/".join(k): v for k, v in flatten_dict(shapes).items()}

@@ -9,7 +9,7 @@ import pytest
 from tiny_network import tiny_config, tiny_variables
 
 from solov2_jax.losses import solov2_loss
-from solov2_jax.models import SOLOv2, build_model
+from solov2_jax.models import ResNet, SOLOv2, build_model
 from solov2_jax.paste import paste_masks
 from solov2_jax.postprocess import detect
 from solov2_jax.structs import Batch
@@ -81,7 +81,7 @@ def test_bfloat16_computes_what_float32_does():
 
 def test_the_stride_moves_and_the_parameters_stay():
     def count_and_flops(stride_in_1x1):
-        model = SOLOv2(CLASSES, depth=50, stride_in_1x1=stride_in_1x1)
+        model = SOLOv2(CLASSES, ResNet(depth=50, stride_in_1x1=stride_in_1x1))
         variables = jax.eval_shape(model.init, jax.random.key(0), image())
         lowered = jax.jit(model.apply).lower(variables, image())
         return jax.tree.map(lambda x: x.shape, variables), lowered.as_text()

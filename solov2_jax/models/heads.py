@@ -15,7 +15,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from solov2_jax import ops
-from solov2_jax.models.layers import Conv, ConvTower, GroupNorm, SharedConv
+from solov2_jax.models.deform import Deform
+from solov2_jax.models.layers import Conv, ConvTower, GroupNorm, SharedConv, has_bias
 
 # Of the instance head's inputs, as `split_features` gives them.
 STRIDES = (8, 8, 16, 32, 32)
@@ -73,6 +74,9 @@ class InstanceHead(nn.Module):
     num_convs: int = 4
     prior_prob: float = 0.01
     dtype: Dtype = jnp.float32
+    norm: str = "gn"  # of the towers; see `ConvTower`, also for the next two
+    deform: Deform | None = None
+    deform_last: bool = False
 
     @nn.compact
     def __call__(
@@ -86,7 +90,15 @@ class InstanceHead(nn.Module):
             grids.append(ops.resize_bilinear(x, (g, g), of_level))
             with_coords.append(append_coords(grids[-1], xy))
         prior = nn.initializers.constant(-math.log(1 / self.prior_prob - 1))
-        tower = functools.partial(ConvTower, self.channels, self.num_convs, self.dtype)
+        tower = functools.partial(
+            ConvTower,
+            self.channels,
+            self.num_convs,
+            self.dtype,
+            norm=self.norm,
+            deform=self.deform,
+            deform_last=self.deform_last,
+        )
         conv = functools.partial(SharedConv, kernel_size=3, dtype=self.dtype)
         cate = tower(name="cate_tower")(grids)
         split = levels[0].dtype != jnp.float32
@@ -103,14 +115,24 @@ class MaskLevel(nn.Module):
     num_ups: int
     dtype: Dtype = jnp.float32
     split_coords: bool = False  # see `SharedConv`; of the first one
+    norm: str = "gn"  # or "none", for biases instead
+    deform: Deform | None = None  # of all convolutions
 
     @nn.compact
     def __call__(self, x: jax.Array, extent: Extent = None) -> jax.Array:
         """Returns the level at stride 4; `extent` is that of `x`."""
-        conv_of = functools.partial(Conv, self.channels, 3, use_bias=False, dtype=self.dtype)
+        conv_of = functools.partial(
+            Conv,
+            self.channels,
+            3,
+            use_bias=has_bias(self.norm, self.deform),
+            dtype=self.dtype,
+            deform=self.deform,
+        )
         for j in range(max(self.num_ups, 1)):
             conv = conv_of(split_coords=self.split_coords and j == 0, name=f"conv{j}")
-            x = nn.relu(GroupNorm(name=f"gn{j}")(conv(x, extent), extent))
+            x = conv(x, extent)
+            x = nn.relu(GroupNorm(name=f"gn{j}")(x, extent) if self.norm == "gn" else x)
             if self.num_ups:
                 x = ops.upsample2x_bilinear(x, extent)
                 extent = None if extent is None else 2 * extent
@@ -118,11 +140,16 @@ class MaskLevel(nn.Module):
 
 
 class MaskHead(nn.Module):
-    """p2..p5 to the mask features at stride 4; coordinates are given to p5 only."""
+    """p2..p5 to the mask features at stride 4; coordinates are given to p5 only.
+
+    The last norm is there in any case, as in the reference.
+    """
 
     channels: int = 128
     num_kernels: int = 256
     dtype: Dtype = jnp.float32
+    norm: str = "gn"  # see `MaskLevel`
+    deform: Deform | None = None  # of all convolutions
 
     @nn.compact
     def __call__(self, features: dict[str, jax.Array], extent: Extent = None) -> jax.Array:
@@ -133,9 +160,24 @@ class MaskHead(nn.Module):
             of_level = ops.at_stride(extent, 2 ** (i + 2))
             split = i == 3 and x.dtype != jnp.float32
             x = append_coords(x, coords_of(x, of_level)) if i == 3 else x
-            level = MaskLevel(self.channels, i, self.dtype, split, name=f"level{i}")
+            level = MaskLevel(
+                self.channels,
+                i,
+                self.dtype,
+                split,
+                norm=self.norm,
+                deform=self.deform,
+                name=f"level{i}",
+            )
             levels.append(level(x, of_level))
         total = functools.reduce(jnp.add, levels)
-        conv = Conv(self.num_kernels, 1, use_bias=False, dtype=self.dtype, name="conv_pred")
+        conv = Conv(
+            self.num_kernels,
+            1,
+            use_bias=has_bias(self.norm, self.deform),
+            dtype=self.dtype,
+            deform=self.deform,
+            name="conv_pred",
+        )
         of_result = ops.at_stride(extent, 4)
-        return nn.relu(GroupNorm(name="gn_pred")(conv(total), of_result))
+        return nn.relu(GroupNorm(name="gn_pred")(conv(total, of_result), of_result))

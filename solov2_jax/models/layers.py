@@ -1,7 +1,6 @@
 """Blocks shared by the backbone and the heads."""
 
 import fnmatch
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -13,6 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from solov2_jax import ops
 from solov2_jax.models.conv import Kernel, conv2d, conv2d_levels, transform_kernel
+from solov2_jax.models.deform import Deform, deform_conv2d, deform_conv2d_levels
+from solov2_jax.models.grouped import grouped_conv2d
 
 NORMS = ("frozen_bn", "gn", "sync_bn")  # of the backbone
 
@@ -111,6 +112,40 @@ class BatchNorm(FrozenBatchNorm):
         return (y * factor[None, None, None] + shift[None, None, None]).astype(x.dtype)
 
 
+class OffsetConv(nn.Module):
+    """The convolution that says where the taps of a deformable one read: nowhere else, at first.
+
+    Source: mmcv/ops/modulated_deform_conv.py, ModulatedDeformConv2dPack; deform_conv.py,
+    DeformConv2dPack.
+    """
+
+    kernel_size: int
+    deform: Deform
+    stride: int = 1
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, xs: Sequence[Float[Array, "B _ _ C"]]
+    ) -> list[tuple[jax.Array, jax.Array | None]]:
+        """Returns (offset, mask) of each level, as `deform_conv2d` takes them, in float32."""
+        k, zeros = self.kernel_size, nn.initializers.zeros
+        offsets = 2 * k * k * self.deform.groups
+        channels = offsets * 3 // 2 if self.deform.version == 2 else offsets
+        shape = (k, k, xs[0].shape[-1], channels)
+        xs = [x.astype(self.dtype) for x in xs]
+
+        def kernel() -> jax.Array:
+            return self.param("kernel", zeros, shape)
+
+        ys = conv2d_levels(xs, _transformed(self, kernel, xs, self.stride), self.stride)
+        bias = self.param("bias", zeros, (channels,))
+        ys = [y.astype(jnp.float32) + bias[None, None, None] for y in ys]
+        if self.deform.version == 1:
+            return [(y, None) for y in ys]
+        return [(y[..., :offsets], nn.sigmoid(y[..., offsets:])) for y in ys]
+
+
 class ConvNorm(nn.Module):
     """Convolution without bias, then a norm.
 
@@ -121,6 +156,8 @@ class ConvNorm(nn.Module):
     Attributes:
       frozen: patterns of names of parameters that are not trained, such as "backbone/res3_*";
         a norm whose parameters all match keeps its statistics, and normalises by them.
+      groups: of channels that are convolved by themselves.
+      deform: how the convolution is deformed, None: not at all.
     """
 
     features: int
@@ -128,6 +165,9 @@ class ConvNorm(nn.Module):
     stride: int = 1
     norm: str = "frozen_bn"
     dtype: Dtype = jnp.float32
+    kernel_init: Initializer = msra_init
+    groups: int = 1
+    deform: Deform | None = None
     scale_init: Initializer = nn.initializers.ones
     frozen: Sequence[str] = ()
 
@@ -137,7 +177,7 @@ class ConvNorm(nn.Module):
     ) -> Float[Array, "B _ _ D"]:
         """Returns the normalised result; `extent`, see `ops`, is that of `x`."""
         k = self.kernel_size
-        shape = (k, k, x.shape[-1], self.features)
+        shape = (k, k, x.shape[-1] // self.groups, self.features)
         if self.norm not in NORMS:
             raise ValueError(f"model.backbone.norm is {self.norm!r}; choose one of {NORMS}")
         x, factor, shift = x.astype(self.dtype), None, None
@@ -149,17 +189,28 @@ class ConvNorm(nn.Module):
             factor, shift = norm(self.features)
 
         def folded_kernel() -> jax.Array:
-            kernel = self.param("kernel", msra_init, shape)
+            kernel = self.param("kernel", self.kernel_init, shape)
             return kernel if factor is None else kernel * factor[None, None, None]
 
         x = ops.zero_outside(x, extent) if k > 1 else x
-        y = conv2d(x, _transformed(self, folded_kernel, [x], self.stride), self.stride)
+        y = self._convolve(x, folded_kernel)
         extent = ops.at_stride(extent, self.stride)
         if trained:
             return BatchNorm(scale_init=self.scale_init, name="norm")(y, extent)
         if shift is None:
             return GroupNorm(scale_init=self.scale_init, name="norm")(y, extent)
         return y + shift.astype(self.dtype)[None, None, None]
+
+    def _convolve(self, x: jax.Array, make_kernel: Callable[[], jax.Array]) -> jax.Array:
+        if self.deform is not None:
+            of_x = OffsetConv(self.kernel_size, self.deform, self.stride, self.dtype, name="offset")
+            offset, mask = of_x([x])[0]
+            kernel = make_kernel().astype(x.dtype)
+            strides = {"stride": self.stride, "groups": self.groups}
+            return deform_conv2d(x, kernel, offset, mask, **strides)
+        if self.groups > 1:
+            return grouped_conv2d(x, make_kernel(), self.stride, self.groups)
+        return conv2d(x, _transformed(self, make_kernel, [x], self.stride), self.stride)
 
     def _norm_is_frozen(self) -> bool:
         names = ["/".join((*self.path, "norm", name)) for name in ("scale", "bias")]
@@ -177,12 +228,28 @@ class SharedConv(nn.Module):
     dtype: Dtype = jnp.float32
     # The last two channels come twice: the upper and the lower half of float32 values.
     split_coords: bool = False
+    deform: Deform | None = None  # how it is deformed
 
     @nn.compact
     def __call__(self, xs: Sequence[Float[Array, "B _ _ C"]]) -> list[Float[Array, "B _ _ D"]]:
         return self._convolve(xs)
 
     def _convolve(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
+        ys = self._plain(xs) if self.deform is None else self._deformed(xs, self.deform)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,))
+            ys = [y + bias.astype(self.dtype)[None, None, None] for y in ys]
+        return ys
+
+    def _deformed(self, xs: Sequence[jax.Array], deform: Deform) -> list[jax.Array]:
+        if self.split_coords:
+            xs = [join_coords(x) for x in xs]
+        shape = (self.kernel_size, self.kernel_size, xs[0].shape[-1], self.features)
+        offsets = OffsetConv(self.kernel_size, deform, dtype=xs[0].dtype, name="offset")(xs)
+        kernel = self.param("kernel", self.kernel_init, shape).astype(xs[0].dtype)
+        return [y.astype(self.dtype) for y in deform_conv2d_levels(xs, kernel, offsets)]
+
+    def _plain(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
         k = self.kernel_size
         shape = (k, k, xs[0].shape[-1] - 2 * self.split_coords, self.features)
         xs = [x.astype(self.dtype) for x in xs]
@@ -193,11 +260,13 @@ class SharedConv(nn.Module):
                 kernel = jnp.concatenate([kernel, kernel[:, :, -2:]], axis=2)
             return kernel
 
-        ys = conv2d_levels(xs, _transformed(self, kernel, xs))
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init, (self.features,))
-            ys = [y + bias.astype(self.dtype)[None, None, None] for y in ys]
-        return ys
+        return conv2d_levels(xs, _transformed(self, kernel, xs))
+
+
+def join_coords(x: Float[Array, "B h w C"]) -> Float[Array, "B h w _"]:
+    """Returns float32 whose last two channels are the sums of the last four halves."""
+    x = x.astype(jnp.float32)
+    return jnp.concatenate([x[..., :-4], x[..., -4:-2] + x[..., -2:]], axis=-1)
 
 
 class Conv(SharedConv):
@@ -208,7 +277,8 @@ class Conv(SharedConv):
         self, x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None = None
     ) -> Float[Array, "B h w D"]:
         """Returns the convolution; see `ops` for `extent`."""
-        return self._convolve([ops.zero_outside(x, extent) if self.kernel_size > 1 else x])[0]
+        reads_beside = self.kernel_size > 1 or self.deform is not None
+        return self._convolve([ops.zero_outside(x, extent) if reads_beside else x])[0]
 
 
 class GroupNorm(nn.Module):
@@ -245,17 +315,39 @@ class SharedGroupNorm(GroupNorm):
 
 
 class ConvTower(nn.Module):
-    """`depth` times (3x3 convolution, GroupNorm, ReLU), the same for a list of levels."""
+    """`depth` times (3x3 convolution, GroupNorm, ReLU), the same for a list of levels.
+
+    Attributes:
+      norm: "gn", or "none" for biases instead.
+      deform: of which convolutions, all of them or the last only: see `deform_last`.
+    """
 
     features: int
     depth: int
     dtype: Dtype = jnp.float32
     split_coords: bool = False  # see `SharedConv`; of the first one
+    norm: str = "gn"
+    deform: Deform | None = None
+    deform_last: bool = False
 
     @nn.compact
     def __call__(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
-        conv_of = functools.partial(SharedConv, self.features, 3, use_bias=False, dtype=self.dtype)
         for i in range(self.depth):
-            conv = conv_of(split_coords=self.split_coords and i == 0, name=f"conv{i}")
-            xs = [nn.relu(x) for x in SharedGroupNorm(name=f"gn{i}")(conv(xs))]
+            deform = None if self.deform_last and i < self.depth - 1 else self.deform
+            xs = SharedConv(
+                self.features,
+                3,
+                use_bias=has_bias(self.norm, deform),
+                dtype=self.dtype,
+                split_coords=self.split_coords and i == 0,
+                deform=deform,
+                name=f"conv{i}",
+            )(xs)
+            xs = SharedGroupNorm(name=f"gn{i}")(xs) if self.norm == "gn" else xs
+            xs = [nn.relu(x) for x in xs]
         return list(xs)
+
+
+def has_bias(norm: str, deform: Deform | None) -> bool:
+    """Returns whether a head's convolution has a bias."""
+    return norm == "none" or (deform is not None and deform.bias)

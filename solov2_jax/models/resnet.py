@@ -1,6 +1,9 @@
-"""ResNet-18/34/50/101/152 with batch norm, frozen or trained, or group norm.
+"""ResNet-18/34/50/101/152 and its variants, with batch norm, frozen or trained, or group norm.
 
-Source: detectron2/modeling/backbone/resnet.py, build_resnet_backbone.
+ResNeXt (`groups`), ResNet-D or vd (`deep_stem`, `avg_down`) and deformable convolutions.
+
+Source: detectron2/modeling/backbone/resnet.py, build_resnet_backbone; mmdet/models/backbones,
+ResNeXt and ResNetV1d; PaddleDetection's ppdet/modeling/backbones/resnet.py, variant "d".
 """
 
 import functools
@@ -14,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from solov2_jax import ops
+from solov2_jax.models.deform import Deform
 from solov2_jax.models.layers import ConvNorm, residual_scale_init
 
 # depth -> (blocks of res2..res5, bottleneck)
@@ -26,82 +30,119 @@ STAGES = {
 }
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; the stride is in the first."""
+class Block(nn.Module):
+    """What the kinds of residual blocks share.
+
+    Attributes:
+      avg_down: the shortcut halves its input by the mean of 2x2, not by the stride.
+      frozen: see `ConvNorm`.
+      deform: how the second convolution is deformed, None: not at all.
+    """
 
     features: int
     stride: int = 1
     norm: str = "frozen_bn"
     dtype: Dtype = jnp.float32
-    frozen: Sequence[str] = ()  # see `ConvNorm`
+    avg_down: bool = False
+    frozen: Sequence[str] = ()
+    deform: Deform | None = None
+
+    @property
+    def _conv(self) -> functools.partial:
+        return functools.partial(ConvNorm, norm=self.norm, dtype=self.dtype, frozen=self.frozen)
+
+    def _shortcut(self, x: jax.Array, extent: Int[Array, "B 2"] | None) -> jax.Array:
+        if x.shape[-1] == self.features:
+            return x
+        stride = self.stride
+        if self.avg_down and stride == 2:
+            x, extent, stride = ops.downsample2x_bilinear(x), ops.at_stride(extent, 2), 1
+        return self._conv(self.features, 1, stride, name="shortcut")(x, extent)
+
+
+class BasicBlock(Block):
+    """Two 3x3 convolutions; the stride is in the first."""
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None = None
     ) -> Float[Array, "B _ _ D"]:
-        conv = functools.partial(ConvNorm, norm=self.norm, dtype=self.dtype, frozen=self.frozen)
+        conv = self._conv
         y = nn.relu(conv(self.features, 3, self.stride, name="conv1")(x, extent))
-        last = conv(self.features, 3, scale_init=residual_scale_init, name="conv2")
+        init = residual_scale_init
+        last = conv(self.features, 3, scale_init=init, deform=self.deform, name="conv2")
         y = last(y, ops.at_stride(extent, self.stride))
-        if x.shape[-1] != self.features:
-            x = conv(self.features, 1, self.stride, name="shortcut")(x, extent)
-        return nn.relu(x + y)
+        return nn.relu(self._shortcut(x, extent) + y)
 
 
-class BottleneckBlock(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions, the last four times as wide.
+class BottleneckBlock(Block):
+    """1x1, 3x3 and 1x1 convolutions, the last four times as wide; the 3x3 has the groups.
 
     `stride_in_1x1` puts the stride in the first (MSRA and Caffe weights), else it is in
     the 3x3 (torchvision weights).
     """
 
-    features: int
-    stride: int = 1
     stride_in_1x1: bool = True
-    norm: str = "frozen_bn"
-    dtype: Dtype = jnp.float32
-    frozen: Sequence[str] = ()  # see `ConvNorm`
+    groups: int = 1
+    width: int = 64  # of the 3x3
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None = None
     ) -> Float[Array, "B _ _ D"]:
-        conv = functools.partial(ConvNorm, norm=self.norm, dtype=self.dtype, frozen=self.frozen)
-        width = self.features // 4
+        conv = self._conv
         stride1, stride2 = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
-        y = nn.relu(conv(width, 1, stride1, name="conv1")(x, extent))
-        y = nn.relu(conv(width, 3, stride2, name="conv2")(y, ops.at_stride(extent, stride1)))
+        y = nn.relu(conv(self.width, 1, stride1, name="conv1")(x, extent))
+        middle = conv(self.width, 3, stride2, groups=self.groups, deform=self.deform, name="conv2")
+        y = nn.relu(middle(y, ops.at_stride(extent, stride1)))
         last = conv(self.features, 1, scale_init=residual_scale_init, name="conv3")
         y = last(y, ops.at_stride(extent, self.stride))
-        if x.shape[-1] != self.features:
-            x = conv(self.features, 1, self.stride, name="shortcut")(x, extent)
-        return nn.relu(x + y)
+        return nn.relu(self._shortcut(x, extent) + y)
 
 
 class Stem(nn.Module):
-    """7x7 convolution at stride 2, ReLU, 3x3 maximum at stride 2."""
+    """7x7 convolution at stride 2, ReLU, 3x3 maximum at stride 2.
+
+    `deep`: three 3x3 convolutions, of 32, 32 and 64 channels, the first at stride 2.
+    """
 
     norm: str = "frozen_bn"
     dtype: Dtype = jnp.float32
     frozen: Sequence[str] = ()  # see `ConvNorm`
+    deep: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B h w c"], extent: Int[Array, "B 2"] | None = None
     ) -> Float[Array, "B _ _ 64"]:
         conv = functools.partial(ConvNorm, norm=self.norm, dtype=self.dtype, frozen=self.frozen)
-        return ops.max_pool_3x3_stride2(nn.relu(conv(64, 7, 2, name="conv1")(x, extent)))
+        sizes = ((32, 3, 2), (32, 3, 1), (64, 3, 1)) if self.deep else ((64, 7, 2),)
+        for i, (features, size, stride) in enumerate(sizes, start=1):
+            x = nn.relu(conv(features, size, stride, name=f"conv{i}")(x, extent))
+            extent = ops.at_stride(extent, stride)
+        return ops.max_pool_3x3_stride2(x)
 
 
 class ResNet(nn.Module):
     """Image to {"res2": ..., "res5": ...} at strides 4, 8, 16, 32.
 
     The first `freeze_at` of (stem, res2, ... res5) get no gradient.
+
+    Attributes:
+      groups, width_per_group: of the 3x3 of bottlenecks; their product is its width in res2.
+      deep_stem, avg_down: see `Stem` and `Block`.
+      deform: how the convolutions of `deform_stages`, such as (3, 4, 5), are deformed.
     """
 
     depth: int = 50
     freeze_at: int = 2
     stride_in_1x1: bool = True
+    groups: int = 1
+    width_per_group: int = 64
+    deep_stem: bool = False
+    avg_down: bool = False
+    deform: Deform | None = None
+    deform_stages: Sequence[int] = ()
     norm: str = "frozen_bn"
     dtype: Dtype = jnp.float32
     frozen: Sequence[str] = ()  # see `ConvNorm`
@@ -113,31 +154,44 @@ class ResNet(nn.Module):
         """Returns the features; `extent`, see `ops`, is of multiples of 32."""
         if self.depth not in STAGES:
             raise ValueError(f"model.backbone.depth is {self.depth}; known are {list(STAGES)}")
-        num_blocks, bottleneck = STAGES[self.depth]
-        x = Stem(self._norm_of(1), self.dtype, self.frozen, name="stem")(image, extent)
-        extent = ops.at_stride(extent, 4)
+        num_blocks, _ = STAGES[self.depth]
+        stem = Stem(self._norm_of(1), self.dtype, self.frozen, self.deep_stem, name="stem")
+        x, extent = stem(image, extent), ops.at_stride(extent, 4)
         if self.freeze_at >= 1:
             x = lax.stop_gradient(x)
         features = {}
         for stage, blocks in enumerate(num_blocks, start=2):
-            block = BasicBlock
-            if bottleneck:
-                block = functools.partial(BottleneckBlock, stride_in_1x1=self.stride_in_1x1)
+            block = self._block_of(stage)
             for i in range(blocks):
                 stride = 2 if stage > 2 and i == 0 else 1
-                x = block(
-                    features=(256 if bottleneck else 64) * 2 ** (stage - 2),
-                    stride=stride,
-                    norm=self._norm_of(stage),
-                    dtype=self.dtype,
-                    frozen=self.frozen,
-                    name=f"res{stage}_{i}",
-                )(x, extent)
+                x = block(stride=stride, name=f"res{stage}_{i}")(x, extent)
                 extent = ops.at_stride(extent, stride)
             if self.freeze_at >= stage:
                 x = lax.stop_gradient(x)
             features[f"res{stage}"] = x
         return features
+
+    def _block_of(self, stage: int) -> functools.partial:
+        """Returns the block of a stage, but for its stride and name."""
+        _, bottleneck = STAGES[self.depth]
+        scale = 2 ** (stage - 2)
+        shared = {
+            "features": (256 if bottleneck else 64) * scale,
+            "norm": self._norm_of(stage),
+            "dtype": self.dtype,
+            "avg_down": self.avg_down,
+            "frozen": self.frozen,
+            "deform": self.deform if stage in self.deform_stages else None,
+        }
+        if not bottleneck:
+            return functools.partial(BasicBlock, **shared)
+        return functools.partial(
+            BottleneckBlock,
+            stride_in_1x1=self.stride_in_1x1,
+            groups=self.groups,
+            width=self.groups * self.width_per_group * scale,
+            **shared,
+        )
 
     def _norm_of(self, stage: int) -> str:
         """Returns the norm of a stage: a frozen stage's batch norm is frozen too."""

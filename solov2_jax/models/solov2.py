@@ -10,30 +10,37 @@ from flax.traverse_util import flatten_dict
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
+from solov2_jax.models.deform import Deform
 from solov2_jax.models.fpn import FPN
 from solov2_jax.models.heads import InstanceHead, MaskHead, split_features
-from solov2_jax.models.resnet import ResNet
 from solov2_jax.structs import Outputs
 
 
 class SOLOv2(nn.Module):
     """The whole network. Sides of the image must be multiples of 32.
 
+    Attributes:
+      backbone: called with (image, extent), returns {"res2": ..., "res5": ...}, features at
+        strides 4, 8, 16 and 32 of any number of channels.
+
     Source: adet/modeling/solov2/solov2.py, SOLOv2.forward, without its losses and
     post-processing, which are functions of `Outputs` here.
     """
 
     num_classes: int
-    depth: int = 50
-    freeze_at: int = 2
-    stride_in_1x1: bool = True
-    backbone_norm: str = "frozen_bn"
+    backbone: nn.Module
     fpn_channels: int = 256
+    fpn_norm: str = "none"
     num_grids: Sequence[int] = (40, 36, 24, 16, 12)
     num_kernels: int = 256
     head_channels: int = 512
     head_convs: int = 4
+    head_norm: str = "gn"
+    head_deform: Deform | None = None
+    head_deform_last: bool = False
     mask_channels: int = 128
+    mask_norm: str = "gn"
+    mask_deform: Deform | None = None
     prior_prob: float = 0.01
     dtype: Dtype = jnp.float32
     frozen: Sequence[str] = ()  # patterns of parameters that are not trained; see `ConvNorm`
@@ -57,16 +64,9 @@ class SOLOv2(nn.Module):
                 f"the image is {h}x{w}; pad both sides to multiples of 32 "
                 "(see input.buckets_train and input.buckets_test)"
             )
-        features = ResNet(
-            depth=self.depth,
-            freeze_at=self.freeze_at,
-            stride_in_1x1=self.stride_in_1x1,
-            norm=self.backbone_norm,
-            dtype=self.dtype,
-            frozen=self.frozen,
-            name="backbone",
-        )(image.astype(self.dtype), extent)
-        features = FPN(self.fpn_channels, self.dtype, name="fpn")(features, extent)
+        features = self.backbone(image.astype(self.dtype), extent)
+        fpn = FPN(self.fpn_channels, self.dtype, self.fpn_norm, self.frozen, name="fpn")
+        features = fpn(features, extent)
         cate, kernel = InstanceHead(
             num_classes=self.num_classes,
             num_kernels=self.num_kernels,
@@ -75,9 +75,19 @@ class SOLOv2(nn.Module):
             num_convs=self.head_convs,
             prior_prob=self.prior_prob,
             dtype=self.dtype,
+            norm=self.head_norm,
+            deform=self.head_deform,
+            deform_last=self.head_deform_last,
             name="ins_head",
         )(split_features(features, extent), extent)
-        mask_head = MaskHead(self.mask_channels, self.num_kernels, self.dtype, name="mask_head")
+        mask_head = MaskHead(
+            channels=self.mask_channels,
+            num_kernels=self.num_kernels,
+            dtype=self.dtype,
+            norm=self.mask_norm,
+            deform=self.mask_deform,
+            name="mask_head",
+        )
         return Outputs(_join_levels(cate), _join_levels(kernel), mask_head(features, extent))
 
 

@@ -72,9 +72,12 @@ def _describe(module: nn.Module, channels: int) -> str:
     if isinstance(module, ConvNorm | SharedConv):
         k = module.kernel_size
         conv = f"{k}x{k} {channels}->{module.features}"
+        deformed = f", deformable v{module.deform.version}" if module.deform else ""
         if isinstance(module, SharedConv):
-            return conv + ", bias" * module.use_bias
-        return conv + f" / {module.stride}" * (module.stride > 1) + _NORMS[module.norm]
+            return conv + ", bias" * module.use_bias + deformed
+        conv += f" / {module.stride}" * (module.stride > 1)
+        conv += f" in {module.groups} groups" * (module.groups > 1)
+        return conv + _NORMS[module.norm] + deformed
     if isinstance(module, GroupNorm):
         return f"GroupNorm {module.groups}"
     return type(module).__name__
@@ -175,7 +178,7 @@ def report(config: Any, size: tuple[int, int] | None = None, depth: int = 0) -> 
         + " (the config counts them from the annotations)" * (config.model.num_classes == 0),
         f"parameters {total.parameters:,}, of these trained {total.trainable:,}; "
         f"besides {total.frozen_norm:,} values of "
-        + "frozen " * (config.model.backbone.norm != "sync_bn")
+        + "frozen " * ("sync_bn" not in (config.model.backbone.norm, config.model.fpn.norm))
         + "batch norms",
         f"convolutions {total.flops / 1e9:,.1f} GFLOPs an image "
         "(2 per multiply-add; without post-processing)",

@@ -54,7 +54,7 @@ def build_loss(config: Any, model: Any, *, evaluated: bool = False) -> Loss:
       evaluated: of the network as prediction uses it: trained batch norms normalise by their
         running statistics, not by the batch's.
     """
-    trained_norms = config.model.backbone.norm == "sync_bn"
+    trained_norms = "sync_bn" in (config.model.backbone.norm, config.model.fpn.norm)
     mutable = ["batch_stats"] if trained_norms and not evaluated else []
     find_targets = functools.partial(
         assign_targets,
