@@ -277,7 +277,7 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     return mesh_of(devices[:num_devices])
 
 
-def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
+def mesh_of(devices: Sequence[Any]) -> Mesh:
     """Returns a mesh with the one axis "data" over these devices."""
     # JAX's default is Explicit, where contracting over the batch axis raises.
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))

@@ -237,6 +237,7 @@ def _tiled_mask_sums(
     else:
         inside = pixels.inside.reshape(-1, tile)
         # Tiles below the image are not looked at.
+        assert pixels.end is not None
         num_tiles = (pixels.end + tile - 1) // tile
         total = lax.fori_loop(0, num_tiles, lambda i, t: add_tile(t, tiles[i], inside[i]), total)
     area, probability, *overlap = total

@@ -245,7 +245,7 @@ class Predictor:
         """Over how many devices a batch is split; it has a multiple of so many images."""
         return 1 if self.mesh is None else self.mesh.devices.size
 
-    def on_devices(self, devices: Sequence[jax.Device]) -> "Predictor":
+    def on_devices(self, devices: Sequence[Any]) -> "Predictor":
         """Returns a predictor that splits batches over these devices of this process.
 
         A batch whose number of images is no multiple of theirs is computed by the first.
