@@ -9,6 +9,7 @@ from tiny_network import tiny_config
 from solov2_jax import ops
 from solov2_jax.models.heads import append_coords
 from solov2_jax.models.layers import SharedConv
+from solov2_jax.platforms import portable_forms
 from solov2_jax.training.memory import batch_shapes, build_step
 
 # Where few bits show: norms, losses, the sigmoid of masks, optimiser.
@@ -38,7 +39,8 @@ def traced():
     config.optim.clip_norm, config.optim.ema_decay = 35.0, 0.999
     step, state, mesh = build_step(config)
     batch = batch_shapes(8, 8, 64, 64, mesh)
-    lowered = step._step.trace(state, batch, jax.random.key(0))
+    with portable_forms():  # others are operations without equations until they are lowered
+        lowered = step._step.trace(state, batch, jax.random.key(0))
     return lowered.jaxpr.jaxpr, lowered.out_info
 
 

@@ -123,3 +123,15 @@ def test_an_operation_keeps_the_precision_of_where_it_was_called():
     np.testing.assert_array_equal(double(jnp.eye(4)), np.eye(4))  # without jit, too
     with pytest.raises(NotImplementedError, match="double takes batches"):
         jax.vmap(double)(jnp.zeros((2, 4, 4)))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_convolutions_are_lowered_with_the_precision_of_where_they_were_called(platform):
+    xs = [jnp.zeros((1, 16, 16, 8))]
+
+    def loss(xs, kernel):
+        with jax.default_matmul_precision("highest"):
+            return jnp.sum(jnp.square(conv2d_levels(xs, kernel)[0]))
+
+    text = lowered(jax.grad(loss, argnums=(0, 1)), platform, xs, jnp.zeros((3, 3, 8, 8)))
+    assert text.count("HIGHEST") >= 3 and "precision DEFAULT" not in text

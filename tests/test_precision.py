@@ -8,9 +8,18 @@ from test_bfloat16 import CONVOLUTIONS, equations
 from tiny_network import tiny_config, tiny_variables
 
 from solov2_jax.inference.predictor import build_predictor
+from solov2_jax.inference.programs import compile_detect
 from solov2_jax.models import build_model
+from solov2_jax.platforms import portable_forms
 from solov2_jax.training.loss import build_loss
 from solov2_jax.training.memory import batch_shapes, build_step
+
+
+@pytest.fixture(autouse=True)
+def plain_operations():
+    """Others have no equations until they are lowered; test_platforms.py looks at them."""
+    with portable_forms():
+        yield
 
 
 def precisions(jaxpr):
@@ -27,6 +36,7 @@ def train_step(config):
 
 def prediction(config):
     model = build_model(config, 2)
+    compile_detect.cache_clear()  # of programs that were traced in other forms
     detect = build_predictor(config, model, tiny_variables(config))._detect._run
     sizes = jnp.zeros((1, 2), jnp.int32)
     image = jnp.zeros((1, 64, 64, 3), jnp.uint8)

@@ -45,7 +45,8 @@ def conv2d_levels(xs: Sequence[jax.Array], kernel: Kernel, stride: int = 1) -> l
     """
     if kernel.ndim == 3:
         return conv_cpu.winograd_conv(xs, kernel)
-    return _conv2d_levels(list(xs), kernel, stride)
+    precision = jax.config.values["jax_default_matmul_precision"]
+    return _conv2d_levels(list(xs), kernel, stride, precision)
 
 
 def transform_kernel(
@@ -64,17 +65,21 @@ def transform_kernel(
     return kernel.astype(xs[0].dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv2d_levels(xs: list[jax.Array], kernel: jax.Array, stride: int) -> list[jax.Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv2d_levels(
+    xs: list[jax.Array], kernel: jax.Array, stride: int, precision: str | None
+) -> list[jax.Array]:
     return _forward(xs, kernel, stride=stride)
 
 
-def _conv2d_levels_fwd(xs, kernel, stride):
+def _conv2d_levels_fwd(xs, kernel, stride, precision):
     return _forward(xs, kernel, stride=stride), (xs, kernel)
 
 
-def _conv2d_levels_bwd(stride, residuals, grads):
-    return _backward(*residuals, grads, stride=stride)
+def _conv2d_levels_bwd(stride, precision, residuals, grads):
+    xs, kernel = residuals
+    with jax.default_matmul_precision(precision):  # of the forward pass
+        return _backward(xs, kernel, grads, stride=stride)
 
 
 _conv2d_levels.defvjp(_conv2d_levels_fwd, _conv2d_levels_bwd)
