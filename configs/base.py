@@ -43,7 +43,11 @@ _FILES, _SHAPES = only("data.name", ""), only("data.name", "shapes")
 _MATRIX, _GAUSSIAN = only("test.nms_type", "matrix"), only("test.nms_kernel", "gaussian")
 _NO_EPOCHS = only("train.epochs", 0)
 _NO_JITTER = only("augment.jitter_scale", ())
-_DEEP = only("model.backbone.depth", 50, 101, 152)
+_RESNET = only("model.backbone.name", "resnet")
+_DEEP = (_RESNET, only("model.backbone.depth", 50, 101, 152))
+_BACKBONES = ("resnet", "convnext_t", "convnext_s")
+_LAYER_NORMS = ("convnext_t", "convnext_s")
+_BACKBONE = (f"{'|'.join(_BACKBONES)}|{IMPORT_PATH[0]}", f"one of {_BACKBONES} or {IMPORT_PATH[1]}")
 
 # What `augment.preset` sets, by name.
 PRESETS: dict[str, dict[str, object]] = {
@@ -241,8 +245,14 @@ def keys() -> Section:
     # everywhere. On a CPU they are the same.
     model.matmul_precision = choice("default", ("default", "high", "highest"))
     model.backbone = backbone = Section()
+    # "resnet", "convnext_t", "convnext_s", or your own `Backbone` by its import path, such as
+    # "mypackage.nets:Stub" (docs/training.md) [MODEL.BACKBONE.NAME].
+    backbone.name = text("resnet", _BACKBONE)
+    # Fields of other backbones than ResNet, such as `options.depths = (3, 3, 9, 3)` of
+    # ConvNeXt, or those of your own: any key may stand here that the backbone has.
+    backbone.options = Section()
     # 18, 34, 50, 101 or 152 [MODEL.RESNETS.DEPTH]
-    backbone.depth = choice(50, (18, 34, 50, 101, 152))
+    backbone.depth = choice(50, (18, 34, 50, 101, 152), used=_RESNET)
     # Stages whose weights never change: 0 none, 1 stem, 2 stem and res2, ... 5 all
     # [MODEL.BACKBONE.FREEZE_AT].
     backbone.freeze_at = whole(2, high=5)
@@ -252,7 +262,11 @@ def keys() -> Section:
     # "frozen_bn" (pretrained weights); "sync_bn", trained with the statistics of all
     # devices' images, but for frozen stages; or "gn", group norm, which lets
     # the backbone start from random weights [MODEL.RESNETS.NORM].
-    backbone.norm = choice("frozen_bn", ("frozen_bn", "gn", "sync_bn"))
+    backbone.norm = choice(
+        "frozen_bn",
+        ("frozen_bn", "gn", "sync_bn"),
+        used=unless("model.backbone.name", *_LAYER_NORMS),
+    )
     # Groups of the 3x3 of bottlenecks: 32 or 64, 4 wide, are ResNeXt
     # [MODEL.RESNETS.NUM_GROUPS].
     backbone.groups = whole(1, 1, 1024, used=_DEEP)
@@ -260,13 +274,13 @@ def keys() -> Section:
     # [MODEL.RESNETS.WIDTH_PER_GROUP].
     backbone.width_per_group = whole(64, 1, 1024, used=_DEEP)
     # Three 3x3 convolutions instead of the 7x7; with the next key, ResNet-D, also called vd.
-    backbone.deep_stem = switch(False)
+    backbone.deep_stem = switch(False, used=_RESNET)
     # Shortcuts that halve by the mean of 2x2 instead of the stride.
-    backbone.avg_down = switch(False)
+    backbone.avg_down = switch(False, used=_RESNET)
     model.dcn = dcn = Section()
     # Deformable convolutions: stages of the backbone whose 3x3 are, such as (3, 4, 5)
     # [MODEL.RESNETS.DEFORM_ON_PER_STAGE].
-    dcn.stages = several((), whole(3, 2, 5), (1, 4), rising="<")
+    dcn.stages = several((), whole(3, 2, 5), (1, 4), rising="<", used=_RESNET)
     # Which convolutions of the instance head's towers are: "none", the "last", "all".
     dcn.towers = choice("none", ("none", "last", "all"))
     dcn.mask_head = switch(False)  # all of the mask head's
@@ -527,6 +541,10 @@ def keys() -> Section:
     # Images per step that the rate is meant for: it is multiplied by train.batch_size /
     # reference_batch_size; 0: it is taken as it is [SOLVER.REFERENCE_WORLD_SIZE].
     optim.reference_batch_size = whole(0, high=1_000_000)
+    # Factor on the rate per layer of the backbone, counted from its end: a layer that is i
+    # layers before the FPN trains at the rate times this to the power of i (`Backbone.layers`);
+    # 1: all at one rate. About 0.8 for ConvNeXt with "adamw".
+    optim.layer_decay = number(1.0, above=0, high=1)
     optim.momentum = number(0.9, 0, below=1)  # of SGD; Adam's first beta [SOLVER.MOMENTUM]
     # of all but norms' parameters [SOLVER.WEIGHT_DECAY]
     optim.weight_decay = number(1e-4, 0, high=1000)

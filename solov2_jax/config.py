@@ -324,6 +324,12 @@ def check_config(config: ConfigDict) -> None:
         raise InputError("config: " + "; ".join(wrong))
 
 
+def is_used(config: Config, key: str) -> bool:
+    """Returns whether a key has an effect beside the others."""
+    flat = flatten(config)
+    return not any(c.reason(flat) for c in _base().rules()[key].conditions)
+
+
 def check_effect(config: ConfigDict, overrides: Sequence[str]) -> None:
     """Raises an InputError for keys that were given and that the others make inert.
 

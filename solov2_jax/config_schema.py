@@ -26,7 +26,7 @@ IMPORT_PATH = (r"[\w.]+:\w+", "an import path, 'package.module:name'")
 AUTO = "auto"
 
 # Groups that may hold keys of the user's own: they are not locked.
-FREE = ("user", "data.providers")
+FREE = ("user", "data.providers", "model.backbone.options")
 # Old names of keys, while a config file runs that may still set them.
 old_names: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("old", default=())
 

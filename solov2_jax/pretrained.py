@@ -39,6 +39,7 @@ CARD = "README.md"
 THRESHOLDS = "thresholds.json"  # scores for `--score best`, where the run had them
 # What a value looks like that names code to import.
 _CODE = re.compile(r"[\w.]+:\w+")
+_BACKBONE = "model.backbone.name"
 # Groups that say where this machine has what, or what nothing here reads.
 _LOCAL = ("data.", "user.")
 # Of those, what the network's pictures hold.
@@ -107,6 +108,7 @@ def load_run_config(workdir: str | os.PathLike[str], overrides: Sequence[str] = 
     config = read_config(folder / CONFIG)
     base = base_config()
     known = flatten(base)
+    _check_backbone(config.model.backbone.name, overrides, workdir)
     with config.unlocked():
         pictures = {key: flatten(config)[key] for key in _PICTURES}
         # Wholly, because what stands below may be keys that base.py does not have.
@@ -114,9 +116,9 @@ def load_run_config(workdir: str | os.PathLike[str], overrides: Sequence[str] = 
         for key, value in pictures.items():
             set_below(config, key, value)
         for key, value in flatten(config).items():
-            if _names_code(value) and value != known.get(key):
+            if _names_code(value) and key in known and value != known[key] and key != _BACKBONE:
                 set_below(config, key, known[key])
-    free = ("model.dtype", "model.matmul_precision")
+    free = ("model.dtype", "model.matmul_precision", _BACKBONE)
     for key in given_keys(overrides):
         if key.startswith("model.") and key not in free:
             raise InputError(f"--config.{key}: the weights of {workdir} keep their network")
@@ -125,6 +127,19 @@ def load_run_config(workdir: str | os.PathLike[str], overrides: Sequence[str] = 
     check_config(config)
     check_effect(config, overrides)
     return config
+
+
+def _check_backbone(name: str, overrides: Sequence[str], workdir: str | os.PathLike[str]) -> None:
+    """Raises InputError for a backbone that is not ours, unless the user names it too."""
+    given = [o for o in overrides if o.startswith(f"--config.{_BACKBONE}=")]
+    wanted = f"--config.{_BACKBONE}={name}"
+    if _names_code(name) and not given:
+        raise InputError(
+            f"{workdir}: its backbone is {name}, code that does not come with the weights; have it "
+            f"on PYTHONPATH and, if you trust it, give {wanted}"
+        )
+    if any(override != wanted for override in given):
+        raise InputError(f"{given[-1]}: the weights of {workdir} keep their network, {name}")
 
 
 def _names_code(value: Any) -> bool:

@@ -9,6 +9,7 @@ Files are as trusted as those of JAX's cache beside them: both hold machine code
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -26,6 +27,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import jaxlib
+from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import serialize_executable
 
@@ -58,10 +60,11 @@ def load_or_compile(run: Any, arguments: Sequence[Any], name: str) -> Any:
     Args:
       run: from `jax.jit`.
       arguments: pytrees of arrays or `jax.ShapeDtypeStruct`s, on one device.
-      name: says whatever else of the function decides what it computes.
+      name: says whatever else of the function decides what it computes; "": nothing does, and
+        the program is not kept. See `program_name`.
     """
     where, origin = folder(), _origin()
-    if where is None or origin is None or jax.device_count() > 1:
+    if not name or where is None or origin is None or jax.device_count() > 1:
         return run.lower(*arguments).compile()
     leaves, structure = jax.tree.flatten(arguments)
     shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
@@ -85,6 +88,21 @@ def load_or_compile(run: Any, arguments: Sequence[Any], name: str) -> Any:
     return program
 
 
+def program_name(model: Any, *parts: Any) -> str:
+    """Returns the name of a program for `load_or_compile`: what it computes, and with what.
+
+    It is "" if the network has modules from outside of this package: what they compute, its
+    sources and their description do not say.
+    """
+    return repr((model, *parts)) if _is_ours(model) else ""
+
+
+def _is_ours(model: Any) -> bool:
+    values = [getattr(model, field.name, None) for field in dataclasses.fields(model)]
+    modules = [type(model), *(type(v) for v in values if isinstance(v, nn.Module))]
+    return all(kind.__module__.partition(".")[0] == __package__ for kind in modules)
+
+
 def variable_shapes(model: Any, channels: int = 3) -> dict[str, Any]:
     """Returns the shapes of a network's variables, without tracing where they are known.
 
@@ -92,7 +110,8 @@ def variable_shapes(model: Any, channels: int = 3) -> dict[str, Any]:
       channels: of its images.
     """
     where, origin = folder(), _origin()
-    path = where / f"{_digest(origin, model, channels)}.shapes.json" if where and origin else None
+    kept = where and origin and _is_ours(model)
+    path = where / f"{_digest(origin, model, channels)}.shapes.json" if where and kept else None
     if path is not None and path.is_file():
         try:
             leaves = read_json(path, "shapes of a network")

@@ -82,7 +82,7 @@ LONG_FUNCTIONS = {
 }
 MAX_LONG_FUNCTION = 105
 # Lines of Python.
-BUDGETS = {"core": 20_800, "tools": 18_900, "benchmarks": 3_290}
+BUDGETS = {"core": 21_300, "tools": 18_900, "benchmarks": 3_290}
 # What errors that are still there begin with.
 KNOWN: tuple[str, ...] = ()
 

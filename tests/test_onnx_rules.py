@@ -62,6 +62,7 @@ def chain(x):
 
 
 CASES = {
+    "error function": (lax.erf, X),
     "stable sort by a key": (lambda v: lax.sort((v, jnp.arange(6)), num_keys=1), V),
     "sort of whole numbers": (lambda i: jnp.sort(i), I),
     "top k with ties": (lambda v: lax.top_k(v, 4), V),

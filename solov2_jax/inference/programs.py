@@ -27,7 +27,7 @@ from solov2_jax.io import InputError, read_json, write_json
 from solov2_jax.models.conv import transformed_for
 from solov2_jax.postprocess import detect
 from solov2_jax.progress import working
-from solov2_jax.stored import load_or_compile
+from solov2_jax.stored import load_or_compile, program_name
 from solov2_jax.structs import Detections, Outputs
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def compile_detect(
         rows = split_by_batch(mesh).spec
         specs = (replicated(mesh).spec, rows, rows)
         run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
-    name = repr(("detect", model, mean, std, options, mesh and mesh.devices.size))
+    name = program_name(model, "detect", mean, std, options, mesh and mesh.devices.size)
     return DetectPrograms(jax.jit(run, compiler_options=compiler_options()), name, mesh)
 
 
@@ -244,7 +244,7 @@ def compile_kernel_transform(
             return model.apply(variables, image, mutable=["transformed"])[1]
 
     jitted = jax.jit(run, compiler_options=compiler_options())
-    name = repr(("transform", model, size, platform))
+    name = program_name(model, "transform", size, platform)
 
     def transform_kernels(variables):
         transformed = load_or_compile(jitted, (variables,), name)(variables)

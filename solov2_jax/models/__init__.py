@@ -1,17 +1,26 @@
 """The network: image -> Outputs."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from flax import linen as nn
 
+from solov2_jax.io import InputError, import_object
+from solov2_jax.models.backbone import Backbone
+from solov2_jax.models.convnext import ConvNeXt
 from solov2_jax.models.deform import Deform
 from solov2_jax.models.resnet import ResNet
 from solov2_jax.models.solov2 import SOLOv2, intermediates
 
-__all__ = ["ResNet", "SOLOv2", "build_backbone", "build_model", "intermediates"]
+__all__ = ["Backbone", "ResNet", "SOLOv2", "build_backbone", "build_model", "intermediates"]
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# By name: the class, and what differs from its defaults.
+BACKBONES: dict[str, tuple[type[Backbone], dict[str, Any]]] = {
+    "convnext_t": (ConvNeXt, {}),
+    "convnext_s": (ConvNeXt, {"depths": (3, 3, 27, 3)}),
+}
 
 
 def build_model(config: Any, num_classes: int) -> SOLOv2:
@@ -47,23 +56,80 @@ def build_model(config: Any, num_classes: int) -> SOLOv2:
     )
 
 
-def build_backbone(config: Any) -> nn.Module:
-    """Returns the backbone that `config.model.backbone` describes; see `SOLOv2.backbone`."""
-    model, backbone = config.model, config.model.backbone
-    return ResNet(
-        depth=backbone.depth,
-        freeze_at=backbone.freeze_at,
-        stride_in_1x1=backbone.stride_in_1x1,
-        groups=backbone.groups,
-        width_per_group=backbone.width_per_group,
-        deep_stem=backbone.deep_stem,
-        avg_down=backbone.avg_down,
-        deform=_deform(config),
-        deform_stages=tuple(model.dcn.stages),
-        norm=backbone.norm,
-        dtype=_DTYPES[model.dtype],
-        frozen=tuple(config.optim.freeze),
-    )
+def build_backbone(config: Any) -> Backbone:
+    """Returns the backbone that `config.model.backbone` describes.
+
+    Raises:
+      InputError: for an import path that leads to no `Backbone`, and for options that it
+        does not have.
+    """
+    backbone = config.model.backbone
+    shared = {
+        "freeze_at": backbone.freeze_at,
+        "dtype": _DTYPES[config.model.dtype],
+        "frozen": tuple(config.optim.freeze),
+    }
+    kind, options = ResNet, {}
+    if backbone.name in BACKBONES:
+        kind, options = BACKBONES[backbone.name]
+    elif backbone.name != "resnet":
+        kind = import_object(backbone.name, "model.backbone.name")
+        if not (isinstance(kind, type) and issubclass(kind, Backbone)):
+            raise InputError(
+                f"model.backbone.name: {backbone.name} is no subclass of "
+                "solov2_jax.models.Backbone; see docs/training.md, Your own backbone"
+            )
+    fields = _fields(kind, set(shared))
+    given = backbone.options.to_dict()
+    if kind is ResNet:
+        options = {
+            "depth": backbone.depth,
+            "stride_in_1x1": backbone.stride_in_1x1,
+            "groups": backbone.groups,
+            "width_per_group": backbone.width_per_group,
+            "deep_stem": backbone.deep_stem,
+            "avg_down": backbone.avg_down,
+            "deform": _deform(config),
+            "deform_stages": tuple(config.model.dcn.stages),
+            "norm": backbone.norm,
+        }
+        fields = {}  # its options are keys
+    elif "norm" in fields and "norm" not in given:
+        options = {**options, "norm": backbone.norm}
+    return kind(**{**options, **_checked(given, fields, backbone.name)}, **shared)
+
+
+def _fields(kind: type[Backbone], others: set[str]) -> dict[str, Any]:
+    """Returns the defaults of a backbone's own fields, by name."""
+    others = others | {"parent", "name"}
+    return {f.name: f.default for f in dataclasses.fields(kind) if f.name not in others}
+
+
+def _checked(
+    given: Mapping[str, Any], fields: Mapping[str, Any], backbone: str
+) -> Mapping[str, Any]:
+    """Returns the options that are given, if they are like the fields' defaults."""
+    for name, value in given.items():
+        key = f"model.backbone.options.{name}"
+        if name not in fields:
+            raise InputError(
+                f"{key}: {backbone} has no such option; it has {', '.join(fields) or 'none'}"
+            )
+        if not _is_like(value, fields[name]):
+            raise InputError(f"{key} = {value!r} should be like {fields[name]!r}")
+    return given
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a value has a default's type; any has that of None or of no default."""
+    if default is None or default is dataclasses.MISSING:
+        return True
+    if isinstance(default, tuple) and default:
+        few = isinstance(value, tuple) and len(value) == len(default)
+        return few and all(_is_like(v, d) for v, d in zip(value, default, strict=True))
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is type(default)
 
 
 def _deform(config: Any, bias: bool = False) -> Deform:

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from solov2_jax import ops
+from solov2_jax.models.backbone import Backbone
 from solov2_jax.models.deform import Deform
 from solov2_jax.models.layers import ConvNorm, residual_scale_init
 
@@ -123,7 +123,7 @@ class Stem(nn.Module):
         return ops.max_pool_3x3_stride2(x)
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """Image to {"res2": ..., "res5": ...} at strides 4, 8, 16, 32.
 
     The first `freeze_at` of (stem, res2, ... res5) get no gradient.
@@ -135,7 +135,6 @@ class ResNet(nn.Module):
     """
 
     depth: int = 50
-    freeze_at: int = 2
     stride_in_1x1: bool = True
     groups: int = 1
     width_per_group: int = 64
@@ -144,8 +143,6 @@ class ResNet(nn.Module):
     deform: Deform | None = None
     deform_stages: Sequence[int] = ()
     norm: str = "frozen_bn"
-    dtype: Dtype = jnp.float32
-    frozen: Sequence[str] = ()  # see `ConvNorm`
 
     @nn.compact
     def __call__(
@@ -156,9 +153,7 @@ class ResNet(nn.Module):
             raise ValueError(f"model.backbone.depth is {self.depth}; known are {list(STAGES)}")
         num_blocks, _ = STAGES[self.depth]
         stem = Stem(self._norm_of(1), self.dtype, self.frozen, self.deep_stem, name="stem")
-        x, extent = stem(image, extent), ops.at_stride(extent, 4)
-        if self.freeze_at >= 1:
-            x = lax.stop_gradient(x)
+        x, extent = self.cut(stem(image, extent), 1), ops.at_stride(extent, 4)
         features = {}
         for stage, blocks in enumerate(num_blocks, start=2):
             block = self._block_of(stage)
@@ -166,9 +161,7 @@ class ResNet(nn.Module):
                 stride = 2 if stage > 2 and i == 0 else 1
                 x = block(stride=stride, name=f"res{stage}_{i}")(x, extent)
                 extent = ops.at_stride(extent, stride)
-            if self.freeze_at >= stage:
-                x = lax.stop_gradient(x)
-            features[f"res{stage}"] = x
+            x = features[f"res{stage}"] = self.cut(x, stage)
         return features
 
     def _block_of(self, stage: int) -> functools.partial:

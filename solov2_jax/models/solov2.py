@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
+from solov2_jax.models.backbone import check_features
 from solov2_jax.models.deform import Deform
 from solov2_jax.models.fpn import FPN
 from solov2_jax.models.heads import InstanceHead, MaskHead, split_features
@@ -21,7 +22,7 @@ class SOLOv2(nn.Module):
 
     Attributes:
       backbone: called with (image, extent), returns {"res2": ..., "res5": ...}, features at
-        strides 4, 8, 16 and 32 of any number of channels.
+        strides 4, 8, 16 and 32 of any number of channels; see `backbone.Backbone`.
 
     Source: adet/modeling/solov2/solov2.py, SOLOv2.forward, without its losses and
     post-processing, which are functions of `Outputs` here.
@@ -65,6 +66,7 @@ class SOLOv2(nn.Module):
                 "(see input.buckets_train and input.buckets_test)"
             )
         features = self.backbone(image.astype(self.dtype), extent)
+        check_features(features, image, type(self.backbone).__name__)
         fpn = FPN(self.fpn_channels, self.dtype, self.fpn_norm, self.frozen, name="fpn")
         features = fpn(features, extent)
         cate, kernel = InstanceHead(

@@ -11,7 +11,8 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from solov2_jax.data.buckets import round_up
-from solov2_jax.models import build_model
+from solov2_jax.models import SOLOv2, build_model
+from solov2_jax.models.dense import Dense, DepthwiseConv, PatchConv
 from solov2_jax.models.layers import ConvNorm, FrozenBatchNorm, GroupNorm, SharedConv
 from solov2_jax.training.optim import trainable_mask
 
@@ -27,7 +28,7 @@ class Row:
 
     `parameters` counts as the reference does: a frozen batch norm's scale, bias, mean
     and variance are not parameters, but `frozen_norm`. `flops` are those of the
-    convolutions, two for one multiply-add.
+    convolutions and layers with weights, two for one multiply-add.
     """
 
     path: tuple[str, ...]
@@ -40,7 +41,7 @@ class Row:
 
 
 def summarize(
-    model: nn.Module, height: int, width: int, freeze_at: int, channels: int = 3
+    model: SOLOv2, height: int, width: int, freeze_at: int, channels: int = 3
 ) -> list[Row]:
     """Returns a row per module, outermost first, for one image of the padded size.
 
@@ -63,7 +64,7 @@ def summarize(
     image = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
     with nn.intercept_methods(record):
         variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    _count(rows, variables, freeze_at)
+    _count(rows, variables, freeze_at, model.backbone.stages())
     return list(rows.values())
 
 
@@ -78,24 +79,34 @@ def _describe(module: nn.Module, channels: int) -> str:
         conv += f" / {module.stride}" * (module.stride > 1)
         conv += f" in {module.groups} groups" * (module.groups > 1)
         return conv + _NORMS[module.norm] + deformed
+    if isinstance(module, Dense):
+        return f"dense {channels}->{module.features}"
+    if isinstance(module, PatchConv):
+        return f"{module.size}x{module.size} {channels}->{module.features} / {module.size}"
+    if isinstance(module, DepthwiseConv):
+        return f"{module.kernel_size}x{module.kernel_size} depthwise"
     if isinstance(module, GroupNorm):
         return f"GroupNorm {module.groups}"
     return type(module).__name__
 
 
-def _count(rows: dict[tuple[str, ...], Row], variables, freeze_at: int) -> None:
+def _count(
+    rows: dict[tuple[str, ...], Row],
+    variables,
+    freeze_at: int,
+    stages: Sequence[Sequence[str]],
+) -> None:
     """Adds each array of `variables` to the rows of all modules around it."""
     params: Any = flatten_dict(variables["params"])
     stats: Any = flatten_dict(variables.get("batch_stats", {}))
     frozen = {path[:-1] for path in stats}
     norm = "frozen_bn" if frozen else "gn"
-    trainable: Any = flatten_dict(trainable_mask(variables["params"], freeze_at, norm))
+    trainable: Any = flatten_dict(trainable_mask(variables["params"], freeze_at, norm, (), stages))
     for path, array in params.items():
         flops = 0
         if path[-1] == "kernel":
-            k1, k2, channels, _ = array.shape
-            pixels = sum(math.prod(shape) for shape in rows[path[:-1]].outputs)
-            flops = 2 * k1 * k2 * channels * pixels
+            values = sum(math.prod(shape) for shape in rows[path[:-1]].outputs)
+            flops = 2 * math.prod(array.shape[:-1]) * values
         for depth in range(len(path)):
             row = rows.get(path[:depth])
             if row is None:  # the frozen batch norm's own level

@@ -32,9 +32,15 @@ from solov2_jax.evaluation.evaluate import (
 )
 from solov2_jax.inference.predictor import build_predictor
 from solov2_jax.io import import_object
-from solov2_jax.models import build_model
+from solov2_jax.models import build_backbone, build_model
 from solov2_jax.training.loss import Loss, ValidationLoss, build_loss
-from solov2_jax.training.optim import build_schedule, describe_rate, make_optimizer, trainable_mask
+from solov2_jax.training.optim import (
+    build_schedule,
+    describe_rate,
+    layer_rates,
+    make_optimizer,
+    trainable_mask,
+)
 
 PyTree = Any
 Evaluate = Callable[[dict[str, PyTree]], Mapping[str, float | None]]
@@ -161,7 +167,8 @@ def _shard() -> tuple[int, int]:
 def build_trainable(config: Any, params: PyTree) -> PyTree:
     """Returns a tree of bools: which of these parameters are trained."""
     backbone, patterns = config.model.backbone, tuple(config.optim.freeze)
-    return trainable_mask(params, backbone.freeze_at, backbone.norm, patterns)
+    stages = build_backbone(config).stages()
+    return trainable_mask(params, backbone.freeze_at, backbone.norm, patterns, stages)
 
 
 def log_trainable(params: PyTree, trainable: PyTree) -> None:
@@ -176,7 +183,9 @@ def build_optimizer(
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
     """Returns (learning rate by step, optimiser)."""
     optim = config.optim
-    schedule = build_schedule(config)
+    schedule, factor_of = build_schedule(config), None
+    if optim.layer_decay < 1:
+        factor_of = layer_rates(build_backbone(config).layers(), optim.layer_decay)
     tx = make_optimizer(
         schedule,
         name=optim.name,
@@ -185,6 +194,7 @@ def build_optimizer(
         weight_decay_norm=optim.weight_decay_norm,
         clip_norm=optim.clip_norm,
         trainable=trainable,
+        factor_of=factor_of,
     )
     return schedule, tx
 

@@ -6,7 +6,8 @@ warm-up.
 """
 
 import fnmatch
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +17,11 @@ import optax
 from solov2_jax.config import suggest
 from solov2_jax.config_schema import as_steps
 from solov2_jax.io import InputError
+from solov2_jax.models.backbone import STAGES
 
 PyTree = Any
+# Names of normalisation layers: ours, and those that Flax gives.
+_NORM = re.compile(r"norm|(gn|ln|out_ln)\w*|(Batch|Layer|Group|RMS)Norm_\d+")
 
 
 def build_schedule(config: Any) -> optax.Schedule:
@@ -119,21 +123,26 @@ def cosine(rate: float, final: float, steps: int) -> optax.Schedule:
 
 
 def trainable_mask(
-    params: PyTree, freeze_at: int, norm: str = "frozen_bn", patterns: Sequence[str] = ()
+    params: PyTree,
+    freeze_at: int,
+    norm: str = "frozen_bn",
+    patterns: Sequence[str] = (),
+    stages: Sequence[Sequence[str]] = STAGES,
 ) -> PyTree:
     """Returns a tree of bools: True for the parameters that training may change.
 
     Args:
-      freeze_at: 0 freezes no stage, 1 the stem, 2 stem and res2, ... 5 all.
+      freeze_at: 0 freezes no stage, 1 the first of `stages`, 2 the second too, ...
       norm: of the backbone; the affine parameters of "frozen_bn" are never trained.
       patterns: of names such as "fpn/lateral2/kernel" that are not trained either.
+      stages: patterns of names within the backbone, see `Backbone.stages`.
 
     Raises:
       InputError: for a pattern that no name matches.
 
     Source: detectron2/modeling/backbone/resnet.py, ResNet.freeze.
     """
-    frozen_stages = ("stem", "res2", "res3", "res4", "res5")[:freeze_at]
+    frozen = [pattern for stage in stages[:freeze_at] for pattern in stage]
     _check_patterns(params, patterns)
 
     def trainable(path, _) -> bool:
@@ -144,7 +153,7 @@ def trainable_mask(
             return True
         if "norm" in names and norm == "frozen_bn":
             return False
-        return names[1].split("_")[0] not in frozen_stages
+        return not any(fnmatch.fnmatchcase("/".join(names[1:]), p) for p in frozen)
 
     return jax.tree.map_with_path(trainable, params)
 
@@ -169,6 +178,7 @@ def make_optimizer(
     weight_decay_norm: float,
     clip_norm: float,
     trainable: PyTree,
+    factor_of: Callable[[str], float] | None = None,
 ) -> optax.GradientTransformation:
     """Returns the optimiser of the trainable parameters; the others have no state.
 
@@ -182,6 +192,8 @@ def make_optimizer(
       weight_decay_norm: of the scale and bias of normalisation layers.
       clip_norm: largest L2 norm of all gradients together; 0: no clipping.
       trainable: tree of bools like the parameters.
+      factor_of: name of a parameter -> what its rate is multiplied by, as `layer_rates` returns
+        it; None: one rate for all.
 
     Raises:
       InputError: for another name.
@@ -200,16 +212,51 @@ def make_optimizer(
     else:
         raise InputError(f"optim.name is {name!r}; choose 'sgd' or 'adamw'")
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm > 0 else []
+    if factor_of is not None:
+        rule.append(_scale_by_name(factor_of))
     chain = optax.chain(*clip, *rule, optax.scale_by_learning_rate(schedule))
     frozen = jax.tree.map(lambda flag: not flag, trainable)
     return optax.chain(optax.masked(chain, trainable), optax.masked(optax.set_to_zero(), frozen))
+
+
+def layer_rates(layers: Sequence[Sequence[str]], decay: float) -> Callable[[str], float]:
+    """Returns name of a parameter -> decay ** (number of layers from it to the backbone's end).
+
+    The backbone's last layer has decay ** 1, what is no part of the backbone 1.
+
+    Args:
+      layers: patterns of names within the backbone, see `Backbone.layers`.
+
+    Source: BEiT's and ConvNeXt's LayerDecayValueAssigner.
+    """
+
+    def factor(name: str) -> float:
+        part, _, rest = name.partition("/")
+        if part != "backbone":
+            return 1.0
+        for i, patterns in enumerate(layers):
+            if any(fnmatch.fnmatchcase(rest, p) for p in patterns):
+                return decay ** (len(layers) - i)
+        return decay
+
+    return factor
+
+
+def _scale_by_name(factor_of: Callable[[str], float]) -> optax.GradientTransformation:
+    def scale(updates: PyTree, params: PyTree = None) -> PyTree:
+        del params
+        return jax.tree.map_with_path(
+            lambda path, x: x * factor_of("/".join(_names(path))), updates
+        )
+
+    return optax.stateless(scale)
 
 
 def _map_norm(params: PyTree, value: bool) -> PyTree:
     """Returns a tree that is `value` on normalisation parameters, else not `value`."""
 
     def is_norm(path, _) -> bool:
-        return any(name == "norm" or name.startswith("gn") for name in _names(path))
+        return any(map(_NORM.fullmatch, _names(path)))
 
     return jax.tree.map_with_path(lambda p, x: is_norm(p, x) == value, params)
 

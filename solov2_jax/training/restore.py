@@ -19,6 +19,7 @@ from solov2_jax.pretrained import WEIGHTS, is_pretrained
 from solov2_jax.training.build import Task
 from solov2_jax.training.step import TrainState
 from solov2_jax.weights import convert
+from solov2_jax.weights.backbones import suggest_weights
 from solov2_jax.weights.hub import is_remote, local_path, open_weights
 from solov2_jax.weights.settings import check_settings
 from solov2_jax.weights.sources import Weights
@@ -31,7 +32,7 @@ PyTree = Any
 RANDOM_COST = (
     "init_from is empty: from random weights a detector needs several times the epochs (about 6 "
     "times on COCO's 118,000 images), and with few images it stays far behind (of 1,000 of "
-    "COCO's: AP 3.5, from pretrained weights 9.9); give --config.init_from=timm/resnet%d.a1_in1k"
+    "COCO's: AP 3.5, from pretrained weights 9.9); give %s"
 )
 
 
@@ -92,7 +93,7 @@ def restore(config: Any, workdir: pathlib.Path, task: Task, mesh: Mesh) -> Start
     state = create_state(task.init, task.tx, key, mesh, ema=ema)
     log.info("start: random weights (seed %d), step 0", config.seed)
     if config.data.name not in config.data.providers:
-        log.warning(RANDOM_COST, config.model.backbone.depth)
+        log.warning(RANDOM_COST, suggest_weights(config.model.backbone))
     return Start(state, position)
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 
+from solov2_jax.config import is_used
 from solov2_jax.training.hooks import HookBase, Run
 from solov2_jax.training.optim import warmup_steps
 
@@ -102,7 +103,8 @@ def _reason(config: Any, step: int, means: Mapping[str, float]) -> str:
             f"the warm-up lasts until step {warmup_steps(config)}; wait, or shorten "
             "optim.warmup_steps"
         )
-    if config.model.backbone.norm == "frozen_bn" and not config.init_from:
+    frozen = config.model.backbone.norm == "frozen_bn"
+    if frozen and is_used(config, "model.backbone.norm") and not config.init_from:
         return (
             "the backbone has random weights under a frozen batch norm, which does not "
             "normalise. Give pretrained weights in init_from, or set model.backbone."

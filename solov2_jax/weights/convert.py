@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from solov2_jax.models import build_model
 from solov2_jax.stored import variable_shapes
 from solov2_jax.weights.array_files import write_safetensors, write_torch
+from solov2_jax.weights.backbones import backbone_of
 from solov2_jax.weights.names import Flat, shorten, to_adelaidet
 from solov2_jax.weights.settings import check_settings, depth_of
 from solov2_jax.weights.sources import Weights
@@ -23,6 +24,8 @@ from solov2_jax.weights.state_dicts import NO_RULE, OURS
 _log = logging.getLogger(__name__)
 _STEM = "params/backbone/stem/conv1/kernel"
 _CLASS_LAYER = "params/ins_head/cate_pred/"
+# Norms that end a backbone's results: no ImageNet classifier has them.
+_OUT_NORM = "params/backbone/out_ln"
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def _groups(leaves: tuple[str, ...]) -> list[str]:
 def _partly_new(report: Report) -> Counter[str]:
     """Returns the parts of the network that were loaded with holes, and how many."""
     parts = {leaf.split("/")[1] for leaf in report.loaded}
-    holes = (leaf for leaf in report.new if not leaf.startswith(_CLASS_LAYER))
+    holes = (leaf for leaf in report.new if not leaf.startswith((_CLASS_LAYER, _OUT_NORM)))
     return Counter(part for leaf in holes if (part := leaf.split("/")[1]) in parts)
 
 
@@ -136,7 +139,18 @@ def adapt_stem(weights: Weights, flat: Flat, targets: Mapping[str, Any]) -> None
 
 def _refuse_misfits(weights: Weights, flat: Flat, targets: Mapping[str, Any]) -> None:
     """Raises ValueError naming all that keeps the leaves from being put in."""
+    kinds = backbone_of(flat), backbone_of(targets)
+    if kinds[0] and kinds[0] != kinds[1]:
+        raise ValueError(
+            f"{weights.path} holds a backbone {kinds[0]}, the network has another: set "
+            f"model.backbone.name={kinds[0]}, and none of its options"
+        )
     depths = depth_of(flat), depth_of(targets)
+    if depths[0] and not depths[1] and "params/backbone/stem/conv1/norm/scale" not in targets:
+        raise ValueError(
+            f"{weights.path} holds a ResNet-{depths[0]}, the network's backbone is another: set "
+            "model.backbone.name=resnet, or give weights of its own"
+        )
     if None not in depths and depths[0] != depths[1]:
         raise ValueError(
             f"{weights.path} holds a ResNet-{depths[0]}, the network is a "

@@ -29,7 +29,8 @@ NORM_EPS = 1e-5  # of the network's frozen batch norms and group norms
 class Rule:
     """Source tensors named `source` fill the leaves named `target`.
 
-    `transform`: "same", "kernel" (OIHW -> HWIO), "zeros" or "identity_var" (the
+    `transform`: "same", "kernel" (OIHW -> HWIO), "matrix" (OI -> IO), "vector" (C,1,1 -> C),
+    "zeros" or "identity_var" (the
     source has an affine norm only: its mean is 0 and its variance + epsilon is 1).
     """
 
@@ -262,7 +263,7 @@ _SOLO_HEADS = _heads(
     mask_pred=_conv_module("mask_feat_head.conv_pred.0"),
 )
 
-_COUNTER = Drop(
+COUNTER = Drop(
     r"(.*\.)?num_batches_tracked|n_averaged|steps?|initted",
     "a counter, of batches or averaged steps",
 )
@@ -283,10 +284,10 @@ _DETECTRON2_NETWORK = (
     *_detectron2_backbone("backbone.bottom_up."),
     *_fpn("backbone.fpn_lateral{l}", "backbone.fpn_output{l}"),
 )
-ADELAIDET = NameTable((*_DETECTRON2_NETWORK, *_ADELAIDET_HEADS), (_COUNTER, _PIXELS, _OTHER_HEADS))
+ADELAIDET = NameTable((*_DETECTRON2_NETWORK, *_ADELAIDET_HEADS), (COUNTER, _PIXELS, _OTHER_HEADS))
 DETECTRON2 = NameTable(
     (*_caffe2_backbone(), *_detectron2_backbone(""), *_DETECTRON2_NETWORK),
-    (_COUNTER, _PIXELS, _OTHER_HEADS, _CLASSIFIER, _MOMENTUM, _STEM_BIAS),
+    (COUNTER, _PIXELS, _OTHER_HEADS, _CLASSIFIER, _MOMENTUM, _STEM_BIAS),
 )
 MMDET = NameTable(
     (
@@ -295,9 +296,9 @@ MMDET = NameTable(
         *_MMDET_HEADS,
         *_SOLO_HEADS,
     ),
-    (_COUNTER, _OTHER_HEADS, _EMA_BUFFER),
+    (COUNTER, _OTHER_HEADS, _EMA_BUFFER),
 )
-TORCHVISION = NameTable(_torchvision_backbone(""), (_COUNTER, _CLASSIFIER))
+TORCHVISION = NameTable(_torchvision_backbone(""), (COUNTER, _CLASSIFIER))
 
 TABLES: dict[str, NameTable] = {
     "adelaidet": ADELAIDET,
@@ -320,12 +321,6 @@ def targets_of(table: NameTable, name: str) -> list[tuple[str, str]]:
     return targets
 
 
-def is_known(name: str) -> bool:
-    """Returns whether any table, or our own naming, has a rule for a tensor's name."""
-    known = any(targets_of(t, name) for t in (ADELAIDET, DETECTRON2, MMDET, TORCHVISION))
-    return known or name.startswith(("params/", "batch_stats/"))
-
-
 def drop_reason(table: NameTable, name: str) -> str | None:
     """Returns why the table drops the source tensor, None when it does not."""
     for drop in table.drops:
@@ -341,6 +336,10 @@ def apply_transform(transform: str, value: np.ndarray) -> np.ndarray:
         return value
     if transform == "kernel":
         return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
+    if transform == "matrix":
+        return value.T if value.ndim == 2 else value
+    if transform == "vector":
+        return value.ravel() if value.size == value.shape[0] else value
     if transform == "zeros":
         return np.zeros_like(value)
     if transform == "identity_var":

@@ -16,6 +16,7 @@ import numpy as np
 
 from solov2_jax.config import flatten
 from solov2_jax.config_schema import set_below
+from solov2_jax.weights.backbones import TABLES, backbone_of
 from solov2_jax.weights.names import NORM_EPS
 
 Settings = dict[str, Any]
@@ -33,7 +34,9 @@ _RGB: Settings = {
     "input.std": [58.395, 57.12, 57.375],
     "model.backbone.stride_in_1x1": False,
 }
+_RGB_ONLY = {key: value for key, value in _RGB.items() if key.startswith("input.")}
 CONVENTIONS: dict[str, Settings] = {
+    **dict.fromkeys(TABLES, _RGB_ONLY),
     "adelaidet": _BGR,
     "detectron2": _BGR,
     "keras": {**_BGR, "input.mean": [103.939, 116.779, 123.68]},
@@ -56,6 +59,7 @@ _FORMS: Settings = {
     **_BGR,
     **NETWORK,
     "class_names": ["person"],
+    "model.backbone.name": "resnet",
     "model.backbone.depth": 50,
     "model.backbone.norm": "frozen_bn",
     "model.fpn.channels": 256,
@@ -95,6 +99,8 @@ def settings_of_shapes(flat: Mapping[str, np.ndarray]) -> Settings:
     depth = depth_of(flat)
     if depth is not None:
         settings["model.backbone.depth"] = depth
+    elif name := backbone_of(flat):
+        settings["model.backbone.name"] = name
     if "params/backbone/stem/conv1/norm/scale" in flat:
         frozen = "batch_stats/backbone/stem/conv1/norm/mean" in flat
         settings["model.backbone.norm"] = "frozen_bn" if frozen else "gn"
@@ -223,8 +229,8 @@ def implied_settings(
 
 def drop_needless(settings: Settings) -> None:
     """Removes, in place, what means nothing for the network: basic blocks (ResNet-18
-    and 34) have no 1x1 convolution that could have the stride."""
-    if settings.get("model.backbone.depth") in (18, 34):
+    and 34) and other backbones have no 1x1 convolution that could have the stride."""
+    if settings.get("model.backbone.depth") in (18, 34) or "model.backbone.name" in settings:
         settings.pop("model.backbone.stride_in_1x1", None)
 
 

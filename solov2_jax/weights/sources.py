@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from solov2_jax.io import InputError, reading
-from solov2_jax.weights import names, torch_files
+from solov2_jax.weights import backbones, names, torch_files
 from solov2_jax.weights.array_files import WeightsError, read_npz, read_safetensors
 from solov2_jax.weights.pickles import RestrictedUnpickler
 from solov2_jax.weights.settings import Settings, check_form, implied_settings
 from solov2_jax.weights.state_dicts import NO_RULE, OURS, find_network
 
-SOURCES = ("auto", *names.TABLES, OURS)
+_TABLES = {**names.TABLES, **backbones.TABLES}
+SOURCES = ("auto", *_TABLES, OURS)
 _log = logging.getLogger(__name__)
 
 _DEFORMABLE = re.compile(r".*(conv\d?_offset|\.offset)(\.|_|$).*")
@@ -90,6 +91,9 @@ def detect_source(tensors: Mapping[str, np.ndarray], container: str) -> str:
     if has("layer1.0.conv1."):
         # Nobody publishes torchvision's weights as .npz; the Keras/Caffe ones are.
         return "keras" if container == "npz" else "torchvision"
+    for source, marks in backbones.MARKS.items():
+        if has(*marks):
+            return source
     raise ValueError(f"no known source has such tensor names: {names.shorten(tensors)}")
 
 
@@ -222,7 +226,7 @@ def _named(contents: Contents, source: str) -> tuple[names.Flat, list[tuple[str,
             "these weights have deformable convolutions, which this network does not have: "
             + names.shorten(deformable)
         )
-    table = names.TABLES[source]
+    table = _TABLES[source]
     flat, rest = names.from_names(table, contents.tensors)
     return flat, [(n, names.drop_reason(table, n) or NO_RULE) for n in rest]
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from solov2_jax.weights import names
 from solov2_jax.weights.array_files import WeightsError
+from solov2_jax.weights.backbones import is_known
 
 OURS = "solov2_jax"
 NO_RULE = "no rule for this name"
@@ -119,7 +120,7 @@ def _groups(content: Mapping[str, Any], is_tensor: Callable[[Any], bool]) -> lis
                     "one without their wrappers: remove one of them"
                 )
             group.tensors[name], group.full_names[name] = value, str(key)
-            group.num_known += names.is_known(name)
+            group.num_known += is_known(name)
     return list(groups.values())
 
 
@@ -185,7 +186,7 @@ def _without_common_prefix(tensors: dict[str, Any]) -> dict[str, Any]:
         if len(heads) > 1:
             break
         shorter = {name.split(".", count)[-1]: value for name, value in tensors.items()}
-        if len(shorter) == len(tensors) and any(map(names.is_known, shorter)):
+        if len(shorter) == len(tensors) and any(map(is_known, shorter)):
             return shorter
     return tensors
 

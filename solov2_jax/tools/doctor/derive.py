@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from solov2_jax.config import is_used
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.tools.doctor.data_report import settings_of, spread
 from solov2_jax.tools.doctor.grids import SHORT_SIDES, Advice, advise, compact
 from solov2_jax.tools.doctor.measure import measure
+from solov2_jax.weights.backbones import suggest_weights
 
 LIMIT = 200  # images whose objects are measured: a second or two
 STEP = 32
@@ -135,10 +137,12 @@ def _from_random(config: Any, given: Collection[str]) -> list[Derived]:
     """Returns what lets a backbone start from random weights, if it has to."""
     if config.init_from or "model.backbone.norm" in given:
         return []
-    values = {"model.backbone.norm": "gn", "model.backbone.freeze_at": 0}
+    values: dict[str, Any] = {"model.backbone.freeze_at": 0}
+    if is_used(config, "model.backbone.norm"):
+        values = {"model.backbone.norm": "gn", **values}
     reason = (
         "init_from is empty, so nothing is known before: far more data and epochs are needed "
-        "than from pretrained weights, --config.init_from=timm/resnet50.a1_in1k"
+        f"than from pretrained weights, {suggest_weights(config.model.backbone)}"
     )
     return [Derived(values, reason)]
 

@@ -18,7 +18,7 @@ Inputs = Sequence[Value]
 
 # One operator on the same inputs, in every format.
 ELEMENTWISE = (
-    "abs add and ceil div eq exp floor ge gt le log logistic lt max min mul ne neg not or pow "
+    "abs add and ceil div eq erf exp floor ge gt le log logistic lt max min mul ne neg not or pow "
     "rem rsqrt sign sqrt square sub tanh"
 ).split()
 

@@ -19,6 +19,7 @@ _FUNCTIONS = {
     "and": "logical_and",
     "ceil": "math.ceil",
     "eq": "equal",
+    "erf": "math.erf",
     "ge": "greater_equal",
     "gt": "greater",
     "le": "less_equal",

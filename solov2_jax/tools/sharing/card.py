@@ -138,10 +138,17 @@ def _data(about: Mapping[str, Any]) -> str:
     return f"## Data\n\n{name}; " + ("; ".join(parts) or "its size is not recorded") + "."
 
 
+def _backbone(values: Mapping[str, Any]) -> str:
+    if values.get("name", "resnet") == "resnet":
+        return f"ResNet-{values['depth']}, {values['norm']}"
+    options = ", ".join(f"{key} = {value}" for key, value in values["options"].items())
+    return _text(values["name"]) + (f" with {_text(options)}" if options else "")
+
+
 def _settings(config: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     model, input_, train, optim = (config[n] for n in ("model", "input", "train", "optim"))
     rows = {
-        "backbone": f"ResNet-{model['backbone']['depth']}, {model['backbone']['norm']}",
+        "backbone": _backbone(model["backbone"]),
         "heads": f"{model['ins_head']['num_convs']} convolutions of "
         f"{model['ins_head']['channels']} channels; grids "
         f"{', '.join(map(str, model['ins_head']['num_grids']))}",

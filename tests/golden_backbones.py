@@ -1,0 +1,94 @@
+"""What torchvision and timm compute with small backbones of theirs: tests/golden/backbones.npz.
+
+Run beside torch, torchvision and timm, from the project's folder:
+
+    PYTHONPATH=tests python tests/golden_backbones.py
+
+It stores, for each case, the names and shapes of the state dict, whose values are
+`backbone_weight` of them, and the features of `golden_image` at strides 4, 8, 16 and 32.
+"""
+
+import functools
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+SIZE = (64, 96)  # height, width
+FILE = Path(__file__).parent / "golden" / "backbones.npz"
+DEPTHS, WIDTHS = (1, 2, 4, 1), (8, 16, 24, 32)
+
+
+def golden_image() -> np.ndarray:
+    """Returns float32 [1, h, w, 3]."""
+    noise = np.random.default_rng(5).standard_normal((1, *SIZE, 3))
+    return noise.astype(np.float32)
+
+
+def backbone_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the float32 values of a tensor: draws that its name seeds, by its role."""
+    noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+    if name.endswith("running_var"):
+        return np.float32(np.exp(0.2 * noise))
+    if name.endswith("running_mean"):
+        return np.float32(0.05 * noise)
+    if name.endswith(("bias", "table")):
+        return np.float32(0.2 * noise)
+    if "gamma" in name or "layer_scale" in name:
+        return np.float32(0.5 + 0.1 * noise)
+    if len(shape) == 1:
+        return np.float32(1 + 0.1 * noise)
+    return np.float32(noise * np.sqrt(2 / np.prod(shape[1:])))
+
+
+def convnext_torchvision():
+    from torchvision.models import convnext
+
+    sizes = zip(WIDTHS, (*WIDTHS[1:], None), DEPTHS, strict=True)
+    model = convnext.ConvNeXt([convnext.CNBlockConfig(*size) for size in sizes], num_classes=2)
+    return model, [model.features[i] for i in (1, 3, 5, 7)]
+
+
+def convnext_timm():
+    from timm.models.convnext import ConvNeXt
+
+    model = ConvNeXt(depths=DEPTHS, dims=WIDTHS, num_classes=2)
+    return model, list(model.stages)
+
+
+CASES = {"convnext_torchvision": convnext_torchvision, "convnext_timm": convnext_timm}
+
+
+def _keep(found, level, module, args, result):
+    found[level] = result
+
+
+def main() -> None:
+    import torch
+
+    arrays: dict[str, np.ndarray] = {}
+    for case, build in CASES.items():
+        model, stages = build()
+        shapes = {n: list(v.shape) for n, v in model.state_dict().items() if v.is_floating_point()}
+        state = {n: torch.from_numpy(backbone_weight(n, tuple(s))) for n, s in shapes.items()}
+        model.load_state_dict(state, strict=False)
+        model.eval()
+        found = {}
+        for level, stage in enumerate(stages, start=2):
+            stage.register_forward_hook(functools.partial(_keep, found, level))
+        image = torch.from_numpy(golden_image()).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            model(image)
+        arrays[f"{case}_shapes"] = np.array(json.dumps(shapes))
+        for level, feature in found.items():
+            # Swin's are channels last already.
+            last = feature.shape[1] > feature.shape[-1] or "swin" not in case
+            value = feature.permute(0, 2, 3, 1) if last else feature
+            arrays[f"{case}_res{level}"] = value.numpy().astype(np.float32)
+            print(case, level, value.shape, float(value.std()))
+    np.savez_compressed(FILE, **arrays)
+
+
+if __name__ == "__main__":
+    main()
