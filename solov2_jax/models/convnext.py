@@ -26,7 +26,7 @@ from solov2_jax.models.dense import (
 KERNEL = 7
 
 
-class Block(nn.Module):
+class ConvNeXtBlock(nn.Module):
     """Depthwise convolution, norm, two layers with GELU between; added to the input by `gamma`."""
 
     dtype: Dtype = jnp.float32
@@ -44,7 +44,7 @@ class Block(nn.Module):
         return x + scale_channels(y, gamma)
 
 
-class Stem(nn.Module):
+class PatchStem(nn.Module):
     """Patches of 4 x 4 pixels, then a norm."""
 
     features: int
@@ -83,14 +83,14 @@ class ConvNeXt(Backbone):
         self, image: Float[Array, "B h w c"], extent: Int[Array, "B 2"] | None = None
     ) -> dict[str, jax.Array]:
         """Returns the features; `extent`, see `ops`, is of multiples of 32."""
-        x = self.cut(Stem(self.widths[0], self.dtype, name="stem")(image), 1)
+        x = self.cut(PatchStem(self.widths[0], self.dtype, name="stem")(image), 1)
         features, extent = {}, ops.at_stride(extent, 4)
         for i, level in enumerate(LEVELS):
             if i:
                 x = Down(self.widths[i], self.dtype, name=f"{level}_down")(x)
                 extent = ops.at_stride(extent, 2)
             for n in range(self.depths[i]):
-                x = Block(self.dtype, name=f"{level}_{n}")(x, extent)
+                x = ConvNeXtBlock(self.dtype, name=f"{level}_{n}")(x, extent)
             x = self.cut(x, i + 2)
             features[level] = LayerNorm(name=f"out_ln{i + 2}")(x) if self.out_norm else x
         return features
