@@ -349,7 +349,7 @@ class _Spy(BatchMaker):
         jax = sys.modules.get("jax._src.xla_bridge")
         started = 0 if jax is None else len(jax._backends)
         ours = [m for m in sys.modules if m.startswith("solov2_jax.")]
-        light = ("solov2_jax.data", "solov2_jax.io", "solov2_jax.rle")
+        light = ("solov2_jax.data", "solov2_jax.io", "solov2_jax.rle", "solov2_jax.progress")
         light += ("solov2_jax.config_schema",)  # of this file, through configs/base.py
         heavy = sum(not m.startswith(light) for m in ours)
         return {"seen": np.array([started, heavy, "flax" in sys.modules])}

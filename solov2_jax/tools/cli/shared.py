@@ -155,6 +155,7 @@ def model_pixels(overrides: list[str]) -> "PixelFormat":
     """Returns what the pictures of the model hold, before its weights are read."""
     from solov2_jax.config import load_config
     from solov2_jax.data.build import pixel_format
+    from solov2_jax.data.pixel_format import RGB
     from solov2_jax.pretrained import load_run_config
 
     package = logging.getLogger("solov2_jax")
@@ -165,6 +166,8 @@ def model_pixels(overrides: list[str]) -> "PixelFormat":
         if WORKDIR.value:
             return pixel_format(load_run_config(WORKDIR.value, overrides))
         return pixel_format(load_config(CONFIG.value, overrides))
+    except InputError:  # raised again when the model is loaded, after what concerns the input
+        return RGB
     finally:
         package.disabled = False
 
