@@ -45,7 +45,7 @@ _NO_EPOCHS = only("train.epochs", 0)
 _NO_JITTER = only("augment.jitter_scale", ())
 _RESNET = only("model.backbone.name", "resnet")
 _DEEP = (_RESNET, only("model.backbone.depth", 50, 101, 152))
-_BACKBONES = ("resnet", "convnext_t", "convnext_s")
+_BACKBONES = ("resnet", "convnext_t", "convnext_s", "mobilenet_v3_large")
 _LAYER_NORMS = ("convnext_t", "convnext_s")
 _BACKBONE = (f"{'|'.join(_BACKBONES)}|{IMPORT_PATH[0]}", f"one of {_BACKBONES} or {IMPORT_PATH[1]}")
 
@@ -165,6 +165,13 @@ RELATIONS = (
         lambda c: c["model.fpn.norm"] != "gn" or c["model.fpn.channels"] % 32 == 0,
     ),
     (
+        "model.backbone.norm = 'gn' is not for mobilenet_v3_large, whose channels do not divide "
+        "into groups of 32; 'sync_bn' is",
+        lambda c: (
+            c["model.backbone.norm"] != "gn" or c["model.backbone.name"] != "mobilenet_v3_large"
+        ),
+    ),
+    (
         "data.value_range = %(data.value_range)s must be (low, high), or that for each of "
         "data.channels = %(data.channels)s, every low below its high",
         lambda c: (
@@ -245,7 +252,7 @@ def keys() -> Section:
     # everywhere. On a CPU they are the same.
     model.matmul_precision = choice("default", ("default", "high", "highest"))
     model.backbone = backbone = Section()
-    # "resnet", "convnext_t", "convnext_s", or your own `Backbone` by its import path, such as
+    # "resnet", "convnext_t", "convnext_s", "mobilenet_v3_large", or your own `Backbone` by its import path, such as
     # "mypackage.nets:Stub" (docs/training.md) [MODEL.BACKBONE.NAME].
     backbone.name = text("resnet", _BACKBONE)
     # Fields of other backbones than ResNet, such as `options.depths = (3, 3, 9, 3)` of

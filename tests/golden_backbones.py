@@ -57,7 +57,26 @@ def convnext_timm():
     return model, list(model.stages)
 
 
-CASES = {"convnext_torchvision": convnext_torchvision, "convnext_timm": convnext_timm}
+def mobilenet_torchvision():
+    from torchvision.models import mobilenet_v3_large
+
+    model = mobilenet_v3_large(num_classes=2)
+    return model, [model.features[i] for i in (3, 6, 12, 15)]
+
+
+def mobilenet_timm():
+    import timm
+
+    model = timm.create_model("mobilenetv3_large_100", num_classes=2)
+    return model, [model.blocks[i] for i in (1, 2, 4, 5)]
+
+
+CASES = {
+    "convnext_torchvision": convnext_torchvision,
+    "convnext_timm": convnext_timm,
+    "mobilenet_torchvision": mobilenet_torchvision,
+    "mobilenet_timm": mobilenet_timm,
+}
 
 
 def _keep(found, level, module, args, result):

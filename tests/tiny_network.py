@@ -54,7 +54,7 @@ def tiny_variables(config: Any, seed: int = 0) -> dict[str, Any]:
         if name != "kernel":
             return np.zeros(leaf.shape, np.float32)
         noise = rng.standard_normal(leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
-        return np.float32(noise - noise.mean((0, 1, 2), keepdims=True))
+        return np.float32(noise - noise.mean(tuple(range(leaf.ndim - 1)), keepdims=True))
 
     return jax.tree_util.tree_map_with_path(values, shapes)
 
@@ -82,7 +82,7 @@ def write_workdir(folder: Path, config: Any, steps: tuple[int, ...] = (3,)) -> s
         state = TrainState(
             step=jnp.asarray(step),
             params=variables["params"],
-            model_state={"batch_stats": variables["batch_stats"]},
+            model_state={n: v for n, v in variables.items() if n != "params"},
             opt_state=optax.EmptyState(),
         )
         checkpoints.save(step, state.parts(), {"next_step": step})

@@ -52,6 +52,10 @@ class Backbone(nn.Module, kw_only=True):
         """
         return self.stages()
 
+    def norm_of(self, norm: str, stage: int) -> str:
+        """Returns the norm of a stage: a frozen stage's batch norm is frozen too."""
+        return "frozen_bn" if norm == "sync_bn" and self.freeze_at >= stage else norm
+
     def cut(self, x: jax.Array, stage: int) -> jax.Array:
         """Returns `x` without a gradient if it ends a frozen stage: 1 the stem, 2 res2, ...
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from solov2_jax import ops
 from solov2_jax.models.conv import Kernel, conv2d, conv2d_levels, transform_kernel
 from solov2_jax.models.deform import Deform, deform_conv2d, deform_conv2d_levels
+from solov2_jax.models.depthwise import depthwise_conv2d
 from solov2_jax.models.grouped import grouped_conv2d
 
 NORMS = ("frozen_bn", "gn", "sync_bn")  # of the backbone
@@ -208,6 +209,8 @@ class ConvNorm(nn.Module):
             kernel = make_kernel().astype(x.dtype)
             strides = {"stride": self.stride, "groups": self.groups}
             return deform_conv2d(x, kernel, offset, mask, **strides)
+        if self.groups > 1 and self.groups == self.features == x.shape[-1]:
+            return depthwise_conv2d(x, make_kernel(), self.stride)
         if self.groups > 1:
             return grouped_conv2d(x, make_kernel(), self.stride, self.groups)
         return conv2d(x, _transformed(self, make_kernel, [x], self.stride), self.stride)

@@ -152,7 +152,9 @@ class ResNet(Backbone):
         if self.depth not in STAGES:
             raise ValueError(f"model.backbone.depth is {self.depth}; known are {list(STAGES)}")
         num_blocks, _ = STAGES[self.depth]
-        stem = Stem(self._norm_of(1), self.dtype, self.frozen, self.deep_stem, name="stem")
+        stem = Stem(
+            self.norm_of(self.norm, 1), self.dtype, self.frozen, self.deep_stem, name="stem"
+        )
         x, extent = self.cut(stem(image, extent), 1), ops.at_stride(extent, 4)
         features = {}
         for stage, blocks in enumerate(num_blocks, start=2):
@@ -170,7 +172,7 @@ class ResNet(Backbone):
         scale = 2 ** (stage - 2)
         shared = {
             "features": (256 if bottleneck else 64) * scale,
-            "norm": self._norm_of(stage),
+            "norm": self.norm_of(self.norm, stage),
             "dtype": self.dtype,
             "avg_down": self.avg_down,
             "frozen": self.frozen,
@@ -185,8 +187,3 @@ class ResNet(Backbone):
             width=self.groups * self.width_per_group * scale,
             **shared,
         )
-
-    def _norm_of(self, stage: int) -> str:
-        """Returns the norm of a stage: a frozen stage's batch norm is frozen too."""
-        frozen = self.norm == "sync_bn" and self.freeze_at >= stage
-        return "frozen_bn" if frozen else self.norm

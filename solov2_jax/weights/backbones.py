@@ -90,21 +90,84 @@ CONVNEXT = NameTable(
     (COUNTER, _CLASSIFIER),
 )
 
-TABLES: dict[str, NameTable] = {"convnext": CONVNEXT}
+
+def _units(units: Mapping[str, tuple[str, str]], eps: str) -> tuple[Rule, ...]:
+    """Returns the rules of (convolution, batch norm) by our name; `eps`: of variances."""
+    rules: list[Rule] = []
+    for target, (conv, norm) in units.items():
+        leaf = f"backbone/{target}"
+        rules.append(Rule(f"{conv}.weight", f"params/{leaf}/kernel", "kernel"))
+        rules += group_norm(norm, f"{leaf}/norm")
+        rules.append(Rule(f"{norm}.running_mean", f"batch_stats/{leaf}/norm/mean"))
+        rules.append(Rule(f"{norm}.running_var", f"batch_stats/{leaf}/norm/var", eps))
+    return tuple(rules)
+
+
+_MOBILE_DEPTHS = {2: 2, 3: 3, 4: 6, 5: 3}
+# Blocks of MobileNetV3-large in the order of torchvision's, and of timm's stages.
+_MOBILE_BLOCKS = (
+    "stem/block",
+    *(f"res{s}_{i}" for s, n in _MOBILE_DEPTHS.items() for i in range(n)),
+)
+_MOBILE_TIMM = tuple((s, i) for s, n in enumerate((1, 2, 3, 4, 2, 3)) for i in range(n))
+_MOBILE_EXCITED = (3, 4, 5, 10, 11, 12, 13, 14)
+
+
+def _mobilenet() -> tuple[Rule, ...]:
+    """Source: torchvision/models/mobilenetv3.py; timm/models/mobilenetv3.py."""
+    units = {"stem/conv1": ("features.0.0", "features.0.1")}
+    timm = {"stem/conv1": ("conv_stem", "bn1")}
+    rules: list[Rule] = []
+    for n, target in enumerate(_MOBILE_BLOCKS):
+        names_here = ["expand", "dw", *["se"] * (n in _MOBILE_EXCITED), "project"][n == 0 :]
+        stage, block = _MOBILE_TIMM[n]
+        of_timm = f"blocks.{stage}.{block}"
+        layers = ("conv_dw", "conv_pw") if n == 0 else ("conv_pw", "conv_dw", "conv_pwl")
+        for j, unit in enumerate(names_here):
+            here = f"features.{n + 1}.block.{j}"
+            if unit != "se":
+                units[f"{target}/{unit}"] = (f"{here}.0", f"{here}.1")
+                continue
+            for mine, theirs in (("reduce", "fc1"), ("expand", "fc2")):
+                rules += _excitation(f"{here}.{theirs}", f"{target}/se/{mine}")
+                rules += _excitation(f"{of_timm}.se.conv_{mine}", f"{target}/se/{mine}")
+        for j, unit in enumerate(unit for unit in names_here if unit != "se"):
+            timm[f"{target}/{unit}"] = (f"{of_timm}.{layers[j]}", f"{of_timm}.bn{j + 1}")
+    return (*rules, *_units(units, "eps_1e-3"), *_units(timm, "same"))
+
+
+def _excitation(source: str, target: str) -> tuple[Rule, ...]:
+    """Returns the rules of a 1x1 convolution [D, C, 1, 1] that is a dense layer here."""
+    return (
+        Rule(f"{source}.weight", f"params/backbone/{target}/kernel", "pixel"),
+        Rule(f"{source}.bias", f"params/backbone/{target}/bias"),
+    )
+
+
+_LAST_CONV = Drop(
+    r"(features\.16|blocks\.6|conv_head|classifier|norm_head)\..*",
+    "ImageNet classifier and the 1x1 convolution before it, not used",
+)
+MOBILENET = NameTable(_mobilenet(), (COUNTER, _LAST_CONV))
+
+TABLES: dict[str, NameTable] = {"convnext": CONVNEXT, "mobilenet": MOBILENET}
 # Names that tell a family, of the tensors of each program.
 MARKS: dict[str, tuple[str, ...]] = {
     "convnext": ("stages.0.blocks.0.conv_dw.", "features.1.0.layer_scale", "stages.0.0.dwconv."),
+    "mobilenet": ("features.1.block.0.0.weight", "blocks.0.0.conv_dw."),
 }
 
 # (family's leaf, blocks of each stage, channels of the stem) of the backbones by name.
 _KNOWN: dict[tuple[str, tuple[int, ...], int], str] = {
     ("gamma", (3, 3, 9, 3), 96): "convnext_t",
     ("gamma", (3, 3, 27, 3), 96): "convnext_s",
+    ("project", (2, 3, 6, 3), 16): "mobilenet_v3_large",
 }
 # Weights of timm's on the Hugging Face hub by the backbone's name.
 _PUBLISHED = {
     "convnext_t": "convnext_tiny.fb_in22k_ft_in1k",
     "convnext_s": "convnext_small.fb_in22k_ft_in1k",
+    "mobilenet_v3_large": "mobilenetv3_large_100.ra_in1k",
 }
 
 

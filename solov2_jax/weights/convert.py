@@ -146,9 +146,9 @@ def _refuse_misfits(weights: Weights, flat: Flat, targets: Mapping[str, Any]) ->
             f"model.backbone.name={kinds[0]}, and none of its options"
         )
     depths = depth_of(flat), depth_of(targets)
-    if depths[0] and not depths[1] and "params/backbone/stem/conv1/norm/scale" not in targets:
+    if depths[0] and kinds[1]:
         raise ValueError(
-            f"{weights.path} holds a ResNet-{depths[0]}, the network's backbone is another: set "
+            f"{weights.path} holds a ResNet-{depths[0]}, the network's backbone is {kinds[1]}: set "
             "model.backbone.name=resnet, or give weights of its own"
         )
     if None not in depths and depths[0] != depths[1]:

@@ -29,9 +29,10 @@ NORM_EPS = 1e-5  # of the network's frozen batch norms and group norms
 class Rule:
     """Source tensors named `source` fill the leaves named `target`.
 
-    `transform`: "same", "kernel" (OIHW -> HWIO), "matrix" (OI -> IO), "vector" (C,1,1 -> C),
-    "zeros" or "identity_var" (the
-    source has an affine norm only: its mean is 0 and its variance + epsilon is 1).
+    `transform`: "same", "kernel" (OIHW -> HWIO), "matrix" (OI -> IO), "pixel" (OI11 -> IO),
+    "vector" (C11 -> C), "eps_1e-3" (a variance whose norm had that epsilon, not `NORM_EPS`),
+    "zeros" or "identity_var" (the source has an affine norm only: its mean is 0 and its
+    variance + epsilon is 1).
     """
 
     source: str
@@ -338,8 +339,12 @@ def apply_transform(transform: str, value: np.ndarray) -> np.ndarray:
         return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
     if transform == "matrix":
         return value.T if value.ndim == 2 else value
+    if transform == "pixel":
+        return value[:, :, 0, 0].T if value.shape[2:] == (1, 1) else value
     if transform == "vector":
         return value.ravel() if value.size == value.shape[0] else value
+    if transform == "eps_1e-3":
+        return value + np.asarray(1e-3 - NORM_EPS, value.dtype)
     if transform == "zeros":
         return np.zeros_like(value)
     if transform == "identity_var":

@@ -139,7 +139,8 @@ def _from_random(config: Any, given: Collection[str]) -> list[Derived]:
         return []
     values: dict[str, Any] = {"model.backbone.freeze_at": 0}
     if is_used(config, "model.backbone.norm"):
-        values = {"model.backbone.norm": "gn", **values}
+        grouped = config.model.backbone.name != "mobilenet_v3_large"  # too few channels
+        values = {"model.backbone.norm": "gn" if grouped else "sync_bn", **values}
     reason = (
         "init_from is empty, so nothing is known before: far more data and epochs are needed "
         f"than from pretrained weights, {suggest_weights(config.model.backbone)}"
