@@ -252,8 +252,8 @@ def keys() -> Section:
     # everywhere. On a CPU they are the same.
     model.matmul_precision = choice("default", ("default", "high", "highest"))
     model.backbone = backbone = Section()
-    # "resnet", "convnext_t", "convnext_s", "mobilenet_v3_large", or your own `Backbone` by its import path, such as
-    # "mypackage.nets:Stub" (docs/training.md) [MODEL.BACKBONE.NAME].
+    # "resnet", "convnext_t", "convnext_s", "mobilenet_v3_large", or your own `Backbone` by its
+    # import path, such as "mypackage.nets:Stub" (docs/training.md) [MODEL.BACKBONE.NAME].
     backbone.name = text("resnet", _BACKBONE)
     # Fields of other backbones than ResNet, such as `options.depths = (3, 3, 9, 3)` of
     # ConvNeXt, or those of your own: any key may stand here that the backbone has.
