@@ -14,7 +14,6 @@ the folder of a run says about its network: config and classes.
 import logging
 import os
 import pathlib
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
-from solov2_jax import distributed
+from solov2_jax import distributed, storage
+from solov2_jax.checkpoint_parts import (
+    alone,
+    checksum,
+    innermost_reason,
+    read_part,
+    read_position,
+    read_variables,
+)
 from solov2_jax.classes import Classes, read_classes_file
 from solov2_jax.config import changed_keys, load_config, read_config
 from solov2_jax.io import InputError, read_json, reading, write_json, write_text
@@ -38,8 +45,6 @@ log = logging.getLogger("solov2_jax")
 
 # Holds the last step whose save is known to be whole: says that there were checkpoints.
 _SAVED = ".last_checkpoint"
-_OLD_NAMES = {"ema": "average"}
-_EMA = ("ema", "average")
 
 
 class CheckpointManager:
@@ -64,7 +69,7 @@ class CheckpointManager:
             preservation_policy=self,  # type: ignore[arg-type]  # `should_preserve`
             cleanup_tmp_directories=True,  # what a killed save left
             create=False,
-            multiprocessing_options=_alone(),
+            multiprocessing_options=alone(),
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
         if not list_steps(self.workdir):
@@ -116,6 +121,8 @@ class CheckpointManager:
         """Raises what went wrong in the background since the last call."""
         self._guard(lambda: self._manager.check_for_errors())
         self._mark()
+        if mirror := storage.mirror_of(self.workdir):
+            mirror.check()
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises if it failed."""
@@ -144,26 +151,9 @@ class CheckpointManager:
             last = f"step {steps[-1]}" if steps else "none"
             raise OSError(
                 f"{self.folder}: the checkpoint of step {self._saving} could not be "
-                f"written: {_reason(error)}. The last good one on disk: {last}. Free "
+                f"written: {innermost_reason(error)}. The last good one on disk: {last}. Free "
                 "space or fix the folder, then run the same command again"
             ) from error
-
-
-def _alone() -> ocp.options.MultiprocessingOptions:
-    """Returns Orbax's settings for work of this process that no other takes part in."""
-    me = jax.process_index()
-    return ocp.options.MultiprocessingOptions(me, {me}, f"process_{me}")
-
-
-def checksum(tree: PyTree) -> int:
-    """Returns the CRC-32 of a tree's leaves, one after the other.
-
-    Orbax notices a file that is cut short, but not a bit that flipped in one.
-    """
-    crc = 0
-    for leaf in jax.tree.leaves(tree):
-        crc = zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)).tobytes(), crc)
-    return crc
 
 
 def list_steps(workdir: str | os.PathLike) -> list[int]:
@@ -216,7 +206,7 @@ def restore_parts(workdir: str | os.PathLike, abstract: Parts) -> Restored | Non
     """
 
     def read(step: int) -> tuple[dict[str, PyTree], dict[str, Any]]:
-        parts = {name: _read_part(workdir, step, name, want) for name, want in abstract.items()}
+        parts = {name: read_part(workdir, step, name, want) for name, want in abstract.items()}
         return parts, read_position(workdir, step)
 
     if not list_steps(workdir):
@@ -243,7 +233,7 @@ def restore_variables(
     if not steps:
         raise InputError(f"{workdir}: no checkpoint in checkpoints/; train first")
     if which == "last":
-        variables, step, _ = _newest_readable(workdir, lambda s: _variables(workdir, s, kind))
+        variables, step, _ = _newest_readable(workdir, lambda s: read_variables(workdir, s, kind))
         return variables, step
     if which == "best":
         best = read_best(workdir)
@@ -261,46 +251,12 @@ def restore_variables(
             f"{', '.join(map(str, steps))}"
         )
     try:
-        return _variables(workdir, step, kind), step
+        return read_variables(workdir, step, kind), step
     except Exception as error:
         raise InputError(
-            f"{workdir}/checkpoints/{step} is unreadable: {_reason(error)}; choose "
+            f"{workdir}/checkpoints/{step} is unreadable: {innermost_reason(error)}; choose "
             f"another of {steps}"
         ) from error
-
-
-def read_position(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
-    """Returns what was saved beside the arrays of a checkpoint."""
-    path = pathlib.Path(workdir) / "checkpoints" / str(step) / "position" / "metadata"
-    return read_json(path, "a checkpoint's position")
-
-
-def _variables(workdir: str | os.PathLike, step: int, kind: str) -> dict[str, PyTree]:
-    stored = read_position(workdir, step)["checksums"]
-    has_ema = kind != "raw" and any(name in stored for name in _EMA)
-    part = "ema" if has_ema else "variables"
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
-        tree = reader.metadata(_part_folder(workdir, step, part)).item_metadata.tree
-    want = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), tree)
-    return _read_part(workdir, step, part, want)
-
-
-def _part_folder(workdir: str | os.PathLike, step: int, part: str) -> pathlib.Path:
-    """Returns where a part of a checkpoint lies, also under its older name."""
-    folder = pathlib.Path(workdir).absolute() / "checkpoints" / str(step)
-    old = folder / _OLD_NAMES.get(part, part)
-    return old if old.is_dir() else folder / part
-
-
-def _read_part(workdir: str | os.PathLike, step: int, part: str, want: PyTree) -> PyTree:
-    """Returns one part of a checkpoint; raises whatever shows that it is not whole."""
-    folder = _part_folder(workdir, step, part)
-    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
-        tree = reader.restore(folder, want)
-    if checksum(tree) != read_position(workdir, step)["checksums"][folder.name]:
-        raise ValueError(f"the checksum of {folder.name} is wrong: a file was changed")
-    return tree
 
 
 def _newest_readable(
@@ -317,7 +273,7 @@ def _newest_readable(
             result = read(step)
         # Orbax and TensorStore raise all kinds, bare Exception among them.
         except Exception as error:
-            reason = _reason(error)
+            reason = innermost_reason(error)
         reason = next(filter(None, distributed.gather(reason)), "")
         if not reason:
             return result, step, list(unreadable)
@@ -338,16 +294,9 @@ def move_aside(workdir: str | os.PathLike, step: int) -> None:
     target.mkdir(exist_ok=True)
     same_step = [p for p in target.iterdir() if p.name.split("-")[0] == str(step)]
     target /= f"{step}-{len(same_step)}" if same_step else str(step)
+    storage.complete(pathlib.Path(workdir) / "checkpoints" / str(step))
     os.rename(pathlib.Path(workdir) / "checkpoints" / str(step), target)
     log.warning("moved the unreadable checkpoint of step %d to %s", step, target)
-
-
-def _reason(error: BaseException) -> str:
-    """Returns one short line: the innermost message that says something."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"
 
 
 def read_run(workdir: str | os.PathLike, checkpoint: str = "last") -> Weights:

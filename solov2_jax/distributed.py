@@ -10,6 +10,7 @@ the others once its sign of life is missing.
 import functools
 import json
 import logging
+import math
 import os
 import sys
 import threading
@@ -33,6 +34,8 @@ log = logging.getLogger("solov2_jax")
 
 # Exit codes: an error here, and an operation that another process broke off.
 FAILED, OTHERS_FAILED = 1, 3
+
+_WORDS = 16 * 2**20  # of four bytes, in a piece of what crosses to all processes
 
 _told_to_stop = threading.Event()
 
@@ -237,6 +240,38 @@ def _padded(data: np.ndarray, length: int) -> np.ndarray:
 def broadcast_from_host0(make: Callable[[], Any]) -> Any:
     """Returns make() of the first process, which alone calls it; JSON values only."""
     return gather(make() if is_primary() else None)[0]
+
+
+def copy_from_host0(tree: Any, shapes: Any) -> Any:
+    """Returns the first process's arrays to all, bit for bit, placed as `shapes` says.
+
+    They cross in pieces of 64 MiB, by one program, whatever their number.
+
+    Args:
+      tree: of numpy arrays; only the first process's is read, the others may give None.
+      shapes: the same tree of shapes, types and shardings.
+    """
+    wanted, structure = jax.tree.flatten(shapes)
+    sizes = [math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in wanted]
+    starts = np.cumsum([0, *sizes])
+    everything = np.zeros(-(-int(starts[-1]) // 4) * 4, np.uint8)
+    if is_primary():
+        for x, start, size in zip(jax.tree.leaves(tree), starts, sizes, strict=False):
+            everything[start : start + size] = np.frombuffer(np.asarray(x).tobytes(), np.uint8)
+    words = everything.view(np.uint32)  # sums with zeros are exact
+    for start in range(0, len(words), _WORDS):
+        part = words[start : start + _WORDS]
+        sent = multihost_utils.broadcast_one_to_all(
+            np.pad(part, (0, min(_WORDS, len(words)) - len(part)))
+        )
+        part[:] = np.asarray(sent)[: len(part)]
+
+    def place(want: Any, start: int, size: int) -> jax.Array:
+        x = everything[start : start + size].view(want.dtype).reshape(want.shape)
+        return jax.make_array_from_callback(x.shape, want.sharding, lambda index: x[index])
+
+    placed = [place(*each) for each in zip(wanted, starts, sizes, strict=False)]
+    return jax.tree.unflatten(structure, placed)
 
 
 def request_stop(wanted: bool = True) -> None:

@@ -4,6 +4,9 @@ Every file that must survive a kill or a full disk goes through `atomic_path`; e
 that somebody else made is read inside `reading`, so that whatever a library raises
 becomes one sentence that names the file. `import_object` resolves the import paths
 ("module:name") that a config may hold.
+
+Images and jsons may also be objects, `s3://BUCKET/...` and `gs://BUCKET/...`: what reads
+bytes, lists a folder or asks whether something is there takes such an address too.
 """
 
 import contextlib
@@ -25,6 +28,79 @@ class InputError(ValueError):
 
     It names the place, the field and the fix, so nobody wraps it again.
     """
+
+
+# What reads the addresses of each scheme, with fsspec: an extra of the same name.
+_OBJECT_STORES = {"s3": "s3fs", "gs": "gcsfs"}
+
+
+def is_object(path: Path) -> bool:
+    """Returns whether a path is an address in object storage: s3://BUCKET/... or gs://..."""
+    return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in _OBJECT_STORES))
+
+
+def object_store(address: Path) -> Any:
+    """Returns fsspec's file system of an address; credentials come from the environment.
+
+    Raises:
+      InputError: if the address has no bucket, or the package is missing.
+    """
+    scheme, _, rest = os.fspath(address).partition("://")
+    if not rest.strip("/"):
+        raise InputError(f"{address}: names no bucket; write {scheme}://BUCKET/PATH")
+    try:
+        import fsspec
+
+        # Listings are not kept: another process may have written since.
+        return fsspec.filesystem(scheme, use_listings_cache=False)
+    except ImportError as error:
+        extra = "gcs" if scheme == "gs" else scheme
+        raise InputError(
+            f"{address}: needs the package {_OBJECT_STORES[scheme]}: "
+            f"pip install 'solov2_jax[{extra}]'"
+        ) from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """Returns the content of a file or object."""
+    if is_object(path):
+        return object_store(path).cat_file(os.fspath(path))
+    return pathlib.Path(path).read_bytes()
+
+
+def exists(path: Path) -> bool:
+    """Returns whether there is such a file, folder or object."""
+    if is_object(path):
+        with reaching(path):
+            return object_store(path).exists(os.fspath(path))
+    return os.path.exists(path)
+
+
+def list_folder(path: Path) -> list[str] | None:
+    """Returns the names in a folder; None without one (an empty prefix is none)."""
+    if not is_object(path):
+        return os.listdir(path) if os.path.isdir(path) else None
+    with reaching(path):
+        try:
+            found = object_store(path).ls(os.fspath(path), detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    return [name for p in found if (name := p.rstrip("/").rpartition("/")[2])] or None
+
+
+@contextlib.contextmanager
+def reaching(address: Path) -> Iterator[None]:
+    """Turns whatever keeps object storage from answering into one `InputError`."""
+    try:
+        yield
+    except (InputError, FileNotFoundError, FileExistsError, NotADirectoryError):
+        raise
+    # botocore, aiohttp and google-auth raise all kinds, and OSError of every number.
+    except Exception as error:
+        raise InputError(
+            f"{address}: object storage refuses or does not answer ({reason(error)}). Check the "
+            "bucket's name, the credentials in the environment and AWS_ENDPOINT_URL"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -163,9 +239,9 @@ def read_json(path: Path, kind: str, fix: str = "") -> Any:
       InputError: naming the file, if it is missing or no json.
     """
     with reading(path, kind, fix):
-        if pathlib.Path(path).is_char_device():
+        if not is_object(path) and pathlib.Path(path).is_char_device():
             raise InputError(f"{path}: is a device, not a file")
-        return json.loads(pathlib.Path(path).read_bytes())
+        return json.loads(read_bytes(path))
 
 
 def printable(text: str) -> str:

@@ -4,10 +4,13 @@ The commands do this by themselves; a notebook or a script calls `set_up`.
 """
 
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import pathlib
-import socket
+import platform
+import re
 import sys
 from collections.abc import Iterator
 
@@ -78,15 +81,40 @@ def _console() -> logging.Handler:
 def compilation_cache(cache: str) -> None:
     """Caches compiled programs in a folder; JAX_COMPILATION_CACHE_DIR wins over it.
 
+    All hosts with the same devices share one folder below it. Of several processes the
+    first one writes there, and the others read: what is on a disk of its own helps it
+    alone. To be called once the processes have joined.
+
     Args:
-      cache: "": only what that variable asks for.
+      cache: a folder, or an address of object storage, s3://... or gs://...; "": only what
+        that variable asks for.
     """
     import jax  # slow
 
     if cache and jax.config.values["jax_compilation_cache_dir"] is None:
-        # One folder per machine: compiled CPU code is for that CPU's instructions.
-        folder = pathlib.Path(cache).expanduser() / socket.gethostname()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        folder = cache if "://" in cache else str(pathlib.Path(cache).expanduser())
+        jax.config.update("jax_compilation_cache_dir", f"{folder.rstrip('/')}/{_device_name()}")
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # JAX caches what took a second to compile; a start has a dozen quicker ones.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _device_name() -> str:
+    """Returns what programs are compiled for, as a name of a folder: NVIDIA-H100-80GB-HBM3."""
+    import jax
+
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return re.sub(r"[^A-Za-z0-9.]+", "-", device.device_kind).strip("-")
+    return f"cpu-{hashlib.sha256(processor().encode()).hexdigest()[:12]}"
+
+
+def processor() -> str:
+    """Returns what CPU code is compiled for: the model and its instructions."""
+    info = pathlib.Path("/proc/cpuinfo")
+    if not info.is_file():
+        return json.dumps([platform.machine(), platform.processor()])
+    first = info.read_text().split("\n\n")[0].splitlines()
+    fields = dict((part.strip() for part in line.split(":", 1)) for line in first if ":" in line)
+    names = ("model name", "model", "stepping", "flags", "Features", "CPU part")
+    return json.dumps([fields.get(name, "") for name in names])

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from solov2_jax import storage
 from solov2_jax.checkpoint import list_steps, load_workdir_config
 from solov2_jax.classes import read_classes_file
 from solov2_jax.config import (
@@ -29,7 +30,7 @@ from solov2_jax.config import (
     renamed_overrides,
 )
 from solov2_jax.config_schema import set_below
-from solov2_jax.io import InputError, read_json
+from solov2_jax.io import InputError, is_object, read_json
 from solov2_jax.weights.hub import fetch_folder, parse_name
 from solov2_jax.weights.sources import Weights, read_weights
 from solov2_jax.weights.state_dicts import OURS
@@ -64,7 +65,7 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
     """
     text = os.fspath(name)
     if not text.startswith("hf:"):
-        return Path(text)
+        return storage.local_folder(text)
     return Path(fetch_folder(text, (CONFIG, WEIGHTS, CLASSES), (RUN, THRESHOLDS)).path)
 
 
@@ -75,6 +76,8 @@ def find_pretrained(name: str | os.PathLike[str]) -> Path:
       InputError: if there is neither.
     """
     text = os.fspath(name)
+    if is_object(text):
+        text = str(storage.local_folder(text))
     if os.path.isdir(text):
         if not is_pretrained(text) and not list_steps(text):
             raise InputError(

@@ -12,11 +12,9 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
 import os
 import pickle
-import platform
 import threading
 import zlib
 from collections.abc import Sequence
@@ -32,6 +30,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import serialize_executable
 
 from solov2_jax.io import InputError, read_json, reason, write_bytes, write_json
+from solov2_jax.logging import processor
 
 log = logging.getLogger(__name__)
 
@@ -197,17 +196,8 @@ def _origin() -> str | None:
 
 
 def _processor() -> str:
-    """Returns what CPU code is compiled for: its model and instructions, and the cores."""
+    """Returns what CPU code is compiled for: the processor, and the cores that may be used."""
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):  # Linux
         cores = len(os.sched_getaffinity(0))
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        fields = dict(
-            (part.strip() for part in line.split(":", 1))
-            for line in info.read_text().split("\n\n")[0].splitlines()
-            if ":" in line
-        )
-        names = ("model name", "model", "stepping", "flags", "Features", "CPU part")
-        return json.dumps([cores, *[fields.get(name, "") for name in names]])
-    return json.dumps([cores, platform.machine(), platform.processor()])
+    return f"{cores} {processor()}"

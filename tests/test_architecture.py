@@ -28,12 +28,14 @@ LAYERS = {
     "download": 1,
     "classes": 1,
     "distributed": 1,
-    "stored": 1,
+    "lease": 1,
     "config_schema": 1,
     "rle": 1,
     "ops": 1,
     "nms": 1,
     "platforms": 1,
+    "storage": 2,
+    "stored": 2,
     "config": 2,
     "data": 2,
     "models": 2,
@@ -42,6 +44,7 @@ LAYERS = {
     "postprocess": 2,
     "paste": 2,
     "weights": 3,
+    "checkpoint_parts": 3,
     "checkpoint": 4,
     "pretrained": 5,
     "inference": 6,
@@ -82,7 +85,7 @@ LONG_FUNCTIONS = {
 }
 MAX_LONG_FUNCTION = 105
 # Lines of Python.
-BUDGETS = {"core": 21_300, "tools": 18_900, "benchmarks": 3_290}
+BUDGETS = {"core": 21_900, "tools": 18_900, "benchmarks": 3_290}
 # What errors that are still there begin with.
 KNOWN: tuple[str, ...] = ()
 

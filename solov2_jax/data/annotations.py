@@ -27,7 +27,7 @@ from solov2_jax.data.outlines import (
     read_outline,
     rle_areas,
 )
-from solov2_jax.io import InputError, read_json
+from solov2_jax.io import InputError, exists, read_json
 from solov2_jax.progress import track
 
 WEIGHT = "sampling_weight"  # a field of an image that is ours, not COCO's
@@ -131,7 +131,7 @@ def read_instances(
 
 def read_content(annotations: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the parsed content of an instances json with its three lists."""
-    if not os.path.exists(annotations):
+    if not exists(annotations):
         raise InputError(
             f"{annotations}: no such annotation file. Set data.train.annotations and "
             "data.val.annotations, or the flag, to a COCO instances json."

@@ -20,7 +20,7 @@ from solov2_jax.data import records
 from solov2_jax.data.annotations import AnnotationTable, describe, read_instances
 from solov2_jax.data.outlines import Segmentations, covers
 from solov2_jax.data.pixel_format import RGB, PixelFormat
-from solov2_jax.io import InputError
+from solov2_jax.io import InputError, list_folder
 from solov2_jax.rle import offsets
 
 log = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ def missing_files(dataset: CocoDataset) -> list[int]:
     """Returns the images whose file is missing; raises if there is no folder at all."""
     if records.is_records(dataset.image_root):
         records.check(dataset.image_root, len(dataset))
-    elif not os.path.isdir(dataset.image_root):
+    elif list_folder(dataset.image_root) is None:
         raise InputError(
             f"{dataset.image_root}: no such image folder (for "
             f"{dataset.annotation_file}). Set data.train.images and data.val.images to "
@@ -267,7 +267,7 @@ def is_inside(folder: str, name: str) -> bool:
 def _exists(images: str, name: str, folders: dict[str, set[str]]) -> bool:
     folder, base = os.path.split(os.path.join(images, name))
     if folder not in folders:
-        folders[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        folders[folder] = set(list_folder(folder) or ())
     return base in folders[folder]
 
 
@@ -284,7 +284,7 @@ def _hint(images: str, name: str) -> str:
     wanted = os.path.basename(name).casefold()
     for folder in dict.fromkeys([os.path.dirname(name), ""]):
         path = os.path.join(images, folder)
-        for other in sorted(os.listdir(path)) if os.path.isdir(path) else []:
+        for other in sorted(list_folder(path) or ()):
             if other.casefold() == wanted:
                 return f" (the folder has {os.path.join(folder, other)})"
     return ""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from PIL import Image, UnidentifiedImageError
 
-from solov2_jax.data.records import is_records, source
+from solov2_jax.data.records import is_streamed, source
 from solov2_jax.io import InputError, reading
 
 log = logging.getLogger("solov2_jax.data.images")
@@ -69,7 +69,7 @@ def opened(path: str) -> Iterator[Image.Image]:
 
 def check_file(path: str) -> None:
     """Raises unless the path is a regular file with something in it; a pipe would hang."""
-    if is_records(path):
+    if is_streamed(path):
         return
     try:
         status = os.stat(path)

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from solov2_jax.data.image_files import check_file, opened, say_once
 from solov2_jax.data.pixel_format import PixelFormat
-from solov2_jax.data.records import is_records, read_bytes
+from solov2_jax.data.records import is_streamed, read_bytes
 from solov2_jax.io import InputError, reading
 from solov2_jax.rle import Size
 
@@ -72,7 +72,7 @@ def values_size(path: str) -> Size | None:
 
 def _head(path: str) -> bytes:
     check_file(path)
-    if is_records(path):
+    if is_streamed(path):
         return read_bytes(path)[:8]
     with reading(path, "a picture"), open(path, "rb") as file:
         return file.read(8)
@@ -80,7 +80,7 @@ def _head(path: str) -> bytes:
 
 def _file(path: str) -> Any:
     """Returns what tifffile opens: a path, or the bytes of a record."""
-    return io.BytesIO(read_bytes(path)) if is_records(path) else path
+    return io.BytesIO(read_bytes(path)) if is_streamed(path) else path
 
 
 def _pillow_reads(path: str) -> bool:
@@ -95,7 +95,7 @@ def _pillow_reads(path: str) -> bool:
 def _read_npy(path: str, header: bool = False) -> np.ndarray:
     """Returns the array of a .npy file, or only the promise of it, for its shape."""
     with reading(path, "a .npy array", _FIX):
-        if is_records(path):
+        if is_streamed(path):
             array = np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
         else:
             array = np.load(path, mmap_mode="r" if header else None, allow_pickle=False)

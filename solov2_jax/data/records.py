@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from solov2_jax.io import InputError, reading
+from solov2_jax import io as files
+from solov2_jax.io import InputError, is_object, reading
 
 PREFIX = "tfds:"
 SPLITS = ("train", "val")
@@ -30,6 +31,11 @@ def split_root(name: str, split: str) -> tuple[str, str]:
       name: the folder has the shards, and the instances jsons beside them.
     """
     folder = name.removeprefix(PREFIX)
+    if is_object(folder):
+        raise InputError(
+            f"{name}: array_record reads no object storage; copy the shards to a disk first, or "
+            "give the images themselves as data.train.images"
+        )
     return f"{PREFIX}{folder}#{split}", os.path.join(folder, f"instances_{split}.json")
 
 
@@ -38,16 +44,20 @@ def record_path(root: str, index: int, file_name: str) -> str:
     return f"{root}/{index}/{file_name}"
 
 
+def is_streamed(path: str) -> bool:
+    """Returns whether a picture is no file here, but a record or an object: read as bytes."""
+    return is_records(path) or is_object(path)
+
+
 def source(path: str) -> str | io.BytesIO:
-    """Returns what PIL opens: a path as it is, or the bytes of a record's image."""
-    return io.BytesIO(read_bytes(path)) if is_records(path) else path
+    """Returns what PIL opens: a path as it is, or the bytes of a record or object."""
+    return io.BytesIO(read_bytes(path)) if is_streamed(path) else path
 
 
 def read_bytes(path: str) -> bytes:
     """Returns the file's content, or that of a record's image."""
     if not is_records(path):
-        with open(path, "rb") as file:
-            return file.read()
+        return files.read_bytes(path)
     folder, _, rest = path.removeprefix(PREFIX).partition("#")
     split, index, file_name = rest.split("/", 2)
     shards = _open(folder, split)

@@ -12,7 +12,7 @@ import optax
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from solov2_jax import distributed
+from solov2_jax import distributed, storage
 from solov2_jax.checkpoint import list_steps, move_aside, read_run, restore_parts
 from solov2_jax.io import InputError, write_json
 from solov2_jax.pretrained import WEIGHTS, is_pretrained
@@ -129,7 +129,7 @@ def read_init(init_from: str) -> Weights:
       InputError: if there is none of them.
     """
     if not is_remote(init_from):
-        source = pathlib.Path(local_path(init_from))
+        source = storage.local_copy(local_path(init_from))
         if is_pretrained(source):
             return open_weights(str(source / WEIGHTS))
         if source.is_dir():

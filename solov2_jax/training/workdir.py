@@ -14,13 +14,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
 import numpy as np
 
 import solov2_jax
-from solov2_jax import distributed
+from solov2_jax import distributed, storage
 from solov2_jax.checkpoint import had_checkpoint, list_steps, read_best, read_classes
 from solov2_jax.classes import classes_difference, classes_record
 from solov2_jax.config import changed_keys, read_config, save_config
@@ -67,7 +68,7 @@ _OF_RATES |= {"optim.final_rate", "optim.decay_steps", "train.steps"}
 
 def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
     """Creates the folder if need be; returns it as an absolute path."""
-    path = pathlib.Path(workdir).absolute()
+    path = storage.local_folder(workdir).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -80,7 +81,10 @@ def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Keeps a second run out of the folder; a kill frees it too."""
+    """Keeps a second run out of the folder; a kill frees it too.
+
+    What stands for object storage is put there meanwhile, and at the end.
+    """
     if not distributed.is_primary():
         yield  # the first process holds it for all
         return
@@ -88,7 +92,8 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         f"--workdir {workdir}: another process is training in it; wait for it, "
         "stop it, or give another folder"
     )
-    with lock_file(workdir / ".lock", message):
+    mirror = storage.mirror_of(workdir)
+    with lock_file(workdir / ".lock", message), mirror.held() if mirror else nullcontext():
         yield
 
 

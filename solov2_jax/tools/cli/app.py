@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from solov2_jax import logging as session
 from solov2_jax.config_schema import switch, text, whole
-from solov2_jax.io import printable, without_controls
+from solov2_jax.io import InputError, is_object, printable, without_controls
 from solov2_jax.tools.cli import flags
 
 # Gets the "--config.key=value" arguments.
@@ -75,13 +75,55 @@ def run(
     DEBUG.value = "--debug" in argv  # already for errors of parsing
     with user_errors():
         overrides = flags.parse([*own, *shared], argv)
+        check_objects(own, overrides)
         if platform:
             _restart(_KEEP_MEMORY.value)
             _set_up()
-        if runner:
-            runner(main, overrides)
-        else:
-            main(overrides)
+        with on_local_copy(own):
+            (runner or _alone)(_with_cache(main) if platform else main, overrides)
+
+
+# What may be in object storage: a run's folder, images, jsons, weights to start from.
+_OBJECT_FLAGS = ("workdir", "compilation_cache")
+_OBJECT_KEYS = ("data.train.", "data.val.", "init_from", "user.")
+
+
+def check_objects(own: Sequence[flags.Flag], overrides: Sequence[str]) -> None:
+    """Raises an InputError for an address in object storage where only a path is read."""
+    places = [
+        (f"--{flag.name}", word)
+        for flag in own
+        for word in (flag.value if isinstance(flag.value, tuple) else (flag.value,))
+        if isinstance(word, str) and flag.name not in _OBJECT_FLAGS
+    ]
+    for override in overrides:
+        key, _, word = override.removeprefix("--config.").partition("=")
+        if not key.startswith(_OBJECT_KEYS):
+            places.append((f"--config.{key}", word))
+    for name, word in places:
+        if is_object(word):
+            raise InputError(
+                f"{name}={word}: only --workdir, init_from and the images and annotations of "
+                "data.train and data.val can be in object storage; copy it to a disk first, or "
+                "write to a folder here"
+            )
+
+
+@contextlib.contextmanager
+def on_local_copy(own: Sequence[flags.Flag]) -> Iterator[None]:
+    """Gives the command a folder here for a `--workdir` in object storage; puts at the end
+    what it wrote."""
+    workdir = next((flag for flag in own if flag.name == "workdir"), None)
+    if workdir is None or not is_object(workdir.value or ""):
+        yield
+        return
+    from solov2_jax import storage
+
+    workdir.value = str(storage.local_folder(workdir.value))
+    try:
+        yield
+    finally:
+        storage.put_all()
 
 
 def wants_help(argv: Sequence[str]) -> bool:
@@ -106,7 +148,10 @@ def echo(text: str) -> None:
 
 def _fail(error: BaseException) -> NoReturn:
     sys.stdout.flush()
-    print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
+    text = str(error)
+    if storage := sys.modules.get("solov2_jax.storage"):
+        text = storage.with_addresses(text)
+    print(f"error: {printable(text)}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -126,6 +171,21 @@ def _restart(keep_memory: bool) -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
+def _alone(main: Main, overrides: list[str]) -> None:
+    main(overrides)
+
+
+def _with_cache(main: Main) -> Main:
+    """Returns the command after the compilation cache, whose place depends on the devices:
+    they are known when the processes have joined."""
+
+    def start(overrides: list[str]) -> None:
+        session.compilation_cache(_CACHE.value)
+        main(overrides)
+
+    return start
+
+
 def _log_unraisable(error) -> None:
     """TensorStore's threads print tracebacks after an error that was raised already."""
     info = (error.exc_type, error.exc_value, error.exc_traceback)
@@ -133,7 +193,7 @@ def _log_unraisable(error) -> None:
 
 
 def _set_up() -> None:
-    """Console logging, devices and the compilation cache, by the flags."""
+    """Console logging and devices, by the flags."""
     import jax  # slow: after the restart
     from absl import logging as absl_logging
 
@@ -147,4 +207,3 @@ def _set_up() -> None:
     if _CPU_DEVICES.value:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
-    session.compilation_cache(_CACHE.value)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from solov2_jax import storage
 from solov2_jax.config import check_config, flatten, given_keys, load_config
 from solov2_jax.config_schema import AUTO, number, set_below, several, switch, text
 from solov2_jax.data import records
@@ -65,6 +66,12 @@ def own_config(config_file: str, workdir: str, overrides: Sequence[str], *, writ
     given |= {"train.epochs"} if "train.steps" in given else set()
     with config.unlocked():
         if data := _merged(config, Path(workdir) / "data"):
+            if not data.files[0] and storage.mirror_of(workdir):
+                raise InputError(
+                    "--data that is merged, split or converted is written into --workdir, which "
+                    "must be a folder here for that. Or import it (`solov2 import`), copy it to "
+                    "object storage, and give it as data.train and data.val"
+                )
             dataset = _read(data)
             _point_to(config, data, Path(workdir))
         else:
