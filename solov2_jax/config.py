@@ -37,7 +37,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
       overrides: flags of the form "--config.train.steps=100", later ones win.
     """
     file = _find(path)
-    config = read_config(file) if file.suffix == ".json" else _call_file(file)
+    config: Config = read_config(file) if file.suffix == ".json" else _call_file(file)
     lock(config)
     overrides, before = renamed_overrides(overrides), flatten(config)
     apply_overrides(config, overrides)
@@ -268,7 +268,7 @@ def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[st
     return flat
 
 
-def apply_preset(config: ConfigDict, before: Mapping[str, Any], overrides: Sequence[str]) -> None:
+def apply_preset(config: Config, before: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Sets, in place, what `augment.preset` names, but for keys that the user gave.
 
     Args:

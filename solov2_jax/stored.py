@@ -18,13 +18,13 @@ import pickle
 import threading
 import zlib
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
-import jaxlib
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import serialize_executable
@@ -123,7 +123,7 @@ def variable_shapes(model: Any, channels: int = 3) -> dict[str, Any]:
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            flat = flatten_dict(shapes, sep="/")
+            flat: dict[str, Any] = {**flatten_dict(shapes, sep="/")}
             write_json({k: (v.shape, str(v.dtype)) for k, v in flat.items()}, path)
         except OSError as error:
             log.info("the network's shapes are not kept: %s", reason(error))
@@ -187,7 +187,7 @@ def _origin() -> str | None:
     device = jax.devices()[0]
     return _digest(
         code.hexdigest(),
-        (jax.__version__, jaxlib.__version__, flax.__version__),
+        (jax.__version__, version("jaxlib"), flax.__version__),
         (device.platform, device.device_kind, device.client.platform_version),
         _processor() if device.platform == "cpu" else "",
         {k: v for k, v in sorted(os.environ.items()) if k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},

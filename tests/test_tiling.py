@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from solov2_jax.inference.prediction import MaskCrops, Prediction, pack
+from solov2_jax.inference.preprocess import InputOptions
 from solov2_jax.nms import mask_nms, matrix_nms
 from solov2_jax.tools.multiview import tiling
 from solov2_jax.tools.multiview.merge import (
@@ -25,6 +26,7 @@ from solov2_jax.tools.multiview.merge import (
 )
 from solov2_jax.tools.multiview.tiling import TiledPredictor, TileOptions, cut
 
+INPUT = InputOptions("RGB", (0.0,), (1.0,), 32, 64, ())
 NMS = NmsOptions("matrix", "gaussian", 2.0, 0.5, 0.05)
 HEIGHT, WIDTH, TILE = 100, 130, 48
 
@@ -46,6 +48,7 @@ class Blobs:
 
     class_names = ("red", "green")
     category_ids = (1, 2)
+    input = INPUT
 
     def __init__(self, change=lambda mask, tile: mask):
         self.change, self.shapes = change, []
@@ -76,7 +79,7 @@ class Blobs:
 
 def tiled(predictor=None, whole=False, overlap=0.25, size=TILE, border=1):
     tiles = TileOptions(size, overlap, whole)
-    return TiledPredictor(predictor or Blobs(), tiles, NMS, border, (0, 0, 0))
+    return TiledPredictor(predictor or Blobs(), tiles, NMS, border, (0.0, 0.0, 0.0))
 
 
 def blob(kind, top, left, height, width, shape=(HEIGHT, WIDTH)):
@@ -207,7 +210,7 @@ def test_small_images_are_filled_up_and_the_filling_is_no_object(size):
     image = np.zeros((*size, 3), np.uint8)
     image[: size[0] // 2 + 1, : size[1] // 2 + 1, 1] = 255
     tiles = TileOptions(TILE, 0.25)
-    bright = TiledPredictor(predictor, tiles, NMS, 1, (255, 0, 0))
+    bright = TiledPredictor(predictor, tiles, NMS, 1, (255.0, 0.0, 0.0))
     (prediction,) = bright.predict_images([image])
     assert set(predictor.shapes) == {(TILE, TILE, 3)}, "one shape: one compilation"
     assert_same(prediction, [image[..., 1] > 0], [1])

@@ -265,8 +265,7 @@ def random_scale(
       bounds: (lowest, highest) of the number.
     """
     h, w = view.size
-    target = np.array(target)
-    factor = rng.uniform(*bounds) * (target / (h, w)).min()
+    factor = rng.uniform(bounds[0], bounds[1]) * min(target[0] / h, target[1] / w)
     scaled = np.maximum(np.rint(np.array([h, w]) * factor), 1).astype(int)
     size = np.minimum(scaled, target)
     y0, x0 = (rng.random(2) * (scaled - size + 1)).astype(int)

@@ -68,7 +68,9 @@ def cutout(sample: Sample, augment: Augment, rng: np.random.Generator) -> Sample
     image = sample.image.copy()
     cover = np.zeros((h, w), bool)
     for _ in range(int(rng.integers(1, augment.cutout_holes + 1))):
-        tall, wide = np.maximum(rng.uniform(*augment.cutout_size, 2) * min(h, w), 1).astype(int)
+        tall, wide = np.maximum(
+            rng.uniform(augment.cutout_size[0], augment.cutout_size[1], 2) * min(h, w), 1
+        ).astype(int)
         y, x = (rng.random(2) * (h - tall + 1, w - wide + 1)).astype(int)
         image[y : y + tall, x : x + wide] = rng.integers(0, 256, image.shape[2])
         cover[y : y + tall, x : x + wide] = True

@@ -87,7 +87,9 @@ def _pillow_reads(path: str) -> bool:
     """Whether Pillow reads a TIFF's values as they are: one grey page, or 8-bit colours."""
     try:
         with opened(path) as image:
-            return image.mode in _PLAIN and not any(";16" in str(t) for t in image.tile[:1])
+            return image.mode in _PLAIN and not any(
+                ";16" in str(t) for t in getattr(image, "tile", ())[:1]
+            )
     except InputError:
         return False
 

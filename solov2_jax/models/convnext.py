@@ -100,7 +100,7 @@ class ConvNeXt(Backbone):
 
         Source: the layer-wise rates of the paper's detectors: 6 layers of T, 12 of S.
         """
-        layers = [("stem*",)]
+        layers: list[tuple[str, ...]] = [("stem*",)]
         for level, depth in zip(LEVELS, self.depths, strict=True):
             for first in range(0, depth, 3):
                 blocks = tuple(f"{level}_{n}/*" for n in range(first, min(first + 3, depth)))

@@ -136,7 +136,8 @@ def _deform_conv2d_fwd(xs, kernel, offsets, masks, geometry):
 
 
 def _deform_conv2d_bwd(geometry, residuals, grads):
-    return _backward(*residuals, grads, geometry)
+    xs, kernel, offsets, masks = residuals
+    return _backward(xs, kernel, offsets, masks, grads, geometry)
 
 
 _deform_conv2d.defvjp(_deform_conv2d_fwd, _deform_conv2d_bwd)

@@ -44,6 +44,9 @@ class PicturePredictor(Protocol):
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
 
+    @property
+    def input(self) -> InputOptions: ...
+
     def predict_images(
         self, images: Iterable[np.ndarray | str], batch_size: int = 1
     ) -> Iterable[Prediction]: ...
