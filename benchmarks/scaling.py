@@ -19,7 +19,6 @@ own, because JAX looks for their chips at every start. Writes results/scaling.js
 import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import re
@@ -32,25 +31,21 @@ from unittest import mock
 
 import harness
 from harness import RESULTS
+from scaling_model import (
+    PADDED,
+    Assumptions,
+    System,
+    compiled_traffic,
+    efficiencies,
+    image_seconds,
+    load_systems,
+)
 from tables import COLLECTIVES, scaling_tables
 
-PADDED = (800, 1344)
-CHIPS = (8, 16, 32, 64, 128, 256)
+CHIPS = (8, 16, 32, 64, 128, 256, 512)
 STEPS = (0.01, 0.025, 0.05, 0.1, 0.2)  # seconds on one chip
 EMULATED, AS_ACCELERATOR = (1, 2, 4, 8), (2, 8)
 JPEG_BYTES = 18e9 / 118_287  # COCO train2017: 18 GB of 118,287 images
-System = Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Assumptions:
-    """What is not published and not measured here: change it, and see what changes."""
-
-    link_share: float = 0.8  # of the published rate that a large all-reduce reaches
-    host_latency: float = 25e-6  # seconds of an empty all-reduce inside a host
-    network_latency: float = 100e-6  # more, between hosts
-    hop_latency: float = 1e-6  # from chip to chip on a torus
-    combine_bytes: int = 30 * 2**20  # XLA:GPU puts gradients together up to here
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     jax.config.update("jax_num_cpu_devices", max(EMULATED))
     content = harness.read(args.results, "scaling")
     if args.part in ("paper", "all"):
-        content["paper"] = paper(args)
+        content["paper"] = paper(args, content.get("ahead", {}))
     if args.part in ("emulated", "all"):
         content["emulated"] = emulated(args)
     if args.part == "ahead":
@@ -84,7 +79,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--config", default="configs/r50_3x.py")
     add("--step_seconds", type=float, help="measured on one chip, with --step_images")
     add("--step_images", type=int, default=16, help="images per chip and step")
-    add("--step_share", type=float, default=0.4, help="of peak, if nothing is measured")
+    add("--step_share", type=float, default=0.5, help="of peak that convolutions reach")
+    add("--memory_share", type=float, default=0.75, help="of the memory's rate that is reached")
     add("--images_per_core", type=float, default=25.0, help="a second, decoded")
     add("--objects", type=int, default=100, help="padded mask slots per image")
     add("--emulated_config", default="configs/quickstart.py")
@@ -100,27 +96,42 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 # --- On paper ------------------------------------------------------------------------
 
 
-def paper(args: Any) -> dict[str, Any]:
-    """Returns the predictions and all that they rest on."""
+def paper(args: Any, compiled: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the predictions and all that they rest on.
+
+    Args:
+      compiled: what `ahead` wrote.
+    """
     from cases import read_config, train_flops
 
     flops = train_flops(read_config(args.config), *PADDED)
-    gradients, systems = gradient_bytes(args.config), load_systems()["systems"]
+    known = load_systems()
+    gradients, systems = gradient_bytes(args.config), known["systems"]
+    traffic = known["traffic"] | compiled_traffic(compiled, args.config)
     # What of a step is the backward pass, behind which an all-reduce can hide.
     backward = 1 - flops["forward"] / flops["step"]
-    basis = f"{args.step_share:.0%} of the published rate, assumed"
+    basis = (
+        f"arithmetic at {args.step_share:.0%} and memory passes at {args.memory_share:.0%} of the "
+        "published rates, assumed"
+    )
     if args.step_seconds:
         basis = f"{args.step_seconds} s for {args.step_images} images, measured"
     size, rows, by_step = gradients["bytes"], [], {}
     for system in systems:
-        computed = args.step_images * flops["step"] / (args.step_share * system["peak"])
+        moved = traffic[system["family"]]
+        computed = args.step_images * image_seconds(system, flops["step"], moved, args)
         for batch in sorted({2, args.step_images}):
             step = (args.step_seconds or computed) * batch / args.step_images
-            chips = {str(n): efficiencies(system, n, size, step, backward) for n in CHIPS}
+            chips = {
+                str(n): efficiencies(system, n, size, step, backward)
+                for n in CHIPS
+                if n <= system.get("pod", n)
+            }
             row = {"system": system["name"], "images_per_chip": batch, "step_s": step}
             rows.append(row | {"chips": chips, "host": host_input(system, batch / step, args)})
         by_step[system["name"]] = {
-            str(t): efficiencies(system, max(CHIPS), size, t, backward) for t in STEPS
+            str(t): efficiencies(system, system.get("pod", max(CHIPS)), size, t, backward)
+            for t in STEPS
         }
     return {
         "config": args.config,
@@ -129,6 +140,7 @@ def paper(args: Any) -> dict[str, Any]:
         "backward_share": backward,
         "gradients": gradients,
         "step": basis,
+        "traffic": traffic,
         "images_per_core": args.images_per_core,
         "objects": args.objects,
         "assumptions": dataclasses.asdict(Assumptions()),
@@ -136,70 +148,6 @@ def paper(args: Any) -> dict[str, Any]:
         "rows": rows,
         "by_step": by_step,
     }
-
-
-def load_systems() -> dict[str, Any]:
-    """Returns `systems.json`: published rates, each with its source, and XLA's H100.
-
-    Rates are bytes a second in one direction for each chip (NVIDIA states both
-    directions together): "inside" a host, or over all links of a torus; "outside" to
-    other hosts, 0 for a torus. "peak" is the dense bfloat16 FLOP/s of a chip; from
-    "full_torus" chips on, every axis closes to a ring, and below it has half the rate.
-    """
-    return json.loads(Path(__file__).with_name("systems.json").read_text())
-
-
-def all_reduce_seconds(size: int, chips: int, system: System, assumed: Assumptions) -> float:
-    """Returns the time to sum `size` bytes over the chips, in combined messages.
-
-    Each chip sends and receives 2 (n - 1) / n of the bytes (reduce-scatter and
-    all-gather). Over several hosts: inside each host, then each chip's share of the
-    bytes between the hosts, then inside again.
-    """
-
-    def sent(size: float, chips: int) -> float:
-        return 2 * (chips - 1) / chips * size
-
-    if chips == 1:
-        return 0.0
-    messages = max(1, -(-size // assumed.combine_bytes))
-    inside = system["inside"] * assumed.link_share
-    if axes := system["axes"]:
-        ring = chips >= system["full_torus"]
-        hops = 2 * axes * max(1.0, (chips ** (1 / axes) - 1) / (2 if ring else 1))
-        rate = inside * (1.0 if ring else 0.5)
-        return sent(size, chips) / rate + messages * hops * assumed.hop_latency
-    group = min(chips, system["chips_per_host"])
-    seconds, latency = sent(size, group) / inside, assumed.host_latency
-    if (hosts := chips // group) > 1:
-        seconds += sent(size / group, hosts) / (system["outside"] * assumed.link_share)
-        latency += assumed.network_latency
-    return seconds + messages * latency
-
-
-def exposed_seconds(size: int, seconds: float, window: float, combine: int) -> float:
-    """Returns what of an all-reduce is not hidden behind the backward pass.
-
-    The last message can only start when the last gradient is there; the others hide
-    behind at most `window` seconds of computation.
-    """
-    last = seconds / max(1, -(-size // combine))
-    return last + max(0.0, seconds - last - window)
-
-
-def efficiencies(
-    system: System, chips: int, size: int, step: float, backward: float
-) -> dict[str, float]:
-    """Returns the all-reduce's seconds and shares of the ideal rate.
-
-    "efficiency" is without any overlap, "efficiency_overlapped" with an all-reduce that
-    starts as soon as its gradients are there.
-    """
-    assumed = Assumptions()
-    spent = all_reduce_seconds(size, chips, system, assumed)
-    exposed = exposed_seconds(size, spent, backward * step, assumed.combine_bytes)
-    shares = {"efficiency": step / (step + spent), "efficiency_overlapped": step / (step + exposed)}
-    return {"all_reduce_s": spent, **shares}
 
 
 def host_input(system: System, images_per_s: float, args: Any) -> dict[str, float]:
@@ -340,6 +288,7 @@ def ahead(args: Any) -> tuple[str, dict[str, Any]]:
         "kind": devices[0].device_kind,
         "compile_s": time.perf_counter() - start,
         "collectives": read_collectives(compiled.as_text()),
+        "bytes": compiled.cost_analysis().get("bytes accessed", 0.0),
         "memory_gb": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9,
     }
     return f"{platform} {topology} {Path(args.config).stem} {args.dtype}", row

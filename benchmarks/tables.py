@@ -271,6 +271,12 @@ def _basis(paper: Result) -> str:
             f"{gradients['arrays']} arrays, {gradients['bytes'] / 1e6:.1f} MB"
         ),
         "time of a step on one chip": paper["step"],
+        **{
+            f"bytes that an image moves, {family.upper()}": (
+                f"{t['bytes_per_image'] / 1e9:.1f} GB ({t['source']})"
+            )
+            for family, t in paper["traffic"].items()
+        },
         "backward pass, of a step's FLOPs": f"{paper['backward_share']:.0%}",
         "assumed: of a link's published rate": f"{assumed['link_share']:.0%}",
         "assumed: an empty all-reduce in a host / more between hosts / a torus hop": (
@@ -287,29 +293,31 @@ def _links(paper: Result) -> str:
     rows = []
     for s in paper["systems"]:
         outside = f"{s['outside'] / 1e9:.4g}" if s["outside"] else "-"
-        rates = (f"{s['peak'] / 1e12:.0f}", f"{s['inside'] / 1e9:.0f}", outside)
+        rates = (f"{s['peak'] / 1e12:.0f}", f"{s['bandwidth'] / 1e12:.2f}")
+        rates += (f"{s['inside'] / 1e9:.0f}", outside)
         rows.append((s["name"], *rates, str(s["chips_per_host"]), s["source"]))
-    columns = ("system", "bf16 TFLOP/s", "GB/s one way, in the host or torus")
+    columns = ("system", "bf16 TFLOP/s", "memory TB/s", "GB/s one way, in the host or torus")
     return table((*columns, "GB/s one way, between hosts", "chips a host", "source"), rows)
 
 
 def _efficiency(paper: Result) -> str:
-    rows = []
+    rows, chips = [], paper["rows"][0]["chips"]
     for row in paper["rows"]:
         ms = [1e3 * c["all_reduce_s"] for c in row["chips"].values()]
         step = (str(row["images_per_chip"]), f"{1e3 * row['step_s']:.1f}")
         reduce = f"{min(ms):.2f} to {max(ms):.2f}"
-        rows.append((row["system"], *step, reduce, *map(_shares, row["chips"].values())))
-    columns = ("system", "images a chip", "step ms", "all-reduce ms")
-    return table((*columns, *paper["rows"][0]["chips"]), rows)
+        rate = f"{row['images_per_chip'] / row['step_s']:.0f}"
+        shares = (_shares(of) if (of := row["chips"].get(n)) else "-" for n in chips)
+        rows.append((row["system"], *step, rate, reduce, *shares))
+    columns = ("system", "images a chip", "step ms", "images/s a chip", "all-reduce ms")
+    return table((*columns, *chips), rows)
 
 
 def _by_step(paper: Result) -> str:
     systems = paper["by_step"]
-    chips = list(paper["rows"][0]["chips"])[-1]
     steps = [f"{1e3 * float(s):g} ms" for s in next(iter(systems.values()))]
     rows = [(name, *map(_shares, of_steps.values())) for name, of_steps in systems.items()]
-    return table((f"{chips} chips, a step of", *steps), rows)
+    return table(("largest number of chips, a step of", *steps), rows)
 
 
 def _host_input(paper: Result) -> str:

@@ -85,7 +85,7 @@ LONG_FUNCTIONS = {
 }
 MAX_LONG_FUNCTION = 105
 # Lines of Python.
-BUDGETS = {"core": 21_900, "tools": 18_900, "benchmarks": 3_290}
+BUDGETS = {"core": 21_900, "tools": 18_900, "benchmarks": 3_360}
 # What errors that are still there begin with.
 KNOWN: tuple[str, ...] = ()
 

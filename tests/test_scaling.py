@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import scaling
+import scaling_model
 import tables
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -68,11 +69,13 @@ def test_the_step_lowers_for_chips_that_hold_no_array(monkeypatch):
     assert "tensor<6x64x64x3xui8>" in text, "three images for each of two chips"
 
 
-EXACT = scaling.Assumptions(link_share=1.0, host_latency=0.0, network_latency=0.0, hop_latency=0.0)
+EXACT = scaling_model.Assumptions(
+    link_share=1.0, host_latency=0.0, network_latency=0.0, hop_latency=0.0
+)
 
 
 def test_the_time_of_an_all_reduce_is_that_of_its_bytes():
-    reduce = scaling.all_reduce_seconds
+    reduce = scaling_model.all_reduce_seconds
     assert reduce(400, 1, HOSTS, EXACT) == 0
     # Two of four parts are sent on by each: 2 * 3/4 * 400 bytes.
     assert reduce(400, 4, HOSTS, EXACT) == pytest.approx(6)
@@ -87,28 +90,28 @@ def test_latency_counts_for_each_message():
     latency = {"combine_bytes": 100, "host_latency": 1.0, "network_latency": 2.0}
     assumed = dataclasses.replace(EXACT, **latency)
     system = HOSTS | {"chips_per_host": 2, "inside": 1e30, "outside": 1e30}
-    assert scaling.all_reduce_seconds(250, 2, system, assumed) == pytest.approx(3 * 1.0)
-    assert scaling.all_reduce_seconds(250, 4, system, assumed) == pytest.approx(3 * 3.0)
+    assert scaling_model.all_reduce_seconds(250, 2, system, assumed) == pytest.approx(3 * 1.0)
+    assert scaling_model.all_reduce_seconds(250, 4, system, assumed) == pytest.approx(3 * 3.0)
 
 
 def test_the_last_message_is_never_hidden():
-    assert scaling.exposed_seconds(300, 9.0, window=100.0, combine=100) == 3.0
-    assert scaling.exposed_seconds(300, 9.0, window=4.0, combine=100) == 3.0 + 2.0
-    assert scaling.exposed_seconds(50, 9.0, window=100.0, combine=100) == 9.0
+    assert scaling_model.exposed_seconds(300, 9.0, window=100.0, combine=100) == 3.0
+    assert scaling_model.exposed_seconds(300, 9.0, window=4.0, combine=100) == 3.0 + 2.0
+    assert scaling_model.exposed_seconds(50, 9.0, window=100.0, combine=100) == 9.0
 
 
 def test_every_system_names_its_source_and_rates_of_one_direction():
-    for system in scaling.load_systems()["systems"]:
+    for system in scaling_model.load_systems()["systems"]:
         assert system["source"] and system["peak"] > 1e14
         assert (system["outside"] > 0) != (system["axes"] > 0), system["name"]
         assert system["inside"] < 1e12, "1 TB/s in one direction: both were added"
 
 
 def test_efficiency_falls_with_chips_and_rises_with_the_step():
-    system = scaling.load_systems()["systems"][0]
+    system = scaling_model.load_systems()["systems"][0]
 
     def share(chips, step):
-        return scaling.efficiencies(system, chips, 10**8, step, backward=0.6)
+        return scaling_model.efficiencies(system, chips, 10**8, step, backward=0.6)
 
     few, many = share(8, 0.05), share(256, 0.05)
     assert 0 < many["efficiency"] < few["efficiency"] < 1
@@ -148,3 +151,21 @@ def test_compile_times_are_summed_to_the_first_result():
     row = {"cold": phases, "warm": phases, "size": [2, 3], "cache_mb": 1.0}
     table = tables.compile_table({"rows": {"r50 step": row}})
     assert "| r50 step, 2 x 3 | 10.0 | 10.0 | 4.0 |" in table
+
+
+def test_memory_passes_add_to_a_gpus_step_and_bound_a_tpus():
+    args = scaling.parse(["paper", "--step_share=0.5", "--memory_share=0.5"])
+    system = {"peak": 200.0, "bandwidth": 20.0}
+    traffic = {"bytes_per_image": 30.0, "adds": True}
+    assert scaling_model.image_seconds(system, 400.0, traffic, args) == pytest.approx(4 + 3)
+    traffic["adds"] = False
+    assert scaling_model.image_seconds(system, 400.0, traffic, args) == pytest.approx(4)
+    assert scaling_model.image_seconds(system, 200.0, traffic, args) == pytest.approx(3)
+
+
+def test_the_bytes_of_a_program_compiled_at_full_size_replace_the_stored_ones():
+    row = {"config": "a", "size": [800, 1344], "kind": "TPU v5 lite", "dtype": "bfloat16"}
+    row |= {"images_per_chip": 4, "bytes": 80.0}
+    assert scaling_model.compiled_traffic({"x": row}, "a")["tpu"]["bytes_per_image"] == 20.0
+    assert not scaling_model.compiled_traffic({"x": row | {"size": [64, 64]}}, "a")
+    assert not scaling_model.compiled_traffic({"x": row}, "b")
