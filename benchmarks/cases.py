@@ -25,8 +25,7 @@ from solov2_jax.data.transforms import resize_image
 from solov2_jax.models import build_model
 from solov2_jax.tools.summary import summarize
 from solov2_jax.training import memory
-from solov2_jax.weights import names
-from solov2_jax.weights.names import fill, match, skeleton
+from solov2_jax.weights import names, tables
 from tests.golden_weights import golden_weight
 from tests.plain_masks import plain_center, plain_stride4
 
@@ -71,7 +70,7 @@ def write_weights(config: Any) -> dict[str, str]:
     }
     depth = config.model.backbone.depth
     last, gain = "conv2" if depth < 50 else "conv3", CATE_GAIN[depth]
-    zeros = names.to_adelaidet(empty)
+    zeros = tables.to_adelaidet(empty)
     key = "-".join(map(str, (depth, gain, sum(v.size for v in zeros.values()))))
     paths = {n: CACHE / "weights" / f"{key}-{n}.npz" for n in ("adelaidet", "mmdet")}
     if not all(path.is_file() for path in paths.values()):
@@ -80,24 +79,8 @@ def write_weights(config: Any) -> dict[str, str]:
             k: golden_weight(k, v.shape, last, gain).astype(np.float32) for k, v in zeros.items()
         }
         np.savez(paths["adelaidet"], **state)
-        np.savez(paths["mmdet"], **to_mmdet(names.from_names(names.ADELAIDET, state)[0]))
+        np.savez(paths["mmdet"], **tables.to_mmdet(names.from_names(tables.ADELAIDET, state)[0]))
     return {name: str(path) for name, path in paths.items()}
-
-
-def to_mmdet(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns mmdetection's state dict of our flat leaves (its counters left out)."""
-    state = {}
-    for leaf, value in leaves.items():
-        for rule in names.MMDET.by_target[skeleton(leaf)]:
-            values = match(rule.target, leaf)
-            if values is not None:
-                kernel = rule.transform == "kernel"
-                value = value.transpose(3, 2, 0, 1) if kernel else value
-                state[fill(rule.source, values)] = np.ascontiguousarray(value)
-                break
-        else:
-            raise ValueError(f"{leaf} has no name in mmdetection's table")
-    return state
 
 
 def make_images(size: tuple[int, int], batch: int, path: str | None = None) -> np.ndarray:

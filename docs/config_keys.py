@@ -101,18 +101,28 @@ def variants() -> str:
         if path.stem in ("__init__", "base"):
             continue
         module = importlib.import_module(f"configs.{path.stem}")
-        values = flatten(module.get_config())
-        rows = [
-            f"| [`{key}`](#{key}) | {_code(values[key])} | {_code(default)} |"
-            for key, default in defaults.items()
-            if values[key] != default
-        ]
-        if not rows:
-            rows = ["| nothing | | |"]
-        head = ["| key | here | `base.py` |", "|---|---|---|"]
         docstring = (module.__doc__ or "").strip().splitlines()[0]
-        parts += [f"### `{path.stem}`", escape(docstring), "\n".join([*head, *rows])]
+        parts += [f"### `{path.stem}`", escape(docstring)]
+        named = getattr(module, "VARIANTS", None)
+        if named is None:
+            parts.append(_changes(flatten(module.get_config()), defaults))
+            continue
+        for name, variant in named.items():
+            ap = "no weights published" if variant.ap is None else f"mask AP {variant.ap}"
+            parts += [f"#### `{path.stem}:{name}`", escape(f"{variant.source}, {ap}")]
+            parts.append(_changes(flatten(module.get_config(name)), defaults))
     return "\n\n".join(parts)
+
+
+def _changes(values: dict[str, Any], defaults: dict[str, Any]) -> str:
+    """Returns the table of the keys whose values are not the defaults."""
+    rows = [
+        f"| [`{key}`](#{key}) | {_code(values[key])} | {_code(default)} |"
+        for key, default in defaults.items()
+        if values[key] != default
+    ]
+    head = ["| key | here | `base.py` |", "|---|---|---|"]
+    return "\n".join([*head, *(rows or ["| nothing | | |"])])
 
 
 def escape(text: str) -> str:

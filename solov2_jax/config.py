@@ -8,9 +8,11 @@ import ast
 import difflib
 import functools
 import importlib.util
+import inspect
 import logging
 import os
 import pathlib
+import re
 import sys
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,11 +35,14 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 
     Args:
       path: a Python file with `get_config()`, a `config.json` of a workdir, or the
-        name of a shipped config, such as "r50_3x".
+        name of a shipped config, such as "r50_3x"; "FILE:NAME" calls `get_config(NAME)`.
       overrides: flags of the form "--config.train.steps=100", later ones win.
     """
+    path, variant = _split_variant(path)
     file = _find(path)
-    config: Config = read_config(file) if file.suffix == ".json" else _call_file(file)
+    if file.suffix == ".json" and variant:
+        raise InputError(f"config file {path}: a JSON file has no variant {variant!r}")
+    config: Config = read_config(file) if file.suffix == ".json" else _call_file(file, variant)
     lock(config)
     overrides, before = renamed_overrides(overrides), flatten(config)
     apply_overrides(config, overrides)
@@ -62,6 +67,13 @@ def shipped_configs() -> pathlib.Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
+def _split_variant(path: str) -> tuple[str, str]:
+    """Returns (path, variant) of "configs/zoo.py:mmdet_r101_dcn"; a file's own name wins."""
+    before, colon, variant = path.rpartition(":")
+    is_path = not colon or len(before) < 2 or pathlib.Path(path).is_file()  # C:\\ is no variant
+    return (path, "") if is_path or not re.fullmatch(r"\w+", variant) else (before, variant)
+
+
 def _find(path: str) -> pathlib.Path:
     """Returns the file that a path or a shipped config's name means."""
     file = pathlib.Path(path)
@@ -81,13 +93,16 @@ def _listing(file: pathlib.Path) -> str:
     return f"; in {folder}/ there are {', '.join(names)}" if names else ""
 
 
-def _call_file(file: pathlib.Path) -> ConfigDict:
+def _call_file(file: pathlib.Path, variant: str = "") -> ConfigDict:
     _bind_configs(file.resolve().parent)
     old = (*_base().RENAMED, *_base().REMOVED)
     token = old_names.set(old)
     try:
         with reading(file, "a config file", "It is Python with a function get_config()"):
-            config = _run(file).get_config()
+            make = _run(file).get_config
+            if variant and not inspect.signature(make).parameters:
+                raise InputError(f"its get_config() takes no variant, {variant!r} is given")
+            config = make(variant) if variant else make()
     finally:
         old_names.reset(token)
     if not isinstance(config, ConfigDict):

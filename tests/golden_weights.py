@@ -15,7 +15,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from solov2_jax.models import ResNet, SOLOv2
-from solov2_jax.weights.names import ADELAIDET, from_names, to_adelaidet
+from solov2_jax.weights.names import from_names
+from solov2_jax.weights.tables import ADELAIDET, to_adelaidet
 
 CATE_GAIN, KERNEL_GAIN = 1.5, 0.25  # of the R18 goldens
 _CATE = "ins_head.cate_pred.weight"

@@ -147,3 +147,30 @@ def test_train_py_prints_one_line_and_exits_with_2(tmp_path, arguments, message)
     assert result.stderr.startswith("error: ") and message in result.stderr
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_variants_of_the_zoo_are_networks_with_their_publishers_figures():
+    from configs import zoo
+
+    assert len(zoo.VARIANTS) > 25
+    for name, variant in zoo.VARIANTS.items():
+        config = load_config(f"configs/zoo.py:{name}")
+        flat = flatten(config)
+        assert all(flat[key] == value for key, value in variant.keys.items()), name
+        assert variant.ap is None or 29 < variant.ap < 43
+    assert load_config("zoo:mmdet_x101_dcn").model.backbone.groups == 64
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("configs/zoo.py", "no variant ''.*zoo.py:NAME with one of adelaidet_r50"),
+        ("configs/zoo.py:r101", "no variant 'r101'"),
+        ("configs/r50_3x.py:x", r"takes no variant, 'x' is given"),
+        ("configs/none.py:x", "none.py: no such file"),
+        ("configs/zoo.py:", "no such file"),
+    ],
+)
+def test_variants_that_are_not_there(path, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(path)

@@ -14,7 +14,7 @@ from solov2_jax.data.rasterize import mass_centers
 from solov2_jax.training.build import build_optimizer
 from solov2_jax.training.loss import build_loss
 from solov2_jax.training.optim import trainable_mask
-from solov2_jax.weights.names import to_adelaidet
+from solov2_jax.weights.tables import to_adelaidet
 
 SLOTS, SIZE = 8, (256, 320)
 CASES = {"one": [0], "two": [0, 1], "empty_second": [0, None], "empty": [None, None]}

@@ -31,7 +31,7 @@ from solov2_jax.checkpoint import CheckpointManager, read_run
 from solov2_jax.config import load_config
 from solov2_jax.training.step import TrainState
 from solov2_jax.training.workdir import describe_run
-from solov2_jax.weights import names
+from solov2_jax.weights import tables
 from solov2_jax.weights.array_files import write_safetensors
 from solov2_jax.weights.convert import (
     fit,
@@ -91,7 +91,7 @@ def test_round_trip_through_files_is_bit_exact(tmp_path, model, suffix):
     assert again.settings == weights.settings
     loaded, report = fit(again, variables_of(state), strict=True)
     assert not report.new
-    back = names.to_adelaidet(flatten_dict(loaded, sep="/"))
+    back = tables.to_adelaidet(flatten_dict(loaded, sep="/"))
     assert sorted(back) == sorted(state)
     for key, value in state.items():
         assert back[key].dtype == np.float32 and np.array_equal(back[key], value)
@@ -247,7 +247,7 @@ def test_a_backbone_with_group_norm_is_told_by_its_missing_statistics(tmp_path):
     state = {k: v for k, v in small_state("r50").items() if "running" not in k}
     weights = read_weights(write_state(tmp_path / "x.pth", state))
     assert weights.settings["model.backbone.norm"] == "gn"
-    assert names.to_adelaidet(weights.flat).keys() == state.keys()
+    assert tables.to_adelaidet(weights.flat).keys() == state.keys()
 
 
 def test_mmdetection_tells_its_classes_and_its_config(tmp_path):
@@ -405,7 +405,7 @@ def wide_state():
     shapes = flatten_dict(network_shapes(config, 4), sep="/")
     rng = np.random.default_rng(0)
     flat = {name: rng.standard_normal(leaf.shape, np.float32) for name, leaf in shapes.items()}
-    return names.to_adelaidet(flat)
+    return tables.to_adelaidet(flat)
 
 
 def run(*args):
@@ -435,7 +435,7 @@ def test_the_command_there_and_back(tmp_path):
     done = run("--to", "adelaidet", "--input", ours, "--output", back)
     assert done.returncode == 0, done.stderr
     again = read_weights(str(back))
-    found = names.to_adelaidet(again.flat)
+    found = tables.to_adelaidet(again.flat)
     assert all(np.array_equal(found[key], value) for key, value in state.items())
 
 
@@ -470,7 +470,7 @@ def test_a_runs_weights_have_its_settings_and_its_classes(tmp_path):
     save_weights(path, weights.flat, weights.settings)
     again = read_weights(path)
     assert again.settings == weights.settings and again.source == "adelaidet"
-    assert names.to_adelaidet(again.flat).keys() == state.keys()
+    assert tables.to_adelaidet(again.flat).keys() == state.keys()
     (tmp_path / "classes.json").unlink()
     with pytest.raises(ValueError, match="classes.json: no such file"):
         read_run(tmp_path)

@@ -217,8 +217,10 @@ def _tensor_call(key: int, array: np.ndarray) -> bytes:
     )
 
 
-def write_torch(path: str, state: Mapping[str, np.ndarray], texts: Mapping[str, str]) -> None:
-    """Writes {"model": state, **texts} as `torch.save` does; the file appears whole.
+def write_torch(
+    path: str, state: Mapping[str, np.ndarray], texts: Mapping[str, str], key: str = "model"
+) -> None:
+    """Writes {key: state, **texts} as `torch.save` does; the file appears whole.
 
     Float32 tensors, contiguous, one storage each. `torch.load` reads it, with
     `weights_only=True` too.
@@ -229,9 +231,10 @@ def write_torch(path: str, state: Mapping[str, np.ndarray], texts: Mapping[str, 
     """
     arrays = {n: np.ascontiguousarray(a, np.dtype("<f4")) for n, a in state.items()}
     entries = b"".join(
-        _text(name) + _tensor_call(key, array) for key, (name, array) in enumerate(arrays.items())
+        _text(name) + _tensor_call(number, array)
+        for number, (name, array) in enumerate(arrays.items())
     )
-    model = _text("model") + _EMPTY_ORDERED_DICT + b"(" + entries + b"u"  # SETITEMS
+    model = _text(key) + _EMPTY_ORDERED_DICT + b"(" + entries + b"u"  # SETITEMS
     others = b"".join(_text(name) + _text(text) for name, text in texts.items())
     data = b"\x80\x02}(" + model + others + b"u."
     with (
@@ -244,6 +247,6 @@ def write_torch(path: str, state: Mapping[str, np.ndarray], texts: Mapping[str, 
 
         add("data.pkl", data)
         add("byteorder", b"little")
-        for key, array in enumerate(arrays.values()):
-            add(f"data/{key}", array.tobytes())
+        for number, array in enumerate(arrays.values()):
+            add(f"data/{number}", array.tobytes())
         add("version", b"3\n")

@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from solov2_jax.weights import names
 from solov2_jax.weights.names import COUNTER, Drop, NameTable, Rule, group_norm
 
 _CLASSIFIER = Drop(r"(head|classifier|norm|pre_logits)\..*", "ImageNet classifier, not used")
@@ -194,10 +193,3 @@ def suggest_weights(backbone: Any) -> str:
     name = backbone.name
     weights = f"resnet{backbone.depth}.a1_in1k" if name == "resnet" else _PUBLISHED.get(name)
     return f"--config.init_from={f'timm/{weights}' if weights else 'FILE, weights of your own'}"
-
-
-def is_known(name: str) -> bool:
-    """Returns whether any table, or our own naming, has a rule for a tensor's name."""
-    tables = (*names.TABLES.values(), *TABLES.values())
-    known = any(names.targets_of(table, name) for table in tables)
-    return known or name.startswith(("params/", "batch_stats/"))

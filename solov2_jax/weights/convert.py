@@ -16,10 +16,11 @@ from solov2_jax.models import build_model
 from solov2_jax.stored import variable_shapes
 from solov2_jax.weights.array_files import write_safetensors, write_torch
 from solov2_jax.weights.backbones import backbone_of
-from solov2_jax.weights.names import Flat, shorten, to_adelaidet
+from solov2_jax.weights.names import Flat, shorten
 from solov2_jax.weights.settings import check_settings, depth_of
 from solov2_jax.weights.sources import Weights
 from solov2_jax.weights.state_dicts import NO_RULE, OURS
+from solov2_jax.weights.tables import to_adelaidet, to_mmdet
 
 _log = logging.getLogger(__name__)
 _STEM = "params/backbone/stem/conv1/kernel"
@@ -230,16 +231,25 @@ def fit(
     return unflatten_dict({**targets, **loaded}, sep="/"), report
 
 
-def save_weights(path: str, flat: Flat, settings: Mapping[str, Any]) -> None:
-    """Writes leaves as .safetensors, or as AdelaiDet's .pth, with their settings."""
+def save_weights(
+    path: str, flat: Flat, settings: Mapping[str, Any], program: str = "adelaidet"
+) -> None:
+    """Writes leaves as .safetensors, or as another program's .pth, with their settings.
+
+    Args:
+      program: whose names a .pth has: "adelaidet" or "mmdet".
+    """
     text = {OURS: json.dumps(dict(settings))}
     if path.endswith(".safetensors"):
         leaves = {name: np.asarray(leaf, np.float32) for name, leaf in flat.items()}
         write_safetensors(path, leaves, text)
+    elif path.endswith(".pth") and program == "mmdet":
+        state = to_mmdet(flat, bool(settings.get("model.backbone.avg_down")))
+        write_torch(path, state, text, key="state_dict")
     elif path.endswith(".pth"):
         write_torch(path, to_adelaidet(flat), text)
     else:
-        raise ValueError(f"{path}: write to a .safetensors file (AdelaiDet's: .pth)")
+        raise ValueError(f"{path}: write to a .safetensors file (another program's: .pth)")
 
 
 def network_shapes(config: Any, num_classes: int) -> dict[str, Any]:

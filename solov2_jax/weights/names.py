@@ -1,11 +1,11 @@
-"""Names of other programs' tensors -> leaves of our variables, one table per source.
+"""Names of other programs' tensors -> leaves of our variables, and back.
 
-A table is a tuple of rules (source name, target leaf, transform). Names are templates
-whose fields are integers: "res{s}.{i}" matches "res4.11" with s = 4 and i = 11, and the
-same fields fill another template. A field may be scaled and shifted: "layer{s-1}" matches
-"layer3" with s = 4; "tower.{3i+1}" matches "tower.7" with i = 2 and does not match
-"tower.8". Targets are flat paths ("params/backbone/stem/conv1/kernel"); kernels are HWIO
-here, OIHW there.
+A table, one for each program in `tables.py`, is a tuple of rules (source name, target leaf,
+transform). Names are templates whose fields are integers: "res{s}.{i}" matches "res4.11" with
+s = 4 and i = 11, and the same fields fill another template. A field may be scaled and
+shifted: "layer{s-1}" matches "layer3" with s = 4; "tower.{3i+1}" matches "tower.7" with i = 2
+and does not match "tower.8". Targets are flat paths ("params/backbone/stem/conv1/kernel");
+kernels are HWIO here, OIHW there.
 
 This module knows names and array layouts; it reads no files. `no_type_check`: called once
 per name, too often for the type checks that the tests add to every call.
@@ -143,172 +143,10 @@ def fill(template: str, values: Mapping[str, int]) -> str:
     return _FIELD.sub(number, template)
 
 
-def _backbone(
-    prefix: str, stem: tuple[str, str], block: str, units: Mapping[str, tuple[str, str]]
-) -> tuple[Rule, ...]:
-    """Returns the rules of a ResNet.
-
-    Args:
-      stem, units: (convolution, batch norm) of the stem, and in a block, by our name.
-      block: template of a block's name.
-    """
-    convs = {"stem/conv1": stem}
-    for unit, pair in units.items():
-        convs[f"res{{s}}_{{i}}/{unit}"] = (f"{block}.{pair[0]}", f"{block}.{pair[1]}")
-    rules: list[Rule] = []
-    for target, (conv_name, norm_name) in convs.items():
-        rules += conv(prefix + conv_name, f"backbone/{target}")
-        rules += batch_norm(prefix + norm_name, f"backbone/{target}/norm")
-    return tuple(rules)
-
-
-def _detectron2_backbone(prefix: str) -> tuple[Rule, ...]:
-    """Source: detectron2/modeling/backbone/resnet.py."""
-    units = {u: (u, f"{u}.norm") for u in ("shortcut", "conv1", "conv2", "conv3")}
-    return _backbone(prefix, ("stem.conv1", "stem.conv1.norm"), "res{s}.{i}", units)
-
-
-def _torchvision_backbone(prefix: str) -> tuple[Rule, ...]:
-    """Source: torchvision/models/resnet.py; timm and mmdetection name theirs alike."""
-    units = {f"conv{n}": (f"conv{n}", f"bn{n}") for n in (1, 2, 3)}
-    units["shortcut"] = ("downsample.0", "downsample.1")
-    return _backbone(prefix, ("conv1", "bn1"), "layer{s-1}.{i}", units)
-
-
-def _caffe2_backbone() -> tuple[Rule, ...]:
-    """Source: detectron2/checkpoint/c2_model_loading.py, convert_basic_c2_names."""
-
-    def unit(conv_name: str, norm_name: str, target: str) -> list[Rule]:
-        scale, stats = f"{norm_name}_s", f"batch_stats/{target}/norm"
-        return [
-            Rule(f"{conv_name}_w", f"params/{target}/kernel", "kernel"),
-            Rule(scale, f"params/{target}/norm/scale"),
-            Rule(f"{norm_name}_b", f"params/{target}/norm/bias"),
-            Rule(scale, f"{stats}/mean", "zeros"),
-            Rule(scale, f"{stats}/var", "identity_var"),
-        ]
-
-    rules = unit("conv1", "res_conv1_bn", "backbone/stem/conv1")
-    branches = {"1": "shortcut", "2a": "conv1", "2b": "conv2", "2c": "conv3"}
-    for branch, name in branches.items():
-        source = f"res{{s}}_{{i}}_branch{branch}"
-        rules += unit(source, f"{source}_bn", f"backbone/res{{s}}_{{i}}/{name}")
-    return tuple(rules)
-
-
-def _fpn(lateral: str, output: str) -> tuple[Rule, ...]:
-    return (*conv(lateral, "fpn/lateral{l}", bias=True), *conv(output, "fpn/output{l}", bias=True))
-
-
-def _heads(
-    *,
-    towers: Mapping[str, tuple[str, str]],
-    preds: Mapping[str, str],
-    block: tuple[str, str],
-    mask_pred: tuple[str, str],
-) -> tuple[Rule, ...]:
-    """Returns the rules of both heads; pairs are a convolution and its norm.
-
-    Args:
-      towers, preds: the class and the kernel tower, and their last layers.
-      block, mask_pred: of the mask head, and its last one.
-    """
-    rules: list[Rule] = []
-    for branch, (conv_name, norm_name) in towers.items():
-        rules += conv(conv_name, f"ins_head/{branch}_tower/conv{{i}}")
-        rules += group_norm(norm_name, f"ins_head/{branch}_tower/gn{{i}}")
-        rules += conv(preds[branch], f"ins_head/{branch}_pred", bias=True)
-    rules += conv(block[0], "mask_head/level{l}/conv{j}")
-    rules += group_norm(block[1], "mask_head/level{l}/gn{j}")
-    rules += conv(mask_pred[0], "mask_head/conv_pred")
-    rules += group_norm(mask_pred[1], "mask_head/gn_pred")
-    return tuple(rules)
-
-
-# adet/modeling/solov2/solov2.py, SOLOv2InsHead and SOLOv2MaskHead.
-_ADELAIDET_HEADS = _heads(
-    towers={
-        "cate": ("ins_head.cate_tower.{3i}", "ins_head.cate_tower.{3i+1}"),
-        "kernel": ("ins_head.kernel_tower.{3i}", "ins_head.kernel_tower.{3i+1}"),
-    },
-    preds={"cate": "ins_head.cate_pred", "kernel": "ins_head.kernel_pred"},
-    block=("mask_head.convs_all_levels.{l}.conv{j}.0", "mask_head.convs_all_levels.{l}.conv{j}.1"),
-    mask_pred=("mask_head.conv_pred.0", "mask_head.conv_pred.1"),
-)
-
-
-def _conv_module(name: str) -> tuple[str, str]:
-    """Returns the convolution and the norm of mmcv's ConvModule."""
-    return f"{name}.conv", f"{name}.gn"
-
-
-# mmdet/models/dense_heads/solov2_head.py, mmdetection 2.x and 3.x.
-_MMDET_HEADS = _heads(
-    towers={
-        "cate": _conv_module("mask_head.cls_convs.{i}"),
-        "kernel": _conv_module("mask_head.kernel_convs.{i}"),
-    },
-    preds={"cate": "mask_head.conv_cls", "kernel": "mask_head.conv_kernel"},
-    block=_conv_module("mask_head.mask_feature_head.convs_all_levels.{l}.conv{j}"),
-    mask_pred=_conv_module("mask_head.mask_feature_head.conv_pred"),
-)
-# WXinlong/SOLO, the paper's code on mmdetection 1.0:
-# mmdet/models/anchor_heads/solov2_head.py, mask_heads/mask_feat_head.py.
-_SOLO_HEADS = _heads(
-    towers={
-        "cate": _conv_module("bbox_head.cate_convs.{i}"),
-        "kernel": _conv_module("bbox_head.kernel_convs.{i}"),
-    },
-    preds={"cate": "bbox_head.solo_cate", "kernel": "bbox_head.solo_kernel"},
-    block=_conv_module("mask_feat_head.convs_all_levels.{l}.conv{j}"),
-    mask_pred=_conv_module("mask_feat_head.conv_pred.0"),
-)
-
 COUNTER = Drop(
     r"(.*\.)?num_batches_tracked|n_averaged|steps?|initted",
     "a counter, of batches or averaged steps",
 )
-_CLASSIFIER = Drop(
-    r"((stem\.)?fc|fc1000|pred|classifier|linear)[._].*", "ImageNet classifier, not used"
-)
-_OTHER_HEADS = Drop(
-    r"(proposal_generator|roi_heads?|rpn_head|bbox_head|sem_seg_head|anchor_generator"
-    r"|basis_module)\..*",
-    "head of another detector",
-)
-_PIXELS = Drop(r"pixel_(mean|std)", "read as settings, see `input.mean`, `input.std`")
-_MOMENTUM = Drop(r".*_momentum", "optimiser state")
-_STEM_BIAS = Drop(r"(stem\.)?conv1(_b|\.bias)", "the reference ignores it too")
-_EMA_BUFFER = Drop(r"ema_.*", "moving average kept by an EMA hook")
-
-_DETECTRON2_NETWORK = (
-    *_detectron2_backbone("backbone.bottom_up."),
-    *_fpn("backbone.fpn_lateral{l}", "backbone.fpn_output{l}"),
-)
-ADELAIDET = NameTable((*_DETECTRON2_NETWORK, *_ADELAIDET_HEADS), (COUNTER, _PIXELS, _OTHER_HEADS))
-DETECTRON2 = NameTable(
-    (*_caffe2_backbone(), *_detectron2_backbone(""), *_DETECTRON2_NETWORK),
-    (COUNTER, _PIXELS, _OTHER_HEADS, _CLASSIFIER, _MOMENTUM, _STEM_BIAS),
-)
-MMDET = NameTable(
-    (
-        *_torchvision_backbone("backbone."),
-        *_fpn("neck.lateral_convs.{l-2}.conv", "neck.fpn_convs.{l-2}.conv"),
-        *_MMDET_HEADS,
-        *_SOLO_HEADS,
-    ),
-    (COUNTER, _OTHER_HEADS, _EMA_BUFFER),
-)
-TORCHVISION = NameTable(_torchvision_backbone(""), (COUNTER, _CLASSIFIER))
-
-TABLES: dict[str, NameTable] = {
-    "adelaidet": ADELAIDET,
-    "detectron2": DETECTRON2,
-    "mmdet": MMDET,
-    "torchvision": TORCHVISION,
-    "timm": TORCHVISION,
-    "keras": TORCHVISION,
-}
 
 
 @no_type_check
@@ -374,13 +212,16 @@ def from_names(table: NameTable, state: Mapping[str, np.ndarray]) -> tuple[Flat,
     return flat, rest
 
 
-def to_adelaidet(flat: Mapping[str, np.ndarray]) -> Flat:
-    """Returns the AdelaiDet state dict (OIHW) of our flat leaves."""
+def to_names(table: NameTable, flat: Mapping[str, np.ndarray], program: str) -> Flat:
+    """Returns the state dict (OIHW) that the table makes of our flat leaves.
+
+    Raises ValueError naming the leaves that it has no rule for.
+    """
     state, unknown = {}, []
     for leaf, value in flat.items():
-        for rule in ADELAIDET.by_target.get(skeleton(leaf), ()):
+        for rule in table.by_target.get(skeleton(leaf), ()):
             values = match(rule.target, leaf)
-            if values is not None:
+            if values is not None and rule.transform in ("same", "kernel"):
                 kernel = rule.transform == "kernel"
                 value = value.transpose(3, 2, 0, 1) if kernel else value
                 state[fill(rule.source, values)] = value
@@ -388,7 +229,7 @@ def to_adelaidet(flat: Mapping[str, np.ndarray]) -> Flat:
         else:
             unknown.append(leaf)
     if unknown:
-        raise ValueError(f"leaves without an AdelaiDet name: {shorten(unknown)}")
+        raise ValueError(f"{program} has no names for {shorten(unknown)}")
     return state
 
 

@@ -1,7 +1,7 @@
 """The settings that weights imply, and the check of a config against them.
 
 Settings are a flat dict from config key ("input.channel_order") to a plain JSON value,
-besides "norm_eps", "deformable" and "class_names", which no config key holds.
+besides "norm_eps" and "class_names", which no config key holds.
 They come, later ones first, from: the file's own words, the shapes of the weights, the
 conventions of the program that trained them.
 """
@@ -18,6 +18,7 @@ from solov2_jax.config import flatten
 from solov2_jax.config_schema import set_below
 from solov2_jax.weights.backbones import TABLES, backbone_of
 from solov2_jax.weights.names import NORM_EPS
+from solov2_jax.weights.state_dicts import OURS
 
 Settings = dict[str, Any]
 _log = logging.getLogger(__name__)
@@ -43,7 +44,8 @@ CONVENTIONS: dict[str, Settings] = {
     "mmdet": _RGB,
     "torchvision": _RGB,
     "timm": _RGB,
-    "solov2_jax": {},
+    "paddle": _RGB,
+    OURS: {},
 }
 # Lineages give the same data set's mean with up to 0.5 grey levels of difference.
 _TOLERANCE = {"input.mean": 1.0, "input.std": 0.5}
@@ -52,7 +54,7 @@ ADOPTED = (*_BGR, "model.backbone.norm")
 # Another number of classes means a fresh class layer, not a contradiction.
 _FREE = ("model.num_classes",)
 # What the network always is.
-NETWORK: Settings = {"norm_eps": NORM_EPS, "deformable": False}
+NETWORK: Settings = {"norm_eps": NORM_EPS}
 
 # Every setting there is, with a value of its form.
 _FORMS: Settings = {
@@ -60,7 +62,21 @@ _FORMS: Settings = {
     **NETWORK,
     "class_names": ["person"],
     "model.backbone.name": "resnet",
+    "deformable": False,  # of files from before there were deformable convolutions
     "model.backbone.depth": 50,
+    "model.backbone.groups": 1,
+    "model.backbone.width_per_group": 64,
+    "model.backbone.deep_stem": False,
+    "model.backbone.avg_down": False,
+    "model.dcn.stages": [3, 4, 5],
+    "model.dcn.towers": "none",
+    "model.dcn.mask_head": False,
+    "model.dcn.version": 2,
+    "model.dcn.groups": 1,
+    "model.dcn.head_bias": False,
+    "model.fpn.norm": "none",
+    "model.ins_head.norm": "gn",
+    "model.mask_head.norm": "gn",
     "model.backbone.norm": "frozen_bn",
     "model.fpn.channels": 256,
     "model.num_classes": 80,
@@ -69,6 +85,8 @@ _FORMS: Settings = {
     "model.ins_head.num_kernels": 256,
     "model.mask_head.channels": 128,
 }
+
+_ANY_LENGTH = ("class_names", "model.dcn.stages")
 
 _BLOCKS: dict[tuple[bool, tuple[int, ...]], int] = {
     (False, (2, 2, 2, 2)): 18,
@@ -93,18 +111,77 @@ def depth_of(leaves: Mapping[str, Any]) -> int | None:
     return _BLOCKS.get((bottleneck, counts))
 
 
-def settings_of_shapes(flat: Mapping[str, np.ndarray]) -> Settings:
-    """Returns the settings that the leaves' names and shapes tell by themselves."""
+def _settings_of_backbone(flat: Mapping[str, np.ndarray]) -> Settings:
     settings: Settings = {}
     depth = depth_of(flat)
     if depth is not None:
         settings["model.backbone.depth"] = depth
     elif name := backbone_of(flat):
         settings["model.backbone.name"] = name
+    if "params/backbone/stem/conv2/kernel" in flat:
+        settings["model.backbone.deep_stem"] = True
+    middle = flat.get("params/backbone/res2_0/conv2/kernel")
+    if depth not in (None, 18, 34) and middle is not None and middle.ndim == 4:
+        groups = max(middle.shape[3] // max(middle.shape[2], 1), 1)
+        if groups > 1:
+            settings["model.backbone.groups"] = groups
+            settings["model.backbone.width_per_group"] = middle.shape[2]
+    return settings
+
+
+def _settings_of_dcn(flat: Mapping[str, np.ndarray]) -> Settings:
+    """Returns the settings of deformable convolutions, {} where there are none.
+
+    18 or 27 channels of a 3x3's offsets are version 1 or 2 with one group. A multiple of
+    both is taken for version 2, in which 3 groups of version 1 look like 2.
+    """
+    offsets = [leaf for leaf in flat if leaf.endswith("/offset/bias")]
+    if not offsets:
+        return {}
+    settings: Settings = {"model.dcn.stages": []}
+    for leaf in offsets:
+        kernel = flat.get(leaf.replace("bias", "kernel"))
+        if kernel is None or kernel.ndim != 4:
+            continue
+        taps, channels = kernel.shape[0] * kernel.shape[1], kernel.shape[3]
+        version = 2 if channels % (3 * taps) == 0 else 1
+        settings["model.dcn.version"] = version
+        settings["model.dcn.groups"] = channels // ((version + 1) * taps)
+    stages = {int(m[1]) for leaf in offsets if (m := re.match(r"params/backbone/res(\d)_", leaf))}
+    settings["model.dcn.stages"] = sorted(stages)
+    tower = "params/ins_head/cate_tower/conv"
+    towers = {leaf for leaf in offsets if leaf.startswith(tower)}
+    if any(leaf.startswith(tower) for leaf in flat):
+        number = sum(1 for n in flat if re.match(rf"{tower}\d+/kernel", n))
+        settings["model.dcn.towers"] = "none" if not towers else "last"
+        if towers and len(towers) == number:
+            settings["model.dcn.towers"] = "all"
+        level = "params/mask_head/level0/conv0"
+        settings["model.dcn.mask_head"] = f"{level}/offset/bias" in flat
+        deformed = [leaf.replace("/offset/bias", "/bias") for leaf in towers]
+        deformed += [f"{level}/bias"] * settings["model.dcn.mask_head"]
+        settings["model.dcn.head_bias"] = any(leaf in flat for leaf in deformed)
+    return settings
+
+
+def settings_of_shapes(flat: Mapping[str, np.ndarray]) -> Settings:
+    """Returns the settings that the leaves' names and shapes tell by themselves."""
+    settings = {**_settings_of_backbone(flat), **_settings_of_dcn(flat)}
+    if "params/fpn/lateral2/kernel" in flat:
+        norm = "sync_bn" if "batch_stats/fpn/lateral2/norm/mean" in flat else "gn"
+        has_norm = "params/fpn/lateral2/norm/scale" in flat
+        settings["model.fpn.norm"] = norm if has_norm else "none"
+    for head, first, norm in (
+        ("ins_head", "cate_tower/conv0/kernel", "cate_tower/gn0/scale"),
+        ("mask_head", "level0/conv0/kernel", "level0/gn0/scale"),
+    ):
+        if f"params/{head}/{first}" in flat:
+            found = f"params/{head}/{norm}" in flat
+            settings[f"model.{head}.norm"] = "gn" if found else "none"
     if "params/backbone/stem/conv1/norm/scale" in flat:
         frozen = "batch_stats/backbone/stem/conv1/norm/mean" in flat
         settings["model.backbone.norm"] = "frozen_bn" if frozen else "gn"
-    tower = [n for n in flat if re.match(r"params/ins_head/cate_tower/conv\d", n)]
+    tower = [n for n in flat if re.match(r"params/ins_head/cate_tower/conv\d+/kernel", n)]
     if tower:
         settings["model.ins_head.num_convs"] = len(tower)
     for key, leaf in {
@@ -237,7 +314,7 @@ def drop_needless(settings: Settings) -> None:
 def settings_of_config(config: Any) -> Settings:
     """Returns the settings under which a config's weights were trained."""
     settings = dict(NETWORK)
-    for key in _BGR:
+    for key in (*_BGR, "model.backbone.avg_down"):
         value = _lookup(config, key)
         settings[key] = list(value) if isinstance(value, tuple) else value
     return settings

@@ -16,17 +16,14 @@ from typing import Any
 import numpy as np
 
 from solov2_jax.io import InputError, reading
-from solov2_jax.weights import backbones, names, torch_files
+from solov2_jax.weights import backbones, names, tables, torch_files
 from solov2_jax.weights.array_files import WeightsError, read_npz, read_safetensors
 from solov2_jax.weights.pickles import RestrictedUnpickler
 from solov2_jax.weights.settings import Settings, check_form, implied_settings
 from solov2_jax.weights.state_dicts import NO_RULE, OURS, find_network
 
-_TABLES = {**names.TABLES, **backbones.TABLES}
-SOURCES = ("auto", *_TABLES, OURS)
+SOURCES = ("auto", *tables.TABLES, OURS)
 _log = logging.getLogger(__name__)
-
-_DEFORMABLE = re.compile(r".*(conv\d?_offset|\.offset)(\.|_|$).*")
 
 
 @dataclass(frozen=True)
@@ -82,6 +79,8 @@ def detect_source(tensors: Mapping[str, np.ndarray], container: str) -> str:
 
     if has("params/"):
         return OURS
+    if has("solov2_head.", "backbone.res2.res2a.", "res2.res2a."):
+        return "paddle"
     if has("ins_head.", "mask_head.convs_all_levels."):
         return "adelaidet"
     if has("mask_head.mask_feature_head.", "mask_feat_head.", "neck.", "backbone.l"):
@@ -101,14 +100,14 @@ def detect_source(tensors: Mapping[str, np.ndarray], container: str) -> str:
 _KINDS = {
     "npz": "an .npz archive",
     "safetensors": "a .safetensors file",
-    "pickle": "a detectron2 pickle",
+    "pickle": "a pickle of arrays (detectron2's .pkl, Paddle's .pdparams)",
     "torch zip": "a PyTorch checkpoint",
     "old torch": "a PyTorch checkpoint",
 }
 # First bytes of files that are taken for weights by mistake, and what to do.
 _MISTAKEN = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
-    (b"\x89HDF", "an HDF5 file; save the weights as .npz or .safetensors"),
+    (b"\x89HDF", "an HDF5 file (Keras); save the weights as .npz or .safetensors"),
     (b"\x93NUMPY", "a single array; save all of them by name with np.savez"),
     (b"\x1f\x8b", "compressed by gzip; unpack it first"),
 )
@@ -140,7 +139,7 @@ def _container(path: str) -> str:
         why = _what_it_is(start)
     raise InputError(
         f"{path}: cannot be read as weights ({why}). Known are PyTorch checkpoints, "
-        "detectron2's pickles, .npz and .safetensors"
+        "detectron2's and Paddle's pickles, .npz and .safetensors"
     )
 
 
@@ -163,6 +162,18 @@ def _is_tensor(value: Any) -> bool:
     return pickled or isinstance(value, torch_files.StoredTensor | np.ndarray)
 
 
+def _without_names(content: Any) -> Any:
+    """Returns a checkpoint with arrays where Paddle has (name, array)."""
+    if not isinstance(content, dict):
+        return content
+
+    def plain(value: Any) -> Any:
+        named = isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str)
+        return value[1] if named and isinstance(value[1], torch_files.PickledArray) else value
+
+    return {key: plain(value) for key, value in content.items()}
+
+
 def _read_container(path: str, container: str, prefix: str) -> Contents:
     metadata: Mapping[str, Any] = {}
     with contextlib.ExitStack() as stack:
@@ -173,7 +184,7 @@ def _read_container(path: str, container: str, prefix: str) -> Contents:
         elif container == "pickle":
             with open(path, "rb") as stream:
                 unpickler = RestrictedUnpickler(torch_files.ARRAY_SYMBOLS)
-                content = unpickler.load(stream, os.path.getsize(path))
+                content = _without_names(unpickler.load(stream, os.path.getsize(path)))
         else:
             is_zip = container == "torch zip"
             opener = torch_files.open_zip if is_zip else torch_files.open_legacy
@@ -220,13 +231,7 @@ def _as_float32(flat: names.Flat) -> names.Flat:
 
 def _named(contents: Contents, source: str) -> tuple[names.Flat, list[tuple[str, str]]]:
     """Returns (leaves, dropped tensors) of a foreign source's tensors."""
-    deformable = [name for name in contents.tensors if _DEFORMABLE.fullmatch(name)]
-    if deformable:
-        raise ValueError(
-            "these weights have deformable convolutions, which this network does not have: "
-            + names.shorten(deformable)
-        )
-    table = _TABLES[source]
+    table = tables.table_of(source, contents.tensors)
     flat, rest = names.from_names(table, contents.tensors)
     return flat, [(n, names.drop_reason(table, n) or NO_RULE) for n in rest]
 

@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from solov2_jax.weights import names
+from solov2_jax.weights import names, tables
 from solov2_jax.weights.array_files import WeightsError
-from solov2_jax.weights.backbones import is_known
 
 OURS = "solov2_jax"
 NO_RULE = "no rule for this name"
@@ -30,6 +29,8 @@ _EXTRAS = (
     (r".*optim.*|adamw?|sgd", _OPTIMISER),
     (r"(.*[_.])?(ema|swa|avg)([_.].*)?|.*average.*", _AVERAGE),
     (r".*sched.*", _SCHEDULE),
+    (r"(.*[_.])?teacher", "copy of the network that taught it"),
+    (r"structuredtoparametername@@", "Paddle's own names"),
     (r"iteration|epoch|message_hub|meta|args|.*scaler|amp.*|loops?|callbacks", "run state"),
     (r"steps?|global_step|n_averaged|num_updates|initted|decay", "run state"),
 )
@@ -120,7 +121,7 @@ def _groups(content: Mapping[str, Any], is_tensor: Callable[[Any], bool]) -> lis
                     "one without their wrappers: remove one of them"
                 )
             group.tensors[name], group.full_names[name] = value, str(key)
-            group.num_known += is_known(name)
+            group.num_known += tables.is_known(name)
     return list(groups.values())
 
 
@@ -135,6 +136,9 @@ def _choose(groups: Sequence[_Group], prefix: str) -> _Group:
         return fitting[0]
     known = [group for group in groups if group.num_known]
     plain = [group for group in known if why_left_out(group.label) != _AVERAGE] or known
+    bare = [group for group in plain if not group.wrappers]
+    others = [group for group in plain if group.wrappers.split(".")[-1] != "teacher"]
+    plain = bare if len(plain) > 1 and bare == others and len(bare) == 1 else plain
     if len(plain) > 1:
         listed = names.shorten(f"{g.label!r} ({g.num_known} tensors)" for g in plain)
         raise WeightsError(
@@ -186,7 +190,7 @@ def _without_common_prefix(tensors: dict[str, Any]) -> dict[str, Any]:
         if len(heads) > 1:
             break
         shorter = {name.split(".", count)[-1]: value for name, value in tensors.items()}
-        if len(shorter) == len(tensors) and any(map(is_known, shorter)):
+        if len(shorter) == len(tensors) and any(map(tables.is_known, shorter)):
             return shorter
     return tensors
 

@@ -196,6 +196,7 @@ for _module in ("builtins", "__builtin__"):
     ARRAY_SYMBOLS[f"{_module}.set"] = _set
     ARRAY_SYMBOLS[f"{_module}.frozenset"] = _set
     ARRAY_SYMBOLS[f"{_module}.list"] = _list
+    ARRAY_SYMBOLS[f"{_module}.tuple"] = lambda u, args: tuple(_list(u, args))
     ARRAY_SYMBOLS[f"{_module}.dict"] = _dict
     ARRAY_SYMBOLS[f"{_module}.bytearray"] = lambda u, args: _raw(args[0] if args else b"", u)
 for _module in ("numpy.core", "numpy._core"):

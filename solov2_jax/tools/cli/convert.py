@@ -19,7 +19,7 @@ from solov2_jax.config_schema import choice, several, switch, text
 from solov2_jax.io import InputError, write_json
 from solov2_jax.tools.cli import app, shared
 from solov2_jax.tools.cli.flags import Flag
-from solov2_jax.weights.names import TABLES
+from solov2_jax.weights.tables import TABLES
 
 if TYPE_CHECKING:
     from solov2_jax.weights.sources import Weights
