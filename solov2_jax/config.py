@@ -7,13 +7,10 @@ form, and that no value is silently ignored.
 import ast
 import difflib
 import functools
-import importlib.util
 import inspect
 import logging
 import os
 import pathlib
-import re
-import sys
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,6 +18,13 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from solov2_jax.config_files import (
+    bind_configs,
+    find_config,
+    run_config,
+    shipped_configs,
+    split_variant,
+)
 from solov2_jax.config_schema import FREE, keep_numbers, lock, old_names, set_below, wrong_values
 from solov2_jax.io import InputError, read_json, reading, reason, write_json
 
@@ -38,8 +42,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         name of a shipped config, such as "r50_3x"; "FILE:NAME" calls `get_config(NAME)`.
       overrides: flags of the form "--config.train.steps=100", later ones win.
     """
-    path, variant = _split_variant(path)
-    file = _find(path)
+    path, variant = split_variant(path)
+    file = find_config(path)
     if file.suffix == ".json" and variant:
         raise InputError(f"config file {path}: a JSON file has no variant {variant!r}")
     config: Config = read_config(file) if file.suffix == ".json" else _call_file(file, variant)
@@ -57,49 +61,13 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def shipped_configs() -> pathlib.Path:
-    """Returns the folder of the configs that come with the package.
-
-    In an installed package it is inside of it, in the sources beside it.
-    """
-    package = pathlib.Path(__file__).resolve().parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
-
-
-def _split_variant(path: str) -> tuple[str, str]:
-    """Returns (path, variant) of "configs/zoo.py:mmdet_r101_dcn"; a file's own name wins."""
-    before, colon, variant = path.rpartition(":")
-    is_path = not colon or len(before) < 2 or pathlib.Path(path).is_file()  # C:\\ is no variant
-    return (path, "") if is_path or not re.fullmatch(r"\w+", variant) else (before, variant)
-
-
-def _find(path: str) -> pathlib.Path:
-    """Returns the file that a path or a shipped config's name means."""
-    file = pathlib.Path(path)
-    if file.is_file():
-        return file
-    shipped = shipped_configs() / f"{file.stem}.py"
-    by_name = file.suffix in ("", ".py") and file.parent.name in ("", "configs")
-    if by_name and not file.is_absolute() and shipped.is_file():
-        return shipped
-    raise ValueError(f"config file {path}: no such file{_listing(file)}")
-
-
-def _listing(file: pathlib.Path) -> str:
-    folder = file.parent if file.parent.name and file.parent.is_dir() else None
-    folder = folder or shipped_configs()
-    names = sorted(p.name for p in folder.glob("*.py") if not p.name.startswith("_"))
-    return f"; in {folder}/ there are {', '.join(names)}" if names else ""
-
-
 def _call_file(file: pathlib.Path, variant: str = "") -> ConfigDict:
-    _bind_configs(file.resolve().parent)
+    bind_configs(file.resolve().parent)
     old = (*_base().RENAMED, *_base().REMOVED)
     token = old_names.set(old)
     try:
         with reading(file, "a config file", "It is Python with a function get_config()"):
-            make = _run(file).get_config
+            make = run_config(file).get_config
             if variant and not inspect.signature(make).parameters:
                 raise InputError(f"its get_config() takes no variant, {variant!r} is given")
             config = make(variant) if variant else make()
@@ -112,19 +80,10 @@ def _call_file(file: pathlib.Path, variant: str = "") -> ConfigDict:
     return config
 
 
-def _run(file: pathlib.Path) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("solov2_config", file)
-    if spec is None or spec.loader is None:
-        raise InputError(f"config file {file}: not a Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @functools.cache
 def _base() -> types.ModuleType:
     """Returns the shipped `configs/base.py`, whichever `configs` a file has bound."""
-    return _run(shipped_configs() / "base.py")
+    return run_config(shipped_configs() / "base.py")
 
 
 def _rename(config: ConfigDict, old: str, new: str | None, place: str) -> None:
@@ -155,28 +114,6 @@ def _delete(config: ConfigDict, key: str) -> None:
     del _group(config, key)[name]
     if group and not _group(config, key):
         _delete(config, group)
-
-
-def _bind_configs(folder: pathlib.Path) -> None:
-    """Makes `from configs import base` work in a config file, wherever it lies.
-
-    It gives the `base` of the file's own folder if there is one, else the shipped one.
-    """
-    if not (folder / "base.py").is_file() or not (folder / "__init__.py").is_file():
-        folder = shipped_configs()
-    init = folder / "__init__.py"
-    known = sys.modules.get("configs")
-    if known is not None and getattr(known, "__file__", None) == str(init):
-        return
-    spec = importlib.util.spec_from_file_location(
-        "configs", init, submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None and spec.loader is not None
-    package = importlib.util.module_from_spec(spec)
-    for name in [n for n in sys.modules if n.partition(".")[0] == "configs"]:
-        del sys.modules[name]
-    sys.modules["configs"] = package
-    spec.loader.exec_module(package)
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

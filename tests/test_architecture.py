@@ -36,6 +36,7 @@ LAYERS = {
     "platforms": 1,
     "storage": 2,
     "stored": 2,
+    "config_files": 1,
     "config": 2,
     "data": 2,
     "models": 2,
@@ -85,7 +86,7 @@ LONG_FUNCTIONS = {
 }
 MAX_LONG_FUNCTION = 105
 # Lines of Python.
-BUDGETS = {"core": 21_900, "tools": 18_900, "benchmarks": 3_360}
+BUDGETS = {"core": 22_300, "tools": 18_900, "benchmarks": 3_360}
 # What errors that are still there begin with.
 KNOWN: tuple[str, ...] = ()
 

@@ -154,11 +154,11 @@ def test_variants_of_the_zoo_are_networks_with_their_publishers_figures():
 
     assert len(zoo.VARIANTS) > 25
     for name, variant in zoo.VARIANTS.items():
-        config = load_config(f"configs/zoo.py:{name}")
-        flat = flatten(config)
+        config = configs.load_config(f"configs/zoo.py:{name}")
+        flat = configs.flatten(config)
         assert all(flat[key] == value for key, value in variant.keys.items()), name
         assert variant.ap is None or 29 < variant.ap < 43
-    assert load_config("zoo:mmdet_x101_dcn").model.backbone.groups == 64
+    assert configs.load_config("zoo:mmdet_x101_dcn").model.backbone.groups == 64
 
 
 @pytest.mark.parametrize(
@@ -173,4 +173,4 @@ def test_variants_of_the_zoo_are_networks_with_their_publishers_figures():
 )
 def test_variants_that_are_not_there(path, message):
     with pytest.raises(ValueError, match=message):
-        load_config(path)
+        configs.load_config(path)
