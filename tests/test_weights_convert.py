@@ -297,6 +297,17 @@ def test_class_names_travel(tmp_path):
         assert read_weights(path).settings == weights.settings
 
 
+def test_mmdetections_names_are_written_and_read_again(tmp_path):
+    state = small_state("r50")
+    weights = read_weights(write_mmdet(tmp_path / "x.pth", state, p_dict({})))
+    path = str(tmp_path / "y.pth")
+    save_weights(path, weights.flat, weights.settings, "mmdet")
+    again = read_weights(path)
+    assert again.source == "mmdet" and again.flat.keys() == weights.flat.keys()
+    for name, leaf in weights.flat.items():
+        np.testing.assert_array_equal(again.flat[name], leaf)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -231,13 +231,11 @@ def fit(
     return unflatten_dict({**targets, **loaded}, sep="/"), report
 
 
-def save_weights(
-    path: str, flat: Flat, settings: Mapping[str, Any], program: str = "adelaidet"
-) -> None:
+def save_weights(path: str, flat: Flat, settings: Mapping[str, Any], program: str = "") -> None:
     """Writes leaves as .safetensors, or as another program's .pth, with their settings.
 
     Args:
-      program: whose names a .pth has: "adelaidet" or "mmdet".
+      program: "mmdet": whose names a .pth has; else AdelaiDet's.
     """
     text = {OURS: json.dumps(dict(settings))}
     if path.endswith(".safetensors"):

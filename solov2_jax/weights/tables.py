@@ -383,6 +383,3 @@ def to_mmdet(flat: Mapping[str, np.ndarray], avg_down: bool = False) -> Flat:
     """Returns mmdetection's state dict (2.x and 3.x, OIHW) of our flat leaves."""
     deep_stem = "params/backbone/stem/conv2/kernel" in flat
     return to_names(_mmdet(avg_down, deep_stem), flat, "mmdetection")
-
-
-WRITERS = {"adelaidet": to_adelaidet, "mmdet": to_mmdet}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _INPUT = Flag("input", text(), "Weights file or name, or a run's workdir.", required=True)
 _OUTPUT = Flag("output", text(), "File (.safetensors, .pth) or folder to write.", required=True)
 _SOURCE = Flag("source", choice("auto", ("auto", *TABLES, "solov2_jax")), "Who wrote the file.")
-_SUFFIX = {"solov2_jax": ".safetensors", "adelaidet": ".pth"}
+_SUFFIX = {"solov2_jax": ".safetensors", "adelaidet": ".pth", "mmdet": ".pth"}
 _TO = Flag("to", choice("solov2_jax", tuple(_SUFFIX)), "Names to write.")
 _CONFIG = Flag("config", text(), "Check against this config's network.")
 _STRICT = Flag("strict", switch(False), "With --config: fill every leaf, use every tensor.")
@@ -91,7 +91,7 @@ def main(overrides: list[str]) -> None:
 
         config = load_config(_CONFIG.value, overrides)
         flat, report = check_network(config, weights, _STRICT.value)
-    save_weights(output, flat, weights.settings)
+    save_weights(output, flat, weights.settings, _TO.value)
     app.echo(report.summary())
     print("settings: " + json.dumps(weights.settings))
     print(f"wrote {output}: {len(flat)} leaves, sha256 {sha256_of(output)}")
