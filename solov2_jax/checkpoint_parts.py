@@ -52,7 +52,7 @@ def read_variables(workdir: str | os.PathLike, step: int, kind: str) -> dict[str
     def shapes() -> dict[str, tuple[list[int], str]]:
         with ocp.StandardCheckpointer(multiprocessing_options=alone()) as reader:
             tree = reader.metadata(_part_folder(workdir, step, part)).item_metadata.tree
-        flat = flatten_dict(tree, sep="/")
+        flat: dict[str, Any] = {**flatten_dict(tree, sep="/")}
         return {name: (list(m.shape), str(m.dtype)) for name, m in flat.items()}
 
     want = {

@@ -115,6 +115,7 @@ def processor() -> str:
     if not info.is_file():
         return json.dumps([platform.machine(), platform.processor()])
     first = info.read_text().split("\n\n")[0].splitlines()
-    fields = dict((part.strip() for part in line.split(":", 1)) for line in first if ":" in line)
+    pairs = (line.split(":", 1) for line in first if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in pairs}
     names = ("model name", "model", "stepping", "flags", "Features", "CPU part")
     return json.dumps([fields.get(name, "") for name in names])

@@ -119,7 +119,7 @@ class Mirror:
         self._store = object_store(address)
         self.folder = _new_folder() / (address.rpartition("/")[2] or "run")
         self.folder.mkdir()
-        self._stored: dict[str, tuple[int, int]] = {}  # by name: (mtime ns, bytes) here
+        self._stored: dict[str, tuple[int, int] | None] = {}  # by name: (mtime ns, bytes) here
         self._objects: dict[str, str] = {}  # by name: what tells the object's versions apart
         self._steps: set[str] = set()  # of checkpoints that are whole there
         self._busy = threading.RLock()
