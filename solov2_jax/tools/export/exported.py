@@ -205,6 +205,8 @@ class ExportedPredictor:
       files: padded shape -> file, where it is not in the folder under its own name.
     """
 
+    num_devices = 1  # what reads the file places it
+
     def __init__(
         self,
         folder: str | os.PathLike[str],

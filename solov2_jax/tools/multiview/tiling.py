@@ -39,17 +39,22 @@ WHOLE_PIXELS = 4_000_000
 
 @runtime_checkable
 class PicturePredictor(Protocol):
-    """What tiling needs of a `Predictor`."""
+    """What finds the objects of whole pictures."""
 
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
 
-    @property
-    def input(self) -> InputOptions: ...
-
     def predict_images(
         self, images: Iterable[np.ndarray | str], batch_size: int = 1
     ) -> Iterable[Prediction]: ...
+
+
+@runtime_checkable
+class InputPredictor(PicturePredictor, Protocol):
+    """A predictor of single views, which knows what an image is to the network."""
+
+    @property
+    def input(self) -> InputOptions: ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class MultiviewPredictor(abc.ABC):
       predictor: of one view.
     """
 
-    def __init__(self, predictor: PicturePredictor, nms: NmsOptions):
+    def __init__(self, predictor: InputPredictor, nms: NmsOptions):
         self.predictor, self.nms = predictor, nms
         self.class_names = predictor.class_names
         self.category_ids = predictor.category_ids
@@ -123,7 +128,7 @@ class TiledPredictor(MultiviewPredictor):
 
     def __init__(
         self,
-        predictor: PicturePredictor,
+        predictor: InputPredictor,
         tiles: TileOptions,
         nms: NmsOptions,
         border: int,

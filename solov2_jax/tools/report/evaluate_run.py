@@ -4,7 +4,7 @@ pixels."""
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,23 +16,15 @@ from solov2_jax.data.images import read_sized
 from solov2_jax.evaluation.evaluate import Report, build_evaluator, build_reports, evaluate
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.predictor import Predictor
-from solov2_jax.inference.preprocess import InputOptions
 from solov2_jax.io import InputError
 from solov2_jax.pretrained import is_pretrained, load_run_config, local_folder
 from solov2_jax.tools.importers.eval_data import EvalRequest, read_eval_data
 from solov2_jax.tools.multiview.build import build_views
-from solov2_jax.tools.multiview.tiling import PicturePredictor, TileOptions
+from solov2_jax.tools.multiview.tiling import InputPredictor, PicturePredictor, TileOptions
 from solov2_jax.tools.multiview.tta import TtaOptions
 from solov2_jax.tools.report.results_file import ExpectedResult, check_names
 from solov2_jax.tools.report.thresholds import write_thresholds
 from solov2_jax.weights.hub import is_remote
-
-
-@runtime_checkable
-class InputPredictor(PicturePredictor, Protocol):
-    """A predictor of pictures that says what it takes; an exported network is one."""
-
-    input: InputOptions
 
 
 def evaluate_run(
