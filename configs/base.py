@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from solov2_jax.config_schema import (
     AUTO,
     IMPORT_PATH,
+    METRIC_FORM,
     NAME,
     KeyRule,
     Section,
@@ -129,8 +130,22 @@ def _undivided(c: Mapping[str, Any]) -> bool:
     return any(number % c["model.dcn.groups"] for number in channels)
 
 
+# No names of validation sets: metrics and folders below eval/ have them.
+_NOT_NAMES = ("segm", "bbox", "boundary", "val", "raw", "report", "pictures")
+
 # What must hold between keys: (sentence, whether it does).
 RELATIONS = (
+    (
+        "data.vals = %(data.vals)s: each must be (name, images, json) or (name, images, json, "
+        f"metric), names of letters, digits, -, _ and ., no name twice, none of {_NOT_NAMES}, "
+        f"the metric {METRIC_FORM[1]}",
+        lambda c: (
+            all(re.fullmatch(r"[\w.-]*\w[\w.-]*", v[0]) for v in c["data.vals"])
+            and all(re.fullmatch(METRIC_FORM[0], v[3]) for v in c["data.vals"] if len(v) > 3)
+            and len({v[0] for v in c["data.vals"]}) == len(c["data.vals"])
+            and not {v[0] for v in c["data.vals"]} & set(_NOT_NAMES)
+        ),
+    ),
     (
         "data.name = %(data.name)r must be one of '', a name in data.providers, 'tfds:FOLDER'",
         lambda c: (
@@ -486,6 +501,16 @@ def keys() -> Section:
     data.val.annotations = text(
         "datasets/coco/annotations/instances_val2017.json", form=NAME, used=_FILES
     )
+    # What scores the validation data: "coco", "lvis", "cityscapes", "voc", "boundary", or a
+    # class of your own by its import path; "auto": "lvis" for LVIS's json, "cityscapes" for
+    # the folder gtFine/val as annotations, else "coco".
+    data.val.metric = text("auto", form=METRIC_FORM)
+    # Further validation sets: (name, images, json) each, or (name, images, json, metric). A
+    # metric's name is then NAME/segm/AP, also for train.best_metric; files go into
+    # eval/NAME.
+    data.vals = several(
+        (), several(("name", "images", "json"), text("", form=NAME), (3, 4)), (1, 100)
+    )
     # Of every picture: 3, or another number (grey, RGB with depth, multispectral).
     data.channels = whole(3, 1, 1000)
     # (): 8 bits. (low, high) of the pictures' values, integers of 16 bits or floating-point
@@ -679,6 +704,9 @@ def keys() -> Section:
     # Detections per image and class that AP counts. Beyond COCO's 100 the metrics with
     # both limits are given: segm/AP and, say, segm/AP@300.
     config.eval.max_detections = whole(100, 100, 1_000_000)
+    # Sides in pixels between size ranges of your own, whose AP and AR are added: (16, 64)
+    # gives segm/AP_0-16, segm/AP_16-64 and segm/AP_64-inf. "lvis", "coco" and "boundary".
+    config.eval.size_ranges = several((), whole(32, 1, _PIXELS), (1, 100), rising="<")
     # What is made of every finished evaluation, in this order: import paths
     # "module:name" of functions of one `solov2_jax.evaluation.evaluate.FinishedEvaluation`. The
     # first logs why AP is 0, the second draws `num_pictures` images into eval/pictures.

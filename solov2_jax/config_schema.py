@@ -22,6 +22,10 @@ ANY_TEXT = (r"[^\0]*", "a text without control codes")
 NAME = (r"[^\0]+", "a text that is not empty")
 IMPORT_PATH = (r"[\w.]+:\w+", "an import path, 'package.module:name'")
 
+# What scores predictions, see `evaluation.evaluators`.
+METRICS = ("auto", "coco", "lvis", "cityscapes", "voc", "boundary")
+METRIC_FORM = (f"{'|'.join(METRICS)}|{IMPORT_PATH[0]}", f"one of {METRICS} or {IMPORT_PATH[1]}")
+
 # A key's value that is found out when the run starts.
 AUTO = "auto"
 

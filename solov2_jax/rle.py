@@ -7,7 +7,7 @@ training never become pixels of the full size: see `data/rasterize.py`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -183,6 +183,14 @@ def rle_decode(runs: np.ndarray, size: Size) -> Crop | None:
       size: (height, width) of the image.
     """
     return spans_to_crop(_spans_from_runs(runs, np.array([len(runs)]), size))
+
+
+def crop_of(segmentation: Mapping[str, Any]) -> Crop | None:
+    """Returns the mask of {"size": [h, w], "counts": compressed}; None if empty."""
+    height, width = segmentation["size"]
+    counts = segmentation["counts"]
+    runs = rle_from_string(counts.encode() if isinstance(counts, str) else counts)
+    return rle_decode(runs, (int(height), int(width)))
 
 
 # --- Writing --------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from solov2_jax.evaluation.evaluate import StopEvaluation, build_evaluator, buil
 from solov2_jax.evaluation.evaluate import evaluate as evaluate_all
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.training import build
-from solov2_jax.training.build import build_evaluate
+from solov2_jax.training.build import build_evaluate, build_validations
 
 # tiny_coco's objects: image id -> [(label, x, y, side)]; labels by sorted ids 5, 20.
 TRUTH = {7: [(0, 10, 8, 20), (1, 30, 20, 12)], 3: [(1, 10, 8, 20)], 9: []}
@@ -185,7 +185,7 @@ def test_training_reads_the_ground_truth_once(dataset, tmp_path, monkeypatch):
     config = base.get_config()
     config.input.min_size_test = config.input.max_size_test = 64
     config.data.num_workers, config.eval.batch_size = 0, 2
-    evaluate_variables = build_evaluate(config, None, dataset, tmp_path)
+    evaluate_variables = build_evaluate(config, None, build_validations(config, dataset), tmp_path)
     assert len(reads) == 1
     for _ in range(2):
         assert evaluate_variables({})["segm/AP"] == pytest.approx(1)

@@ -9,13 +9,15 @@ deeper or less deep than COCO's list of lists, as long as it has only one meanin
 
 import dataclasses
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from solov2_jax.data.cityscapes import read_cityscapes
+from solov2_jax.data.federated import Federated, read_federated
+from solov2_jax.data.fields import Fields, describe, read_box, whole_number
 from solov2_jax.data.outlines import (
     NUMBERS,
     Segmentations,
@@ -58,6 +60,7 @@ class AnnotationTable:
     has_mask: np.ndarray  # bool [A], whether there is a usable outline
     inside: np.ndarray  # bool [A], whether it has an extent inside of its image
     counts: Counter[str]  # crowds, no_segmentation, bad_polygons, no_valid_polygon, ...
+    federated: Federated | None = None  # of an LVIS json
 
     def batch_ids(self) -> np.ndarray:
         """Returns the number that stands for each image in batches, int64 [N].
@@ -126,11 +129,17 @@ def read_instances(
         has_mask=np.isin(np.arange(len(records)), [*drawn, *encoded]),
         inside=inside,
         counts=counts,
+        federated=read_federated(content, images["image_ids"], list(categories), source),
     )
 
 
 def read_content(annotations: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the parsed content of an instances json with its three lists."""
+    """Returns the parsed content of an instances json with its three lists.
+
+    A folder is taken for the ground truth of Cityscapes, see `data.cityscapes`.
+    """
+    if os.path.isdir(annotations):
+        return read_cityscapes(annotations)
     if not exists(annotations):
         raise InputError(
             f"{annotations}: no such annotation file. Set data.train.annotations and "
@@ -163,67 +172,6 @@ def _check_lists(content: Any, source: str) -> None:
                     f"{source}: entry {i} of `{key}` (from 0) is {as_json(record)}, not an "
                     "object; correct or remove it."
                 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Fields:
-    """Reads a field of every record of a list, or raises one sentence about it.
-
-    Attributes:
-      title: of the i-th record, such as "annotation 7".
-    """
-
-    records: Sequence[dict[str, Any]]
-    source: str
-    title: Callable[[int], str]
-
-    def name(self, i: int) -> str:
-        """Returns what to call a record, with its file."""
-        return f"{self.source}: {self.title(i)}"
-
-    def __call__(
-        self, key: str, read: Callable[[Any], Any], expected: str, default: Any = None
-    ) -> list[Any]:
-        """Returns the field's values.
-
-        Args:
-          read: what turns a value of json into one of ours, None if it is no such value.
-          expected: what the value must be, in words.
-          default: where the field is null or absent; None: it must be there.
-        """
-        values = [record.get(key) for record in self.records]
-        absent = [i for i, value in enumerate(values) if value is None or value == []]
-        if absent and default is None:
-            raise InputError(
-                f"{self.name(absent[0])}: has no `{key}` ({len(absent)} of {len(values)} have "
-                f"none), it is {as_json(self.records[absent[0]])}; add it."
-            )
-        results = list(map(read, values))
-        for i in absent:
-            results[i] = default
-        if None in results:
-            bad = [i for i, result in enumerate(results) if result is None]
-            raise InputError(
-                f"{self.name(bad[0])}: `{key}` is {as_json(values[bad[0]])}, not {expected} "
-                f"({len(bad)} of {len(values)} are not); correct it."
-            )
-        return results
-
-
-def whole_number(value: Any) -> int | None:
-    """Returns the whole number that a json value is or, as text, holds; else None."""
-    if type(value) is int:
-        return value
-    if type(value) is float and value.is_integer():
-        return int(value)
-    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,100}", value, re.ASCII):
-        return int(value)
-    return None
-
-
-def read_box(value: Any) -> list[float] | None:
-    """Returns four finite numbers as they are; else None."""
-    return list(map(float, value)) if are_numbers(value) and len(value) == 4 else None
 
 
 def _side(value: Any) -> int | None:
@@ -262,13 +210,6 @@ def _check_unique(ids: Iterable[Any], kind: str, source: str) -> None:
         )
 
 
-def describe(values: Iterable[Any], limit: int = 5) -> str:
-    """Returns the first few of the values, and how many there are."""
-    values = list(values)
-    text = ", ".join(str(v)[:200] for v in values[:limit])
-    return text if len(values) <= limit else f"{text}, ... ({len(values)} in all)"
-
-
 def _read_categories(records: list[Any], source: str) -> dict[int, str]:
     """Returns id -> name, sorted by id; a name that is a number becomes text."""
     field = Fields(records, source, lambda i: f"category {as_json(records[i].get('id'))}")
@@ -293,13 +234,27 @@ def _read_images(records: list[Any], source: str) -> dict[str, Any]:
         )
     return {
         "image_ids": ids,
-        "file_names": field("file_name", lambda v: v if type(v) is str else None, "text", ""),
+        "file_names": _file_names(field),
         "heights": heights.astype(np.int32),
         "widths": widths.astype(np.int32),
         "weights": np.array(
             field(WEIGHT, _weight, f"a number from {_LEAST_WEIGHT} to {_LARGEST_WEIGHT}", 1.0)
         ),
     }
+
+
+def _file_names(field: Fields) -> list[str]:
+    """Returns `file_name`, or where there is none the last two parts of LVIS's `coco_url`.
+
+    These are the folder and file in COCO: val2017/000000397133.jpg.
+    """
+
+    def text(value: Any) -> str | None:
+        return value if type(value) is str else None
+
+    names = field("file_name", text, "text", "")
+    urls = field("coco_url", text, "text", "") if "" in names else names
+    return [n or "/".join(url.split("/")[-2:]) for n, url in zip(names, urls, strict=True)]
 
 
 def _references(field: Fields, key: str, kind: str, known: Sequence[int]) -> np.ndarray:

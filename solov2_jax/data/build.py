@@ -42,6 +42,25 @@ def load_val_dataset(config: Any, categories: Mapping[int, str]) -> CocoDataset:
     return dataclasses.replace(dataset, pixels=pixel_format(config))
 
 
+@dataclasses.dataclass(frozen=True)
+class FurtherVal:
+    """A validation set of `data.vals`."""
+
+    name: str  # its metrics are name/segm/AP
+    dataset: CocoDataset
+    metric: str  # as data.val.metric
+
+
+def load_further_vals(config: Any, categories: Mapping[int, str]) -> list[FurtherVal]:
+    """Returns the validation sets of `data.vals`, which must have these categories too."""
+    sets = []
+    for name, images, annotations, *metric in config.data.vals:
+        dataset = load_coco(images, annotations, categories=categories)
+        dataset = dataclasses.replace(dataset, pixels=pixel_format(config))
+        sets.append(FurtherVal(name, dataset, metric[0] if metric else "auto"))
+    return sets
+
+
 def load_train_dataset(config: Any) -> CocoDataset:
     """Returns the training data set, with all that its json holds."""
     dataset = load_coco(*data_files(config)[0])

@@ -1,4 +1,4 @@
-"""Predictions, image by image -> COCO's average precision.
+"""Predictions, image by image -> COCO's average precision; the base of other metrics.
 
 Source: detectron2 evaluation/coco_evaluation.py, COCOEvaluator (reset, process,
 evaluate). Different here: box AP means something, because boxes are the masks' own;
@@ -6,6 +6,7 @@ predictions are RLE from the moment they arrive; a metric that is undefined come
 its reason.
 """
 
+import itertools
 import logging
 import math
 import os
@@ -15,21 +16,24 @@ from typing import Any
 
 from solov2_jax.data.annotations import AnnotationTable
 from solov2_jax.evaluation.coco_score import (
+    AREAS,
     BACKENDS,
     COCO_LIMIT,
     METRICS,
     GroundTruth,
+    Kind,
     compute_score,
     extra_metrics,
     read_ground_truth,
+    size_metrics,
 )
 from solov2_jax.inference.prediction import Prediction, to_coco_results
 
-# COCO's size ranges: areas in pixels of the original image, both ends included.
+# COCO's size ranges, as (least, greatest area, words).
 SIZES = {
-    "s": (0, 32**2, "smaller than 32 x 32"),
-    "m": (32**2, 96**2, "from 32 x 32 to 96 x 96"),
-    "l": (96**2, math.inf, "larger than 96 x 96"),
+    "s": (*AREAS[1], "smaller than 32 x 32"),
+    "m": (*AREAS[2], "from 32 x 32 to 96 x 96"),
+    "l": (*AREAS[3], "larger than 96 x 96"),
 }
 
 log = logging.getLogger(__name__)
@@ -44,23 +48,28 @@ def is_defined(value: float | int | None) -> bool:
     return value is not None and not math.isnan(value) and value != -1
 
 
+# The metrics that say the most; of another validation set NAME/segm/AP.
+HEADLINES = ("segm/AP", "segm/AP50", "segm/AP70", "boundary/AP", "bbox/AP")
+
+
+def headlines(metrics: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the metrics that a command prints, in their order."""
+    return [n for n in metrics if n in HEADLINES or n.partition("/")[2] in HEADLINES]
+
+
 def json_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
     """Returns the metrics for a json file, null where one is undefined."""
     return {name: value if is_defined(value) else None for name, value in metrics.items()}
 
 
-def metric_names(
-    class_names: Sequence[str], category_ids: Sequence[int], max_detections: int = COCO_LIMIT
-) -> list[str]:
-    """Returns the keys of what `CocoEvaluator.evaluate` returns."""
-    names = [*METRICS, *extra_metrics(max_detections)]
-    classes = zip(category_ids, unique_names(class_names, category_ids), strict=True)
-    per_class = [f"segm/AP/{name}" for _, name in sorted(classes)]
-    return [f"{kind}/{name}" for kind in ("segm", "bbox") for name in names] + per_class
-
-
 class CocoEvaluator:
     """Collects predictions image by image, then computes COCO's metrics.
+
+    Other metrics derive from it and override `compute`, `groups` and `per_class`; see
+    `evaluation.evaluators`. `segm/AP` is always the metric's own single number.
+
+    Attributes:
+      kinds: the first part of a metric's name: what is compared.
 
     Args:
       annotations: an instances json file, its content, its table or its ground truth.
@@ -68,7 +77,12 @@ class CocoEvaluator:
       class_names: their names.
       backend: "fast" or "pycocotools"; the metrics are equal to the last digit.
       max_detections: per image and class; beyond 100, metrics with this limit are added.
+      size_ranges: sides in pixels between further size ranges, whose metrics are added.
     """
+
+    kinds: tuple[Kind, ...] = ("segm", "bbox")
+    per_class: tuple[str, ...] = ("segm/AP",)  # that there are of each class
+    names_known = True  # `metric_names` has them all
 
     def __init__(
         self,
@@ -78,6 +92,7 @@ class CocoEvaluator:
         *,
         backend: str = "fast",
         max_detections: int = COCO_LIMIT,
+        size_ranges: Sequence[int] = (),
     ):
         if backend not in BACKENDS:
             raise ValueError(f"eval.backend is {backend!r}; use one of {BACKENDS}")
@@ -85,6 +100,7 @@ class CocoEvaluator:
         self.truth = annotations if is_read else read_ground_truth(annotations)
         self.source, self._backend = self.truth.source, backend
         self.max_detections = max(max_detections, COCO_LIMIT)
+        self.size_ranges = tuple(size_ranges)
         self.category_ids = tuple(int(i) for i in category_ids)
         self.class_names = unique_names(class_names, self.category_ids)
         known = self.truth.categories
@@ -169,15 +185,22 @@ class CocoEvaluator:
         return list(filter(counts, self.truth.annotations)), list(filter(counts, self.results))
 
     def evaluate(self) -> dict[str, float]:
-        """Returns `segm/AP`, ... `bbox/ARl` and `segm/AP/<class name>`, all 0..1.
+        """Returns the metrics by `metric_names`: `segm/AP`, ..., all 0..1.
 
         Over the images that were processed; NaN where undefined, see `is_defined`.
         """
         if not self._seen:
             raise ValueError("nothing to evaluate: no image was processed")
+        metrics = self.compute()
+        metrics = {name: metrics[name] for name in self.metric_names()}
+        for line in self.table(metrics) + self.notes(metrics):
+            log.info("%s", line)
+        return metrics
+
+    def compute(self) -> dict[str, float]:
+        """Returns the metrics in any order."""
         metrics: dict[str, float] = {}
-        class_ap: list[float] = []
-        for kind in ("bbox", "segm"):
+        for kind in self.kinds:
             score = compute_score(
                 self.truth,
                 self.results,
@@ -185,16 +208,23 @@ class CocoEvaluator:
                 image_ids=self.image_ids,
                 category_ids=self.category_ids,
                 max_detections=self.max_detections,
+                size_ranges=self.size_ranges,
                 backend=self._backend,
             )
             metrics |= {f"{kind}/{name}": value for name, value in score.metrics.items()}
-            class_ap = score.class_ap()
-        names = self.metric_names()
-        metrics |= dict(zip(names[-len(class_ap) :], class_ap, strict=True))
-        metrics = {name: metrics[name] for name in names}
-        for line in self.table(metrics) + self.notes(metrics):
-            log.info("%s", line)
+            if kind == "segm":
+                metrics |= self.of_classes("segm/AP", score.class_ap())
         return metrics
+
+    def of_classes(self, metric: str, values: Sequence[float]) -> dict[str, float]:
+        """Returns a metric of each class, given in the order of the category ids."""
+        names = [f"{metric}/{name}" for name in self.sorted_names()]
+        return dict(zip(names, values, strict=True))
+
+    def groups(self) -> list[tuple[str, ...]]:
+        """Returns the metrics that there are of each of `kinds`, a row of a table each."""
+        sizes = tuple(itertools.chain(*size_metrics(self.size_ranges)))
+        return [names for names in (METRICS, extra_metrics(self.max_detections), sizes) if names]
 
     def sorted_names(self) -> list[str]:
         """Returns the class names in the order of their category ids."""
@@ -202,14 +232,17 @@ class CocoEvaluator:
 
     def metric_names(self) -> list[str]:
         """Returns the keys of what `evaluate` returns."""
-        return metric_names(self.class_names, self.category_ids, self.max_detections)
+        names = [
+            f"{kind}/{name}" for kind in self.kinds for name in itertools.chain(*self.groups())
+        ]
+        return names + [f"{m}/{name}" for m in self.per_class for name in self.sorted_names()]
 
     def table(self, metrics: Mapping[str, float]) -> list[str]:
         """Returns the lines of a table of `metrics`, and what they are about."""
         lines = []
-        for names in filter(None, (METRICS, extra_metrics(self.max_detections))):
+        for names in self.groups():
             lines.append(_row("", names, len(max(names, key=len))))
-            for kind in ("segm", "bbox"):
+            for kind in self.kinds:
                 values = [format_metric(metrics[f"{kind}/{name}"]) for name in names]
                 lines.append(_row(kind, values, len(max(names, key=len))))
         counts = self.objects_per_class()
@@ -249,7 +282,7 @@ class CocoEvaluator:
         lines = [
             f"AP{size} is undefined: no annotated object is {words} pixels"
             for size, (_, _, words) in SIZES.items()
-            if not is_defined(metrics[f"segm/AP{size}"])
+            if not is_defined(metrics.get(f"segm/AP{size}", 0.0))
         ]
         lines += _limit_lines(objects, self.max_detections)
         if not self.results:
@@ -287,7 +320,7 @@ def unique_names(names: Sequence[str], ids: Sequence[int]) -> tuple[str, ...]:
 
 
 def _row(kind: str, cells: Sequence[str], width: int = 5) -> str:
-    return f"{kind:5}" + "".join(f"{cell:>{max(width, 5) + 2}}" for cell in cells)
+    return f"{kind:8}" + "".join(f"{cell:>{max(width, 5) + 2}}" for cell in cells)
 
 
 def format_metric(value: float | int | None) -> str:

@@ -7,6 +7,7 @@ twentieth of the time. Source: pycocotools cocoeval.py, COCOeval.
 import contextlib
 import functools
 import io
+import itertools
 import logging
 import math
 import os
@@ -21,9 +22,11 @@ from pycocotools import mask
 
 from solov2_jax.data.annotations import AnnotationTable, read_instances
 from solov2_jax.data.coco import find_files
+from solov2_jax.data.federated import Federated
+from solov2_jax.evaluation.boundary_eval import BoundaryEval
 from solov2_jax.io import reason
 
-Kind = Literal["segm", "bbox"]
+Kind = Literal["segm", "bbox", "boundary"]
 # In the order of pycocotools' summary.
 METRICS = (
     *("AP", "AP50", "AP75", "APs", "APm", "APl"),
@@ -31,6 +34,10 @@ METRICS = (
 )
 BACKENDS = ("fast", "pycocotools")
 COCO_LIMIT = 100  # detections per image and class that COCO's AP counts at most
+# COCO's size ranges, areas in pixels of the original image, both ends included; the first
+# is every size. The end is pycocotools'.
+MOST_PIXELS = 1e10
+AREAS = ((0.0, MOST_PIXELS), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, MOST_PIXELS))
 
 log = logging.getLogger(__name__)
 coco_mask: Any = mask  # its type stubs are narrower than what it takes
@@ -51,6 +58,7 @@ class GroundTruth:
     annotations: list[dict[str, Any]]
     num_without_mask: int  # annotations that are left out
     image_ids: dict[int, int]  # of a prediction, as batches carry it -> of the json
+    federated: Federated | None = None  # of an LVIS json
 
 
 def read_ground_truth(
@@ -96,6 +104,7 @@ def read_ground_truth(
         annotations=usable,
         num_without_mask=len(table.ids) - len(usable),
         image_ids=dict(zip(table.batch_ids().tolist(), table.image_ids, strict=True)),
+        federated=table.federated,
     )
 
 
@@ -103,13 +112,14 @@ def read_ground_truth(
 class Score:
     """Shapes: T IoU thresholds, R recalls, K classes, A size ranges, M detection limits."""
 
-    metrics: dict[str, float]  # by the names in METRICS and `extra_metrics`; NaN: undefined
+    # By the names in METRICS, `extra_metrics` and `size_metrics`; NaN: undefined.
+    metrics: dict[str, float]
     precision: np.ndarray  # float64 [T, R, K, A, M], -1 where nothing is annotated
     recall: np.ndarray  # float64 [T, K, A, M]
 
     def class_ap(self) -> list[float]:
         """Returns AP of each class over all sizes, with COCO's limit; NaN: undefined."""
-        return [_mean(self.precision[:, :, k, 0, 2]) for k in range(self.precision.shape[2])]
+        return [defined_mean(self.precision[:, :, k, 0, 2]) for k in range(self.precision.shape[2])]
 
 
 def compute_score(
@@ -120,17 +130,48 @@ def compute_score(
     image_ids: Sequence[int],
     category_ids: Sequence[int],
     max_detections: int = COCO_LIMIT,
+    size_ranges: Sequence[int] = (),
     backend: str = "fast",
 ) -> Score:
     """Returns COCO's metrics over these images and categories.
 
     Args:
       results: in COCO's format; those of other images and categories are left out.
-      kind: "segm" compares masks, "bbox" boxes.
+      kind: "segm" compares masks, "bbox" boxes, "boundary" the borders of masks.
       max_detections: per image and class; above COCO's 100 the metrics with both limits
         are computed.
+      size_ranges: sides in pixels between further size ranges, see `size_metrics`.
     """
-    # Places instead of ids, in the ids' order: a file's ids may be numbers of any size.
+    dataset, detections = to_indexed(truth, results, kind, image_ids, category_ids)
+    library = (backend == "fast" and load_hotcoco()) or _PYCOCOTOOLS
+    if kind == "boundary":
+        library = (_PYCOCOTOOLS[0], BoundaryEval)
+    limits = [1, 10, COCO_LIMIT]
+    limits += [max_detections] if max_detections > COCO_LIMIT else []
+    with contextlib.redirect_stdout(io.StringIO()):
+        precision, recall = _evaluate(library, dataset, detections, kind, limits, AREAS)
+        metrics = _summarize(precision, recall, limits[-1])
+        if size_ranges:
+            # By themselves: hotcoco confuses a range with an equal one.
+            areas = [AREAS[0], *own_areas(size_ranges)]
+            arrays = _evaluate(library, dataset, detections, kind, limits[:3], areas)
+            for n, names in enumerate(size_metrics(size_ranges), start=1):
+                values = (defined_mean(array[..., n, 2]) for array in arrays)
+                metrics |= dict(zip(names, values, strict=True))
+    return Score(metrics, precision, recall)
+
+
+def to_indexed(
+    truth: GroundTruth,
+    results: Sequence[Mapping[str, Any]],
+    kind: Kind,
+    image_ids: Sequence[int],
+    category_ids: Sequence[int],
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Returns an instances json and results of these images and categories.
+
+    Their ids are places in the sorted ids, from 1: a file's may be numbers of any size.
+    """
     images = {image: n for n, image in enumerate(sorted(image_ids), start=1)}
     labels = {category: n for n, category in enumerate(sorted(category_ids), start=1)}
 
@@ -143,7 +184,7 @@ def compute_score(
 
     # With a box beside the mask, a detection's area would be the box's, and the size
     # ranges of mask AP would no longer be those of masks.
-    shape = "segmentation" if kind == "segm" else "bbox"
+    shape = "bbox" if kind == "bbox" else "segmentation"
     sizes = {i: {k: int(truth.images[i][k]) for k in ("height", "width")} for i in images}
     dataset = {
         "images": [{"id": n, **sizes[i]} for i, n in images.items()],
@@ -151,12 +192,7 @@ def compute_score(
         "annotations": [{**a, **places(a)} for a in truth.annotations if known(a)],
     }
     detections = [{**places(r), "score": r["score"], shape: r[shape]} for r in results if known(r)]
-    library = (backend == "fast" and load_hotcoco()) or _PYCOCOTOOLS
-    limits = [1, 10, COCO_LIMIT]
-    limits += [max_detections] if max_detections > COCO_LIMIT else []
-    with contextlib.redirect_stdout(io.StringIO()):
-        precision, recall = _evaluate(library, dataset, detections, kind, limits)
-    return Score(_summarize(precision, recall, limits[-1]), precision, recall)
+    return dataset, detections
 
 
 _PYCOCOTOOLS = (pycocotools_coco.COCO, pycocotools_eval.COCOeval)
@@ -183,9 +219,26 @@ def _evaluate(
     detections: list[dict[str, Any]],
     kind: Kind,
     limits: list[int],
+    areas: Sequence[tuple[float, float]],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the arrays of `Score`; both libraries have the same interface."""
     coco, coco_eval = library
+    truth, loaded = load(coco, dataset, detections)
+    evaluation = coco_eval(truth, loaded, "bbox" if kind == "bbox" else "segm")
+    evaluation.params.imgIds = [image["id"] for image in dataset["images"]]
+    evaluation.params.catIds = [category["id"] for category in dataset["categories"]]
+    evaluation.params.maxDets = limits
+    if areas is not AREAS:
+        evaluation.params.areaRng = [[float(low), float(high)] for low, high in areas]
+        evaluation.params.areaRngLbl = [str(n) for n in range(len(areas))]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    arrays = evaluation.eval
+    return np.asarray(arrays["precision"]), np.asarray(arrays["recall"])
+
+
+def load(coco: Any, dataset: dict[str, Any], detections: list[dict[str, Any]]) -> tuple[Any, Any]:
+    """Returns a library's COCO of the ground truth and of the detections, none or more."""
 
     def index(content: dict[str, Any]) -> Any:
         indexed = coco()
@@ -194,15 +247,22 @@ def _evaluate(
         return indexed
 
     truth = index(dataset)
-    loaded = truth.loadRes(detections) if detections else index({**dataset, "annotations": []})
-    evaluation = coco_eval(truth, loaded, kind)
-    evaluation.params.imgIds = [image["id"] for image in dataset["images"]]
-    evaluation.params.catIds = [category["id"] for category in dataset["categories"]]
-    evaluation.params.maxDets = limits
-    evaluation.evaluate()
-    evaluation.accumulate()
-    arrays = evaluation.eval
-    return np.asarray(arrays["precision"]), np.asarray(arrays["recall"])
+    if not detections:
+        return truth, index({**dataset, "annotations": []})
+    return truth, truth.loadRes([dict(d) for d in detections])  # pycocotools adds fields
+
+
+def own_areas(size_ranges: Sequence[int]) -> list[tuple[float, float]]:
+    """Returns the ranges of area that these sides in pixels are between, from 0 on."""
+    ends = [0.0, *(float(side) ** 2 for side in size_ranges), MOST_PIXELS]
+    return list(itertools.pairwise(ends)) if size_ranges else []
+
+
+def size_metrics(size_ranges: Sequence[int]) -> list[tuple[str, str]]:
+    """Returns the names of AP and AR of each range: AP_0-16, AR_0-16, ..., AP_96-inf."""
+    ends = [*map(str, (0, *size_ranges)), "inf"]
+    ranges = itertools.pairwise(ends) if size_ranges else ()
+    return [(f"AP_{low}-{high}", f"AR_{low}-{high}") for low, high in ranges]
 
 
 def extra_metrics(max_detections: int) -> tuple[str, ...]:
@@ -217,19 +277,19 @@ def _summarize(precision: np.ndarray, recall: np.ndarray, limit: int) -> dict[st
     def at_limit(m: int) -> list[float]:
         """Returns AP and AR of each size; thresholds 0 and 5 are IoU 0.5 and 0.75."""
         p, r = precision[..., m], recall[..., m]
-        ap = [_mean(p[..., 0]), _mean(p[0, ..., 0]), _mean(p[5, ..., 0])]
-        ap += [_mean(p[..., size]) for size in (1, 2, 3)]
-        return ap + [_mean(r[..., size]) for size in range(4)]
+        ap = [defined_mean(p[..., 0]), defined_mean(p[0, ..., 0]), defined_mean(p[5, ..., 0])]
+        ap += [defined_mean(p[..., size]) for size in (1, 2, 3)]
+        return ap + [defined_mean(r[..., size]) for size in range(4)]
 
     values = at_limit(2)
-    values[6:6] = [_mean(recall[..., 0, m]) for m in (0, 1)]  # AR1, AR10
+    values[6:6] = [defined_mean(recall[..., 0, m]) for m in (0, 1)]  # AR1, AR10
     metrics = dict(zip(METRICS, values, strict=True))
     if extra := extra_metrics(limit):
         metrics |= dict(zip(extra, at_limit(3), strict=True))
     return metrics
 
 
-def _mean(values: np.ndarray) -> float:
+def defined_mean(values: np.ndarray) -> float:
     """Returns the mean of what is defined, as pycocotools sums it; NaN without any."""
     defined = values[values > -1]
     return float(np.mean(defined)) if defined.size else math.nan

@@ -17,6 +17,7 @@ import numpy as np
 from solov2_jax import distributed
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.evaluation.coco import CocoEvaluator, json_metrics
+from solov2_jax.evaluation.evaluators import make_evaluator
 from solov2_jax.inference.prediction import Prediction, write_results
 from solov2_jax.io import import_object, make_folder, write_json
 from solov2_jax.progress import Progress
@@ -75,14 +76,21 @@ class FinishedEvaluation:
 Report = Callable[[FinishedEvaluation], None]
 
 
-def build_evaluator(config: Any, dataset: CocoDataset) -> CocoEvaluator:
-    """Returns the evaluator of a data set, whose json is read once for a run."""
-    return CocoEvaluator(
+def build_evaluator(config: Any, dataset: CocoDataset, metric: str = "") -> CocoEvaluator:
+    """Returns the evaluator of a data set, whose json is read once for a run.
+
+    Args:
+      metric: see `evaluators`; "": the config's for `data.val`.
+    """
+    return make_evaluator(
         dataset.table or dataset.annotation_file,
         dataset.category_ids,
         dataset.class_names,
+        metric=metric or config.data.val.metric,
+        key="the metric in data.vals" if metric else "data.val.metric",
         backend=config.eval.backend,
         max_detections=config.eval.max_detections,
+        size_ranges=config.eval.size_ranges,
     )
 
 
@@ -102,7 +110,7 @@ def evaluate(
     max_per_image: int = 0,
     reports: Sequence[Report] = (),
 ) -> dict[str, float]:
-    """Returns COCO's metrics of the batches' images, see `CocoEvaluator.evaluate`.
+    """Returns the metrics of the batches' images, see `CocoEvaluator.evaluate`.
 
     Of several processes, each has batches of its own, and all return the metrics of all
     images; the first one gets all results and writes `metrics.json`, with null for what is

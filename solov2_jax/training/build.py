@@ -6,7 +6,7 @@ import logging
 import math
 import pathlib
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,9 +21,10 @@ from solov2_jax.data.build import (
     build_loss_batches,
     build_train_batches,
     load_datasets,
+    load_further_vals,
 )
 from solov2_jax.data.pipeline import epoch_images
-from solov2_jax.evaluation.coco import metric_names as coco_metric_names
+from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.evaluation.evaluate import (
     FinishedEvaluation,
     build_evaluator,
@@ -99,7 +100,8 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
     schedule, tx = build_optimizer(config, trainable)
     loss = build_loss(config, model)
     finished: deque[FinishedEvaluation] = deque(maxlen=1)
-    evaluate_val = build_evaluate(config, model, val, workdir, finished)
+    validations = build_validations(config, val, alone=val_is_train)
+    evaluate_val = build_evaluate(config, model, validations, workdir, finished)
     if config.eval.loss_images:
         val_loss = build_loss(config, model, evaluated=True)
         evaluate_val = with_validation_loss(evaluate_val, config, val_loss, val)
@@ -119,7 +121,7 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
         batches=batches,
         evaluate=evaluate_val,
         fingerprint=fingerprint(train),
-        metric_names=metric_names(config, val),
+        metric_names=metric_names(config, validations),
         finished=finished,
     )
 
@@ -199,40 +201,74 @@ def build_optimizer(
     return schedule, tx
 
 
+@dataclass(frozen=True)
+class Validation:
+    """A data set that the run is evaluated on; its metrics' names begin with `prefix`."""
+
+    prefix: str  # "" or "NAME/"
+    dataset: Any
+    evaluator: CocoEvaluator
+
+    def names(self) -> list[str]:
+        """Returns the names of its metrics, as far as they are known beforehand."""
+        return [self.prefix + name for name in self.evaluator.metric_names()]
+
+
+def build_validations(config: Any, val: Any, *, alone: bool = False) -> list[Validation]:
+    """Returns `val` and, unless `alone`, those of `data.vals`, with their evaluators.
+
+    Before training: what is wrong with the ground truth is told now.
+    """
+    names = dict(zip(val.category_ids, val.class_names, strict=True))
+    further = [
+        Validation(f"{v.name}/", v.dataset, build_evaluator(config, v.dataset, v.metric))
+        for v in ([] if alone else load_further_vals(config, names))
+    ]
+    return [Validation("", val, build_evaluator(config, val)), *further]
+
+
 def build_evaluate(
     config: Any,
     model: Any,
-    dataset: Any,
+    validations: Sequence[Validation],
     workdir: pathlib.Path,
     finished: deque[FinishedEvaluation] | None = None,
 ) -> Evaluate:
     """Returns variables -> metrics on the validation data.
 
     Args:
-      finished: gets every finished evaluation, without its pictures' predictions.
+      finished: gets every finished evaluation of the first, without its pictures' predictions.
     """
-    # Before training: what is wrong with the ground truth is told now.
-    evaluator, reports = build_evaluator(config, dataset), build_reports(config)
+    reports = build_reports(config)
     if finished is not None:
-        reports.append(lambda evaluation: finished.append(replace(evaluation, predictions={})))
+        last = finished
+        first = [*reports, lambda evaluation: last.append(replace(evaluation, predictions={}))]
+    else:
+        first = reports
 
     def evaluate_variables(variables: dict[str, PyTree]) -> Mapping[str, float | None]:
         # The state lives on the devices of all processes, prediction on this one's.
         variables = jax.device_get(variables)
-        predictor = build_predictor(
-            config, model, variables, dataset.class_names, dataset.category_ids
-        ).on_devices(jax.local_devices())
-        batches = build_eval_batches(config, dataset, _shard(), distributed.devices_per_process())
-        return evaluate(
-            predictor,
-            evaluator,
-            dataset,
-            batches,
-            workdir / "eval",
-            num_pictures=config.eval.num_pictures,
-            max_per_image=config.test.max_per_image,
-            reports=reports,
-        )
+        names, ids = validations[0].dataset.class_names, validations[0].dataset.category_ids
+        predictor = build_predictor(config, model, variables, names, ids)
+        predictor = predictor.on_devices(jax.local_devices())
+        devices = distributed.devices_per_process()
+        metrics: dict[str, float | None] = {}
+        for validation in validations:
+            if validation.prefix:
+                log.info("evaluating on %s", validation.dataset.annotation_file)
+            values = evaluate(
+                predictor,
+                validation.evaluator,
+                validation.dataset,
+                build_eval_batches(config, validation.dataset, _shard(), devices),
+                workdir / "eval" / validation.prefix,
+                num_pictures=config.eval.num_pictures,
+                max_per_image=config.test.max_per_image,
+                reports=reports if validation.prefix else first,
+            )
+            metrics |= {validation.prefix + name: value for name, value in values.items()}
+        return metrics
 
     return evaluate_variables
 
@@ -250,10 +286,14 @@ def with_validation_loss(evaluate_val: Evaluate, config: Any, loss: Loss, datase
     return both
 
 
-def metric_names(config: Any, dataset: Any) -> tuple[str, ...]:
-    """Returns the names of the metrics that an evaluation of a run gives."""
-    limit = config.eval.max_detections
-    names = coco_metric_names(dataset.class_names, dataset.category_ids, limit)
+def metric_names(config: Any, validations: Sequence[Validation]) -> tuple[str, ...]:
+    """Returns the names of the metrics that an evaluation of a run gives.
+
+    () where an evaluator of the user's own does not say.
+    """
+    if not all(v.evaluator.names_known for v in validations):
+        return ()
+    names = [name for validation in validations for name in validation.names()]
     if config.eval.loss_images:
         names += [f"val/{name}" for name in ("loss", "loss_ins", "loss_cate", "mean_iou")]
     raw = [f"raw/{name}" for name in names] if config.optim.ema_decay else []

@@ -53,7 +53,7 @@ _MAY_CHANGE = (
     *("train.histogram_every", "train.profile_steps"),
     "train.accumulate",
     *("init_from", "eval.", "test."),
-    *("data.num_workers", "data.num_threads", "data.prefetch", "data.val."),
+    *("data.num_workers", "data.num_threads", "data.prefetch", "data.val.", "data.vals"),
     *("data.train.images", "data.train.annotations", "data.generated.root"),
     *("data.name", "data.providers.", "data.display_channels"),
     *("user.derived", "user.batch_size"),

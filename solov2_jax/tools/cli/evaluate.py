@@ -10,15 +10,21 @@ r"""Evaluates a training run on its validation data, or files of predictions.
     solov2 evaluate --workdir hf:USER/REPO --data FOLDER
     solov2 evaluate --annotations instances.json --predictions a.json \
         --against b.json
+    solov2 evaluate --annotations lvis_v1_val.json --predictions a.json --metric lvis
+    solov2 evaluate --annotations gtFine/val --predictions results --metric cityscapes
 
 `--tta=flip,0.8,1,1.25` and `--tile=512` evaluate with several views of each image.
 
 `--data` takes what `train --data` takes; classes are matched by name with the network's,
 and what is evaluated is the validation part, else the test part, else all (`--split`).
 
+`--metric` is auto (what the annotations are made for), coco, lvis, cityscapes, voc, boundary,
+or an import path of your own.
+
 Writes `eval/metrics.json` and `eval/predictions.json` (COCO's results format) into the
 workdir, and `eval/report/report.html` with `--report`. Predictions of any tool in that
-format are scored with `--predictions`; `--output` names the folder for what is written.
+format are scored with `--predictions` (of Cityscapes' also a folder of its own results);
+`--output` names the folder for what is written.
 Exit code 0: done; 1: a result is outside of a range that `--expect` gave; 2: an error
 that the one line `error: ...` explains.
 """
@@ -28,7 +34,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from solov2_jax.config_schema import choice, several, switch, text, whole
+from solov2_jax.config_schema import METRIC_FORM, choice, several, switch, text, whole
 from solov2_jax.io import InputError
 from solov2_jax.tools.cli import app, shared
 from solov2_jax.tools.cli.flags import Flag
@@ -43,9 +49,17 @@ _EXPECT = Flag(
     "METRIC=VALUE+-TOLERANCE; exit code 1 outside of it.",
     repeated=True,
 )
-_PREDICTIONS = Flag("predictions", text(), "Score this file in COCO's results format, no run.")
+_PREDICTIONS = Flag(
+    "predictions",
+    text(),
+    "Score this file in COCO's results format, or folder in Cityscapes'; no run.",
+)
 _AGAINST = Flag("against", text(), "Compare --predictions with this file.")
-_ANNOTATIONS = Flag("annotations", text(), "Instances json that --predictions are about.")
+_ANNOTATIONS = Flag(
+    "annotations",
+    text(),
+    "Instances json, or Cityscapes' gtFine/val, that --predictions are about.",
+)
 _IMAGES = Flag("images", text(), "Folder of the images, for the report of --predictions.")
 _OUTPUT = Flag(
     "output",
@@ -67,13 +81,24 @@ _MAX_DETECTIONS = Flag(
     whole(0, high=1_000_000),
     "With --predictions: detections per image and class that count, beyond COCO's 100.",
 )
-_FILES = (_PREDICTIONS, _ANNOTATIONS, _AGAINST, _IMAGES, _MAX_DETECTIONS)
-FLAGS = (*shared.MODEL, shared.EXPORT, *_OTHER_DATA, _REPORT, _EXPECT, *_FILES, _OUTPUT)
+_METRIC = Flag(
+    "metric",
+    text("", form=METRIC_FORM),
+    "What scores them, instead of data.val.metric: auto, coco, lvis, cityscapes, voc, boundary, "
+    "or an import path.",
+)
+_SIZE_RANGES = Flag(
+    "size_ranges",
+    several((), whole(32, 1, 65_536), (0, 100), rising="<"),
+    "With --predictions: sides in pixels between size ranges of your own, such as 16,64.",
+)
+_FILES = (_PREDICTIONS, _ANNOTATIONS, _AGAINST, _IMAGES, _MAX_DETECTIONS, _SIZE_RANGES)
+FLAGS = (*shared.MODEL, shared.EXPORT, *_OTHER_DATA, _METRIC, _REPORT, _EXPECT, *_FILES, _OUTPUT)
 FLAGS += (*shared.VIEWS, *shared.PROCESSES)
 
 
 def main(overrides: list[str]) -> None:
-    from solov2_jax.evaluation.coco import format_metric
+    from solov2_jax.evaluation.coco import format_metric, headlines
     from solov2_jax.tools.report.results_file import misses, parse_expectations
 
     expectations = parse_expectations(_EXPECT.value)
@@ -81,7 +106,7 @@ def main(overrides: list[str]) -> None:
         metrics = score_files(overrides, expectations)
     else:
         metrics = score_run(overrides, expectations)
-    for name in ("segm/AP", "segm/AP50", "bbox/AP"):
+    for name in headlines(metrics):
         print(f"{name} {format_metric(metrics[name])}")
     if lines := misses(expectations, metrics):
         for line in lines:
@@ -90,7 +115,7 @@ def main(overrides: list[str]) -> None:
 
 
 def score_run(overrides: list[str], expectations: list) -> dict[str, float]:
-    for flag in (_AGAINST, _ANNOTATIONS, _IMAGES, _MAX_DETECTIONS):
+    for flag in _FILES[1:]:
         if flag.value:
             raise InputError(f"--{flag.name} goes with --predictions")
     if not any(f.value for f in (shared.WORKDIR, shared.CONFIG, shared.WEIGHTS, shared.EXPORT)):
@@ -114,6 +139,7 @@ def score_run(overrides: list[str], expectations: list) -> dict[str, float]:
         report=_REPORT.value,
         expectations=expectations,
         data=other_data(),
+        metric=_METRIC.value,
     )
 
 
@@ -157,6 +183,7 @@ def score_weights(
         title=os.path.basename(os.path.abspath(name)) if _REPORT.value else "",
         expectations=expectations,
         data=other_data(),
+        metric=_METRIC.value,
     )
 
 
@@ -178,6 +205,8 @@ def score_files(overrides: list[str], expectations: list) -> dict[str, float]:
         report=_REPORT.value,
         expectations=expectations,
         max_detections=_MAX_DETECTIONS.value,
+        size_ranges=_SIZE_RANGES.value,
+        metric=_METRIC.value or "auto",
     )
 
 

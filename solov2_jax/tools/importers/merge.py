@@ -12,6 +12,7 @@ import numpy as np
 
 from solov2_jax.config import suggest
 from solov2_jax.data.annotations import WEIGHT, describe
+from solov2_jax.data.federated import SEARCHED
 from solov2_jax.data.sampler import random_bits
 from solov2_jax.io import InputError
 from solov2_jax.tools.importers.recognise import TEST, TRAIN, VAL, DataPart
@@ -318,12 +319,23 @@ def joined(
         for image in part.content["images"]:
             place[image["id"]] = image["id"] if len(parts) == 1 else len(images) + 1
             name = image["file_name"] if below == "." else f"{below}/{image['file_name']}"
-            images.append({**image, "id": place[image["id"]], "file_name": name})
+            searched = {
+                key: [ids[class_of[int(i)]] for i in image[key] if class_of.get(int(i))]
+                for key in SEARCHED
+                if key in image
+            }
+            new = {"id": place[image["id"]], "file_name": name}
+            images.append({**image, **new, **searched})
         for record in part.content["annotations"]:
             name = class_of[record["category_id"]]
             if name is not None:
                 moved = {"image_id": place[record["image_id"]], "category_id": ids[name]}
                 number = {} if len(parts) == 1 else {"id": len(records) + 1}
                 records.append({**record, **moved, **number})
-    categories = [{"id": i, "name": n} for n, i in sorted(ids.items(), key=lambda item: item[1])]
+    known = [c for p in parts for c in p.content["categories"] if c.get("frequency")]
+    frequency = {names.get(str(c["name"]).strip()): c["frequency"] for c in known}
+    categories: list[dict[str, Any]] = [
+        {"id": i, "name": n, **({"frequency": frequency[n]} if n in frequency else {})}
+        for n, i in sorted(ids.items(), key=lambda item: item[1])
+    ]
     return top, {"images": images, "annotations": records, "categories": categories}

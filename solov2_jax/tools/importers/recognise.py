@@ -102,6 +102,8 @@ def _checked(part: DataPart) -> DataPart:
     content = dict(part.content)
     for kind, keys in _IDS.items():
         content[kind] = [{**r, **{key: int(r[key]) for key in keys}} for r in content[kind]]
+    for image, name in zip(content["images"], table.file_names, strict=True):
+        image["file_name"] = name  # LVIS has only an address
     return replace(part, content=content)
 
 

@@ -31,7 +31,7 @@ def diagnose(evaluator: CocoEvaluator, metrics: Mapping[str, float]) -> list[str
         return []  # the evaluator says so
     if metrics["segm/AP"] == 0:
         return [_nothing_right(annotations, results)]
-    zero = [size for size in SIZES if metrics[f"segm/AP{size}"] == 0]
+    zero = [size for size in SIZES if metrics.get(f"segm/AP{size}") == 0]
     return _sizes_without_hit(zero, annotations, results) if zero else []
 
 

@@ -1,6 +1,7 @@
 """The evaluation of a training run, from its folder; with tiles or scales on the files' own
 pixels."""
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +11,12 @@ import jax
 import numpy as np
 
 from solov2_jax import distributed
-from solov2_jax.data.build import build_eval_batches, load_val_dataset
+from solov2_jax.data.build import (
+    FurtherVal,
+    build_eval_batches,
+    load_further_vals,
+    load_val_dataset,
+)
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.images import read_sized
 from solov2_jax.evaluation.evaluate import Report, build_evaluator, build_reports, evaluate
@@ -26,6 +32,8 @@ from solov2_jax.tools.report.results_file import ExpectedResult, check_names
 from solov2_jax.tools.report.thresholds import write_thresholds
 from solov2_jax.weights.hub import is_remote
 
+log = logging.getLogger(__name__)
+
 
 def evaluate_run(
     workdir: str | os.PathLike[str],
@@ -38,8 +46,9 @@ def evaluate_run(
     report: bool = False,
     expectations: Sequence[ExpectedResult] = (),
     data: EvalRequest | None = None,
+    metric: str = "",
 ) -> dict[str, float]:
-    """Returns COCO's metrics of a training run on its validation data, or on other data.
+    """Returns the metrics of a training run on its validation data, or on other data.
 
     Writes what `evaluation.evaluate.evaluate` and the reports of the config do, and the
     thresholds of the checkpoint where it is evaluated as in training.
@@ -54,6 +63,7 @@ def evaluate_run(
       report: write a page with curves, errors and the worst images, too.
       expectations: their names are checked before anything is predicted.
       data: None: the run's.
+      metric: see `evaluate_predictor`.
     """
     folder, config = local_folder(workdir), load_run_config(workdir, overrides)
     own = is_own_validation(overrides)
@@ -62,7 +72,7 @@ def evaluate_run(
     predictor = Predictor.from_workdir(workdir, checkpoint, overrides)
     reports: list[Report] = []
     if predictor.step is not None and not checkpoint.endswith(":raw"):
-        if own and not (tta or tiles or output or data):
+        if own and not (tta or tiles or output or data or metric):
             at = folder.absolute(), predictor.step
             reports.append(lambda done: write_thresholds(replace(done, checkpoint=at)))
     if not output and not is_remote(os.fspath(workdir)):
@@ -77,6 +87,7 @@ def evaluate_run(
         title=f"{name}, checkpoint {checkpoint}" if report else "",
         expectations=expectations,
         data=data,
+        metric=metric,
         reports=reports,
     )
 
@@ -91,9 +102,10 @@ def evaluate_predictor(
     title: str = "",
     expectations: Sequence[ExpectedResult] = (),
     data: EvalRequest | None = None,
+    metric: str = "",
     reports: Sequence[Report] = (),
 ) -> dict[str, float]:
-    """Returns COCO's metrics of a predictor of any kind.
+    """Returns the metrics of a predictor of any kind, those of `data.vals` by their names.
 
     Args:
       predictor: one that is no `Predictor` gets each image in its own size.
@@ -102,6 +114,7 @@ def evaluate_predictor(
       output: folder for what is written; "": nothing is.
       title: of the page with curves and errors; "": no page.
       data: None: the config's validation data.
+      metric: instead of data.val.metric; "": that, or with `data` what its files are made for.
       reports: besides those of the config.
     """
     names, ids = predictor.class_names, predictor.category_ids
@@ -109,34 +122,60 @@ def evaluate_predictor(
         dataset = load_val_dataset(config, dict(zip(ids, names, strict=True)))
     else:
         dataset = replace(read_eval_data(data, names, ids), pixels=predictor.input.pixels)
-    evaluator = build_evaluator(config, dataset)
-    check_names(expectations, evaluator.metric_names())
-    written = [*build_reports(config), *reports, *_page(title)] if output else []
-    # Of several processes, each predicts a part of the images.
-    shard = (jax.process_index(), jax.process_count())
-    limit, batches = 0, FullResolutionBatches(dataset, config.eval.max_images, shard)
+    further = load_further_vals(config, dict(zip(ids, names, strict=True))) if data is None else []
+    metric = metric or ("auto" if data else config.data.val.metric)
+    sets = [FurtherVal("", dataset, metric), *further]
+    evaluators = [build_evaluator(config, s.dataset, s.metric) for s in sets]
+    if all(evaluator.names_known for evaluator in evaluators):
+        each = zip(sets, evaluators, strict=True)
+        check_names(expectations, [_prefix(s) + name for s, e in each for name in e.metric_names()])
     if isinstance(predictor, Predictor):
         predictor = predictor.on_devices(jax.local_devices())
         predictor.limit_score = 2.0  # tells of too many candidates; detections are counted
-        devices = distributed.devices_per_process()
-        whole = build_eval_batches(config, dataset, shard, devices)
-        if tta or tiles:
-            views = build_views(predictor, tta, tiles, whole.buckets)
-            source = FullResolutionPredictor(views, config.eval.batch_size * devices)
-        else:
-            source, limit, batches = predictor, config.test.max_per_image, whole
-    else:
-        source = FullResolutionPredictor(predictor)
-    return evaluate(
-        source,
-        evaluator,
-        dataset,
-        batches,
-        output,
-        num_pictures=config.eval.num_pictures if output else 0,
-        max_per_image=limit,
-        reports=written,
-    )
+    metrics: dict[str, float] = {}
+    for part, evaluator in zip(sets, evaluators, strict=True):
+        if part.name:
+            log.info("evaluating on %s", part.dataset.annotation_file)
+        batches, source = _batches(predictor, config, part.dataset, tta, tiles)
+        shown = f"{title}, {part.name}" if title and part.name else title
+        own = reports if not part.name else []
+        values = evaluate(
+            source,
+            evaluator,
+            part.dataset,
+            batches,
+            os.path.join(output, part.name) if output and part.name else output,
+            num_pictures=config.eval.num_pictures if output else 0,
+            max_per_image=config.test.max_per_image if source is predictor else 0,
+            reports=[*build_reports(config), *own, *_page(shown)] if output else [],
+        )
+        metrics |= {_prefix(part) + name: value for name, value in values.items()}
+    return metrics
+
+
+def _prefix(part: FurtherVal) -> str:
+    return f"{part.name}/" if part.name else ""
+
+
+def _batches(
+    predictor: Predictor | InputPredictor,
+    config: Any,
+    dataset: CocoDataset,
+    tta: TtaOptions | None,
+    tiles: TileOptions | None,
+) -> tuple[Any, Any]:
+    """Returns (this process's batches of a data set, what predicts them)."""
+    # Of several processes, each predicts a part of the images.
+    shard = (jax.process_index(), jax.process_count())
+    batches = FullResolutionBatches(dataset, config.eval.max_images, shard)
+    if not isinstance(predictor, Predictor):
+        return batches, FullResolutionPredictor(predictor)
+    devices = distributed.devices_per_process()
+    whole = build_eval_batches(config, dataset, shard, devices)
+    if not (tta or tiles):
+        return whole, predictor
+    views = build_views(predictor, tta, tiles, whole.buckets)
+    return batches, FullResolutionPredictor(views, config.eval.batch_size * devices)
 
 
 def _page(title: str) -> list[Report]:

@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 
 from solov2_jax.data.pixel_format import RGB, PixelFormat
 from solov2_jax.evaluation.coco import CocoEvaluator, format_metric, is_defined
-from solov2_jax.evaluation.coco_score import METRICS, extra_metrics
 from solov2_jax.evaluation.evaluate import FinishedEvaluation, Report
 from solov2_jax.io import write_text
 from solov2_jax.tools import charts, html
@@ -83,7 +82,7 @@ def write_report(
             csv.writer(file).writerows(rows)
     pictures = _pictures(out / "gallery", data, Gallery(evaluator, paths, pixels))
     path = out / "report.html"
-    write_text(_page(data, evaluator.max_detections, drawn, pictures), path)
+    write_text(_page(data, evaluator, drawn, pictures), path)
     log.info("report: %s", path)
     return path
 
@@ -106,22 +105,24 @@ def _pictures(folder: Path, data: ReportData, gallery: Gallery) -> list[PagePict
 
 def _page(
     data: ReportData,
-    max_detections: int,
+    evaluator: CocoEvaluator,
     drawn: dict[str, PagePicture],
     pictures: list[PagePicture],
 ) -> str:
     def row(kind: str, names: Sequence[str]) -> list[str]:
         return [format_metric(data.metrics[f"{kind}/{name}"]) for name in names]
 
-    groups = [names for names in (METRICS, extra_metrics(max_detections)) if names]
+    groups = evaluator.groups()
+    first = [name for name in groups[0] if name.startswith("AP")][:6]
+    words = {"segm": "masks", "bbox": "boxes", "boundary": "borders"}
     return html.render(
         "report.html",
         title=data.title,
         tile_width=440,
         data=data,
-        tiles=list(zip(METRICS[:6], row("segm", METRICS[:6]), strict=True)),
+        tiles=list(zip(first, row("segm", first), strict=True)),
         metric_tables=[
-            (["", *names], [["masks", *row("segm", names)], ["boxes", *row("bbox", names)]])
+            (["", *names], [[words[kind], *row(kind, names)] for kind in evaluator.kinds])
             for names in groups
         ],
         kinds=list(ERRORS),

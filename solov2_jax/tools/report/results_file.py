@@ -18,9 +18,11 @@ from solov2_jax.data.outlines import are_numbers, as_json, is_polygon, read_outl
 from solov2_jax.evaluation.coco import CocoEvaluator, format_metric, is_defined
 from solov2_jax.evaluation.coco_score import GroundTruth, read_ground_truth
 from solov2_jax.evaluation.evaluate import write_metrics
+from solov2_jax.evaluation.evaluators import make_evaluator
 from solov2_jax.io import InputError, make_folder, read_json
 from solov2_jax.rle import polygons_to_rle
 from solov2_jax.tools.report.analysis import ImageRow, ReportData, make_report_data
+from solov2_jax.tools.report.cityscapes_results import read_cityscapes_results
 from solov2_jax.tools.report.diagnosis import diagnose
 from solov2_jax.tools.report.outcomes import require_hotcoco
 
@@ -106,15 +108,18 @@ def evaluate_files(
     expectations: Sequence[ExpectedResult] = (),
     backend: str = "fast",
     max_detections: int = 100,
+    size_ranges: Sequence[int] = (),
+    metric: str = "auto",
 ) -> dict[str, float]:
-    """Returns COCO's metrics of a results file over every image of the annotations.
+    """Returns the metrics of a results file over every image of the annotations.
 
     Args:
       against: another results file to compare with; the comparison is logged.
       out_dir: folder for `metrics.json`, the report and the comparison's tables.
       images: folder of the images, for the report's pictures.
       expectations: their names are checked before anything is computed.
-      max_detections: as the config's eval.max_detections.
+      max_detections, size_ranges: as the config's eval.max_detections and eval.size_ranges.
+      metric: as data.val.metric.
     """
     if report and not out_dir:
         raise InputError("--report with --predictions needs --output, a folder for it")
@@ -128,9 +133,20 @@ def evaluate_files(
     names = [truth.categories[i] for i in ids]
 
     def evaluator_of(path: str) -> CocoEvaluator:
-        evaluator = CocoEvaluator(truth, ids, names, backend=backend, max_detections=max_detections)
-        check_names(expectations, evaluator.metric_names())
-        evaluator.add_results(read_results(path, truth))
+        evaluator = make_evaluator(
+            truth,
+            ids,
+            names,
+            metric=metric,
+            key="--metric",
+            backend=backend,
+            max_detections=max_detections,
+            size_ranges=size_ranges,
+        )
+        if evaluator.names_known:
+            check_names(expectations, evaluator.metric_names())
+        read = read_cityscapes_results if os.path.isdir(path) else read_results
+        evaluator.add_results(read(path, truth))
         return evaluator
 
     evaluator = evaluator_of(predictions)
@@ -144,16 +160,22 @@ def evaluate_files(
         return metrics
     data = _report_data(evaluator, metrics, predictions)
     if out and report:
-        from solov2_jax.tools.report.page import write_report
-
-        paths = {i: os.path.join(images, str(r["file_name"])) for i, r in truth.images.items()}
-        write_report(out / "report", data, evaluator, paths if images else None)
+        _write_page(out, data, evaluator, images)
     if other:
         compared = compare(data, _report_data(other, other.evaluate(), against))
         log.info("a: %s", predictions)
         log.info("b: %s", against)
         _tell(compared, {i: str(r.get("file_name") or i) for i, r in truth.images.items()}, out)
     return metrics
+
+
+def _write_page(out: Path, data: ReportData, evaluator: CocoEvaluator, images: str) -> None:
+    """Writes the report, with pictures where there is a folder of images."""
+    from solov2_jax.tools.report.page import write_report
+
+    records = evaluator.truth.images.items()
+    paths = {i: os.path.join(images, str(r["file_name"])) for i, r in records}
+    write_report(out / "report", data, evaluator, paths if images else None)
 
 
 def _tell(compared: "Comparison", files: Mapping[int, str], out: Path | None) -> None:
