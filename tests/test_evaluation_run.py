@@ -12,7 +12,7 @@ from configs import base
 from solov2_jax import distributed
 from solov2_jax.data.buckets import Resize
 from solov2_jax.data.pipeline import Reading, eval_batches
-from solov2_jax.evaluation import coco
+from solov2_jax.evaluation import evaluators
 from solov2_jax.evaluation.coco import CocoEvaluator, json_metrics
 from solov2_jax.evaluation.coco_score import read_ground_truth
 from solov2_jax.evaluation.evaluate import StopEvaluation, build_evaluator, build_reports
@@ -180,7 +180,7 @@ def test_training_reads_the_ground_truth_once(dataset, tmp_path, monkeypatch):
         reads.append(args)
         return read_ground_truth(*args)
 
-    monkeypatch.setattr(coco, "read_ground_truth", read)
+    monkeypatch.setattr(evaluators, "read_ground_truth", read)
     monkeypatch.setattr(build, "build_predictor", lambda *args: Oracle())
     config = base.get_config()
     config.input.min_size_test = config.input.max_size_test = 64

@@ -54,7 +54,8 @@ class BoundaryEval(cocoeval.COCOeval):
 
     def computeIoU(self, imgId: Any, catId: Any) -> Any:  # noqa: N802, N803
         """Returns the similarity of an image's best detections and objects, float64 [D, G]."""
-        objects, detections = self._gts[imgId, catId], self._dts[imgId, catId]
+        own: Any = self  # of attributes that its types leave out
+        objects, detections = own._gts[imgId, catId], own._dts[imgId, catId]
         if not objects and not detections:
             return []
         order = np.argsort([-d["score"] for d in detections], kind="mergesort")

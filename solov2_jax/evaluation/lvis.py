@@ -233,7 +233,8 @@ class FederatedEval(cocoeval.COCOeval):
     ) -> Any:
         """Returns what became of an image's detections of a class; None if there is nothing."""
         match = super().evaluateImg(imgId, catId, aRng, maxDet)
-        if match and catId in self.cocoGt.imgs[imgId]["not_exhaustive_category_ids"]:
+        image: Any = self.cocoGt.imgs[imgId]
+        if match and catId in image["not_exhaustive_category_ids"]:
             match["dtIgnore"] = np.logical_or(match["dtIgnore"], match["dtMatches"] == 0)
         return match
 

@@ -320,7 +320,7 @@ def joined(
             place[image["id"]] = image["id"] if len(parts) == 1 else len(images) + 1
             name = image["file_name"] if below == "." else f"{below}/{image['file_name']}"
             searched = {
-                key: [ids[class_of[int(i)]] for i in image[key] if class_of.get(int(i))]
+                key: [ids[str(class_of[int(i)])] for i in image[key] if class_of.get(int(i))]
                 for key in SEARCHED
                 if key in image
             }

@@ -121,12 +121,7 @@ def evaluate_files(
       max_detections, size_ranges: as the config's eval.max_detections and eval.size_ranges.
       metric: as data.val.metric.
     """
-    if report and not out_dir:
-        raise InputError("--report with --predictions needs --output, a folder for it")
-    if images and not os.path.isdir(images):
-        raise InputError(f"{images}: no such folder of images")
-    if report or against:
-        require_hotcoco()
+    _check_request(report, out_dir, images, against)
     out = make_folder(out_dir) if out_dir else None
     truth = read_ground_truth(annotations, images)
     ids = sorted(truth.categories)
@@ -143,11 +138,7 @@ def evaluate_files(
             max_detections=max_detections,
             size_ranges=size_ranges,
         )
-        if evaluator.names_known:
-            check_names(expectations, evaluator.metric_names())
-        read = read_cityscapes_results if os.path.isdir(path) else read_results
-        evaluator.add_results(read(path, truth))
-        return evaluator
+        return _filled(evaluator, path, expectations)
 
     evaluator = evaluator_of(predictions)
     other = evaluator_of(against) if against else None
@@ -162,11 +153,29 @@ def evaluate_files(
     if out and report:
         _write_page(out, data, evaluator, images)
     if other:
-        compared = compare(data, _report_data(other, other.evaluate(), against))
-        log.info("a: %s", predictions)
-        log.info("b: %s", against)
-        _tell(compared, {i: str(r.get("file_name") or i) for i, r in truth.images.items()}, out)
+        theirs = _report_data(other, other.evaluate(), against)
+        _tell(compare(data, theirs), (predictions, against), truth, out)
     return metrics
+
+
+def _filled(
+    evaluator: CocoEvaluator, path: str, expectations: Sequence[ExpectedResult]
+) -> CocoEvaluator:
+    """Returns the evaluator with a file's results, whose names were checked before."""
+    if evaluator.names_known:
+        check_names(expectations, evaluator.metric_names())
+    read = read_cityscapes_results if os.path.isdir(path) else read_results
+    evaluator.add_results(read(path, evaluator.truth))
+    return evaluator
+
+
+def _check_request(report: bool, out_dir: str, images: str, against: str) -> None:
+    if report and not out_dir:
+        raise InputError("--report with --predictions needs --output, a folder for it")
+    if images and not os.path.isdir(images):
+        raise InputError(f"{images}: no such folder of images")
+    if report or against:
+        require_hotcoco()
 
 
 def _write_page(out: Path, data: ReportData, evaluator: CocoEvaluator, images: str) -> None:
@@ -178,8 +187,13 @@ def _write_page(out: Path, data: ReportData, evaluator: CocoEvaluator, images: s
     write_report(out / "report", data, evaluator, paths if images else None)
 
 
-def _tell(compared: "Comparison", files: Mapping[int, str], out: Path | None) -> None:
-    """Logs a comparison, and writes it into a folder."""
+def _tell(
+    compared: "Comparison", names: tuple[str, str], truth: GroundTruth, out: Path | None
+) -> None:
+    """Logs a comparison of two files, and writes it into a folder."""
+    log.info("a: %s", names[0])
+    log.info("b: %s", names[1])
+    files = {i: str(r.get("file_name") or i) for i, r in truth.images.items()}
     for line in compared.lines(files):
         log.info("%s", line)
     if out:
