@@ -83,9 +83,10 @@ _MAX_DETECTIONS = Flag(
 )
 _METRIC = Flag(
     "metric",
-    text("", form=METRIC_FORM),
+    text("auto", form=METRIC_FORM),
     "What scores them, instead of data.val.metric: auto, coco, lvis, cityscapes, voc, boundary, "
     "or an import path.",
+    optional=True,
 )
 _SIZE_RANGES = Flag(
     "size_ranges",
@@ -139,7 +140,7 @@ def score_run(overrides: list[str], expectations: list) -> dict[str, float]:
         report=_REPORT.value,
         expectations=expectations,
         data=other_data(),
-        metric=_METRIC.value,
+        metric=_METRIC.value or "",
     )
 
 
@@ -183,7 +184,7 @@ def score_weights(
         title=os.path.basename(os.path.abspath(name)) if _REPORT.value else "",
         expectations=expectations,
         data=other_data(),
-        metric=_METRIC.value,
+        metric=_METRIC.value or "",
     )
 
 
