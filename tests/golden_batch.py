@@ -7,7 +7,7 @@ from flax.traverse_util import flatten_dict
 from plain_masks import spans_of, stride4_of
 
 from solov2_jax.data.rasterize import mass_centers
-from solov2_jax.weights.names import to_adelaidet
+from solov2_jax.weights.tables import to_adelaidet
 
 SLOTS, SIZE = 8, (256, 320)
 CASES = {"one": [0], "two": [0, 1], "empty_second": [0, None], "empty": [None, None]}
