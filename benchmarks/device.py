@@ -7,7 +7,8 @@ dispatch: until the call of the train step returns, of the time until its result
 step that the host must wait for in its middle (a conditional that it reads) shows as a
 share near 1. transfer: of a batch, alone. overlap: the share of a transfer that is hidden
 when each step gets a batch of its own, put while the one before is computed, as in
-training; 1: all of it. evaluation: images a second from pixels to run lengths, next batch
+training, from 0, none, to 1, all of it; noise where a transfer is short beside a step.
+evaluation: images a second from pixels to run lengths, next batch
 ahead, all local devices. Results go to results/device-....json.
 """
 
@@ -104,7 +105,7 @@ def train(config: Any, args: argparse.Namespace) -> dict[str, float]:
         "transfer_ms": transfer,
         "loop_resident_ms": resident,
         "loop_fed_ms": fed,
-        "overlap": 1 - max(0.0, fed - resident) / transfer,
+        "overlap": min(1.0, max(0.0, 1 - (fed - resident) / transfer)),
         "images_per_second": 1e3 * args.batch / fed,
     }
 
