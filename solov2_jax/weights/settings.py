@@ -19,6 +19,7 @@ from solov2_jax.config_schema import set_below
 from solov2_jax.weights.backbones import TABLES, backbone_of
 from solov2_jax.weights.names import NORM_EPS
 from solov2_jax.weights.state_dicts import OURS
+from solov2_jax.weights.tables import has_avg_down
 
 Settings = dict[str, Any]
 _log = logging.getLogger(__name__)
@@ -291,6 +292,8 @@ def implied_settings(
         **_file_settings(source, tensors, metadata),
         **settings_of_shapes(flat),
     }
+    if source != OURS and "params/backbone/res3_0/shortcut/kernel" in flat:
+        settings.setdefault("model.backbone.avg_down", has_avg_down(tensors))
     drop_needless(settings)
     stem = flat.get("params/backbone/stem/conv1/kernel")
     channels = stem.shape[2] if stem is not None and stem.ndim == 4 else None

@@ -40,7 +40,7 @@ _INNER += ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Wrappers before a name.
 _OUTER = re.compile(
     r"(\w+_)?(model|network|ema|swa|average|averaged|avg|student|teacher|detector)(_\w+)?"
-    r"|\w*net(_\w+)?|solo\w*|state_dict"
+    r"|\w*net(_\w+)?|(?!solov2_head$)solo\w*|state_dict"
 )
 _STATES = ("model", "state_dict", "model_state_dict", "blobs")
 _DEPTH = 4  # of dicts in dicts

@@ -294,13 +294,17 @@ DETECTRON2 = NameTable(
 
 
 @cache
-def _mmdet(avg_down: bool, deep_stem: bool = False) -> NameTable:
+def _mmdet(avg_down: bool, deep_stem: bool = False, group_norm: bool = False) -> NameTable:
+    """Returns mmdetection's names; the first for a leaf is the one that is written.
+
+    `group_norm`: of the FPN, whose norms are called by their kind.
+    """
     neck = ("neck.lateral_convs.{l-2}", "neck.fpn_convs.{l-2}")
+    norms = ("gn", "bn") if group_norm else ("bn", "gn")
     rules = (
         *_torchvision_backbone("backbone.", avg_down, deep_stem),
         *_fpn(*(f"{name}.conv" for name in neck)),
-        *_fpn_norms(*(f"{name}.bn" for name in neck)),
-        *_fpn_norms(*(f"{name}.gn" for name in neck)),
+        *(rule for norm in norms for rule in _fpn_norms(*(f"{name}.{norm}" for name in neck))),
         *_MMDET_HEADS,
         *_SOLO_HEADS,
     )
@@ -382,4 +386,5 @@ def to_adelaidet(flat: Mapping[str, np.ndarray]) -> Flat:
 def to_mmdet(flat: Mapping[str, np.ndarray], avg_down: bool = False) -> Flat:
     """Returns mmdetection's state dict (2.x and 3.x, OIHW) of our flat leaves."""
     deep_stem = "params/backbone/stem/conv2/kernel" in flat
-    return to_names(_mmdet(avg_down, deep_stem), flat, "mmdetection")
+    group_norm = "batch_stats/fpn/lateral2/norm/mean" not in flat
+    return to_names(_mmdet(avg_down, deep_stem, group_norm), flat, "mmdetection")
