@@ -6,7 +6,7 @@ how images are spread over them change nothing; the reference's means are per pr
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,8 +18,6 @@ from solov2_jax.platforms import PlatformOp, Tuning
 from solov2_jax.structs import Outputs, Targets
 
 EPSILON = 2e-3  # in the dice denominator
-# The dice loss skips unused slots where a part of them suffices: one compiled form for each.
-SLOT_PARTS = (0.25, 0.5, 1.0)
 
 
 class Normalizers(NamedTuple):
@@ -204,7 +202,7 @@ def _tiled_dice_sums(
         total = _over_tiles(tile, total, instance, masks, tuning.dice_logits)
         return _pad_slots(total, kernels.shape[1])
 
-    return _switch_slots(sums, num_slots, kernels.shape[1])
+    return _switch_slots(sums, num_slots, kernels.shape[1], tuning.slot_parts)
 
 
 def _tiled_dice_grads(
@@ -246,7 +244,7 @@ def _tiled_dice_grads(
         grad_kernels = grad_kernels.astype(kernels.dtype)
         return _pad_slots(grad_kernels, kernels.shape[1]), grad_feat
 
-    return _switch_slots(grads, num_slots, kernels.shape[1])
+    return _switch_slots(grads, num_slots, kernels.shape[1], tuning.slot_parts)
 
 
 # The images are those of one device: training calls this within `jax.shard_map`.
@@ -285,9 +283,13 @@ def _over_tiles(tile: Callable, total, instance: Array, masks: Array, most_logit
     return jax.lax.fori_loop(0, h4 // size, body, total) if size < h4 else body(0, total)
 
 
-def _switch_slots(of_slots: Callable, num_slots: Array, max_slots: int):
+def _switch_slots(
+    of_slots: Callable, num_slots: Array, max_slots: int, slot_parts: Sequence[float]
+):
     """Returns `of_slots(n)` for the smallest n, a part of `max_slots`, that suffices."""
-    steps = [math.ceil(part * max_slots) for part in SLOT_PARTS]
+    steps = [math.ceil(part * max_slots) for part in slot_parts]
+    if len(steps) == 1:
+        return of_slots(max_slots)
     index = jnp.sum(num_slots > np.array(steps[:-1], np.int32), dtype=jnp.int32)
     return jax.lax.switch(index, [functools.partial(of_slots, n) for n in steps])
 

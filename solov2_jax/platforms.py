@@ -26,12 +26,15 @@ class Tuning(NamedTuple):
     dice_logits: int
     # Of the masks at the original size that are enlarged together.
     pasted_pixels: int
+    # The dice loss skips unused slots where a part of them suffices: a form for each part.
+    slot_parts: tuple[float, ...]
 
 
 # 7 MiB of logits for 512 masks, 16 MiB for the dice loss: a CPU's caches.
-CPU = Tuning(mask_pixels=3584, dice_logits=2**22, pasted_pixels=1)
-# A launch and a wait for each tile are what costs: 256 MiB of float32 at most. Not measured.
-ACCELERATOR = Tuning(mask_pixels=2**17, dice_logits=2**26, pasted_pixels=2**24)
+CPU = Tuning(mask_pixels=3584, dice_logits=2**22, pasted_pixels=1, slot_parts=(0.25, 0.5, 1.0))
+# A launch and a wait for each tile are what costs: 512 MiB of float32 at most. All slots: a
+# GPU's host reads which form is next, and can queue nothing until then. Not measured.
+ACCELERATOR = Tuning(mask_pixels=2**17, dice_logits=2**27, pasted_pixels=2**24, slot_parts=(1.0,))
 
 _portable = contextvars.ContextVar("portable", default=False)
 

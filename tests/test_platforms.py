@@ -21,6 +21,7 @@ from solov2_jax.losses import pair_dice
 from solov2_jax.models import build_model
 from solov2_jax.models.conv import conv2d_levels
 from solov2_jax.paste import paste_masks
+from solov2_jax.training.memory import batch_shapes, build_step
 
 
 def lowered(function, platform, *shapes):
@@ -135,3 +136,30 @@ def test_convolutions_are_lowered_with_the_precision_of_where_they_were_called(p
 
     text = lowered(jax.grad(loss, argnums=(0, 1)), platform, xs, jnp.zeros((3, 3, 8, 8)))
     assert text.count("HIGHEST") >= 3 and "precision DEFAULT" not in text
+
+
+@pytest.fixture(scope="module")
+def train_step():
+    """Returns the text of the whole train step for a platform."""
+    config = tiny_network.tiny_config()
+    with config.unlocked():
+        config.train.batch_size, config.optim.ema_decay = 2, 0.9
+    mesh = make_mesh(1)
+    step, state, _ = build_step(config, mesh)
+    batch, key = batch_shapes(2, 8, 128, 128, mesh), jax.eval_shape(lambda: jax.random.key(0))
+    return lambda platform: export.export(step._step, platforms=(platform,))(
+        state, batch, key
+    ).mlir_module()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_the_train_step_has_no_branch_or_loop_that_a_host_reads(train_step, platform):
+    text = train_step(platform)
+    assert "stablehlo.case" not in text and "stablehlo.if" not in text
+    assert "stablehlo.while" not in text
+
+
+def test_the_train_step_on_a_cpu_keeps_its_branches(train_step):
+    text = train_step("cpu")
+    # The dice loss's sums and gradients, and the update.
+    assert text.count("stablehlo.case") + text.count("stablehlo.if") == 3

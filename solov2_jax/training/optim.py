@@ -95,7 +95,10 @@ def staircase(rate: float, milestones: Sequence[int], gamma: float) -> optax.Sch
     rates = [rate * gamma**i for i in range(len(milestones) + 1)]
 
     def schedule(step):
-        passed = jnp.searchsorted(jnp.int32(tuple(milestones)), step, side="right")
+        # Compared with all: the default's bisection is a loop on the device.
+        passed = jnp.searchsorted(
+            jnp.int32(tuple(milestones)), step, side="right", method="compare_all"
+        )
         return jnp.float32(rates)[passed]
 
     return schedule

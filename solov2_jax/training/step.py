@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from solov2_jax import distributed
+from solov2_jax.platforms import PlatformOp
 from solov2_jax.progress import working
 from solov2_jax.training.loss import Loss, Metrics
 
@@ -134,16 +135,7 @@ class TrainStep:
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
 
-        def updated() -> TrainState:
-            with jax.named_scope("optimizer"):
-                updates, opt_state = self._tx.update(grads, state.opt_state, params)
-                new_params = optax.apply_updates(params, updates)
-            new = replace(state, params=new_params, model_state=model_state, opt_state=opt_state)
-            with jax.named_scope("ema"):
-                return replace(new, ema=update_ema(state, new.variables, self._ema_decay))
-
-        # A branch: selecting each number would read and write the state once more.
-        new = jax.lax.cond(finite, updated, lambda: state)
+        new = _update_if(finite, state, grads, model_state, tx=self._tx, ema_decay=self._ema_decay)
         skipped = 1.0 - finite.astype(jnp.float32)
         metrics = {**metrics, "loss": value, "grad_norm": norm, "skipped": skipped}
         return replace(new, step=state.step + 1), metrics
@@ -216,6 +208,55 @@ class TrainStep:
     def lower(self, state: PyTree, batch: PyTree) -> jax.stages.Lowered:
         """Returns the step before its compilation, for arrays or for their shapes."""
         return self._step.lower(state, batch, self._key)
+
+
+def _updated(
+    state: TrainState,
+    grads: PyTree,
+    model_state: PyTree,
+    tx: optax.GradientTransformation,
+    ema_decay: float,
+) -> TrainState:
+    """Returns the state after the optimiser's step and the moving average's."""
+    with jax.named_scope("optimizer"):
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+    new = replace(state, params=params, model_state=model_state, opt_state=opt_state)
+    with jax.named_scope("ema"):
+        return replace(new, ema=update_ema(state, new.variables, ema_decay))
+
+
+def _update_in_branch(
+    finite: jax.Array,
+    state: TrainState,
+    grads: PyTree,
+    model_state: PyTree,
+    *,
+    tx: optax.GradientTransformation,
+    ema_decay: float,
+) -> TrainState:
+    """Returns the updated state, or, where `finite` is False, the state as it is."""
+    # A branch: selecting each number would read and write the state once more.
+    return jax.lax.cond(
+        finite, lambda: _updated(state, grads, model_state, tx, ema_decay), lambda: state
+    )
+
+
+def _update_by_selecting(
+    finite: jax.Array,
+    state: TrainState,
+    grads: PyTree,
+    model_state: PyTree,
+    *,
+    tx: optax.GradientTransformation,
+    ema_decay: float,
+) -> TrainState:
+    """Returns the same without a branch, for which a GPU's host waits."""
+    new = _updated(state, grads, model_state, tx, ema_decay)
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+
+
+_update_if = PlatformOp("update_if", cpu=_update_in_branch, other=_update_by_selecting)
 
 
 def update_ema(state: TrainState, variables: PyTree, decay: float) -> PyTree:
