@@ -36,6 +36,10 @@ CPU = Tuning(mask_pixels=3584, dice_logits=2**22, pasted_pixels=1, slot_parts=(0
 # GPU's host reads which form is next, and can queue nothing until then. Not measured.
 ACCELERATOR = Tuning(mask_pixels=2**17, dice_logits=2**27, pasted_pixels=2**24, slot_parts=(1.0,))
 
+# Off the CPU: channels that matrix units take together, and how many more of a convolution's
+# input, coordinates as one or two numbers each, are convolved by themselves.
+ALIGNED_CHANNELS, MOST_COORDINATES = 64, 4
+
 _portable = contextvars.ContextVar("portable", default=False)
 
 

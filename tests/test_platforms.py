@@ -10,7 +10,7 @@ import pytest
 import tiny_network
 from jax import export
 
-from solov2_jax import platforms
+from solov2_jax import ops, platforms
 from solov2_jax.distributed import make_mesh
 from solov2_jax.inference.programs import (
     DetectOptions,
@@ -163,3 +163,35 @@ def test_the_train_step_on_a_cpu_keeps_its_branches(train_step):
     text = train_step("cpu")
     # The dice loss's sums and gradients, and the update.
     assert text.count("stablehlo.case") + text.count("stablehlo.if") == 3
+
+
+@pytest.mark.parametrize(("channels", "parts"), [(66, 2), (68, 2), (64, 1), (72, 1), (3, 1)])
+def test_coordinates_are_convolved_by_themselves(channels, parts):
+    """Off the CPU; the sum, and the gradients, are those of one convolution."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    xs = [jax.random.normal(keys[0], (2, h, 9, channels)) for h in (8, 5)]
+    kernel = jax.random.normal(keys[1], (3, 3, channels, 16))
+    weight = jax.random.normal(keys[2], (16,))
+
+    def loss(xs, kernel, convolve):
+        return sum(jnp.sum(jnp.tanh(y) @ weight) for y in convolve(xs, kernel))
+
+    def convolve(xs, kernel):
+        with platforms.portable_forms():
+            return conv2d_levels(xs, kernel)
+
+    def whole(xs, kernel):
+        return [ops.conv2d(x, kernel) for x in xs]
+
+    both = [
+        jax.jit(jax.value_and_grad(functools.partial(loss, convolve=form), argnums=(0, 1)))
+        for form in (convolve, whole)
+    ]
+    found, expected = (form(xs, kernel) for form in both)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-4)
+    jax.tree.map(close, found, expected)
+    text = lowered(functools.partial(conv2d_levels, xs), "cuda", kernel)
+    assert counts(text)[0] == 2 * parts
+    # On the CPU it is one product or convolution of all channels, as before.
+    text = lowered(functools.partial(conv2d_levels, xs), "cpu", kernel)
+    assert f"x{channels}x16xf32>" in text

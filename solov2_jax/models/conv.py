@@ -10,11 +10,12 @@ import functools
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from solov2_jax import ops
 from solov2_jax.models import conv_cpu
-from solov2_jax.platforms import PlatformOp
+from solov2_jax.platforms import ALIGNED_CHANNELS, MOST_COORDINATES, PlatformOp
 
 # A kernel [k, k, C, D], or the same transformed for Winograd's form: [36, C, D].
 Kernel = Float[Array, "k k C D"] | Float[Array, "36 C D"]
@@ -86,12 +87,45 @@ _conv2d_levels.defvjp(_conv2d_levels_fwd, _conv2d_levels_bwd)
 
 
 def _plain(xs: list[jax.Array], kernel: jax.Array, stride: int) -> list[jax.Array]:
-    return [ops.conv2d(x, kernel.astype(x.dtype), stride) for x in xs]
+    kernels = [kernel[:, :, channels] for channels in _aligned(kernel)]
+    return [_sum_of_parts(_split(x, kernel), kernels, stride) for x in xs]
 
 
 def _plain_grads(xs: list[jax.Array], kernel: jax.Array, grads: list[jax.Array], stride: int):
-    _, pull_back = jax.vjp(functools.partial(_plain, stride=stride), xs, kernel)
-    return pull_back(grads)
+    kernels = [kernel[:, :, channels] for channels in _aligned(kernel)]
+    dxs, dws = [], []
+    for x, grad in zip(xs, grads, strict=True):
+        parts = functools.partial(_sum_of_parts, stride=stride)
+        _, pull_back = jax.vjp(parts, _split(x, kernel), kernels)
+        dx, dw = pull_back(grad)
+        # Joined as the input was: what is not asked for of it is not computed.
+        dxs.append(jnp.concatenate(dx, axis=-1))
+        dws.append(dw)
+    sums = (functools.reduce(jnp.add, of_levels) for of_levels in zip(*dws, strict=True))
+    return dxs, jnp.concatenate(list(sums), axis=2)
+
+
+def _aligned(kernel: jax.Array) -> list[slice]:
+    """Returns the input channels that are convolved together.
+
+    A few beyond a multiple of `ALIGNED_CHANNELS` are coordinates: by themselves, because a
+    GPU's or TPU's units work on the others at full rate only if they are a multiple.
+    """
+    channels = kernel.shape[2]
+    rest = channels % ALIGNED_CHANNELS
+    if rest == channels or not 0 < rest <= MOST_COORDINATES:
+        return [slice(None)]
+    return [slice(0, channels - rest), slice(channels - rest, None)]
+
+
+def _split(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
+    return [x[..., channels] for channels in _aligned(kernel)]
+
+
+def _sum_of_parts(parts: list[jax.Array], kernels: list[jax.Array], stride: int) -> jax.Array:
+    pairs = zip(parts, kernels, strict=True)
+    ys = [ops.conv2d(x, kernel.astype(x.dtype), stride) for x, kernel in pairs]
+    return functools.reduce(jnp.add, ys)
 
 
 def _on_cpu(xs: list[jax.Array], kernel: jax.Array, stride: int) -> list[jax.Array]:
