@@ -150,7 +150,7 @@ def test_a_trace_names_every_part():
         options = {key: value for key, value in config.test.items() if key in DETECT_KEYS}
         detections = detect(model.apply(variables, image()), num_grids=grids, **options)
         size = jnp.array([64, 96])
-        return paste_masks(detections.soft_masks[0], size, size, (64, 96), 0.5)
+        return paste_masks(detections.soft_masks[0], jnp.arange(4), 4, size, size, (64, 96), 0.5)
 
     def names(function, *args):
         return jax.jit(function).lower(*args).as_text(debug_info=True)
