@@ -698,6 +698,9 @@ def keys() -> Section:
     # Validation images whose loss is computed at each evaluation, in whole batches of
     # train.batch_size, as val/loss; 0: none.
     config.eval.loss_images = whole(0)
+    # Of a run with a moving average, whether its evaluations look at the weights
+    # themselves too, under "raw/": twice the time.
+    config.eval.raw_weights = switch(True, used=unless("optim.ema_decay", 0))
     # What computes AP: "fast", hotcoco, whose metrics are equal to pycocotools' to the
     # last digit, or "pycocotools" itself, about twenty times slower.
     config.eval.backend = choice("fast", ("fast", "pycocotools"))

@@ -27,4 +27,5 @@ def get_config():
     config.train.epochs = 36
     config.train.batch_size = 4
     config.train.patience = 12
+    config.eval.raw_weights = False
     return config

@@ -113,3 +113,17 @@ def test_weights_to_start_from_are_averaged_too(run, tmp_path):
     for which in ("last", "last:raw"):
         a, b = restore_variables(source)[0], restore_variables(tmp_path, which)[0]
         jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_the_weights_themselves_need_not_be_evaluated(tmp_path):
+    seen = []
+
+    def evaluate(variables):
+        seen.append(jax.device_get(variables))
+        return toy.toy_evaluate(variables)
+
+    build = lambda c, w: toy.toy_task(c, w, evaluate=evaluate)  # noqa: E731
+    config = toy.toy_config(optim__ema_decay=0.5, eval__raw_weights=False)
+    metrics = train(config, tmp_path, build)
+    assert not [name for name in metrics if name.startswith("raw/")]
+    jax.tree.map(np.testing.assert_array_equal, seen[-1], restore_variables(tmp_path)[0])

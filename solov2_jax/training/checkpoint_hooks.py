@@ -102,9 +102,9 @@ class PeriodicCheckpoint(HookBase):
 class Evaluation(HookBase):
     """Evaluates every so many steps and at the end.
 
-    Of a run with a moving average, the weights themselves are evaluated too, with
-    "raw/" before the names of their metrics. A signal breaks an evaluation off; it is
-    made up for when the run resumes.
+    A moving average is evaluated, where there is one; with `raw_weights` the weights
+    themselves too, with "raw/" before the names of their metrics. A signal breaks an
+    evaluation off; it is made up for when the run resumes.
 
     Args:
       evaluate: variables -> {"segm/AP": ...}.
@@ -120,9 +120,12 @@ class Evaluation(HookBase):
         writers: Sequence[WriterBase],
         written: dict[str, Any],
         metric: str = "segm/AP",
+        *,
+        raw_weights: bool = True,
     ):
         self._evaluate, self._every, self._writers = evaluate, every, writers
         self._written, self._metric = written, metric
+        self._raw_weights = raw_weights
 
     def before_train(self, run: Run) -> None:
         if run.step == 0 or not self._due(run):
@@ -148,8 +151,10 @@ class Evaluation(HookBase):
         start = time.perf_counter()
         try:
             run.evaluating = True
-            results = self._evaluate(run.state.variables)
-            if run.state.ema is not None:
+            averaged, results = run.state.ema is not None, {}
+            if self._raw_weights or not averaged:
+                results = self._evaluate(run.state.variables)
+            if averaged:
                 # Last, so that the average's pictures and predictions are those on disk.
                 raw = {f"raw/{name}": value for name, value in results.items()}
                 results = {**raw, **self._evaluate(run.state.ema)}
