@@ -296,8 +296,9 @@ def metric_names(config: Any, validations: Sequence[Validation]) -> tuple[str, .
     names = [name for validation in validations for name in validation.names()]
     if config.eval.loss_images:
         names += [f"val/{name}" for name in ("loss", "loss_ins", "loss_cate", "mean_iou")]
-    raw = [f"raw/{name}" for name in names] if config.optim.ema_decay and config.eval.raw_weights else []
-    return (*names, *raw)
+    if config.optim.ema_decay and config.eval.raw_weights:
+        names += [f"raw/{name}" for name in names]
+    return tuple(names)
 
 
 def fingerprint(dataset: Any) -> str:
