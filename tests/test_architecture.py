@@ -86,7 +86,7 @@ LONG_FUNCTIONS = {
 }
 MAX_LONG_FUNCTION = 105
 # Lines of Python.
-BUDGETS = {"core": 23_700, "tools": 18_900, "benchmarks": 3_850}
+BUDGETS = {"core": 23_700, "tools": 19_600, "benchmarks": 4_100}
 # What errors that are still there begin with.
 KNOWN: tuple[str, ...] = ()
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "predict": (_CLI + "predict:run", "finds objects in images, videos, streams"),
     "export": (_CLI + "export:run", "writes ONNX, StableHLO, SavedModel, TFLite"),
     "convert": (_CLI + "convert:run", "converts weights of other programs, and ours"),
+    "verify": (_CLI + "verify:run", "runs converted weights beside their own program"),
     "benchmark": (_CLI + "benchmark:run", "measures a run's prediction, part by part"),
     "serve": (_CLI + "serve:run", "answers HTTP requests"),
     "hub": (_CLI + "hub:run", "hands a run on by the Hugging Face hub, and fetches one"),

@@ -1,0 +1,1 @@
+"""A converted network beside the program that its weights are from, on one picture."""
