@@ -126,7 +126,7 @@ def place(tmp_path_factory):
     model = build_model(config, 2)
     paths = [f"{images}/{name}" for name in ("a.png", "sub/b.png", "c.png")]
     for name, options in {
-        "onnx": ExportOptions("onnx"),
+        "onnx": ExportOptions("onnx", best_scores=(0.25, 0.5)),
         "stablehlo": ExportOptions("stablehlo", masks="quarter", batch=2),
     }.items():
         export(model, predictor, options, folder / name, paths[:1], "a test")
@@ -145,6 +145,24 @@ def flags_as_they_were():
 def evaluate(*words):
     overrides = flags.parse(command.FLAGS, list(words))
     return command.score_run(overrides, [])
+
+
+def test_an_export_carries_the_best_scores(place, tmp_path):
+    def least(model):
+        flags.parse(predict.FLAGS, ["--input=x", "--output=y", f"--model={model}", "--score=best"])
+        shared.check_model()
+        return shared.least_scores(shared.load_export([]))
+
+    assert least(place / "model.onnx").tolist() == [0.25, 0.5]
+    with pytest.raises(InputError, match="stablehlo holds no thresholds; evaluate the run"):
+        least(place / "stablehlo")
+    shutil.copytree(place / "onnx", tmp_path / "onnx")
+    metadata = json.loads((tmp_path / "onnx" / "metadata.json").read_text())
+    for wrong in ([0.5], [0.5, 1.5], "all", [None, 0.5]):
+        text = json.dumps({**metadata, "best_scores": wrong})
+        (tmp_path / "onnx" / "metadata.json").write_text(text)
+        with pytest.raises(InputError, match="must have a score for each class"):
+            least(tmp_path / "onnx")
 
 
 def test_weights_score_as_the_run_does(place):

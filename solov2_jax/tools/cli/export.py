@@ -76,6 +76,7 @@ def main(overrides: list[str]) -> None:
         _MASKS.value,
         _BATCH.value,
         buckets or predictor.input.buckets,
+        shared.known_best_scores(predictor),
     )
     source = shared.WEIGHTS.value or os.path.basename(os.path.abspath(shared.WORKDIR.value))
     name = f"{_FORMAT.value}_{_PRECISION.value}"

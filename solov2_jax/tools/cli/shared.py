@@ -49,7 +49,7 @@ SCORE = ScoreFlag(
     "score",
     share(0.3),
     "Least score of a detection; best: for each class the one that was best on the run's "
-    "validation data (thresholds.json of --workdir).",
+    "validation data (thresholds.json of --workdir, or in the metadata of --model).",
 )
 
 TILE = Flag("tile", whole(0, high=65_536), "Side of the tiles to cut images into. 0: do not.")
@@ -86,8 +86,11 @@ def check_model(score: Flag = SCORE) -> None:
     given = (bool(WORKDIR.value), bool(CONFIG.value), bool(WEIGHTS.value))
     if not EXPORT.value and given not in ((True, False, False), (False, True, True)):
         raise InputError("give either --workdir, or --config and --weights together")
-    if score.value == BEST and not WORKDIR.value:
-        raise InputError("--score best needs --workdir, a run whose evaluation found the scores")
+    if score.value == BEST and not (WORKDIR.value or EXPORT.value):
+        raise InputError(
+            "--score best needs --workdir, a run whose evaluation found the scores, or --model, "
+            "exported from one"
+        )
     if score.value == BEST and CHECKPOINT.value.endswith(":raw"):
         raise InputError("--score best is of the weights that are evaluated, not of :raw ones")
 
@@ -101,15 +104,37 @@ def least_scores(
     from solov2_jax.pretrained import local_folder
     from solov2_jax.tools.report.thresholds import describe_scores, read_thresholds
 
-    step = getattr(predictor, "step", None)
-    if step is None:
-        raise InputError(f"--score best: {WORKDIR.value} records no step of its weights")
     names, ids = predictor.class_names, predictor.category_ids
-    scores = read_thresholds(local_folder(WORKDIR.value), step, names, ids)
+    if EXPORT.value:
+        scores = getattr(predictor, "best_scores", None)
+        if scores is None:
+            raise InputError(
+                f"--score best: {EXPORT.value} holds no thresholds; evaluate the run it is from, "
+                "and export it again"
+            )
+    else:
+        step = getattr(predictor, "step", None)
+        if step is None:
+            raise InputError(f"--score best: {WORKDIR.value} records no step of its weights")
+        scores = read_thresholds(local_folder(WORKDIR.value), step, names, ids)
     log.info("--score best: %s", describe_scores(names, scores))
     if TILE.value or TTA.value:
         log.warning("--score best was found without --tile and --tta; their scores may differ")
     return scores
+
+
+def known_best_scores(predictor: "Predictor") -> tuple[float, ...] | None:
+    """Returns what `--score best` takes of --workdir; None where its evaluations found none."""
+    from solov2_jax.pretrained import local_folder
+    from solov2_jax.tools.report.thresholds import has_thresholds, read_thresholds
+
+    if not WORKDIR.value or CHECKPOINT.value.endswith(":raw") or predictor.step is None:
+        return None
+    folder, step = local_folder(WORKDIR.value), predictor.step
+    if not has_thresholds(folder, step):
+        return None
+    scores = read_thresholds(folder, step, predictor.class_names, predictor.category_ids)
+    return tuple(scores.tolist())
 
 
 def load_export(overrides: Sequence[str]) -> "ExportedPredictor":

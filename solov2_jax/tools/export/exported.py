@@ -54,6 +54,7 @@ class ExportOptions:
     masks: str = "input"  # see `program.MASKS`
     batch: int = 1  # images per call
     buckets: tuple[Bucket, ...] = ()  # (): the config's, or landscape and portrait
+    best_scores: tuple[float, ...] | None = None  # of each label, for `--score best`
 
 
 def describe_export(
@@ -96,6 +97,7 @@ def describe_export(
         "batch": options.batch,
         "files": {file_name(b, options.file_format): list(b) for b in buckets},
         "options": asdict(predictor.options),
+        "best_scores": options.best_scores and list(options.best_scores),
     }
 
 
@@ -133,7 +135,9 @@ def check_metadata(metadata: Any, path: str | os.PathLike[str]) -> dict[str, Any
         and name == file_name((size[0], size[1]), metadata["format"])
         for name, size in files.items()
     }
+    scores = metadata.get("best_scores")  # older exports have none
     for holds, what in (
+        (scores is None or _are_scores(scores, len(classes["ids"])), "a score for each class"),
         (len(classes["names"]) == len(classes["ids"]), "as many classes.ids as classes.names"),
         (metadata["format"] in FORMATS, f"format one of {', '.join(FORMATS)}"),
         (metadata["masks"] in MASKS, f"masks one of {', '.join(MASKS)}"),
@@ -144,6 +148,14 @@ def check_metadata(metadata: Any, path: str | os.PathLike[str]) -> dict[str, Any
         if not holds:
             raise InputError(f"{path}: not an export's metadata: must have {what}. {_FIX}")
     return metadata
+
+
+def _are_scores(values: Any, count: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(type(v) in (int, float) and 0 <= v <= 1 for v in values)
+    )
 
 
 def _check_form(path: str | os.PathLike[str], key: str, value: Any, form: Any) -> None:
@@ -218,6 +230,9 @@ class ExportedPredictor:
         self.class_names = tuple(self.metadata["classes"]["names"])
         self.category_ids = tuple(self.metadata["classes"]["ids"])
         self.batch = int(self.metadata["batch"])
+        # Of each label, the least score with the best F1 on validation; None: not known.
+        scores = self.metadata.get("best_scores")
+        self.best_scores = None if scores is None else np.asarray(scores, np.float64)
         self._folder = Path(folder)
         self._format = find_format(self.metadata["format"])
         self._runners: dict[tuple[int, int], Runner] = {}

@@ -110,6 +110,12 @@ def read_thresholds(
     return scores
 
 
+def has_thresholds(workdir: str | os.PathLike[str], step: int) -> bool:
+    """Returns whether a run has the scores of a step."""
+    path = Path(workdir) / FILE
+    return path.is_file() and str(step) in _read(path)
+
+
 def _read(path: Path) -> dict[str, Any]:
     content = read_json(path, "thresholds of a run")
     with reading(path, "thresholds of a run", "The next evaluation writes it anew"):
@@ -118,8 +124,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def carry_thresholds(workdir: str | os.PathLike[str], step: int, folder: Path) -> bool:
     """Copies the scores of one step beside a run's files elsewhere; returns if there are any."""
-    path = Path(workdir) / FILE
-    steps = _read(path) if path.is_file() else {}
-    if str(step) in steps:
+    known = has_thresholds(workdir, step)
+    if known:
+        steps = _read(Path(workdir) / FILE)
         write_json({"steps": {str(step): steps[str(step)]}}, folder / FILE)
-    return str(step) in steps
+    return known
