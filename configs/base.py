@@ -44,6 +44,7 @@ _FILES, _SHAPES = only("data.name", ""), only("data.name", "shapes")
 _MATRIX, _GAUSSIAN = only("test.nms_type", "matrix"), only("test.nms_kernel", "gaussian")
 _NO_EPOCHS = only("train.epochs", 0)
 _NO_JITTER = only("augment.jitter_scale", ())
+_BOXES = only("loss.box_supervised", True)
 _RESNET = only("model.backbone.name", "resnet")
 _DEEP = (_RESNET, only("model.backbone.depth", 50, 101, 152))
 _BACKBONES = ("resnet", "convnext_t", "convnext_s", "mobilenet_v3_large")
@@ -360,6 +361,20 @@ def keys() -> Section:
     loss.focal_weight = number(1.0, 0, high=1e6)
     # of the mask loss [MODEL.SOLOV2.LOSS.DICE_WEIGHT]
     loss.dice_weight = number(3.0, above=0, high=1e6)
+    # Whether objects with a box and no mask are trained on: the mask must fill the box, by its
+    # projections, and be equal where neighbours have one colour (BoxInst). False: such
+    # objects are dropped. Data whose objects all have masks trains as if it were not there.
+    loss.box_supervised = switch(True)
+    # Of the projections of masks that are learned from boxes; BoxInst's 1, at SOLOv2's weight
+    # of the mask loss.
+    loss.projection_weight = number(3.0, 0, high=1e6, used=_BOXES)
+    # of the agreement of neighbours in these masks
+    loss.pairwise_weight = number(3.0, 0, high=1e6, used=_BOXES)
+    # Steps in which that weight rises from 0, in a straight line; below 1, a share of the run.
+    loss.pairwise_warmup = steps_or_share(0.1, used=_BOXES)
+    # Least similarity exp(-d / 2) of neighbours that should agree, d their distance in CIE
+    # L*a*b* at a quarter of the size.
+    loss.color_similarity = number(0.3, above=0, high=1, used=_BOXES)
 
     config.test = test = Section()
     test.score_threshold = share(0.1)  # least class score [MODEL.SOLOV2.SCORE_THR]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from solov2_jax.platforms import PlatformOp, Tuning
 from solov2_jax.structs import Outputs, Targets
@@ -23,13 +23,30 @@ EPSILON = 2e-3  # in the dice denominator
 class Normalizers(NamedTuple):
     """What the losses' sums are divided by: counts of the whole batch."""
 
-    pairs: Float[Array, ""]
+    pairs: Float[Array, ""]  # of objects with a mask
     cells: Int[Array, ""]  # positive ones
+    box_pairs: Float[Array, ""] | float = 0.0  # of objects that have a box only
 
 
-def normalizers_of(targets: Targets) -> Normalizers:
-    """Returns the counts of a batch, of which `solov2_loss` may see a microbatch."""
-    return Normalizers(jnp.sum(targets.pair_weight), jnp.sum(targets.num_cells))
+def normalizers_of(targets: Targets, has_mask: Bool[Array, "B G"] | None = None) -> Normalizers:
+    """Returns the counts of a batch, of which `solov2_loss` may see a microbatch.
+
+    Args:
+      has_mask: see `Batch`.
+    """
+    masks, boxes = pair_weights(targets, has_mask)
+    return Normalizers(jnp.sum(masks), jnp.sum(targets.num_cells), jnp.sum(boxes))
+
+
+def pair_weights(
+    targets: Targets, has_mask: Bool[Array, "B G"] | None
+) -> tuple[Float[Array, "B P"], Float[Array, "B P"]]:
+    """Returns the weights of the pairs whose object has a mask, and of those with a box only."""
+    weight = targets.pair_weight
+    if has_mask is None:
+        return weight, jnp.zeros_like(weight)
+    known = jnp.take_along_axis(has_mask, targets.pair_instance, axis=1)
+    return jnp.where(known, weight, 0.0), jnp.where(known, 0.0, weight)
 
 
 def solov2_loss(
@@ -42,11 +59,13 @@ def solov2_loss(
     focal_weight: float,
     dice_weight: float,
     normalizers: Normalizers | None = None,
+    has_mask: Bool[Array, "B G"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns the total loss and the metrics, all float32 scalars.
 
     With the `normalizers` of a larger batch, the results of its microbatches add up to its
-    own.
+    own. Pairs without a mask (`has_mask` of `Batch`) teach the classes only, and are not in
+    `mean_iou`.
 
     Metrics: `loss_ins`, `loss_cate` (weighted, they add up to the total); `num_pairs`,
     of which `pairs_dropped` for want of slots; `num_cells`, positive ones; `mean_iou`
@@ -56,8 +75,8 @@ def solov2_loss(
     Source: AdelaiDet adet/modeling/solov2/solov2.py, SOLOv2.loss: dice averages over
     pairs, focal is a sum over (positive cells + 1). A batch without pairs is no error.
     """
-    normalizers = normalizers or normalizers_of(targets)
-    weight = targets.pair_weight
+    normalizers = normalizers or normalizers_of(targets, has_mask)
+    weight, _ = pair_weights(targets, has_mask)
     kernels = jnp.take_along_axis(outputs.kernel, targets.pair_cell[..., None], axis=1)
     slots = jnp.arange(1, weight.shape[1] + 1)[None]
     num_slots = jnp.max(jnp.where(weight > 0, slots, 0))
@@ -68,7 +87,7 @@ def solov2_loss(
     focal = focal_loss(outputs.cate, targets.cate, focal_alpha, focal_gamma)
     loss_cate = focal_weight * focal / (normalizers.cells + 1)
 
-    kept = jnp.sum(weight > 0, axis=1, dtype=jnp.int32)
+    kept = jnp.sum(targets.pair_weight > 0, axis=1, dtype=jnp.int32)
     metrics = {
         "loss_ins": loss_ins,
         "loss_cate": loss_cate,

@@ -28,6 +28,8 @@ class Batch:
     masks: UInt8[Array, "B G h4 w4"]  # 0/1 at a quarter of the size, zero-padded
     valid: Bool[Array, "B G"]  # False on padding
     image_id: Int[Array, "B"]  # the annotation file's id
+    # False: the mask is the filled box, nothing else is known. None: all have one.
+    has_mask: Bool[Array, "B G"] | None = None
 
 
 @struct.dataclass

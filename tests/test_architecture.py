@@ -41,6 +41,7 @@ LAYERS = {
     "data": 2,
     "models": 2,
     "targets": 2,
+    "box_losses": 2,
     "losses": 2,
     "postprocess": 2,
     "paste": 2,
@@ -86,7 +87,7 @@ LONG_FUNCTIONS = {
 }
 MAX_LONG_FUNCTION = 105
 # Lines of Python.
-BUDGETS = {"core": 23_700, "tools": 19_600, "benchmarks": 4_100}
+BUDGETS = {"core": 24_100, "tools": 19_600, "benchmarks": 4_100}
 # What errors that are still there begin with.
 KNOWN: tuple[str, ...] = ()
 

@@ -226,7 +226,7 @@ def test_a_resumed_run_keeps_the_batch_of_its_start(tmp_path, monkeypatch, caplo
     config.data.train.images, config.data.train.annotations = images, annotations
     asked = []
 
-    def choose(config, shape, slots, images):
+    def choose(config, shape, slots, images, boxes_only):
         asked.append((config.model.num_classes, slots, images))
         return 16, ["the table"]
 

@@ -228,7 +228,7 @@ def test_the_validation_loss_is_that_of_the_evaluated_network():
     assert abs(good["val/loss"] - bad["val/loss"]) > 1e-2
     batch = jax.tree.map(jnp.asarray, make_batch(0))
     outputs = Network().apply(variables, make_image(batch, config))
-    targets, normalizers = loss.assign(batch, jax.random.key(0))
+    targets, (normalizers, _) = loss.assign(batch, jax.random.key(0), 0)
     want, _ = solov2_loss(
         outputs,
         Targets(**targets),

@@ -248,7 +248,7 @@ def test_a_sample_is_a_dataclass_with_pixels_when_they_are_read(user, tmp_path):
     sample = maker.sample(view, 0)
     assert sample.view is not None, "nothing was drawn"
     assert [f.name for f in dataclasses.fields(Sample)] == (
-        ["image", "masks", "boxes", "labels", "keypoints", "rng"]
+        ["image", "masks", "boxes", "labels", "keypoints", "rng", "has_mask"]
     )
     spans = sample.outlines()
     assert sample.image.dtype == np.uint8 and sample.masks.dtype == bool

@@ -17,6 +17,7 @@ from solov2_jax.data.coco import CocoDataset, load_coco
 from solov2_jax.data.rasterize import draw_object
 from solov2_jax.tools.cli.importers import main
 from solov2_jax.tools.importers.instances import read_names
+from solov2_jax.tools.importers.recognise import recognise
 from solov2_jax.tools.synthetic.shapes import ShapesSettings, write_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -263,8 +264,8 @@ TRIANGLE = "0 0.1 0.1 0.5 0.1 0.5 0.5\n"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0 0.5 0.5 0.2 0.2\n", "line 1: four numbers after the class are a box"),
-        (TRIANGLE + "0 0.1 0.1 0.5 0.1\n0 1 2 3", "line 2: four numbers"),
+        ("0 0.5 0.5 0.2 0\n", "line 1: the box .* covers nothing of its image of 48 x 64"),
+        (TRIANGLE + "0 0.1 0.1 0.5 0.1\n0 1 2 3", "line 3: 3 numbers"),
         ("0 0.1 0.1 0.5 0.1 0.5\n", "line 1: 5 numbers after the class"),
         (TRIANGLE + "\n2 0 0 0 1 1 1\n", "line 3: class 2, but there are 2 names"),
         ("0 10 10 50 10 50 50\n", "must be shares .* 10 to 50"),
@@ -420,3 +421,89 @@ def test_the_command_needs_no_jax(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "1 objects of 2 classes" in done.stdout
+
+
+def test_yolo_boxes_have_no_outline(tmp_path, capsys):
+    images, _ = write(tmp_path)
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.txt").write_text(TRIANGLE + "1 0.5 0.5 0.25 0.5\n1 0 0 0.5 0.5\n")
+    out = tmp_path / "x.json"
+    folders = [f"--images={images}", f"--labels={tmp_path}/labels"]
+    main(["yolo", *folders, "--names=cat,dog", f"--output={out}"])
+    assert "2 objects have a box and no segmentation" in capsys.readouterr().out
+    outline, box, corner = json.loads(out.read_text())["annotations"]
+    assert outline["segmentation"] and not box["segmentation"]
+    assert box["bbox"] == [24, 12, 16, 24] and corner["bbox"] == [0, 0, 16, 12]
+    assert [outline["category_id"], box["category_id"]] == [1, 2]
+
+
+VOC_OBJECT = """<object><name>{}</name><difficult>0</difficult><bndbox><xmin>{}</xmin>
+<ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>{}</object>"""
+
+
+def write_voc(folder, objects, size=(48, 64), stem="a"):
+    """Writes one of VOC's XML files; objects are (name, xmin, ymin, xmax, ymax, more)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    inner = "".join(VOC_OBJECT.format(*(*o, "")[:6]) for o in objects)
+    (folder / f"{stem}.xml").write_text(
+        f"<annotation><filename>{stem}.png</filename><size><width>{size[1]}</width>"
+        f"<height>{size[0]}</height><depth>3</depth></size>{inner}</annotation>"
+    )
+
+
+def test_voc_boxes_count_from_one_unless_one_starts_at_zero(tmp_path, capsys):
+    images, _ = write(tmp_path)
+    labels, out = tmp_path / "Annotations", tmp_path / "x.json"
+    polygon = "<polygon><x1>1</x1><y1>2</y1><x2>9</x2><y2>2</y2><x3>9</x3><y3>8</y3></polygon>"
+    write_voc(labels, [("dog", 11, 9, 30, 28), ("chat é", 1, 1, 64, 48, polygon)])
+    write_voc(labels / "sub", [("dog", 5, 5, 6, 6)], (64, 48), "b")
+    main(["voc", f"--images={images}", f"--labels={labels}", f"--output={out}"])
+    assert "1 images have no XML file: left out" in capsys.readouterr().out
+    content = json.loads(out.read_text())
+    assert [i["file_name"] for i in content["images"]] == ["a.png", "sub/b.png"]
+    assert [c["name"] for c in content["categories"]] == ["chat é", "dog"]
+    box, drawn, small = content["annotations"]
+    assert box["bbox"] == [10, 8, 20, 20] and not box["segmentation"] and box["area"] == 400
+    assert drawn["segmentation"] == [[1, 2, 9, 2, 9, 8]] and small["bbox"] == [4, 4, 2, 2]
+    write_voc(labels, [("dog", 0, 9, 30, 28)])
+    main(["voc", f"--images={images}", f"--labels={labels}", f"--output={out}"])
+    assert json.loads(out.read_text())["annotations"][0]["bbox"] == [0, 9, 30, 19]
+
+
+@pytest.mark.parametrize(
+    ("objects", "size", "stem", "message"),
+    [
+        ([("dog", 5, 5, 5, 2)], (48, 64), "a", "object 0: the box .* covers nothing"),
+        ([("dog", 5, 5, "x", 9)], (48, 64), "a", "object 0 .dog.: needs `bndbox`"),
+        ([("", 5, 5, 9, 9)], (48, 64), "a", "object 0: has no `name`"),
+        ([("dog", 5, 5, 9, 9)], (64, 48), "a", "the image is 64 x 48 there, but a.png is 48 x 64"),
+        ([("dog", 5, 5, 9, 9)], (48, 64), "zebra", "its image, zebra.png, is not in"),
+        ([], (48, 64), "a", "none of its 1 XML files has an object"),
+    ],
+)
+def test_a_bad_voc_file_is_named(tmp_path, capsys, objects, size, stem, message):
+    images, _ = write(tmp_path)
+    write_voc(tmp_path / "xml", objects, size, stem)
+    arguments = [f"--images={images}", f"--labels={tmp_path}/xml", f"--output={tmp_path}/x.json"]
+    said = fail(capsys, "voc", *arguments)
+    assert re.search(message, said), said
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_voc_folders_are_recognised_with_their_parts(tmp_path):
+    images, _ = write(tmp_path / "voc")
+    Path(images).rename(tmp_path / "voc" / "JPEGImages")
+    (tmp_path / "voc" / "instances.json").unlink()
+    labels = tmp_path / "voc" / "Annotations"
+    write_voc(labels, [("dog", 11, 9, 30, 28)])
+    write_voc(labels / "sub", [("cat", 5, 5, 6, 6)], (64, 48), "b")
+    write_voc(labels, [], (40, 40), "c")
+    lists = tmp_path / "voc" / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("a\nc\n")
+    (lists / "val.txt").write_text("b  1\n")
+    train, val = recognise(str(tmp_path / "voc"))
+    assert (train.split, val.split, train.kind) == ("train", "val", "Pascal VOC")
+    assert [i["file_name"] for i in train.content["images"]] == ["a.png", "c.png"]
+    assert len(val.content["annotations"]) == 1
+    assert val.content["categories"] == train.content["categories"]

@@ -101,7 +101,7 @@ def plain_loss(loss_fn):
     """Returns the loss of a function of rows, (params, model_state, batch, keys) -> (mean
     loss, metrics: means where they are losses, else sums)."""
 
-    def assign(batch, key):
+    def assign(batch, key, step):
         rows = len(jax.tree.leaves(batch)[0])
         return {"keys": jax.random.split(key, rows)}, jnp.float32(rows)
 

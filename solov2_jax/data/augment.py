@@ -128,6 +128,8 @@ class Sample:
     # Draw everything random from it: it is a function of the seed, the epoch and the
     # image, so that a resumed run sees the same.
     rng: np.random.Generator
+    # bool [n]: False of an object whose mask is only its box. None: all have one.
+    has_mask: np.ndarray | None = None
 
     @property
     def size(self) -> Size:

@@ -109,6 +109,11 @@ class BatchMaker(EvalBatchMaker):
     pixel_maps: Mapping[str, PixelMap] = dataclasses.field(default_factory=dict)
     join_steps: int = 2**62  # the steps before this one may join images
 
+    @property
+    def boxes_only(self) -> bool:
+        """Whether some object of the data set has a box and no mask."""
+        return not self.dataset.has_mask.all()
+
     def batch_bytes(self, height: int, width: int) -> int:
         """Returns what `new` is asked for, for a batch of this padded shape."""
         masks = self.schedule.image.shape[1] * self.slots * (height // 4) * (width // 4)
@@ -119,6 +124,7 @@ class BatchMaker(EvalBatchMaker):
 
         With key points also `keypoints`, float32 [B, G, J, 3]: x, y in input pixels and
         the flag, zeros on padding; each of `pixel_maps` is uint8 [B, h, w], 0 on padding.
+        Where some object has a box only, also `has_mask`, bool [B, G].
         `left_out` is how many objects had no slot, int [].
 
         Args:
@@ -136,6 +142,8 @@ class BatchMaker(EvalBatchMaker):
             "valid": np.zeros((b, g), bool),
             "image_id": np.zeros(b, np.int32),
         }
+        if self.boxes_only:
+            batch["has_mask"] = np.zeros((b, g), bool)
         if self.keypoints is not None:
             batch["keypoints"] = np.zeros((b, g, len(self.keypoints), 3), np.float32)
         batch |= {name: np.zeros((b, h, w), np.uint8) for name in self.pixel_maps}
@@ -236,6 +244,7 @@ class BatchMaker(EvalBatchMaker):
             labels=data.labels[objects],
             keypoints=None if self.keypoints is None else self.keypoints.moved(objects, affine),
             rng=_UNUSED,
+            has_mask=data.has_mask[objects] if self.boxes_only else None,
         )
 
     def augmented(
@@ -348,6 +357,8 @@ class BatchMaker(EvalBatchMaker):
         row["boxes"][:num_valid] = boxes[keep]
         row["labels"][:num_valid] = labels[keep]
         row["valid"][:num_valid] = True
+        if sample.has_mask is not None:
+            row["has_mask"][:num_valid] = sample.has_mask[keep]
         if sample.keypoints is not None:
             row["keypoints"][:num_valid] = sample.keypoints[keep]
         return num_valid, without_slot

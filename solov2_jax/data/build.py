@@ -63,7 +63,7 @@ def load_further_vals(config: Any, categories: Mapping[int, str]) -> list[Furthe
 
 def load_train_dataset(config: Any) -> CocoDataset:
     """Returns the training data set, with all that its json holds."""
-    dataset = load_coco(*data_files(config)[0])
+    dataset = load_coco(*data_files(config)[0], boxes=config.loss.box_supervised)
     return dataclasses.replace(dataset, pixels=pixel_format(config))
 
 

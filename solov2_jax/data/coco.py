@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 
 from solov2_jax.data import records
 from solov2_jax.data.annotations import AnnotationTable, describe, read_instances
-from solov2_jax.data.outlines import Segmentations, covers
+from solov2_jax.data.outlines import Segmentations, covers, join_segmentations, rectangles
 from solov2_jax.data.pixel_format import RGB, PixelFormat
 from solov2_jax.io import InputError, list_folder
 from solov2_jax.rle import offsets
@@ -48,6 +48,7 @@ class CocoDataset:
     labels: np.ndarray  # int32 [A]
     annotation_ids: np.ndarray  # int64 [A], or text
     segmentations: Segmentations
+    has_mask: np.ndarray  # bool [A]; False: the outline is the box, nothing else is known
     counts: Mapping[str, int]  # what was read and dropped, for `summary`
     weights: np.ndarray  # float64 [N], how often an epoch shows each image, on average
     table: AnnotationTable | None = None  # all that the json holds, for the evaluation
@@ -85,6 +86,8 @@ DROPPED = {
     "bad_polygons": "polygons dropped: fewer than 3 points or an odd number of values",
     "no_valid_polygon": "annotations dropped: none of their polygons was usable",
     "empty": "annotations dropped: zero area or outside of their image",
+    "boxes_only": "objects have a box and no segmentation: their masks are learned from the "
+    "box and the colours (loss.box_supervised)",
     "derived_boxes": "boxes derived from the segmentation: no bbox was given",
     "shared_files": "images have the same file as another image: annotations are split",
     "renamed_files": "file names found with other separators, without %20 escapes, or in "
@@ -97,13 +100,14 @@ def load_coco(
     annotations: str,
     *,
     categories: Mapping[int, str] | None = None,
+    boxes: bool = False,
 ) -> CocoDataset:
     """Returns what `read_coco` returns; every image file must be there, too.
 
     Raises:
       InputError: one sentence that names file, field and fix.
     """
-    dataset = read_coco(images, annotations, categories=categories)
+    dataset = read_coco(images, annotations, categories=categories, boxes=boxes)
     if missing := missing_files(dataset):
         names = dataset.file_names[missing].tolist()
         raise InputError(
@@ -121,38 +125,39 @@ def read_coco(
     annotations: str | AnnotationTable,
     *,
     categories: Mapping[int, str] | None = None,
+    boxes: bool = False,
 ) -> CocoDataset:
     """Returns the data set of a json; the image files need not be there.
 
     What is dropped and counted instead of an error: crowds, objects without
-    segmentation, unusable polygons, objects of zero area or outside of their image.
+    segmentation (unless `boxes`), unusable polygons, objects of zero area or outside of
+    their image.
 
     Args:
       images: folder that the json's file names are relative to, or records, see
         `records.split_root`.
       annotations: COCO instances json, or what it holds.
       categories: id -> name that the json must have, e.g. the training data's.
+      boxes: keep objects that have a box and no usable segmentation.
     """
     is_read = isinstance(annotations, AnnotationTable)
     table = annotations if is_read else read_instances(annotations)
     if categories is not None:
         _compare_categories(table.categories, categories, table.source)
     names, missing = find_files(images, table)
-    counts = Counter(table.counts)
-    counts["shared_files"] = len(names) - len(set(names))
-    counts["renamed_files"] = sum(a != b for a, b in zip(names, table.file_names, strict=True))
-    objects = np.flatnonzero(table.has_mask & ~table.crowd)
-    boxes = _boxes(table, objects, counts)
+    counts = _counts_of_files(table, names)
+    only_box = boxes & ~table.has_mask & ~np.isnan(table.boxes[:, 0])
+    objects = np.flatnonzero((table.has_mask | only_box) & ~table.crowd)
+    corners = _boxes(table, objects, counts)
     sizes = np.stack([table.heights, table.widths], axis=1)[table.image[objects]]
-    keep = covers(boxes, sizes) & table.inside[objects]
+    keep = covers(corners, sizes) & (table.inside | only_box)[objects]
     counts["empty"] = int((~keep).sum())
-    order = np.flatnonzero(keep)
-    order = order[np.argsort(table.image[objects[order]], kind="stable")]
+    order = np.argsort(table.image[objects], kind="stable")
+    order = order[keep[order]]
     rows = objects[order]
     num_objects = np.bincount(table.image[rows], minlength=len(names))
-    counts["images"] = len(names)
+    counts["images"], counts["objects"] = len(names), int(num_objects.sum())
     counts["images_without_objects"] = int((num_objects == 0).sum())
-    counts["objects"] = int(num_objects.sum())
     counts["max_objects"] = int(num_objects.max())
     return CocoDataset(
         image_root=images,
@@ -165,14 +170,41 @@ def read_coco(
         heights=table.heights,
         widths=table.widths,
         start=offsets(num_objects),
-        boxes=boxes[order],
+        boxes=corners[order],
         labels=table.label[rows],
         annotation_ids=table.ids[rows],
-        segmentations=table.segmentations.take(rows),
+        segmentations=_with_rectangles(table, rows, corners[order], counts),
+        has_mask=table.has_mask[rows],
         counts=dict(counts),
         weights=table.weights,
         table=table,
     )
+
+
+def _counts_of_files(table: AnnotationTable, names: Sequence[str]) -> Counter[str]:
+    """Returns the table's counts, and those of names that occur twice or were found changed."""
+    counts = Counter(table.counts)
+    counts["shared_files"] = len(names) - len(set(names))
+    counts["renamed_files"] = sum(a != b for a, b in zip(names, table.file_names, strict=True))
+    return counts
+
+
+def _with_rectangles(
+    table: AnnotationTable, rows: np.ndarray, boxes: np.ndarray, counts: Counter[str]
+) -> Segmentations:
+    """Returns the outlines of these objects, the box (x0, y0, x1, y1) where there is none.
+
+    What is kept for its box no longer counts as dropped.
+    """
+    alone = ~table.has_mask[rows]
+    if not alone.any():
+        return table.segmentations.take(rows)
+    counts["boxes_only"] = number = int(alone.sum())
+    missing = min(number, counts["no_segmentation"])
+    counts["no_segmentation"] -= missing
+    counts["no_valid_polygon"] -= number - missing
+    places = np.where(alone, len(table.ids) + np.cumsum(alone) - 1, rows)
+    return join_segmentations(table.segmentations, rectangles(boxes[alone])).take(places)
 
 
 def _boxes(table: AnnotationTable, rows: np.ndarray, counts: Counter[str]) -> np.ndarray:

@@ -94,6 +94,9 @@ def _wrong_sample(sample: Any, room: Size, num_classes: int, pixels: PixelFormat
     if sample.keypoints is not None:
         arrays["keypoints"] = sample.keypoints
         wanted["keypoints"] = ("float", "f", (n, *np.shape(sample.keypoints)[1:2], 3))
+    if sample.has_mask is not None:
+        arrays["has_mask"] = sample.has_mask
+        wanted["has_mask"] = ("bool", "b1", (n,))
     for name, (kind, code, shape) in wanted.items():
         array = arrays[name]
         if not isinstance(array, np.ndarray):

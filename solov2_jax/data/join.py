@@ -26,15 +26,17 @@ def copy_paste(
 
     What they hide is cut from the objects below; one that is hidden has no mask left.
     Each object keeps the scale that its image was drawn at; what reaches beyond the
-    canvas is cut off. Where pasted objects lie beyond the host's picture, the image grows
-    to hold them, black between.
+    canvas is cut off. Objects of which only the box is known stay where they are.
+    Where pasted objects lie beyond the host's picture, the image grows to hold them, black
+    between.
     Source: Ghiasi et al. 2021, "Simple Copy-Paste", without blending.
 
     Args:
       canvas: (height, width) that the objects are pasted into, at least the host's.
       share: of the guest's objects, each by itself.
     """
-    chosen = np.flatnonzero(rng.random(len(guest.labels)) < share)
+    drawn = rng.random(len(guest.labels)) < share
+    chosen = np.flatnonzero(drawn if guest.has_mask is None else drawn & guest.has_mask)
     free = np.array(canvas) - guest.size
     low, high = np.minimum(free, 0), np.maximum(free, 0)
     top, left = (low + (rng.random(2) * (high - low + 1)).astype(int)).tolist()
@@ -64,6 +66,9 @@ def copy_paste(
         boxes=rasterize.bounding_boxes(spans, num_objects),
         labels=np.concatenate([host.labels, guest.labels[chosen]]),
         keypoints=keypoints,
+        has_mask=None
+        if host.has_mask is None
+        else np.concatenate([host.has_mask, np.ones(len(chosen), bool)]),
     )
 
 
@@ -102,6 +107,7 @@ def mosaic(samples: Sequence[Sample], corners: Sequence[tuple[int, int]], canvas
     first = samples[0].image
     image = np.zeros((*canvas, first.shape[2]), first.dtype)
     pieces, count, points = [], 0, []
+    flags = [s.has_mask for s in samples if s.has_mask is not None]
     for sample, (top, left) in zip(samples, corners, strict=True):
         h, w = sample.size
         room = image[top : top + h, left : left + w]
@@ -121,6 +127,7 @@ def mosaic(samples: Sequence[Sample], corners: Sequence[tuple[int, int]], canvas
         boxes=rasterize.bounding_boxes(spans, count),
         labels=np.concatenate([s.labels for s in samples]),
         keypoints=np.concatenate(points) if points else None,
+        has_mask=None if samples[0].has_mask is None else np.concatenate(flags),
     )
 
 

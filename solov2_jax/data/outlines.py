@@ -83,6 +83,33 @@ class Segmentations:
         )
 
 
+def rectangles(boxes: np.ndarray) -> Segmentations:
+    """Returns boxes (x0, y0, x1, y1) [n, 4] as outlines."""
+    n = len(boxes)
+    return Segmentations(
+        points=boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].astype(np.float64).ravel(),
+        point_start=8 * np.arange(n + 1),
+        part_start=np.arange(n + 1),
+        runs=np.zeros(0, np.uint8),
+        run_start=np.zeros(n + 1, np.int64),
+    )
+
+
+def join_segmentations(first: Segmentations, second: Segmentations) -> Segmentations:
+    """Returns the outlines of both, those of `second` after the others."""
+
+    def ends(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.concatenate([a, a[-1] + b[1:]])
+
+    return Segmentations(
+        points=np.concatenate([first.points, second.points]),
+        point_start=ends(first.point_start, second.point_start),
+        part_start=ends(first.part_start, second.part_start),
+        runs=np.concatenate([first.runs, second.runs]),
+        run_start=ends(first.run_start, second.run_start),
+    )
+
+
 def _gather(start: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the places of the elements of these pieces, and the pieces' new starts."""
     lengths = np.diff(start)[rows]

@@ -82,6 +82,12 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
     val = train if val_is_train else val
     for path in config.train.checks:
         import_object(path, "train.checks")(config, train, val)
+    if not len(val.labels) and val.counts["no_segmentation"]:
+        log.warning(
+            "%s: its objects have no masks, so AP of masks is undefined and no checkpoint the "
+            "best; give validation images with masks",
+            val.annotation_file,
+        )
     num_classes = len(train.class_names)
     config = in_steps(config, train)
     config.model.num_classes = num_classes
@@ -308,5 +314,7 @@ def fingerprint(dataset: Any) -> str:
         digest.update(np.ascontiguousarray(getattr(dataset, name)).tobytes())
     if (dataset.weights != 1).any():  # without any, the hash of runs from before there were
         digest.update(dataset.weights.tobytes())
+    if not dataset.has_mask.all():
+        digest.update(dataset.has_mask.tobytes())
     digest.update(repr((dataset.class_names, dataset.category_ids)).encode())
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What a step minimises: SOLOv2's loss of a batch's numpy fields, in training and validation."""
+"""What a step minimises: the losses of a batch's fields that a config weighs, added up."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from solov2_jax import distributed, ops
+from solov2_jax.box_losses import box_loss, color_edges
 from solov2_jax.config import input_statistics
-from solov2_jax.losses import normalizers_of, solov2_loss
-from solov2_jax.structs import Batch, Targets
+from solov2_jax.config_schema import as_steps
+from solov2_jax.losses import Normalizers, normalizers_of, pair_weights, solov2_loss
+from solov2_jax.structs import Batch, Outputs, Targets
 from solov2_jax.targets import assign_targets
 
 PyTree = Any
@@ -23,10 +26,10 @@ class Loss:
     """A loss whose sums over microbatches give the whole batch's, as pure functions.
 
     Called with (params, model_state, batch, key), it returns (loss, metrics) of a whole
-    batch.
+    batch, as at step 0.
 
     Attributes:
-      assign: (batch, key) -> (targets with a row for each image, normalizers: what sums
+      assign: (batch, key, step) -> (targets with a row for each image, normalizers: what sums
         over the whole batch are divided by). Knows no parameters.
       compute: (params, model_state, batch, targets, normalizers) -> (loss, (metrics,
         model state after it)) of some of the rows; losses and metrics are additive.
@@ -34,7 +37,7 @@ class Loss:
       matmul_precision: of all products where it is computed, in the backward pass too.
     """
 
-    assign: Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]]
+    assign: Callable[[PyTree, jax.Array, jax.Array | int], tuple[PyTree, PyTree]]
     compute: Callable[..., tuple[jax.Array, tuple[Metrics, PyTree]]]
     moments: Callable[[PyTree, PyTree], PyTree] | None = None
     matmul_precision: str = "default"
@@ -42,13 +45,14 @@ class Loss:
     def __call__(
         self, params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        targets, normalizers = self.assign(batch, key)
+        targets, normalizers = self.assign(batch, key, 0)
         loss, (metrics, _) = self.compute(params, model_state, batch, targets, normalizers)
         return loss, metrics
 
 
 def build_loss(config: Any, model: Any, *, evaluated: bool = False) -> Loss:
-    """Returns SOLOv2's loss, `loss_ins` (dice) + `loss_cate` (focal), as a config weighs them.
+    """Returns SOLOv2's loss, `loss_ins` (dice) + `loss_cate` (focal), as a config weighs them,
+    and of batches with `has_mask` that of the masks learned from boxes.
 
     Args:
       evaluated: of the network as prediction uses it: trained batch norms normalise by their
@@ -56,41 +60,27 @@ def build_loss(config: Any, model: Any, *, evaluated: bool = False) -> Loss:
     """
     trained_norms = "sync_bn" in (config.model.backbone.norm, config.model.fpn.norm)
     mutable = ["batch_stats"] if trained_norms and not evaluated else []
-    find_targets = functools.partial(
-        assign_targets,
-        num_grids=tuple(config.model.ins_head.num_grids),
-        scale_ranges=tuple(tuple(pair) for pair in config.targets.scale_ranges),
-        sigma=config.targets.sigma,
-        num_classes=config.model.num_classes,
-        max_pairs=config.targets.max_pairs,
-    )
-    compare = functools.partial(
-        solov2_loss,
-        dice_weight=config.loss.dice_weight,
-        focal_weight=config.loss.focal_weight,
-        focal_alpha=config.loss.focal_alpha,
-        focal_gamma=config.loss.focal_gamma,
-    )
+    find_targets, compare = _target_finder(config), _build_comparison(config)
     mean, std = input_statistics(config)
 
     def image_of(batch: dict[str, jax.Array]) -> jax.Array:
         return ops.normalize_image(batch["image"], batch["image_size"], mean, std)
 
-    def assign(batch: dict[str, jax.Array], key: jax.Array) -> tuple[PyTree, PyTree]:
+    def assign(
+        batch: dict[str, jax.Array], key: jax.Array, step: jax.Array | int
+    ) -> tuple[PyTree, PyTree]:
         targets = find_targets(Batch(**batch), key=key)
         # A dict: splitting the rows gives them one axis more for a while.
-        return dict(vars(targets)), normalizers_of(targets)
+        return dict(vars(targets)), (normalizers_of(targets, batch.get("has_mask")), step)
 
-    def compute(params, model_state, batch, targets, normalizers):
+    def compute(params, model_state, batch, targets, normalizers_and_step):
         variables = {"params": params, **model_state}
         if mutable:
             outputs, changed = model.apply(variables, image_of(batch), mutable=mutable)
             model_state = {**model_state, **changed}
         else:
             outputs = model.apply(variables, image_of(batch))
-        loss, metrics = compare(
-            outputs, Targets(**targets), batch["masks"], normalizers=normalizers
-        )
+        loss, metrics = compare(outputs, Targets(**targets), batch, *normalizers_and_step)
         return loss, (metrics, model_state)
 
     def moments(variables: PyTree, batch: dict[str, jax.Array]) -> PyTree:
@@ -105,6 +95,87 @@ def build_loss(config: Any, model: Any, *, evaluated: bool = False) -> Loss:
         moments=jax.default_matmul_precision(precision)(moments),
         matmul_precision=precision,
     )
+
+
+def _target_finder(config: Any) -> Callable[..., Targets]:
+    """Returns (batch, key) -> targets."""
+    return functools.partial(
+        assign_targets,
+        num_grids=tuple(config.model.ins_head.num_grids),
+        scale_ranges=tuple(tuple(pair) for pair in config.targets.scale_ranges),
+        sigma=config.targets.sigma,
+        num_classes=config.model.num_classes,
+        max_pairs=config.targets.max_pairs,
+    )
+
+
+def _build_comparison(config: Any) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """Returns (outputs, targets, batch, normalizers, step) -> (loss, metrics)."""
+    weights = config.loss
+    of_boxes = _build_box_loss(config)
+
+    def compare(
+        outputs: Outputs,
+        targets: Targets,
+        batch: dict[str, jax.Array],
+        normalizers: Normalizers,
+        step: jax.Array | int,
+    ) -> tuple[jax.Array, Metrics]:
+        loss, metrics = solov2_loss(
+            outputs,
+            targets,
+            batch["masks"],
+            dice_weight=weights.dice_weight,
+            focal_weight=weights.focal_weight,
+            focal_alpha=weights.focal_alpha,
+            focal_gamma=weights.focal_gamma,
+            normalizers=normalizers,
+            has_mask=batch.get("has_mask"),
+        )
+        if "has_mask" in batch:
+            more, further = of_boxes(outputs, targets, batch, normalizers.box_pairs, step)
+            loss, metrics = loss + more, metrics | further
+        return loss, metrics
+
+    return compare
+
+
+def _build_box_loss(config: Any) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """Returns (outputs, targets, batch, number of pairs, step) -> (loss, metrics) of the
+    objects that have a box and no mask.
+
+    Metrics: `loss_projection` and `loss_pairwise`, weighted, which add up to the loss.
+    """
+    weights = config.loss
+    warmup = as_steps(weights.pairwise_warmup, config.train.steps)
+    bgr, threshold = config.input.channel_order == "BGR", weights.color_similarity
+
+    def loss_of(
+        outputs: Outputs,
+        targets: Targets,
+        batch: dict[str, jax.Array],
+        num_pairs: jax.Array,
+        step: jax.Array | int,
+    ) -> tuple[jax.Array, Metrics]:
+        edges = color_edges(batch["image"], batch["image_size"], bgr=bgr, threshold=threshold)
+        ramp = jnp.minimum(step / max(warmup, 1), 1.0) if warmup else 1.0
+        factors = jnp.float32([weights.projection_weight, weights.pairwise_weight])
+        factors = factors * jnp.stack([1.0, ramp]) / jnp.maximum(num_pairs, 1.0)
+        kernels = jnp.take_along_axis(outputs.kernel, targets.pair_cell[..., None], axis=1)
+        _, weight = pair_weights(targets, batch["has_mask"])
+        loss, terms = box_loss(
+            kernels,
+            outputs.mask_feat,
+            batch["masks"],
+            edges,
+            targets.pair_instance,
+            weight,
+            factors,
+        )
+        projection, pairwise = factors * terms
+        return loss, {"loss_projection": projection, "loss_pairwise": pairwise}
+
+    return loss_of
 
 
 class ValidationLoss:

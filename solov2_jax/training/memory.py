@@ -92,12 +92,14 @@ def batch_shapes(
     width: int,
     mesh: jax.sharding.Mesh,
     pixels: PixelFormat = RGB,
+    boxes_only: bool = False,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns `Batch`'s fields as shapes on the mesh's devices.
 
     Args:
       slots: padded objects per image.
       pixels: what the images hold.
+      boxes_only: whether some object of the data has a box and no mask.
     """
     fields = {
         "image": ((height, width, pixels.channels), pixels.dtype),
@@ -109,6 +111,8 @@ def batch_shapes(
         "valid": ((slots,), jnp.bool_),
         "image_id": ((), jnp.int32),
     }
+    if boxes_only:
+        fields["has_mask"] = ((slots,), jnp.bool_)
     split = distributed.split_by_batch(mesh)
     return {
         name: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=split)
@@ -228,7 +232,9 @@ def resolve_batch_size(
     batches = build_train_batches(trial, dataset)
     maker: Any = batches.maker
     shape = max(batches.buckets, key=lambda s: s[0] * s[1])
-    number, lines = choose_batch_size(trial, shape, maker.slots, len(maker.images))
+    number, lines = choose_batch_size(
+        trial, shape, maker.slots, len(maker.images), boxes_only=maker.boxes_only
+    )
     return with_batch_size(config, number, lines)
 
 
@@ -252,7 +258,11 @@ def with_batch_size(config: Any, number: int, lines: Sequence[str]) -> Any:
 
 
 def choose_batch_size(
-    config: Any, shape: tuple[int, int], slots: int, images: int | None = None
+    config: Any,
+    shape: tuple[int, int],
+    slots: int,
+    images: int | None = None,
+    boxes_only: bool = False,
 ) -> tuple[int, list[str]]:
     """Returns (images per step, lines of the table that led to it).
 
@@ -261,8 +271,9 @@ def choose_batch_size(
       shape: the largest padded (height, width).
       slots: padded objects per image.
       images: of an epoch; None: not known.
+      boxes_only: whether some object of the data has a box and no mask.
     """
-    mesh = distributed.make_mesh()
+    mesh, pixels = distributed.make_mesh(), pixel_format(config)
     unit = mesh.size * config.train.accumulate
     most = SIZES[-1] if images is None else max(1, images // (STEPS_PER_EPOCH * unit))
     tried = (2, 4) if most >= 4 else (1, 2)
@@ -272,15 +283,12 @@ def choose_batch_size(
         *(n * unit for n in tried),
     )
     step, state, mesh = build_step(with_batch_size(config, unit, ()), mesh)
-    measured = []
-    for n in tried:
-        batch = batch_shapes(n * unit, slots, *shape, mesh, pixel_format(config))
-        measured.append(compile_step(step, state, batch, shape).total)
+    batches = (batch_shapes(n * unit, slots, *shape, mesh, pixels, boxes_only) for n in tried)
+    measured = [compile_step(step, state, batch, shape).total for batch in batches]
     limit, source = memory_limit()
     # What one process sees, others may see a little differently: the worst holds for all.
     seen = distributed.gather([*measured, limit])
-    first, second = (max(row[i] for row in seen) for i in (0, 1))
-    limit = min(row[2] for row in seen)
+    first, second, limit = (f(r[i] for r in seen) for i, f in enumerate((max, max, min)))
     per_image = max((second - first) / (tried[1] - tried[0]), 1.0)
     takes = {n: first + (n - tried[0]) * per_image for n in SIZES}
     fitting = [n for n in SIZES if takes[n] <= limit and n <= most]
@@ -307,6 +315,5 @@ def choose_batch_size(
             f"the rate is {chosen * unit / meant:.0f} times the one for {meant} images: lower "
             "optim.learning_rate, or give a smaller train.batch_size, if the loss does not fall"
         )
-    for line in lines:
-        (log.warning if not fitting else log.info)("%s", line)
+    (log.info if fitting else log.warning)("%s", "\n".join(lines))
     return chosen * unit, lines

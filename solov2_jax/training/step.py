@@ -120,7 +120,8 @@ class TrainStep:
         """
         self.compiles += 1  # runs when traced, not when executed
         # Of the whole batch: the targets, and what the losses' sums are divided by.
-        targets, normalizers = self._loss.assign(batch, jax.random.fold_in(key, state.step))
+        key = jax.random.fold_in(key, state.step)
+        targets, normalizers = self._loss.assign(batch, key, state.step)
         params = state.params
         of_rows = jax.shard_map(
             self._gradients,

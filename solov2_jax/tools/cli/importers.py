@@ -4,6 +4,7 @@
         --output train.json
     solov2 import labelme --images photos --labels photos \\
         --names classes.txt --output train.json
+    solov2 import voc --images JPEGImages --labels Annotations --output train.json
     solov2 import masks --images JPEGImages \\
         --objects SegmentationObject --classes SegmentationClass --void 255 \\
         --names voc.txt --output train.json
@@ -22,6 +23,7 @@ from solov2_jax.tools.cli.flags import Flag
 from solov2_jax.tools.importers.instances import Instances, read_names
 from solov2_jax.tools.importers.labelme import import_labelme
 from solov2_jax.tools.importers.masks import import_masks
+from solov2_jax.tools.importers.voc import import_voc
 from solov2_jax.tools.importers.yolo import (
     files_of_folders,
     files_of_yaml,
@@ -44,12 +46,13 @@ _VOID = Flag(
     "void", whole(255, high=65_535), "masks: value of pixels to ignore; 255 in VOC.", optional=True
 )
 _IMAGES = Flag("images", text(), "Folder of the images.")
-_LABELS = Flag("labels", text(), "yolo and labelme: folder of the label files.")
+_LABELS = Flag("labels", text(), "yolo, labelme and voc: folder of the label files.")
 _NAMES_FLAG = Flag("names", text(), _NAMES)
 _OUTPUT = Flag("output", text(), "JSON file to write.", required=True)
 _FOR = {
     "yolo": (_DATA, _SPLIT, _LABELS),
     "labelme": (_IGNORE, _LABELS),
+    "voc": (_LABELS,),
     "masks": (_OBJECTS, _CLASSES, _VOID),
 }
 FLAGS = (
@@ -74,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise InputError(f"--{flag.name} is not for {kind}; see --help")
         images, instances = _import(kind)
         instances.write(_OUTPUT.value)
-        print(load_coco(images, _OUTPUT.value).summary())
+        print(load_coco(images, _OUTPUT.value, boxes=True).summary())
         print(f"image folder: {images}")
 
     app.run(work, FLAGS, argv=words, platform=False)
@@ -96,6 +99,11 @@ def _import(kind: str) -> tuple[str, Instances]:
         instances, left_out = import_labelme(_IMAGES.value, labels, categories, ignored)
         for what, number in left_out.items():
             app.echo(f"{number} shapes left out: {what}")
+        return _IMAGES.value, instances
+    if kind == "voc":
+        instances, notes = import_voc(_IMAGES.value, _LABELS.value or _IMAGES.value, categories)
+        for note in notes:
+            app.echo(note)
         return _IMAGES.value, instances
     if categories is None:
         raise InputError("--names: give the class names (see --help).")

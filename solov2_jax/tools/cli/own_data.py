@@ -72,13 +72,13 @@ def own_config(config_file: str, workdir: str, overrides: Sequence[str], *, writ
                     "must be a folder here for that. Or import it (`solov2 import`), copy it to "
                     "object storage, and give it as data.train and data.val"
                 )
-            dataset = _read(data)
+            dataset = _read(data, boxes=config.loss.box_supervised)
             _point_to(config, data, Path(workdir))
         else:
             from solov2_jax.data.build import data_files
 
             config.data.name = DATA.value[0]
-            dataset = read_coco(*data_files(config)[0])
+            dataset = read_coco(*data_files(config)[0], boxes=config.loss.box_supervised)
         lines = list(data.lines) if data else [f"{DATA.value[0]}: records, {len(dataset)} images"]
         config.model.num_classes = len(dataset.class_names)
         if config.data.advice:
@@ -148,18 +148,22 @@ def _request(config: Any) -> dict[str, Any]:
     return {"data": DATA.value} | dataclasses.asdict(options)
 
 
-def _read(data: MergedData) -> CocoDataset:
-    """Returns the training data; checks both parts as training does."""
+def _read(data: MergedData, boxes: bool) -> CocoDataset:
+    """Returns the training data; checks both parts as training does.
+
+    Args:
+      boxes: whether objects with a box only are trained on.
+    """
     both = []
     for images, content, name in zip(
         data.images, data.contents, ("training", "validation"), strict=True
     ):
         table = read_instances(content, f"the {name} data of {describe(DATA.value)}")
-        both.append(read_coco(images, table))
+        both.append(read_coco(images, table, boxes=boxes and name == "training"))
     if not len(both[0].labels):
         raise InputError(
-            f"--data {describe(DATA.value)}: no object is left to train on; outlines or masks are "
-            "needed, boxes alone teach none."
+            f"--data {describe(DATA.value)}: no object is left to train on; outlines, masks or "
+            "boxes (with loss.box_supervised) are needed."
         )
     return both[0]
 

@@ -102,6 +102,7 @@ class Settings:
     max_images: int = 0  # looked at in each part, spread evenly; 0: all
     limits: DataLimits = DataLimits()
     pixels: PixelFormat = RGB
+    boxes: bool = True  # whether objects with a box only are trained on
 
 
 def examine(train: tuple[str, str], val: tuple[str, str] | None, settings: Settings) -> DataReport:
@@ -116,7 +117,8 @@ def examine(train: tuple[str, str], val: tuple[str, str] | None, settings: Setti
         if files is None:
             continue
         try:
-            dataset = read_coco(*files, categories=categories)
+            boxes = settings.boxes and name == "training"
+            dataset = read_coco(*files, categories=categories, boxes=boxes)
             missing_files(dataset)  # raises without the folder
         except ValueError as error:
             findings += one_finding(ERROR, str(error))
@@ -201,6 +203,7 @@ def settings_of(config: Any, max_images: int = 0) -> Settings:
         keep_empty=config.data.keep_empty,
         max_images=max_images,
         pixels=pixel_format(config),
+        boxes=config.loss.box_supervised,
         limits=DataLimits(
             max_instances=config.data.max_instances,
             max_pairs=targets.max_pairs,

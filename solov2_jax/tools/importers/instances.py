@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,25 @@ class Instances:
         box = [*low.tolist(), *(high - low).tolist()]
         self._add(category, [p.round(3).tolist() for p in flat], box, float(area))
 
+    def add_box(
+        self, category: int, x0: float, y0: float, x1: float, y1: float, *, where: str
+    ) -> None:
+        """Takes an object of the last image of which only the box is known, in pixels.
+
+        Raises:
+          InputError: naming the place `where` it stands, if it has no extent in the image.
+        """
+        height, width = self.size
+        left, right = max(float(x0), 0.0), min(float(x1), float(width))
+        top, bottom = max(float(y0), 0.0), min(float(y1), float(height))
+        if right <= left or bottom <= top:
+            raise InputError(
+                f"{where}: the box {x0:g}, {y0:g}, {x1:g}, {y1:g} (x0, y0, x1, y1 in pixels) "
+                f"covers nothing of its image of {height} x {width}; correct or remove it."
+            )
+        box = [left, top, right - left, bottom - top]
+        self._add(category, [], box, box[2] * box[3])
+
     def add_mask(self, category: int, mask: np.ndarray) -> None:
         """Takes an object of the last image: its mask, bool [height, width]."""
         runs: Any = mask_to_rle(mask)
@@ -86,6 +105,15 @@ class Instances:
         """Writes the json, whole or not at all."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_text(json.dumps(self.content()), path)
+
+
+def part_of(content: dict[str, Any], ids: Collection[int]) -> dict[str, Any]:
+    """Returns a json's content with the images of these ids."""
+    return {
+        **content,
+        "images": [i for i in content["images"] if i["id"] in ids],
+        "annotations": [a for a in content["annotations"] if a["image_id"] in ids],
+    }
 
 
 # --- Shapes --------------------------------------------------------------------------

@@ -13,10 +13,10 @@ from typing import Any
 
 from solov2_jax.data.annotations import describe, read_instances
 from solov2_jax.data.coco import find_files
-from solov2_jax.data.images import is_junk, list_files, list_images
+from solov2_jax.data.images import image_suffixes, is_junk, list_files, list_images
 from solov2_jax.io import InputError, read_json
-from solov2_jax.tools.importers import cvat, label_studio, supervisely, via
-from solov2_jax.tools.importers.instances import Instances, read_names, read_yaml
+from solov2_jax.tools.importers import cvat, label_studio, supervisely, via, voc
+from solov2_jax.tools.importers.instances import Instances, part_of, read_names, read_yaml
 from solov2_jax.tools.importers.labelme import import_labelme
 from solov2_jax.tools.importers.masks import import_masks
 from solov2_jax.tools.importers.yolo import (
@@ -27,9 +27,9 @@ from solov2_jax.tools.importers.yolo import (
 )
 
 FORMATS = (
-    "COCO json (also as Roboflow, CVAT and Label Studio export it), YOLO's outlines with "
-    "data.yaml, labelme, VGG Image Annotator, CVAT's XML, Label Studio's json, Supervisely, "
-    "images with PNG masks"
+    "COCO json (also as Roboflow, CVAT and Label Studio export it), YOLO's outlines or boxes "
+    "with data.yaml, labelme, VGG Image Annotator, CVAT's XML, Pascal VOC's XML, Label Studio's "
+    "json, Supervisely, images with PNG masks"
 )
 TRAIN, VAL, TEST = "train", "val", "test"
 _SPLIT = re.compile(
@@ -37,6 +37,7 @@ _SPLIT = re.compile(
 )
 _MASKS = ("masks", "mask", "segmentationobject", "instances", "instance_masks", "labels")
 _PICTURES = ("images", "image", "imgs", "img", "jpegimages")
+_XML = ("annotations", "annotation", "xmls", "labels")
 _IDS = {"images": ("id",), "categories": ("id",), "annotations": ("image_id", "category_id")}
 _FEW = 20  # image names by which a folder of images is known
 
@@ -114,7 +115,7 @@ def _of_file(path: Path) -> list[DataPart]:
     if suffix == ".json":
         return _jsons([path], top=path.parent.parent, labelme=path.parent)
     if suffix == ".xml":
-        return _cvat(path)
+        return _of_voc(path.parent) if voc.is_voc(path) else _cvat(path)
     raise InputError(
         f"--data {path}: is no json, yaml or xml file; unpack an archive, and give the folder."
     )
@@ -340,6 +341,23 @@ def _of_supervisely(folder: Path) -> list[DataPart]:
     ]
 
 
+def _of_voc(folder: Path) -> list[DataPart]:
+    """Returns the parts of Pascal VOC's XML files, beside their images or in a folder of
+    their own; `ImageSets/Main/train.txt` and `val.txt` say which are for what."""
+    children = {child.name.lower(): child for child in _folders(folder)}
+    own = [children[name] for name in _XML if name in children]
+    labels = next((p for p in [folder, *own] if any(map(voc.is_voc, _files(p, ".xml")[:1]))), None)
+    if labels is None:
+        return []
+    beside = _files(labels, *image_suffixes())
+    pictures = next((children[name] for name in _PICTURES if name in children), folder)
+    images = str(labels if beside else pictures)
+    return [
+        DataPart("Pascal VOC", split, images, content, "", notes)
+        for split, content, notes in voc.import_parts(images, labels, folder / "ImageSets")
+    ]
+
+
 # --- PNG masks -----------------------------------------------------------------------
 
 
@@ -392,15 +410,11 @@ def _by_subfolder(instances: Instances) -> dict[str, dict[str, Any]]:
     if not {TRAIN, VAL} <= set(splits.values()):
         return {"": content}
     return {
-        split: {
-            **content,
-            "images": [i for i in content["images"] if splits[i["id"]] == split],
-            "annotations": [a for a in content["annotations"] if splits[a["image_id"]] == split],
-        }
+        split: part_of(content, {i for i, s in splits.items() if s == split})
         for split in sorted(set(splits.values()))
     }
 
 
 _READERS: tuple[Callable[[Path], list[DataPart]], ...] = (
-    *(_of_yaml, _of_supervisely, _of_jsons, _of_xml, _of_yolo_folders, _of_masks),
+    *(_of_yaml, _of_supervisely, _of_jsons, _of_xml, _of_yolo_folders, _of_masks, _of_voc),
 )

@@ -1,6 +1,7 @@
-"""YOLO segmentation labels: a text file per image, an outline per line.
+"""YOLO labels: a text file per image, an outline or a box per line.
 
-A line is `class x1 y1 x2 y2 ...`, coordinates over the image's width and height. An
+A line is `class x1 y1 x2 y2 ...`, or `class x y width height` with the centre of a box,
+coordinates over the image's width and height. An
 image without a label file, or with an empty one, has no objects. Where folders and lists
 of a data.yaml lie follows ultralytics.
 """
@@ -179,15 +180,11 @@ def _add_line(instances: Instances, line: str, where: str, ids: list[int]) -> No
             f"{where}: class {index}, but there are {len(ids)} names (0 to "
             f"{len(ids) - 1}); correct it or the names."
         )
-    if len(values) == 4:
-        raise InputError(
-            f"{where}: four numbers after the class are a box, not an outline; export "
-            "the data set for segmentation."
-        )
-    if len(values) < 6 or len(values) % 2:
+    is_box = len(values) == 4
+    if not is_box and (len(values) < 6 or len(values) % 2):
         raise InputError(
             f"{where}: {len(values)} numbers after the class; an outline has x and y "
-            "of at least 3 points."
+            "of at least 3 points, a box its centre, width and height."
         )
     if not (np.isfinite(values) & (values >= -_SLACK) & (values <= 1 + _SLACK)).all():
         raise InputError(
@@ -195,5 +192,10 @@ def _add_line(instances: Instances, line: str, where: str, ids: list[int]) -> No
             f"to 1; there are {values.min():g} to {values.max():g}."
         )
     height, width = instances.size
+    if is_box:
+        x, y, w, h = values * [width, height, width, height]
+        corners = x - w / 2, y - h / 2, x + w / 2, y + h / 2
+        instances.add_box(ids[index], corners[0], corners[1], corners[2], corners[3], where=where)
+        return
     points = np.clip(values.reshape(-1, 2), 0, 1) * [width, height]
     instances.add_polygons(ids[index], [points])
