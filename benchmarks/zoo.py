@@ -30,6 +30,8 @@ from solov2_jax.weights.sources import read_weights
 from solov2_jax.weights.tables import to_mmdet
 
 CLASSES, SIZE = 5, (128, 160)
+# timm's Swin shifts its windows otherwise where they do not divide the sides.
+SIZES = {"timm Swin-S": (224, 224)}
 
 
 class Network(NamedTuple):
@@ -86,6 +88,9 @@ NETWORKS: dict[str, Network] = {
     "timm ConvNeXt-S": _backbone("convnext_s", "timm"),
     "torchvision MobileNetV3-large": _backbone("mobilenet_v3_large", "torchvision"),
     "timm mobilenetv3_large_100": _backbone("mobilenet_v3_large", "timm"),
+    "torchvision Swin-T": _backbone("swin_t", "torchvision"),
+    "timm Swin-S": _backbone("swin_s", "timm"),
+    "timm DINOv2 ViT-S/14": _backbone("dinov2_s", "timm"),
 }
 
 
@@ -104,15 +109,15 @@ def main() -> None:
     rows = content.setdefault("rows", {})
     print(HEAD)
     for name, network in chosen.items():
-        rows[name] = measure(network, args.peer)
+        rows[name] = measure(network, args.peer, SIZES.get(name, SIZE))
         print(row(name, rows[name]), flush=True)
         harness.write(content, args.results)
     if wrong := [name for name in chosen if rows[name]["wrong"]]:
         sys.exit(f"error: more than rounding: {', '.join(wrong)}")
 
 
-def measure(network: Network, peer: str) -> dict[str, Any]:
-    """Returns the differences of a network."""
+def measure(network: Network, peer: str, size: tuple[int, int]) -> dict[str, Any]:
+    """Returns the differences of a network on a picture of the size."""
     config = load_config(network.config, [f"--config.{key}" for key in network.keys])
     with tempfile.TemporaryDirectory() as folder:
         path = write_file(network, config, Path(folder), peer)
@@ -120,7 +125,7 @@ def measure(network: Network, peer: str) -> dict[str, Any]:
         for key in ("input.channel_order", "input.mean", "input.std"):
             weights.settings.pop(key, None)  # a file of these names may have any
         weights.settings.pop("model.backbone.stride_in_1x1", None)
-        picture = ours.example_picture(*SIZE)
+        picture = ours.example_picture(*size)
         run = ours.run_network if weights.num_classes else ours.run_backbone
         with ours.highest_precision():
             computed, _ = run(config, weights, picture)
@@ -170,7 +175,7 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.float32(noise if len(shape) == 1 else 0.3 * noise / np.sqrt(fan))
     if name.endswith(("solo_cate.bias", "conv_cls.bias")):
         return np.float32(-2.2 + 0.1 * noise)
-    if name.endswith(("bias", "running_mean", "_mean", "position_table")):
+    if name.endswith(("bias", "running_mean", "_mean", "bias_table", "cls_token", "pos_embed")):
         return np.float32(0.05 * noise)
     if len(shape) < 2 or "layer_scale" in name or "gamma" in name:
         last = any(part in name for part in ("bn3", "branch2c", "layer_scale", "gamma"))

@@ -47,8 +47,8 @@ _NO_JITTER = only("augment.jitter_scale", ())
 _BOXES = only("loss.box_supervised", True)
 _RESNET = only("model.backbone.name", "resnet")
 _DEEP = (_RESNET, only("model.backbone.depth", 50, 101, 152))
-_BACKBONES = ("resnet", "convnext_t", "convnext_s", "mobilenet_v3_large")
-_LAYER_NORMS = ("convnext_t", "convnext_s")
+_LAYER_NORMS = ("convnext_t", "convnext_s", "swin_t", "swin_s", "dinov2_s")
+_BACKBONES = ("resnet", "mobilenet_v3_large", *_LAYER_NORMS)
 _BACKBONE = (f"{'|'.join(_BACKBONES)}|{IMPORT_PATH[0]}", f"one of {_BACKBONES} or {IMPORT_PATH[1]}")
 
 # What `augment.preset` sets, by name.
@@ -268,8 +268,9 @@ def keys() -> Section:
     # everywhere. On a CPU they are the same.
     model.matmul_precision = choice("default", ("default", "high", "highest"))
     model.backbone = backbone = Section()
-    # "resnet", "convnext_t", "convnext_s", "mobilenet_v3_large", or your own `Backbone` by its
-    # import path, such as "mypackage.nets:Stub" (docs/training.md) [MODEL.BACKBONE.NAME].
+    # "resnet", "convnext_t", "convnext_s", "mobilenet_v3_large", "swin_t", "swin_s",
+    # "dinov2_s", or your own `Backbone` by its import path, such as "mypackage.nets:Stub"
+    # (docs/training.md) [MODEL.BACKBONE.NAME].
     backbone.name = text("resnet", _BACKBONE)
     # Fields of other backbones than ResNet, such as `options.depths = (3, 3, 9, 3)` of
     # ConvNeXt, or those of your own: any key may stand here that the backbone has.

@@ -17,13 +17,16 @@ import numpy as np
 
 SIZE = (64, 96)  # height, width
 FILE = Path(__file__).parent / "golden" / "backbones.npz"
+SWIN_DEPTHS, SWIN_HEADS = (2, 2, 3, 2), (1, 2, 2, 4)
 DEPTHS, WIDTHS = (1, 2, 4, 1), (8, 16, 24, 32)
 
 
-def golden_image() -> np.ndarray:
+def golden_image(case: str) -> np.ndarray:
     """Returns float32 [1, h, w, 3]."""
     noise = np.random.default_rng(5).standard_normal((1, *SIZE, 3))
-    return noise.astype(np.float32)
+    if case == "swin_timm":  # square, see there
+        noise = noise[:, :, : SIZE[0]]
+    return np.ascontiguousarray(noise, np.float32)
 
 
 def backbone_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -33,7 +36,7 @@ def backbone_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.float32(np.exp(0.2 * noise))
     if name.endswith("running_mean"):
         return np.float32(0.05 * noise)
-    if name.endswith(("bias", "table")):
+    if name.endswith(("bias", "table", "cls_token", "pos_embed")):
         return np.float32(0.2 * noise)
     if "gamma" in name or "layer_scale" in name:
         return np.float32(0.5 + 0.1 * noise)
@@ -71,11 +74,60 @@ def mobilenet_timm():
     return model, [model.blocks[i] for i in (1, 2, 4, 5)]
 
 
+def swin_torchvision():
+    from torchvision.models import SwinTransformer
+
+    model = SwinTransformer(
+        patch_size=[4, 4],
+        embed_dim=8,
+        depths=list(SWIN_DEPTHS),
+        num_heads=list(SWIN_HEADS),
+        window_size=[7, 7],
+        num_classes=2,
+    )
+    return model, [model.features[i] for i in (1, 3, 5, 7)]
+
+
+def swin_timm():
+    """Sides that are multiples of the window: for others timm shifts another way."""
+    from timm.models.swin_transformer import SwinTransformer
+
+    model = SwinTransformer(
+        img_size=(64, 64),
+        embed_dim=8,
+        depths=SWIN_DEPTHS,
+        num_heads=SWIN_HEADS,
+        window_size=2,
+        num_classes=2,
+    )
+    return model, list(model.layers)
+
+
+def dinov2_timm():
+    """One stage: the tokens after the last norm. Sees the image at 7/8 of its size."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(
+        img_size=5 * 14,
+        patch_size=14,
+        embed_dim=32,
+        depth=4,
+        num_heads=2,
+        init_values=1e-5,
+        num_classes=0,
+        dynamic_img_size=True,
+    )
+    return model, [model.norm]
+
+
 CASES = {
     "convnext_torchvision": convnext_torchvision,
     "convnext_timm": convnext_timm,
     "mobilenet_torchvision": mobilenet_torchvision,
     "mobilenet_timm": mobilenet_timm,
+    "swin_torchvision": swin_torchvision,
+    "swin_timm": swin_timm,
+    "dinov2_timm": dinov2_timm,
 }
 
 
@@ -96,14 +148,17 @@ def main() -> None:
         found = {}
         for level, stage in enumerate(stages, start=2):
             stage.register_forward_hook(functools.partial(_keep, found, level))
-        image = torch.from_numpy(golden_image()).permute(0, 3, 1, 2)
+        image = torch.from_numpy(golden_image(case)).permute(0, 3, 1, 2)
+        if case == "dinov2_timm":
+            image = torch.nn.functional.interpolate(image, scale_factor=7 / 8, mode="bilinear")
         with torch.no_grad():
             model(image)
         arrays[f"{case}_shapes"] = np.array(json.dumps(shapes))
         for level, feature in found.items():
-            # Swin's are channels last already.
-            last = feature.shape[1] > feature.shape[-1] or "swin" not in case
-            value = feature.permute(0, 2, 3, 1) if last else feature
+            if case == "dinov2_timm":
+                value = feature[:, 1:].reshape(1, SIZE[0] // 16, SIZE[1] // 16, -1)
+            else:  # Swin's are channels last already
+                value = feature if "swin" in case else feature.permute(0, 2, 3, 1)
             arrays[f"{case}_res{level}"] = value.numpy().astype(np.float32)
             print(case, level, value.shape, float(value.std()))
     np.savez_compressed(FILE, **arrays)

@@ -17,7 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from golden_backbones import DEPTHS, WIDTHS, backbone_weight, golden_image
+from golden_backbones import (
+    DEPTHS,
+    SWIN_DEPTHS,
+    SWIN_HEADS,
+    WIDTHS,
+    backbone_weight,
+    golden_image,
+)
 from PIL import Image
 from tiny_network import tiny_config, tiny_variables
 
@@ -39,12 +46,23 @@ SMALL = {
         ("convnext_torchvision", "convnext_timm"),
     ),
     "mobilenet_v3_large": ({}, ("mobilenet_torchvision", "mobilenet_timm")),
+    "swin_t": (
+        {"depths": SWIN_DEPTHS, "heads": SWIN_HEADS, "width": 8},
+        ("swin_torchvision", "swin_timm"),
+    ),
+    "dinov2_s": ({"depth": 4, "width": 32, "heads": 2, "grid": 5}, ("dinov2_timm",)),
 }
+OF_CASE = {"swin_timm": {"window": 2}}  # further options
+# What no classifier has: it ends a backbone's results.
+NEW = ("out_ln", "pyramid", "ln_pyramid")
 # Published numbers of parameters, without the classifier's norm and layer.
 PARAMETERS = {
     "convnext_t": 28_589_128 - 2 * 768 - 769_000,
     "convnext_s": 50_223_688 - 2 * 768 - 769_000,
     # Besides the last convolution and its norm, and two layers.
+    "swin_t": 28_288_354 - 2 * 768 - 769_000,
+    "swin_s": 49_606_258 - 2 * 768 - 769_000,
+    "dinov2_s": 22_056_576 - 384,  # without the token of masked patches
     "mobilenet_v3_large": 5_483_032 - 160 * 960 - 2 * 960 - 961 * 1280 - 1281 * 1000,
 }
 CASES = [(name, case) for name, (_, cases) in SMALL.items() for case in cases]
@@ -81,6 +99,10 @@ def random_variables(backbone):
     return jax.tree_util.tree_map_with_path(values, shapes_of(backbone))
 
 
+def is_new(leaf):
+    return leaf.split("/")[1].startswith(NEW)
+
+
 def golden_state(arrays, case):
     shapes = json.loads(str(arrays[f"{case}_shapes"]))
     return {name: backbone_weight(name, tuple(shape)) for name, shape in shapes.items()}
@@ -94,15 +116,20 @@ def test_features_are_the_originals(golden, name, case):
     table = backbones.TABLES[source]
     flat, rest = names.from_names(table, state)
     assert all(names.drop_reason(table, tensor) for tensor in rest), rest
-    backbone = small_backbone(name)
+    backbone = small_backbone(name, **OF_CASE.get(case, {}))
     if any(field.name == "out_norm" for field in dataclasses.fields(backbone)):
         backbone = dataclasses.replace(backbone, out_norm=False)
     of_network = {"/".join(k): v.shape for k, v in flatten_dict(shapes_of(backbone)).items()}
     flat = {leaf.replace("/backbone/", "/"): value for leaf, value in flat.items()}
+    new = {leaf: np.zeros(s, np.float32) for leaf, s in of_network.items() if is_new(leaf)}
+    flat |= new
     assert {leaf: value.shape for leaf, value in flat.items()} == of_network
     variables = unflatten_dict(flat, sep="/")
-    features = jax.jit(backbone.apply)(variables, golden_image())
-    for level in LEVELS:
+    run = functools.partial(backbone.apply, mutable=["intermediates"])
+    features, state = jax.jit(run)(variables, golden_image(case))
+    if new:  # all of the original's is in one map
+        features = {"res2": state["intermediates"]["tokens"][0]}
+    for level in LEVELS[: len(features)]:
         want = arrays[f"{case}_{level}"]
         got = np.asarray(features[level])
         assert got.shape == want.shape
@@ -133,7 +160,7 @@ def test_the_number_of_parameters_is_the_published_one(name):
     config = base.get_config()
     config.model.backbone.name = name
     shapes = flatten_dict(shapes_of(build_backbone(config))["params"])
-    count = sum(int(np.prod(v.shape)) for k, v in shapes.items() if not k[0].startswith("out_ln"))
+    count = sum(int(np.prod(v.shape)) for k, v in shapes.items() if not k[0].startswith(NEW))
     assert count == PARAMETERS[name]
     leaves = {"/".join(("params", "backbone", *k)): v for k, v in shapes.items()}
     assert backbones.backbone_of(leaves) == name
@@ -152,7 +179,7 @@ def test_stages_freeze_and_layers_hold_every_parameter_once(name):
     assert counts[0] == len(leaves) and counts == sorted(counts, reverse=True)
     assert len(set(counts)) == 6
     free = {"/".join(k) for k, value in flatten_dict(masks[5]).items() if value}
-    assert all("/out_ln" in leaf for leaf in free)  # of no stage: norms of the results
+    assert all(is_new(leaf) for leaf in free)  # of no stage: what ends the results
     rate = layer_rates(backbone.layers(), 0.5)
     number = len(backbone.layers())
     exponents = {leaf: round(-np.log2(rate(leaf))) for leaf in leaves}
@@ -240,13 +267,14 @@ def write_file(path, state):
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_files_are_read_by_their_names_and_fit(golden, tmp_path, name, case):
     weights = read_weights(write_file(tmp_path / "x.npz", golden_state(golden("backbones"), case)))
-    config = backbone_config(name, **SMALL[name][0])
+    config = backbone_config(name, **SMALL[name][0], **OF_CASE.get(case, {}))
     config.data.channels = 5
     targets = convert.network_shapes(config, 2)
     flat, report = convert.match(weights, targets)
     stem = "params/backbone/stem/conv1/kernel"
     assert flat[stem].shape[2] == 5  # red, green, blue in turn
-    assert not [leaf for leaf in report.new if "/backbone/" in leaf and "/out_ln" not in leaf]
+    of_backbone = [leaf for leaf in report.new if "/backbone/" in leaf]
+    assert all(is_new(leaf.replace("/backbone", "")) for leaf in of_backbone)
     assert not [entry for entry in report.dropped if entry[1] == "no rule for this name"]
     with pytest.raises(ValueError, match="do not fit the network|the network has another"):
         convert.match(weights, convert.network_shapes(tiny_config(), 2))

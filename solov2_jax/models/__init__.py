@@ -13,6 +13,8 @@ from solov2_jax.models.deform import Deform
 from solov2_jax.models.mobilenet import MobileNetV3
 from solov2_jax.models.resnet import ResNet
 from solov2_jax.models.solov2 import SOLOv2, intermediates
+from solov2_jax.models.swin import Swin
+from solov2_jax.models.vit import ViT
 
 __all__ = ["Backbone", "ResNet", "SOLOv2", "build_backbone", "build_model", "intermediates"]
 
@@ -22,6 +24,9 @@ BACKBONES: dict[str, tuple[type[Backbone], dict[str, Any]]] = {
     "convnext_t": (ConvNeXt, {}),
     "convnext_s": (ConvNeXt, {"depths": (3, 3, 27, 3)}),
     "mobilenet_v3_large": (MobileNetV3, {}),
+    "swin_t": (Swin, {}),
+    "swin_s": (Swin, {"depths": (2, 2, 18, 2)}),
+    "dinov2_s": (ViT, {}),
 }
 
 

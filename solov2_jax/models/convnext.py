@@ -19,6 +19,7 @@ from solov2_jax.models.dense import (
     DepthwiseConv,
     LayerNorm,
     PatchConv,
+    PatchStem,
     gelu,
     scale_channels,
 )
@@ -42,17 +43,6 @@ class ConvNeXtBlock(nn.Module):
         y = Dense(channels, dtype=self.dtype, name="fc2")(y)
         gamma = self.param("gamma", nn.initializers.constant(1e-6), (channels,))
         return x + scale_channels(y, gamma)
-
-
-class PatchStem(nn.Module):
-    """Patches of 4 x 4 pixels, then a norm."""
-
-    features: int
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, image: Float[Array, "B h w c"]) -> Float[Array, "B _ _ C"]:
-        return LayerNorm(name="ln")(PatchConv(self.features, 4, self.dtype, name="conv1")(image))
 
 
 class Down(nn.Module):
@@ -83,7 +73,7 @@ class ConvNeXt(Backbone):
         self, image: Float[Array, "B h w c"], extent: Int[Array, "B 2"] | None = None
     ) -> dict[str, jax.Array]:
         """Returns the features; `extent`, see `ops`, is of multiples of 32."""
-        x = self.cut(PatchStem(self.widths[0], self.dtype, name="stem")(image), 1)
+        x = self.cut(PatchStem(self.widths[0], dtype=self.dtype, name="stem")(image), 1)
         features, extent = {}, ops.at_stride(extent, 4)
         for i, level in enumerate(LEVELS):
             if i:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from solov2_jax.models.depthwise import depthwise_conv2d
 
@@ -95,3 +95,47 @@ class LayerNorm(nn.Module):
         y = y - jnp.mean(y, -1, keepdims=True)
         y = y * lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.epsilon)
         return add_channels(scale_channels(y, scale), bias).astype(x.dtype)
+
+
+class PatchStem(nn.Module):
+    """Patches of 4 x 4 pixels, then a norm."""
+
+    features: int
+    epsilon: float = 1e-6
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "B h w c"]) -> Float[Array, "B _ _ C"]:
+        patches = PatchConv(self.features, 4, self.dtype, name="conv1")(image)
+        return LayerNorm(self.epsilon, name="ln")(patches)
+
+
+def attention(
+    q: Float[Array, "B N C"],
+    k: Float[Array, "B N C"],
+    v: Float[Array, "B N C"],
+    heads: int,
+    there: Bool[Array, "B N"] | None = None,
+    bias: Float[Array, "heads N N"] | None = None,
+) -> Float[Array, "B N C"]:
+    """Returns the mean of the values at all places, by the likeness of query and key.
+
+    Args:
+      there: places that are looked at; None: all.
+      bias: of the logits of each pair of places; they are in float32.
+
+    Source: torch.nn.functional.scaled_dot_product_attention, in `heads` parts of the channels.
+    """
+    b, n, c = q.shape
+    q, k, v = (x.reshape(b, n, heads, c // heads).transpose(0, 2, 1, 3) for x in (q, k, v))
+    scale = jnp.asarray((c // heads) ** -0.5, q.dtype)
+    logits = lax.dot_general(q * scale, k, (((3,), (3,)), ((0, 1), (0, 1)))).astype(jnp.float32)
+    if bias is not None:
+        logits = logits + bias[None]
+    if there is not None:
+        logits = jnp.where(there[:, None, None], logits, -1e9)
+    logits = logits - lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
+    weights = jnp.exp(logits)
+    weights = weights / jnp.sum(weights, -1, keepdims=True)
+    y = lax.dot_general(weights.astype(v.dtype), v, (((3,), (2,)), ((0, 1), (0, 1))))
+    return y.transpose(0, 2, 1, 3).reshape(b, n, c)

@@ -143,17 +143,117 @@ def _excitation(source: str, target: str) -> tuple[Rule, ...]:
     )
 
 
+def _thirds(source: str, target: str) -> tuple[Rule, ...]:
+    """Returns the rules of queries, keys and values that the source has in one layer."""
+    rules = []
+    for i, name in enumerate("qkv"):
+        for theirs, mine in (("weight", "kernel"), ("bias", "bias")):
+            leaf = f"params/backbone/{target}/{name}/{mine}"
+            rules.append(Rule(f"{source}.{theirs}", leaf, f"third{i}"))
+    return tuple(rules)
+
+
+def _swin_block(prefix: str, target: str, layers: tuple[str, str]) -> tuple[Rule, ...]:
+    """Returns the rules of a block; `layers`: its last two."""
+    table = f"{prefix}.attn.relative_position_bias_table"
+    return (
+        *_norm(f"{prefix}.norm1", f"{target}/ln1"),
+        *_thirds(f"{prefix}.attn.qkv", f"{target}/attn"),
+        *_dense(f"{prefix}.attn.proj", f"{target}/attn/proj"),
+        Rule(table, f"params/backbone/{target}/attn/table"),
+        *_norm(f"{prefix}.norm2", f"{target}/ln2"),
+        *_dense(f"{prefix}.{layers[0]}", f"{target}/fc1"),
+        *_dense(f"{prefix}.{layers[1]}", f"{target}/fc2"),
+    )
+
+
+def _merging(prefix: str, target: str) -> tuple[Rule, ...]:
+    kernel = Rule(f"{prefix}.reduction.weight", f"params/backbone/{target}/fc/kernel", "matrix")
+    return (*_norm(f"{prefix}.norm", f"{target}/ln"), kernel)
+
+
+def _swin(late: bool) -> NameTable:
+    """Returns the names of Swin transformers.
+
+    Source: torchvision/models/swin_transformer.py; timm's; microsoft/Swin-Transformer, where
+    what merges patches ends a stage (`late`), while in timm it begins the next.
+    """
+    rules: list[Rule] = []
+    for stem in (("features.0.0", "features.0.2"), ("patch_embed.proj", "patch_embed.norm")):
+        rules += [*_conv(stem[0], "stem/conv1"), *_norm(stem[1], "stem/ln")]
+    for s in _STAGES:
+        target = f"res{s}_{{i}}"
+        rules += _swin_block(f"features.{2 * s - 3}.{{i}}", target, ("mlp.0", "mlp.3"))
+        rules += _swin_block(f"layers.{s - 2}.blocks.{{i}}", target, ("mlp.fc1", "mlp.fc2"))
+    for s in _DOWN:
+        rules += _merging(f"features.{2 * s - 4}", f"res{s}_down")
+        rules += _merging(f"layers.{s - 2 - late}.downsample", f"res{s}_down")
+    buffers = Drop(r".*\.(relative_position_index|attn_mask)", "made again, not learned")
+    return NameTable(tuple(rules), (COUNTER, buffers, _CLASSIFIER))
+
+
+SWIN, SWIN_LATE = _swin(late=False), _swin(late=True)
+
+
+def _dinov2() -> tuple[Rule, ...]:
+    """Source: facebookresearch/dinov2, vision_transformer.py, and timm, whose names are the
+    same; transformers' Dinov2Model, the names of facebook/dinov2-small."""
+    stem, block = "params/backbone/stem", "block_{i}"
+    rules: list[Rule] = []
+    for cls, position, patches in (
+        ("cls_token", "pos_embed", "patch_embed.proj"),
+        (
+            "embeddings.cls_token",
+            "embeddings.position_embeddings",
+            "embeddings.patch_embeddings.projection",
+        ),
+    ):
+        rules += [Rule(cls, f"{stem}/cls", "rows"), Rule(position, f"{stem}/position", "rows")]
+        rules += _conv(patches, "stem/conv1")
+    rules += [*_norm("norm", "ln"), *_norm("layernorm", "ln")]
+    plain, hub = "blocks.{i}", "encoder.layer.{i}"
+    rules += _thirds(f"{plain}.attn.qkv", block)
+    for name, layer in (("q", "query"), ("k", "key"), ("v", "value")):
+        rules += _dense(f"{hub}.attention.attention.{layer}", f"{block}/{name}")
+    rules += _dense(f"{plain}.attn.proj", f"{block}/proj")
+    rules += _dense(f"{hub}.attention.output.dense", f"{block}/proj")
+    for prefix in (plain, hub):
+        for n in (1, 2):
+            rules += _norm(f"{prefix}.norm{n}", f"{block}/ln{n}")
+            rules += _dense(f"{prefix}.mlp.fc{n}", f"{block}/fc{n}")
+    for n in (1, 2):
+        gamma = f"params/backbone/{block}/gamma{n}"
+        rules.append(Rule(f"{plain}.ls{n}.gamma", gamma))
+        rules.append(Rule(f"{hub}.layer_scale{n}.lambda1", gamma))
+    return tuple(rules)
+
+
+_MASK_TOKEN = Drop(r"(embeddings\.)?mask_token", "of the pretraining, not used")
+DINOV2 = NameTable(
+    _dinov2(), (COUNTER, _MASK_TOKEN, Drop(r"(head|classifier)\..*", "classifier, not used"))
+)
+
 _LAST_CONV = Drop(
     r"(features\.16|blocks\.6|conv_head|classifier|norm_head)\..*",
     "ImageNet classifier and the 1x1 convolution before it, not used",
 )
 MOBILENET = NameTable(_mobilenet(), (COUNTER, _LAST_CONV))
 
-TABLES: dict[str, NameTable] = {"convnext": CONVNEXT, "mobilenet": MOBILENET}
+TABLES: dict[str, NameTable] = {
+    "convnext": CONVNEXT,
+    "mobilenet": MOBILENET,
+    "swin": SWIN,
+    "dinov2": DINOV2,
+}
 # Names that tell a family, of the tensors of each program.
 MARKS: dict[str, tuple[str, ...]] = {
     "convnext": ("stages.0.blocks.0.conv_dw.", "features.1.0.layer_scale", "stages.0.0.dwconv."),
     "mobilenet": ("features.1.block.0.0.weight", "blocks.0.0.conv_dw."),
+    "swin": (
+        "features.1.0.attn.relative_position_bias_table",
+        "layers.0.blocks.0.attn.relative_position_bias_table",
+    ),
+    "dinov2": ("blocks.0.ls1.gamma", "encoder.layer.0.layer_scale1."),
 }
 
 # (family's leaf, blocks of each stage, channels of the stem) of the backbones by name.
@@ -161,12 +261,18 @@ _KNOWN: dict[tuple[str, tuple[int, ...], int], str] = {
     ("gamma", (3, 3, 9, 3), 96): "convnext_t",
     ("gamma", (3, 3, 27, 3), 96): "convnext_s",
     ("project", (2, 3, 6, 3), 16): "mobilenet_v3_large",
+    ("attn", (2, 2, 6, 2), 96): "swin_t",
+    ("attn", (2, 2, 18, 2), 96): "swin_s",
+    ("gamma1", (12, 0, 0, 0), 384): "dinov2_s",
 }
 # Weights of timm's on the Hugging Face hub by the backbone's name.
 _PUBLISHED = {
     "convnext_t": "convnext_tiny.fb_in22k_ft_in1k",
     "convnext_s": "convnext_small.fb_in22k_ft_in1k",
     "mobilenet_v3_large": "mobilenetv3_large_100.ra_in1k",
+    "swin_t": "swin_tiny_patch4_window7_224.ms_in22k_ft_in1k",
+    "swin_s": "swin_small_patch4_window7_224.ms_in22k_ft_in1k",
+    "dinov2_s": "vit_small_patch14_dinov2.lvd142m",
 }
 
 
@@ -175,9 +281,10 @@ def backbone_of(leaves: Mapping[str, Any]) -> str | None:
     blocks: dict[str, int] = {}
     kinds: set[str] = set()
     for leaf in leaves:
-        matched = re.match(r"params/backbone/res(\d)_(\d{1,4})/(\w+)", leaf)
+        matched = re.match(r"params/backbone/(res\d|block)_(\d{1,4})/(\w+)", leaf)
         if matched:
-            stage, block, kind = matched.groups()
+            name, block, kind = matched.groups()
+            stage = "2" if name == "block" else name[3]  # no stages: all in the first
             blocks[stage] = max(blocks.get(stage, 0), int(block) + 1)
             kinds.add(kind)
     stem = leaves.get("params/backbone/stem/conv1/kernel")

@@ -25,8 +25,8 @@ from solov2_jax.weights.tables import to_adelaidet, to_mmdet
 _log = logging.getLogger(__name__)
 _STEM = "params/backbone/stem/conv1/kernel"
 _CLASS_LAYER = "params/ins_head/cate_pred/"
-# Norms that end a backbone's results: no ImageNet classifier has them.
-_OUT_NORM = "params/backbone/out_ln"
+# What ends a backbone's results: no ImageNet classifier has it.
+_OUT = tuple(f"params/backbone/{name}" for name in ("out_ln", "pyramid", "ln_pyramid"))
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _groups(leaves: tuple[str, ...]) -> list[str]:
 def _partly_new(report: Report) -> Counter[str]:
     """Returns the parts of the network that were loaded with holes, and how many."""
     parts = {leaf.split("/")[1] for leaf in report.loaded}
-    holes = (leaf for leaf in report.new if not leaf.startswith((_CLASS_LAYER, _OUT_NORM)))
+    holes = (leaf for leaf in report.new if not leaf.startswith((_CLASS_LAYER, *_OUT)))
     return Counter(part for leaf in holes if (part := leaf.split("/")[1]) in parts)
 
 

@@ -30,9 +30,10 @@ class Rule:
     """Source tensors named `source` fill the leaves named `target`.
 
     `transform`: "same", "kernel" (OIHW -> HWIO), "matrix" (OI -> IO), "pixel" (OI11 -> IO),
-    "vector" (C11 -> C), "eps_1e-3" (a variance whose norm had that epsilon, not `NORM_EPS`),
-    "zeros" or "identity_var" (the source has an affine norm only: its mean is 0 and its
-    variance + epsilon is 1).
+    "vector" (C11 -> C), "rows" (1NC -> NC), "third0", "third1", "third2" (a third of the
+    outputs of a layer, OI -> IO, or of its bias), "eps_1e-3" (a variance whose norm had that
+    epsilon, not `NORM_EPS`), "zeros" or "identity_var" (the source has an affine norm only: its
+    mean is 0 and its variance + epsilon is 1).
     """
 
     source: str
@@ -181,6 +182,11 @@ def apply_transform(transform: str, value: np.ndarray) -> np.ndarray:
         return value[:, :, 0, 0].T if value.shape[2:] == (1, 1) else value
     if transform == "vector":
         return value.ravel() if value.size == value.shape[0] else value
+    if transform == "rows":
+        return value[0] if value.ndim == 3 and len(value) == 1 else value
+    if transform.startswith("third"):
+        part = np.split(value, 3)[int(transform[5])] if len(value) % 3 == 0 else value
+        return part.T if part.ndim == 2 else part
     if transform == "eps_1e-3":
         return value + np.asarray(1e-3 - NORM_EPS, value.dtype)
     if transform == "zeros":

@@ -341,6 +341,7 @@ _OTHERS: dict[str, tuple[str, NameTable]] = {
     "mmdet": (r"backbone\.layer\d\.\d+\.downsample\.2\.weight", MMDET_AVG_DOWN),
     "torchvision": (r"conv1\.3\.weight", RESNET_D),
     "timm": (r"conv1\.3\.weight", RESNET_D),
+    "swin": (r"layers\.0\.downsample\.reduction\.weight", backbones.SWIN_LATE),
 }
 _AVG_DOWN = re.compile(r".*(downsample\.2\.weight|\.short\.conv\.conv\.weight)")
 
@@ -366,6 +367,7 @@ _ALL = (
     TORCHVISION,
     RESNET_D,
     PADDLE,
+    backbones.SWIN_LATE,
     *backbones.TABLES.values(),
 )
 

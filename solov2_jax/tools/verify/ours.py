@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from solov2_jax.weights.sources import Weights
 
 _OUTPUTS = ("cate", "kernel", "mask_feat")
 _BACKBONE = "/backbone/"
+# What makes features of several strides of tokens of one.
+_PYRAMID = ("params/pyramid", "params/ln_pyramid")
 
 
 class Detected(NamedTuple):
@@ -103,7 +106,7 @@ def run_network(config: Any, weights: Weights, picture: np.ndarray) -> tuple[Com
 def run_backbone(config: Any, weights: Weights, picture: np.ndarray) -> tuple[Computed, Report]:
     """Returns what the backbone of weights without a class layer computes, and the report.
 
-    Norms and layers between the backbone's own features and the FPN, which no classifier
+    Norms and layers that make the FPN's features of the backbone's own, which no classifier
     has, are left out.
     """
     check_settings(weights.settings, config, weights.path)
@@ -114,13 +117,17 @@ def run_backbone(config: Any, weights: Weights, picture: np.ndarray) -> tuple[Co
     image = jnp.asarray(normalised(config, picture))
     wanted = flatten_dict(jax.eval_shape(backbone.init, jax.random.key(0), image), sep="/")
     own = {n.replace(_BACKBONE, "/"): v for n, v in flat.items() if _BACKBONE in n}
-    missing = [name for name in wanted if name not in own]
-    if missing:
-        raise ValueError(f"{weights.path}: the backbone lacks {', '.join(missing[:4])}")
+    new = [name for name in wanted if name not in own]
+    if lacking := [name for name in new if not name.startswith(_PYRAMID)]:
+        raise ValueError(f"{weights.path}: the backbone lacks {', '.join(lacking[:4])}")
+    own |= {name: np.zeros(wanted[name].shape, np.float32) for name in new}
     variables = unflatten_dict({name: own[name] for name in wanted}, sep="/")
-    features = jax.jit(backbone.apply)(variables, image)
-    tensors = {f"backbone/{level}": np.asarray(features[level]) for level in LEVELS}
-    return Computed(tensors, None), report
+    apply = functools.partial(backbone.apply, mutable=["intermediates"])
+    features, state = jax.jit(apply)(jax.device_put(variables), image)
+    named = {f"backbone/{level}": features[level] for level in LEVELS}
+    if new:
+        named = {"backbone/tokens": state["intermediates"]["tokens"][0]}
+    return Computed({name: np.asarray(x) for name, x in named.items()}, None), report
 
 
 def not_finite(computed: Computed) -> list[str]:
