@@ -36,7 +36,7 @@ def relative_positions(window: int) -> np.ndarray:
     return np.int32(dy * (2 * window - 1) + dx)
 
 
-class _Axis:
+class WindowAxis:
     """One axis of a map cut into windows.
 
     Shifted windows begin `window - shift` rows before the map. Rows that are there are those
@@ -98,7 +98,7 @@ class WindowAttention(nn.Module):
         b, h, w, c = x.shape
         n = self.window
         sides = (None, None) if extent is None else (extent[:, 0], extent[:, 1])
-        rows, columns = (_Axis(*a, n, self.shift) for a in zip((h, w), sides, strict=True))
+        rows, columns = (WindowAxis(*a, n, self.shift) for a in zip((h, w), sides, strict=True))
         x = columns.cut(rows.cut(ops.zero_outside(x, extent), 1), 2)
         high, wide = rows.windows, columns.windows
         x = x.reshape(b, high, n, wide, n, c).transpose(0, 1, 3, 2, 4, 5)
