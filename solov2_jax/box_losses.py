@@ -9,14 +9,11 @@ is converted.
 """
 
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, UInt8
-
-from solov2_jax.platforms import PlatformOp, Tuning
 
 DILATION = 2  # mask-feature pixels between neighbours
 EPSILON = 1e-5  # in the denominator of a projection's dice
@@ -90,15 +87,17 @@ def _shifted(x: Array, offset: tuple[int, int]) -> Array:
 
 def mask_terms(
     logits: Float[Array, "B P h4 w4"],
-    boxes: Float[Array, "B P h4 w4"],
-    edges: Bool[Array, "B 4 h4 w4"],
+    instance: Int[Array, "B P"],
+    of_images: tuple[UInt8[Array, "B G h4 w4"], Bool[Array, "B 4 h4 w4"]],
 ) -> tuple[Float[Array, "B P"], Float[Array, "B P"]]:
-    """Returns each mask's projection term, 0..2, and its pairwise term.
+    """Returns each mask's projection term, 0..2, and its pairwise term: `pair_loss`'s terms.
 
     Args:
-      boxes: 1 in the box of each mask's object, else 0.
-      edges: `color_edges` of the images.
+      instance: of each mask, which object's it is.
+      of_images: the objects' filled boxes, and `color_edges`.
     """
+    masks, edges = of_images
+    boxes = jnp.take_along_axis(masks, instance[:, :, None, None], axis=1).astype(jnp.float32)
     soft = jax.nn.sigmoid(logits)
     projection = jnp.zeros(logits.shape[:2], jnp.float32)
     for axis in (2, 3):
@@ -117,111 +116,3 @@ def mask_terms(
         total += jnp.sum(weight * differ, axis=(2, 3))
         weights += jnp.sum(weight, axis=(2, 3))
     return projection, total / jnp.maximum(weights, 1.0)
-
-
-@jax.custom_vjp
-def box_loss(
-    kernels: Float[Array, "B P E"],
-    mask_feat: Float[Array, "B h4 w4 E"],
-    masks: UInt8[Array, "B G h4 w4"],
-    edges: Bool[Array, "B 4 h4 w4"],
-    pair_instance: Int[Array, "B P"],
-    pair_weight: Float[Array, "B P"],
-    factors: Float[Array, "2"],
-) -> tuple[Float[Array, ""], Float[Array, "2"]]:
-    """Returns the weighted sum over pairs of both terms, times their factors and added, and
-    each sum without its factor (no gradient).
-
-    The masks of a few pairs are made at a time, and their gradient with them.
-
-    Args:
-      masks: the filled boxes.
-      pair_weight: 0 of pairs that are not looked at.
-      factors: of the projection and of the pairwise term.
-    """
-    return _box_loss_fwd(kernels, mask_feat, masks, edges, pair_instance, pair_weight, factors)[0]
-
-
-def _box_loss_fwd(
-    kernels: Float[Array, "B P E"],
-    mask_feat: Float[Array, "B h4 w4 E"],
-    masks: UInt8[Array, "B G h4 w4"],
-    edges: Bool[Array, "B 4 h4 w4"],
-    pair_instance: Int[Array, "B P"],
-    pair_weight: Float[Array, "B P"],
-    factors: Float[Array, "2"],
-) -> tuple[tuple[Float[Array, ""], Float[Array, "2"]], Sequence[Array]]:
-    loss, terms, grad_kernels, grad_feat = _box_sums(
-        kernels, mask_feat, masks, edges, pair_instance, pair_weight, factors
-    )
-    return (loss, terms), (grad_kernels, grad_feat)
-
-
-def _box_loss_bwd(
-    residuals: Sequence[Array], cotangents: tuple[Float[Array, ""], Float[Array, "2"]]
-) -> tuple[Array, Array, None, None, None, None, None]:
-    grad_kernels, grad_feat = (g * cotangents[0].astype(g.dtype) for g in residuals)
-    return grad_kernels, grad_feat, None, None, None, None, None
-
-
-box_loss.defvjp(_box_loss_fwd, _box_loss_bwd)
-
-
-@jax.named_scope("box_loss")
-def _box_sums_in_chunks(
-    kernels: Float[Array, "B P E"],
-    mask_feat: Float[Array, "B h4 w4 E"],
-    masks: UInt8[Array, "B G h4 w4"],
-    edges: Bool[Array, "B 4 h4 w4"],
-    pair_instance: Int[Array, "B P"],
-    pair_weight: Float[Array, "B P"],
-    factors: Float[Array, "2"],
-    *,
-    tuning: Tuning,
-) -> tuple[Float[Array, ""], Float[Array, "2"], Float[Array, "B P E"], Float[Array, "B h4 w4 E"]]:
-    """Returns `box_loss`'s two results, and the gradients of kernels and features."""
-    b, num_pairs, _ = kernels.shape
-    pixels = b * mask_feat.shape[1] * mask_feat.shape[2] * (len(OFFSETS) + 1)
-    size = max(1, min(num_pairs, tuning.dice_logits // pixels))
-    missing = -num_pairs % size
-    # The pairs that count first: the chunks of the others are left out where that saves time.
-    order = jnp.argsort(pair_weight <= 0, axis=1, stable=True)
-    order = jnp.pad(order, ((0, 0), (0, missing)))
-    real = jnp.arange(num_pairs + missing)[None] < num_pairs
-    weight = jnp.take_along_axis(pair_weight, order, axis=1) * real
-    instance = jnp.take_along_axis(pair_instance, order, axis=1)
-    sorted_kernels = jnp.take_along_axis(kernels, order[..., None], axis=1)
-
-    def chunk_loss(kernels, feat, instance, weight):
-        logits = jnp.einsum("bpe,bhwe->bphw", kernels, feat, preferred_element_type=jnp.float32)
-        boxes = jnp.take_along_axis(masks, instance[:, :, None, None], axis=1)
-        terms = mask_terms(logits, boxes.astype(jnp.float32), edges)
-        sums = jnp.stack([jnp.sum(weight * term) for term in terms])
-        return jnp.sum(factors * sums), sums
-
-    gradient = jax.value_and_grad(chunk_loss, argnums=(0, 1), has_aux=True)
-
-    def body(i, carry):
-        def cut(x):
-            return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
-
-        loss, sums, grad_kernels, grad_feat = carry
-        (value, terms), grads = gradient(cut(sorted_kernels), mask_feat, cut(instance), cut(weight))
-        put = jax.lax.dynamic_update_slice_in_dim
-        grad_kernels = put(grad_kernels, grads[0].astype(jnp.float32), i * size, axis=1)
-        return loss + value, sums + terms, grad_kernels, grad_feat + grads[1]
-
-    zeros = jnp.zeros(sorted_kernels.shape, jnp.float32), jnp.zeros(mask_feat.shape, jnp.float32)
-    carry = jnp.float32(0), jnp.zeros(2, jnp.float32), *zeros
-    last = (num_pairs + missing) // size
-    if len(tuning.slot_parts) > 1:  # the host may wait for the number
-        last = (jnp.max(jnp.sum(weight > 0, axis=1)) + size - 1) // size
-    loss, sums, sorted_grads, grad_feat = jax.lax.fori_loop(0, last, body, carry)
-    grad_kernels = jnp.zeros(kernels.shape, jnp.float32)
-    grad_kernels = grad_kernels.at[jnp.arange(b)[:, None], order].add(
-        sorted_grads * real[..., None]
-    )
-    return loss, sums, grad_kernels.astype(kernels.dtype), grad_feat.astype(mask_feat.dtype)
-
-
-_box_sums = PlatformOp.tuned("box_sums", _box_sums_in_chunks)

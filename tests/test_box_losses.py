@@ -12,6 +12,7 @@ from solov2_jax import box_losses, losses, platforms
 from solov2_jax.data.augment import Augment
 from solov2_jax.data.buckets import Resize
 from solov2_jax.data.pipeline import train_batches
+from solov2_jax.pair_losses import pair_loss
 from solov2_jax.structs import Outputs, Targets
 
 B, G, H4, W4, E, P = 2, 3, 12, 16, 4, 7
@@ -101,14 +102,15 @@ def test_value_and_gradient_equal_the_plain_form(monkeypatch, logits):
 
     def chunked(kernels, feat):
         masks, instance, weight = rest
-        loss, sums = box_losses.box_loss(kernels, feat, masks, edges, instance, weight, factors)
+        loss, sums = pair_loss(
+            box_losses.mask_terms, kernels, feat, instance, (masks, edges), weight, factors
+        )
         return 2 * loss, sums
 
     def plain(kernels, feat):
         masks, instance, weight = rest
-        boxes = jnp.take_along_axis(masks, instance[..., None, None], 1).astype(jnp.float32)
         logits = jnp.einsum("bpe,bhwe->bphw", kernels, feat)
-        terms = box_losses.mask_terms(logits, boxes, edges)
+        terms = box_losses.mask_terms(logits, instance, (masks, edges))
         return 2 * sum(f * jnp.sum(weight * t) for f, t in zip(factors, terms, strict=True))
 
     value = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))
@@ -144,12 +146,12 @@ def test_the_object_is_found_in_its_box():
     box[..., rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = 1
     size = jnp.int32([[H4 * 4, W4 * 4]])
     edges = box_losses.color_edges(jnp.asarray(image), size, bgr=False, threshold=0.3)
-    boxes = jnp.float32(box)
+    nought, of_images = jnp.zeros((1, 1), jnp.int32), (jnp.asarray(box), edges)
 
     @jax.jit
     def descend(logits):
         def loss(logits):
-            projection, pairwise = box_losses.mask_terms(logits, boxes, edges)
+            projection, pairwise = box_losses.mask_terms(logits, nought, of_images)
             return (projection + pairwise).sum()
 
         return jax.lax.fori_loop(0, 400, lambda _, z: z - 5.0 * jax.grad(loss)(z), logits)

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from solov2_jax import distributed, ops
-from solov2_jax.box_losses import box_loss, color_edges
+from solov2_jax.box_losses import color_edges, mask_terms
 from solov2_jax.config import input_statistics
 from solov2_jax.config_schema import as_steps
 from solov2_jax.losses import Normalizers, normalizers_of, pair_weights, solov2_loss
+from solov2_jax.pair_losses import pair_loss
 from solov2_jax.structs import Batch, Outputs, Targets
 from solov2_jax.targets import assign_targets
 
@@ -163,12 +164,12 @@ def _build_box_loss(config: Any) -> Callable[..., tuple[jax.Array, Metrics]]:
         factors = factors * jnp.stack([1.0, ramp]) / jnp.maximum(num_pairs, 1.0)
         kernels = jnp.take_along_axis(outputs.kernel, targets.pair_cell[..., None], axis=1)
         _, weight = pair_weights(targets, batch["has_mask"])
-        loss, terms = box_loss(
+        loss, terms = pair_loss(
+            mask_terms,
             kernels,
             outputs.mask_feat,
-            batch["masks"],
-            edges,
             targets.pair_instance,
+            (batch["masks"], edges),
             weight,
             factors,
         )
