@@ -44,6 +44,7 @@ _FILES, _SHAPES = only("data.name", ""), only("data.name", "shapes")
 _MATRIX, _GAUSSIAN = only("test.nms_type", "matrix"), only("test.nms_kernel", "gaussian")
 _NO_EPOCHS = only("train.epochs", 0)
 _NO_JITTER = only("augment.jitter_scale", ())
+_TAUGHT = unless("distill_from", "")
 _BOXES = only("loss.box_supervised", True)
 _RESNET = only("model.backbone.name", "resnet")
 _DEEP = (_RESNET, only("model.backbone.depth", 50, 101, 152))
@@ -255,6 +256,12 @@ def keys() -> Section:
         unique=True,
     )
 
+    # A trained network that teaches this one: a run's workdir, "hf:USER/REPO", or a weights file
+    # with the next key; of the same classes and grids. "": none. See `loss.distill_*`.
+    config.distill_from = text("")
+    # The config file of a weights file that `distill_from` names.
+    config.distill_config = text("", used=_TAUGHT)
+
     config.model = model = Section()
     # Number of classes without background; 0: counted from the training annotations
     # [MODEL.SOLOV2.NUM_CLASSES].
@@ -362,6 +369,11 @@ def keys() -> Section:
     loss.focal_weight = number(1.0, 0, high=1e6)
     # of the mask loss [MODEL.SOLOV2.LOSS.DICE_WEIGHT]
     loss.dice_weight = number(3.0, above=0, high=1e6)
+    # Of the distance to the teacher's soft masks of the same cells (`distill_from`), at the mask
+    # loss's weight.
+    loss.distill_mask_weight = number(3.0, 0, high=1e6, used=_TAUGHT)
+    # Of the distance to where the teacher's mask features are strong.
+    loss.distill_feature_weight = number(1.0, 0, high=1e6, used=_TAUGHT)
     # Whether objects with a box and no mask are trained on: the mask must fill the box, by its
     # projections, and be equal where neighbours have one colour (BoxInst). False: such
     # objects are dropped. Data whose objects all have masks trains as if it were not there.

@@ -26,6 +26,7 @@ class Normalizers(NamedTuple):
     pairs: Float[Array, ""]  # of objects with a mask
     cells: Int[Array, ""]  # positive ones
     box_pairs: Float[Array, ""] | float = 0.0  # of objects that have a box only
+    images: int = 1
 
 
 def normalizers_of(targets: Targets, has_mask: Bool[Array, "B G"] | None = None) -> Normalizers:
@@ -35,7 +36,8 @@ def normalizers_of(targets: Targets, has_mask: Bool[Array, "B G"] | None = None)
       has_mask: see `Batch`.
     """
     masks, boxes = pair_weights(targets, has_mask)
-    return Normalizers(jnp.sum(masks), jnp.sum(targets.num_cells), jnp.sum(boxes))
+    images = len(targets.num_cells)
+    return Normalizers(jnp.sum(masks), jnp.sum(targets.num_cells), jnp.sum(boxes), images)
 
 
 def pair_weights(

@@ -124,7 +124,9 @@ def _sums_in_chunks(
     last = num_slots // size
     if len(tuning.slot_parts) > 1:  # the host may wait for the number
         last = (jnp.max(jnp.sum(weight > 0, axis=1)) + size - 1) // size
-    loss, sums, sorted_grads, grad_feat = jax.lax.fori_loop(0, last, body, carry)
+    all_at_once = num_slots == size and len(tuning.slot_parts) == 1
+    carry = body(0, carry) if all_at_once else jax.lax.fori_loop(0, last, body, carry)
+    loss, sums, sorted_grads, grad_feat = carry
     grad_kernels = jnp.zeros((b, num_pairs, kernels.shape[2]), jnp.float32)
     rows = jnp.arange(b)[:, None]
     grad_kernels = grad_kernels.at[rows, order].add(sorted_grads * real[..., None])

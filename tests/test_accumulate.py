@@ -143,7 +143,7 @@ def test_gradients_are_summed_over_the_devices_once(parts):
     mesh, key = distributed.make_mesh(4), jax.random.key(0)
     loss = build_loss(config, Network())
     step = TrainStep(loss=loss, tx=tx, mesh=mesh, key=key, trainable=trainable, accumulate=parts)
-    traced = step._step.trace(state_of({"params": params}, tx), make_batch(), key)
+    traced = step._step.trace(state_of({"params": params}, tx), make_batch(), step._inputs)
     sums = list(sums_over_devices(traced.jaxpr.jaxpr))
     assert not any(in_loop for in_loop, _ in sums)
     sent = sorted(aval.shape for _, avals in sums for aval in avals if aval.shape)

@@ -40,7 +40,7 @@ def traced():
     step, state, mesh = build_step(config)
     batch = batch_shapes(8, 8, 64, 64, mesh)
     with portable_forms():  # others are operations without equations until they are lowered
-        lowered = step._step.trace(state, batch, jax.random.key(0))
+        lowered = step._step.trace(state, batch, step._inputs)
     return lowered.jaxpr.jaxpr, lowered.out_info
 
 

@@ -146,9 +146,9 @@ def train_step():
         config.train.batch_size, config.optim.ema_decay = 2, 0.9
     mesh = make_mesh(1)
     step, state, _ = build_step(config, mesh)
-    batch, key = batch_shapes(2, 8, 128, 128, mesh), jax.eval_shape(lambda: jax.random.key(0))
+    batch, inputs = batch_shapes(2, 8, 128, 128, mesh), step._inputs
     return lambda platform: export.export(step._step, platforms=(platform,))(
-        state, batch, key
+        state, batch, inputs
     ).mlir_module()
 
 

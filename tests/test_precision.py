@@ -31,7 +31,7 @@ def precisions(jaxpr):
 
 def train_step(config):
     step, state, mesh = build_step(config, None)
-    return step._step.trace(state, batch_shapes(8, 8, 64, 64, mesh), jax.random.key(0)).jaxpr
+    return step._step.trace(state, batch_shapes(8, 8, 64, 64, mesh), step._inputs).jaxpr
 
 
 def prediction(config):

@@ -105,7 +105,7 @@ def plain_loss(loss_fn):
         rows = len(jax.tree.leaves(batch)[0])
         return {"keys": jax.random.split(key, rows)}, jnp.float32(rows)
 
-    def compute(params, model_state, batch, targets, num_rows):
+    def compute(params, model_state, batch, targets, num_rows, constants):
         loss, metrics = loss_fn(params, model_state, batch, targets["keys"])
         share = len(targets["keys"]) / num_rows
         metrics = {k: v * share if k.startswith("loss") else v for k, v in metrics.items()}

@@ -42,6 +42,7 @@ from solov2_jax.training.optim import (
     make_optimizer,
     trainable_mask,
 )
+from solov2_jax.training.teacher import load_teacher
 
 PyTree = Any
 Evaluate = Callable[[dict[str, PyTree]], Mapping[str, float | None]]
@@ -104,7 +105,7 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
     log_trainable(params, trainable)
     log.info("%s", describe_rate(config))
     schedule, tx = build_optimizer(config, trainable)
-    loss = build_loss(config, model)
+    loss = build_loss(config, model, teacher=load_teacher(config, train.class_names))
     finished: deque[FinishedEvaluation] = deque(maxlen=1)
     validations = build_validations(config, val, alone=val_is_train)
     evaluate_val = build_evaluate(config, model, validations, workdir, finished)

@@ -13,10 +13,12 @@ from solov2_jax import distributed, ops
 from solov2_jax.box_losses import color_edges, mask_terms
 from solov2_jax.config import input_statistics
 from solov2_jax.config_schema import as_steps
+from solov2_jax.distillation import attention_distance, soft_mask_terms
 from solov2_jax.losses import Normalizers, normalizers_of, pair_weights, solov2_loss
 from solov2_jax.pair_losses import pair_loss
 from solov2_jax.structs import Batch, Outputs, Targets
 from solov2_jax.targets import assign_targets
+from solov2_jax.training.teacher import Teacher
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -32,8 +34,9 @@ class Loss:
     Attributes:
       assign: (batch, key, step) -> (targets with a row for each image, normalizers: what sums
         over the whole batch are divided by). Knows no parameters.
-      compute: (params, model_state, batch, targets, normalizers) -> (loss, (metrics,
-        model state after it)) of some of the rows; losses and metrics are additive.
+      compute: (params, model_state, batch, targets, normalizers, constants) -> (loss,
+        (metrics, model state after it)) of some of the rows; losses and metrics are additive.
+      constants: arrays that are neither trained nor saved, such as a teacher's variables.
       moments: (variables, batch) -> mean and variance at each trained batch norm.
       matmul_precision: of all products where it is computed, in the backward pass too.
     """
@@ -42,22 +45,28 @@ class Loss:
     compute: Callable[..., tuple[jax.Array, tuple[Metrics, PyTree]]]
     moments: Callable[[PyTree, PyTree], PyTree] | None = None
     matmul_precision: str = "default"
+    constants: PyTree = None
 
     def __call__(
         self, params: PyTree, model_state: PyTree, batch: PyTree, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         targets, normalizers = self.assign(batch, key, 0)
-        loss, (metrics, _) = self.compute(params, model_state, batch, targets, normalizers)
+        loss, (metrics, _) = self.compute(
+            params, model_state, batch, targets, normalizers, self.constants
+        )
         return loss, metrics
 
 
-def build_loss(config: Any, model: Any, *, evaluated: bool = False) -> Loss:
+def build_loss(
+    config: Any, model: Any, *, evaluated: bool = False, teacher: Teacher | None = None
+) -> Loss:
     """Returns SOLOv2's loss, `loss_ins` (dice) + `loss_cate` (focal), as a config weighs them,
     and of batches with `has_mask` that of the masks learned from boxes.
 
     Args:
       evaluated: of the network as prediction uses it: trained batch norms normalise by their
         running statistics, not by the batch's.
+      teacher: whose outputs are learned too.
     """
     trained_norms = "sync_bn" in (config.model.backbone.norm, config.model.fpn.norm)
     mutable = ["batch_stats"] if trained_norms and not evaluated else []
@@ -74,14 +83,21 @@ def build_loss(config: Any, model: Any, *, evaluated: bool = False) -> Loss:
         # A dict: splitting the rows gives them one axis more for a while.
         return dict(vars(targets)), (normalizers_of(targets, batch.get("has_mask")), step)
 
-    def compute(params, model_state, batch, targets, normalizers_and_step):
+    taught = _build_distillation(config) if teacher else None
+
+    def compute(params, model_state, batch, targets, normalizers_and_step, constants):
         variables = {"params": params, **model_state}
         if mutable:
             outputs, changed = model.apply(variables, image_of(batch), mutable=mutable)
             model_state = {**model_state, **changed}
         else:
             outputs = model.apply(variables, image_of(batch))
-        loss, metrics = compare(outputs, Targets(**targets), batch, *normalizers_and_step)
+        targets = Targets(**targets)
+        loss, metrics = compare(outputs, targets, batch, *normalizers_and_step)
+        if teacher and taught:
+            wanted = teacher.outputs(constants, batch)
+            more, further = taught(outputs, wanted, targets, normalizers_and_step[0])
+            loss, metrics = loss + more, metrics | further
         return loss, (metrics, model_state)
 
     def moments(variables: PyTree, batch: dict[str, jax.Array]) -> PyTree:
@@ -95,6 +111,7 @@ def build_loss(config: Any, model: Any, *, evaluated: bool = False) -> Loss:
         compute=compute,
         moments=jax.default_matmul_precision(precision)(moments),
         matmul_precision=precision,
+        constants=teacher.variables if teacher else None,
     )
 
 
@@ -175,6 +192,36 @@ def _build_box_loss(config: Any) -> Callable[..., tuple[jax.Array, Metrics]]:
         )
         projection, pairwise = factors * terms
         return loss, {"loss_projection": projection, "loss_pairwise": pairwise}
+
+    return loss_of
+
+
+def _build_distillation(config: Any) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """Returns (outputs, the teacher's, targets, normalizers) -> (loss, metrics).
+
+    Metrics: `loss_distill_mask` and `loss_distill_feature`, weighted, which add up to it.
+    """
+    weights = config.loss
+
+    def loss_of(
+        outputs: Outputs, teacher: Outputs, targets: Targets, normalizers: Normalizers
+    ) -> tuple[jax.Array, Metrics]:
+        cell = targets.pair_cell[..., None]
+        kernels, wanted = (jnp.take_along_axis(o.kernel, cell, 1) for o in (outputs, teacher))
+        num_pairs = jnp.maximum(normalizers.pairs + normalizers.box_pairs, 1.0)
+        mask_loss, _ = pair_loss(
+            soft_mask_terms,
+            kernels,
+            outputs.mask_feat,
+            wanted,
+            teacher.mask_feat,
+            targets.pair_weight,
+            jnp.full(1, weights.distill_mask_weight) / num_pairs,
+        )
+        distance = attention_distance(outputs.mask_feat, teacher.mask_feat)
+        feature_loss = weights.distill_feature_weight * jnp.sum(distance) / normalizers.images
+        parts = {"loss_distill_mask": mask_loss, "loss_distill_feature": feature_loss}
+        return mask_loss + feature_loss, parts
 
     return loss_of
 

@@ -28,6 +28,7 @@ from solov2_jax.training.build import build_optimizer, build_trainable
 from solov2_jax.training.loss import build_loss
 from solov2_jax.training.restore import abstract, state_of
 from solov2_jax.training.step import TrainState, TrainStep
+from solov2_jax.training.teacher import load_teacher
 
 log = logging.getLogger("solov2_jax")
 
@@ -72,7 +73,7 @@ def build_step(
     trainable = build_trainable(config, variables["params"])
     _, tx = build_optimizer(config, trainable)
     step = TrainStep(
-        loss=build_loss(config, model),
+        loss=build_loss(config, model, teacher=load_teacher(config)),
         tx=tx,
         mesh=mesh,
         key=key,

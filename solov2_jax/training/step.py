@@ -103,8 +103,9 @@ class TrainStep:
         self._loss, self._tx, self._trainable = loss, tx, trainable
         self._accumulate, self._ema_decay, self._mesh = accumulate, ema_decay, mesh
         copied, by_batch = distributed.replicated(mesh), distributed.split_by_batch(mesh)
-        # An argument: as a constant, each seed would be another program to compile.
-        self._key = distributed.copy_to_all(key, mesh)
+        # An argument: as constants, each seed would be another program to compile, and a
+        # teacher's weights would be a part of it.
+        self._inputs = distributed.copy_to_all((key, loss.constants), mesh)
         self._step = jax.jit(
             jax.default_matmul_precision(loss.matmul_precision)(self._update),
             in_shardings=(copied, by_batch, copied),
@@ -112,7 +113,7 @@ class TrainStep:
             donate_argnums=0,
         )
 
-    def _update(self, state: TrainState, batch: PyTree, key: jax.Array):
+    def _update(self, state: TrainState, batch: PyTree, inputs: tuple[jax.Array, PyTree]):
         """Returns (state after one step, metrics) of a global batch; this is compiled.
 
         A step whose loss or gradient is not finite changes `step` only, and its metric
@@ -120,18 +121,19 @@ class TrainStep:
         """
         self.compiles += 1  # runs when traced, not when executed
         # Of the whole batch: the targets, and what the losses' sums are divided by.
+        key, constants = inputs
         key = jax.random.fold_in(key, state.step)
         targets, normalizers = self._loss.assign(batch, key, state.step)
         params = state.params
         of_rows = jax.shard_map(
             self._gradients,
             mesh=self._mesh,
-            in_specs=(P(), P(), P("data"), P("data"), P()),
+            in_specs=(P(), P(), P("data"), P("data"), P(), P()),
             out_specs=P(),
             check_vma=False,
         )
         value, metrics, grads, model_state = of_rows(
-            params, state.model_state, batch, targets, normalizers
+            params, state.model_state, batch, targets, normalizers, constants
         )
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
@@ -148,6 +150,7 @@ class TrainStep:
         batch: PyTree,
         targets: PyTree,
         normalizers: PyTree,
+        constants: PyTree,
     ) -> tuple[jax.Array, Metrics, PyTree, PyTree]:
         """Returns (loss, metrics, gradients, model state after it), summed over the devices.
 
@@ -158,7 +161,7 @@ class TrainStep:
 
         def loss_of(params, model_state, batch, targets):
             params = _freeze(params, self._trainable)
-            return self._loss.compute(params, model_state, batch, targets, normalizers)
+            return self._loss.compute(params, model_state, batch, targets, normalizers, constants)
 
         gradient = jax.value_and_grad(loss_of, has_aux=True)
 
@@ -195,7 +198,7 @@ class TrainStep:
             log.info("compiling the train step for arrays of %s ...", name)
         start = time.perf_counter()
         with contextlib.nullcontext() if known else working("compiling the train step"):
-            result = self._step(state, batch, self._key)
+            result = self._step(state, batch, self._inputs)
         self.compile_seconds = 0.0
         if self.compiles > before:
             self.compile_seconds = time.perf_counter() - start
@@ -208,7 +211,7 @@ class TrainStep:
 
     def lower(self, state: PyTree, batch: PyTree) -> jax.stages.Lowered:
         """Returns the step before its compilation, for arrays or for their shapes."""
-        return self._step.lower(state, batch, self._key)
+        return self._step.lower(state, batch, self._inputs)
 
 
 def _updated(
