@@ -89,7 +89,7 @@ LONG_FUNCTIONS = {
 }
 MAX_LONG_FUNCTION = 105
 # Lines of Python.
-BUDGETS = {"core": 24_900, "tools": 19_700, "benchmarks": 4_100}
+BUDGETS = {"core": 25_200, "tools": 19_700, "benchmarks": 4_100}
 # What errors that are still there begin with.
 KNOWN: tuple[str, ...] = ()
 
