@@ -164,11 +164,22 @@ RELATIONS = (
         ),
     ),
     (
-        "train.precise_bn is for model.backbone.norm or model.fpn.norm = 'sync_bn' only",
+        "train.precise_bn is for model.backbone.norm or model.fpn.norm = 'sync_bn' only, and "
+        f"{', '.join(_LAYER_NORMS)} have no batch norm",
         lambda c: (
             not c["train.precise_bn"]
-            or "sync_bn" in (c["model.backbone.norm"], c["model.fpn.norm"])
+            or c["model.fpn.norm"] == "sync_bn"
+            or (
+                c["model.backbone.norm"] == "sync_bn"
+                and c["model.backbone.name"] not in _LAYER_NORMS
+            )
         ),
+    ),
+    (
+        "model.dcn.stages = %(model.dcn.stages)s is for model.backbone.name = 'resnet', and that "
+        "is %(model.backbone.name)r, which has no deformable convolutions; those of the heads, "
+        "model.dcn.towers and model.dcn.mask_head, go with any backbone",
+        lambda c: not c["model.dcn.stages"] or c["model.backbone.name"] == "resnet",
     ),
     (
         "model.dcn.groups = %(model.dcn.groups)s must divide the channels that are deformed: "

@@ -30,6 +30,7 @@ from tiny_network import tiny_config, tiny_variables
 
 from configs import base
 from solov2_jax import stored
+from solov2_jax.config import check_config
 from solov2_jax.io import InputError
 from solov2_jax.models import build_backbone, build_model
 from solov2_jax.models.backbone import LEVELS, check_features
@@ -278,6 +279,34 @@ def test_files_are_read_by_their_names_and_fit(golden, tmp_path, name, case):
     assert not [entry for entry in report.dropped if entry[1] == "no rule for this name"]
     with pytest.raises(ValueError, match="do not fit the network|the network has another"):
         convert.match(weights, convert.network_shapes(tiny_config(), 2))
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "extra", "message"),
+    [
+        ("mobilenet_timm", "tf_mobilenetv3_large_100.npz", {}, "TensorFlow's weights"),
+        ("mobilenet_timm", "models--timm--tf_mobilenetv3/snapshots/1/model.npz", {}, "pad other"),
+        ("dinov2_timm", "a.npz", {"reg_token": (1, 4, 32)}, "DINOv2 with registers"),
+        ("swin_timm", "a.npz", {"layers.0.blocks.0.attn.logit_scale": (1,)}, "Swin of version 2"),
+        ("convnext_timm", "a.npz", {"stages.0.blocks.0.mlp.grn.weight": (8,)}, "ConvNeXt of vers"),
+    ],
+)
+def test_relatives_of_a_family_are_refused(golden, tmp_path, case, name, extra, message):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = golden_state(golden("backbones"), case)
+    state |= {tensor: np.zeros(shape, np.float32) for tensor, shape in extra.items()}
+    with pytest.raises(InputError, match=message):
+        read_weights(write_file(path, state))
+
+
+def test_deformed_stages_are_of_resnet_only():
+    config = backbone_config("convnext_t")
+    config.model.dcn.towers = "all"
+    check_config(config)
+    config.model.dcn.stages = (4, 5)
+    with pytest.raises(ValueError, match=r"model.dcn.stages = \(4, 5\) is for model.backbone.name"):
+        check_config(config)
 
 
 def stub_source():

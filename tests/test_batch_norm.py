@@ -264,3 +264,8 @@ def test_settings_of_weights_fit_frozen_and_trained_norms():
     config.train.precise_bn = 10
     with pytest.raises(ValueError, match="train.precise_bn is for"):
         check_config(config)
+    config.model.backbone.norm = "sync_bn"
+    check_config(config)
+    config.model.backbone.name = "swin_t"
+    with pytest.raises(ValueError, match="swin_s, dinov2_s have no batch norm"):
+        check_config(config)

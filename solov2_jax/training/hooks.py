@@ -296,6 +296,13 @@ class PreciseBN(HookBase):
         copied, split = distributed.replicated(self._mesh), distributed.split_by_batch(self._mesh)
         self._moments = jax.jit(moments, in_shardings=(copied, split), out_shardings=copied)
 
+    def before_train(self, run: Run) -> None:
+        if "batch_stats" not in run.state.model_state:
+            raise InputError(
+                "train.precise_bn: the network has no batch norm (the backbone's norms are of "
+                "another kind); set the key to 0"
+            )
+
     def after_step(self, run: Run) -> None:
         if not (run.due(self._every) or run.finished):
             return
@@ -324,6 +331,9 @@ class PreciseBN(HookBase):
                 "train.precise_bn: the training data gives no batch; set the key to 0 or "
                 "train.steps to 1 at least."
             )
+        if not total:
+            log.warning("train.precise_bn: every batch norm is frozen; the statistics stay")
+            return variables
         stats: dict[tuple, Any] = {**flatten_dict(variables["batch_stats"])}
         stats |= {path: value / taken for path, value in total.items()}
         for path in [p for p in total if p[-1] == "var"]:

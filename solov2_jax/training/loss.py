@@ -103,7 +103,7 @@ def build_loss(
     def moments(variables: PyTree, batch: dict[str, jax.Array]) -> PyTree:
         collections = ["batch_stats", "moments"]
         _, changed = model.apply(variables, image_of(batch), mutable=collections)
-        return changed["moments"]
+        return changed.get("moments", {})
 
     precision = config.model.matmul_precision
     return Loss(

@@ -5,7 +5,7 @@ that no name means two things in one family. See `names` for the form of the tab
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from solov2_jax.weights.names import COUNTER, Drop, NameTable, Rule, group_norm
@@ -255,6 +255,32 @@ MARKS: dict[str, tuple[str, ...]] = {
     ),
     "dinov2": ("blocks.0.ls1.gamma", "encoder.layer.0.layer_scale1."),
 }
+
+# Families' relatives that the networks here are not: tensors of theirs, and their name.
+_RELATIVES = {
+    "convnext": (r".*\.grn\..*", "a ConvNeXt of version 2 (response normalisation)"),
+    "swin": (r".*\.(logit_scale|cpb_mlp\..*)", "a Swin of version 2 (cosine attention)"),
+    "dinov2": (r"(.*\.)?reg(ister)?_tokens?", "a DINOv2 with registers; give the one without"),
+}
+# Same tensors as timm's other files, for convolutions that pad the right and the bottom more.
+_TF = re.compile(r"(^|[^a-z])tf_(mobilenet|efficientnet)", re.I)
+
+
+def check_relatives(source: str, tensors: Iterable[str], path: str) -> None:
+    """Raises ValueError for weights of a network that looks like one of ours and is not.
+
+    Args:
+      path: of the file, with its folder's name.
+    """
+    pattern, words = _RELATIVES.get(source, ("", ""))
+    if pattern and any(re.fullmatch(pattern, name) for name in tensors):
+        raise ValueError(f"the weights are of {words}: no network here has its layers")
+    if source == "mobilenet" and _TF.search(path):
+        raise ValueError(
+            "TensorFlow's weights (tf_...) are for convolutions that pad otherwise, and would "
+            "give wrong features without a sign of it; take mobilenetv3_large_100.ra_in1k"
+        )
+
 
 # (family's leaf, blocks of each stage, channels of the stem) of the backbones by name.
 _KNOWN: dict[tuple[str, tuple[int, ...], int], str] = {

@@ -238,6 +238,7 @@ def _named(contents: Contents, source: str) -> tuple[names.Flat, list[tuple[str,
 
 def _name_weights(path: str, digest: str, contents: Contents, source: str) -> Weights:
     """Returns the file's tensors as leaves; their settings are what it implies."""
+    backbones.check_relatives(source, contents.tensors, "/".join(path.split(os.sep)[-4:]))
     if source == OURS:
         flat, dropped = contents.tensors, []
     else:
