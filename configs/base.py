@@ -399,6 +399,9 @@ def keys() -> Section:
     # Least similarity exp(-d / 2) of neighbours that should agree, d their distance in CIE
     # L*a*b* at a quarter of the size.
     loss.color_similarity = number(0.3, above=0, high=1, used=_BOXES)
+    # Of the auxiliary loss of a head that tells the classes of each pixel of p2 .. p5 in
+    # training; 0: there is none [MODEL.CONDINST.MASK_BRANCH.SEMANTIC_LOSS_ON].
+    loss.semantic_weight = number(0.0, 0, high=1e6)
 
     config.test = test = Section()
     test.score_threshold = share(0.1)  # least class score [MODEL.SOLOV2.SCORE_THR]
@@ -533,6 +536,10 @@ def keys() -> Section:
     data.train.annotations = text(
         "datasets/coco/annotations/instances_train2017.json", form=NAME, used=_FILES
     )
+    # Folder with a .npz file for each image, whose array `mask` holds the class of each pixel:
+    # 0 background, 1 the first class of the json by id, 255 unknown; what loss.semantic_weight
+    # trains on. "": the objects' masks [MODEL.BASIS_MODULE.LOSS_ON].
+    data.train.semantic_masks = text("", used=unless("loss.semantic_weight", 0.0))
     data.train.max_images = whole(0)  # the first so many are trained on; 0: all
     data.val = Section()
     data.val.images = text("datasets/coco/val2017", used=_FILES)  # folder of images [DATASETS.TEST]

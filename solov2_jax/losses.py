@@ -105,9 +105,16 @@ def solov2_loss(
 
 @jax.named_scope("focal")
 def focal_loss(
-    logits: Float[Array, "*n K"], labels: Int[Array, "*n"], alpha: float, gamma: float
+    logits: Float[Array, "*n K"],
+    labels: Int[Array, "*n"],
+    alpha: float,
+    gamma: float,
+    weight: Array | None = None,
 ) -> Float[Array, ""]:
     """Returns the sum of the sigmoid focal loss; the label K is background.
+
+    Args:
+      weight: factor on each label's terms, [*n].
 
     Source: fvcore sigmoid_focal_loss, written with logarithms: no power of a rounded 0,
     and finite gradients at any logit and gamma.
@@ -118,7 +125,8 @@ def focal_loss(
     towards = jnp.where(positive, logits, -logits)
     log_right, log_wrong = jax.nn.log_sigmoid(towards), jax.nn.log_sigmoid(-towards)
     balance = jnp.where(positive, alpha, 1.0 - alpha)
-    return -jnp.sum(balance * jnp.exp(gamma * log_wrong) * log_right)
+    loss = balance * jnp.exp(gamma * log_wrong) * log_right
+    return -jnp.sum(loss if weight is None else loss * weight[..., None])
 
 
 @jax.custom_vjp

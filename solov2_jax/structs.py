@@ -30,6 +30,8 @@ class Batch:
     image_id: Int[Array, "B"]  # the annotation file's id
     # False: the mask is the filled box, nothing else is known. None: all have one.
     has_mask: Bool[Array, "B G"] | None = None
+    # The class of each pixel plus 1, 0 on background, 255 where no one knows; None without.
+    basis_sem: UInt8[Array, "B h w"] | None = None
 
 
 @struct.dataclass
@@ -39,6 +41,8 @@ class Outputs:
     cate: Float[Array, "B S K"]  # class logits
     kernel: Float[Array, "B S E"]  # dynamic kernels
     mask_feat: Float[Array, "B h4 w4 E"]
+    # Class logits of pixels at strides 4, 8, 16, 32, in training with `loss.semantic_weight`.
+    semantic: list[Float[Array, "B _ _ K"]] | None = None
 
 
 @struct.dataclass

@@ -47,6 +47,7 @@ LAYERS = {
     "losses": 2,
     "postprocess": 2,
     "paste": 2,
+    "semantic": 3,
     "weights": 3,
     "checkpoint_parts": 3,
     "checkpoint": 4,
@@ -89,7 +90,7 @@ LONG_FUNCTIONS = {
 }
 MAX_LONG_FUNCTION = 105
 # Lines of Python.
-BUDGETS = {"core": 25_200, "tools": 19_700, "benchmarks": 4_100}
+BUDGETS = {"core": 25_400, "tools": 19_700, "benchmarks": 4_100}
 # What errors that are still there begin with.
 KNOWN: tuple[str, ...] = ()
 

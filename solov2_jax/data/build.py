@@ -1,6 +1,8 @@
 """Data sets and batches from a config: the one place here that reads its keys."""
 
 import dataclasses
+import functools
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ from solov2_jax.data.coco import CocoDataset, load_coco
 from solov2_jax.data.custom_augment import custom_function
 from solov2_jax.data.pipeline import Batches, Reading, eval_batches, train_batches
 from solov2_jax.data.pixel_format import PixelFormat
+from solov2_jax.data.semantic_masks import known_classes
 from solov2_jax.data.transforms import Keypoints
 from solov2_jax.io import InputError, import_object
 
@@ -23,6 +26,7 @@ _NOT_OF_AN_IMAGE = ("preset", "stop_last", "stop_last_epochs")
 def load_datasets(config: Any) -> tuple[CocoDataset, CocoDataset]:
     """Returns the training and the validation data set, with equal categories."""
     check_augment(config)
+    semantic_folder(config)
     # Only the evaluation needs the whole table, which may be large.
     train = dataclasses.replace(load_train_dataset(config), table=None)
     names = dict(zip(train.category_ids, train.class_names, strict=True))
@@ -71,6 +75,17 @@ def pixel_format(config: Any) -> PixelFormat:
     """Returns what the pictures hold."""
     data = config.data
     return PixelFormat(data.channels, tuple(data.value_range), tuple(data.display_channels))
+
+
+def semantic_folder(config: Any) -> str:
+    """Returns the folder of the semantic masks that are trained on, "" for none."""
+    folder = config.data.train.semantic_masks if config.loss.semantic_weight else ""
+    if folder and not os.path.isdir(folder):
+        raise InputError(
+            f"data.train.semantic_masks = {folder!r}: there is no such folder; give one with a "
+            '.npz file for each image, or "" for the masks of the objects.'
+        )
+    return folder
 
 
 def check_augment(config: Any) -> None:
@@ -135,6 +150,8 @@ def build_train_batches(
       join_steps: see there; None: as the config says of a run of `train.steps`.
     """
     check_augment(config)
+    if pixel_maps is None and (folder := semantic_folder(config)):
+        pixel_maps = {"basis_sem": functools.partial(known_classes, folder=folder)}
     return train_batches(
         dataset,
         seed=config.seed,

@@ -41,7 +41,7 @@ from solov2_jax.inference.programs import (
     compile_kernel_transform,
 )
 from solov2_jax.io import InputError
-from solov2_jax.models import build_model
+from solov2_jax.models import AUXILIARY, build_model
 from solov2_jax.structs import Detections
 from solov2_jax.weights.convert import fit, network_shapes
 from solov2_jax.weights.hub import open_weights
@@ -390,9 +390,11 @@ def build_predictor(
     buckets = check_buckets(input_.buckets_test, "input.buckets_test")
     buckets = buckets or default_buckets(input_.min_size_test, input_.max_size_test)
     mean, std = input_statistics(config)
+    # Of a training: heads that prediction does not compute take no memory.
+    params = {k: v for k, v in variables["params"].items() if k not in AUXILIARY}
     return Predictor(
         model,
-        variables,
+        {**variables, "params": params},
         InputOptions(
             channel_order=input_.channel_order,
             mean=mean,

@@ -16,8 +16,17 @@ from solov2_jax.models.solov2 import SOLOv2, intermediates
 from solov2_jax.models.swin import Swin
 from solov2_jax.models.vit import ViT
 
-__all__ = ["Backbone", "ResNet", "SOLOv2", "build_backbone", "build_model", "intermediates"]
+__all__ = [
+    "AUXILIARY",
+    "Backbone",
+    "ResNet",
+    "SOLOv2",
+    "build_backbone",
+    "build_model",
+    "intermediates",
+]
 
+AUXILIARY = ("semantic_head",)  # parts that only the training's loss reads
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # By name: the class, and what differs from its defaults.
 BACKBONES: dict[str, tuple[type[Backbone], dict[str, Any]]] = {
@@ -30,9 +39,12 @@ BACKBONES: dict[str, tuple[type[Backbone], dict[str, Any]]] = {
 }
 
 
-def build_model(config: Any, num_classes: int) -> SOLOv2:
+def build_model(config: Any, num_classes: int, *, auxiliary: bool = False) -> SOLOv2:
     """Returns the network that `config.model` describes, with the norms that
     `config.optim.freeze` freezes.
+
+    Args:
+      auxiliary: with the heads that training alone needs, where their loss has a weight.
 
     Raises:
       ValueError: for a `model.dtype` other than float32 and bfloat16.
@@ -59,6 +71,7 @@ def build_model(config: Any, num_classes: int) -> SOLOv2:
         prior_prob=model.ins_head.prior_prob,
         dtype=_DTYPES[model.dtype],
         frozen=tuple(config.optim.freeze),
+        semantic=auxiliary and config.loss.semantic_weight > 0,
         matmul_precision=model.matmul_precision,
     )
 

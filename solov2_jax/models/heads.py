@@ -4,7 +4,6 @@ Source: adet/modeling/solov2/solov2.py, SOLOv2InsHead and SOLOv2MaskHead.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 
 import jax
@@ -16,7 +15,14 @@ from jaxtyping import Array, Float, Int
 
 from solov2_jax import ops
 from solov2_jax.models.deform import Deform
-from solov2_jax.models.layers import Conv, ConvTower, GroupNorm, SharedConv, has_bias
+from solov2_jax.models.layers import (
+    Conv,
+    ConvTower,
+    GroupNorm,
+    SharedConv,
+    has_bias,
+    prior_bias,
+)
 
 # Of the instance head's inputs, as `split_features` gives them.
 STRIDES = (8, 8, 16, 32, 32)
@@ -89,7 +95,7 @@ class InstanceHead(nn.Module):
             xy = ops.resize_bilinear(coords_of(x, of_level), (g, g), of_level)
             grids.append(ops.resize_bilinear(x, (g, g), of_level))
             with_coords.append(append_coords(grids[-1], xy))
-        prior = nn.initializers.constant(-math.log(1 / self.prior_prob - 1))
+        prior = prior_bias(self.prior_prob)
         tower = functools.partial(
             ConvTower,
             self.channels,

@@ -1,6 +1,7 @@
 """Blocks shared by the backbone and the heads."""
 
 import fnmatch
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -26,6 +27,11 @@ head_init = nn.initializers.normal(0.01)
 # Of the norm that ends a residual branch, when training starts from random weights: a
 # frozen norm does not normalise, and at scale 1 each block would double the variance.
 residual_scale_init = nn.initializers.constant(0.3)
+
+
+def prior_bias(probability: float) -> Initializer:
+    """Returns the initialiser of a class layer's bias, by which each class is so likely."""
+    return nn.initializers.constant(-math.log(1 / probability - 1))
 
 
 def _transformed(

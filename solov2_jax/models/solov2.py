@@ -14,6 +14,7 @@ from solov2_jax.models.backbone import check_features
 from solov2_jax.models.deform import Deform
 from solov2_jax.models.fpn import FPN
 from solov2_jax.models.heads import InstanceHead, MaskHead, split_features
+from solov2_jax.models.semantic_head import SemanticHead
 from solov2_jax.structs import Outputs
 
 
@@ -45,12 +46,16 @@ class SOLOv2(nn.Module):
     prior_prob: float = 0.01
     dtype: Dtype = jnp.float32
     frozen: Sequence[str] = ()  # patterns of parameters that are not trained; see `ConvNorm`
+    semantic: bool = False  # whether there is the auxiliary head, see `loss.semantic_weight`
     # Of the programs that this network is a part of: their makers set it where they trace.
     matmul_precision: str = "default"
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "B h w c"], extent: Int[Array, "B 2"] | None = None
+        self,
+        image: Float[Array, "B h w c"],
+        extent: Int[Array, "B 2"] | None = None,
+        auxiliary: bool = False,
     ) -> Outputs:
         """Returns what the network computes of normalised images, 0 where padded.
 
@@ -58,6 +63,7 @@ class SOLOv2(nn.Module):
           extent: (height, width) of each image with its own padding, multiples of 32,
             where the array is larger than that; the outputs are those of an array of
             this size. Mask features beyond it mean nothing. None: the array's.
+          auxiliary: compute also what only the training's loss reads.
         """
         _, h, w, _ = image.shape
         if h % 32 or w % 32:
@@ -90,7 +96,20 @@ class SOLOv2(nn.Module):
             deform=self.mask_deform,
             name="mask_head",
         )
-        return Outputs(_join_levels(cate), _join_levels(kernel), mask_head(features, extent))
+        mask_feat = mask_head(features, extent)
+        semantic = None
+        if self.semantic and (auxiliary or self.is_initializing()):
+            semantic = self._semantic_head()(features)
+        return Outputs(_join_levels(cate), _join_levels(kernel), mask_feat, semantic)
+
+    def _semantic_head(self) -> SemanticHead:
+        return SemanticHead(
+            num_classes=self.num_classes,
+            channels=self.mask_channels,
+            prior_prob=self.prior_prob,
+            dtype=self.dtype,
+            name="semantic_head",
+        )
 
 
 def _join_levels(levels: Sequence[jax.Array]) -> jax.Array:

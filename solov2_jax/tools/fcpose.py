@@ -13,7 +13,6 @@ data/detection_utils.py.
 """
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -27,8 +26,11 @@ from solov2_jax.data.annotations import annotation_ids, read_content, read_insta
 from solov2_jax.data.build import build_train_batches
 from solov2_jax.data.coco import CocoDataset, read_coco
 from solov2_jax.data.pipeline import Batches
-from solov2_jax.data.transforms import Affine, Keypoints
-from solov2_jax.io import InputError, reading
+from solov2_jax.data.semantic_masks import read_basis, semantic_mask
+from solov2_jax.data.transforms import Keypoints
+from solov2_jax.io import InputError
+
+__all__ = ["build_pose_batches", "load_keypoints", "read_basis", "semantic_mask"]
 
 T = TypeVar("T")
 
@@ -111,37 +113,6 @@ def mirror_order(names: Sequence[str]) -> np.ndarray:
             if a in name and name.replace(a, b) in place:
                 order[j] = place[name.replace(a, b)]
     return order
-
-
-def semantic_mask(dataset: CocoDataset, index: int, affine: Affine, folder: str) -> np.ndarray:
-    """Returns the class of each pixel of an image, moved to the nearest pixel, uint8 [h, w].
-
-    Args:
-      folder: with a .npz file for each image.
-    """
-    name = os.path.splitext(str(dataset.file_names[index]))[0] + ".npz"
-    return affine.move_nearest(read_basis(os.path.join(folder, name), affine.original))
-
-
-def read_basis(path: str, size: tuple[int, int]) -> np.ndarray:
-    """Returns the `mask` of a .npz file, uint8 [height, width].
-
-    Args:
-      size: (height, width) that it must have.
-    """
-    fix = (
-        "There must be a .npz file with an array `mask` for every image: "
-        "numpy.savez_compressed(path, mask=mask)"
-    )
-    with reading(path, "a semantic mask", fix), np.load(path, allow_pickle=False) as arrays:
-        mask = arrays["mask"]
-    whole = mask.dtype.kind in "ui" and mask.min(initial=0) >= 0
-    if mask.shape != size or not whole or mask.max(initial=0) > 255:
-        raise InputError(
-            f"{path}: `mask` is {mask.dtype} {mask.shape}; it must be whole numbers of "
-            f"0 to 255 of the image's size {size}."
-        )
-    return mask.astype(np.uint8)
 
 
 def build_pose_batches(

@@ -92,7 +92,7 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
     num_classes = len(train.class_names)
     config = in_steps(config, train)
     config.model.num_classes = num_classes
-    model = build_model(config, num_classes)
+    model = build_model(config, num_classes, auxiliary=True)
 
     image = jax.ShapeDtypeStruct((1, 64, 64, config.data.channels), jnp.float32)
 
@@ -303,6 +303,7 @@ def metric_names(config: Any, validations: Sequence[Validation]) -> tuple[str, .
     names = [name for validation in validations for name in validation.names()]
     if config.eval.loss_images:
         names += [f"val/{name}" for name in ("loss", "loss_ins", "loss_cate", "mean_iou")]
+        names += ["val/loss_semantic"] if config.loss.semantic_weight else []
     if config.optim.ema_decay and config.eval.raw_weights:
         names += [f"raw/{name}" for name in names]
     return tuple(names)

@@ -19,6 +19,7 @@ from solov2_jax.pair_losses import pair_loss
 from solov2_jax.structs import Batch, Outputs, Targets
 from solov2_jax.targets import assign_targets
 from solov2_jax.training.teacher import Teacher
+from solov2_jax.training.terms import TERMS, build_terms
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -63,6 +64,8 @@ def build_loss(
     """Returns SOLOv2's loss, `loss_ins` (dice) + `loss_cate` (focal), as a config weighs them,
     and of batches with `has_mask` that of the masks learned from boxes.
 
+    With `loss.semantic_weight` also `loss_semantic`, of the network's auxiliary head.
+
     Args:
       evaluated: of the network as prediction uses it: trained batch norms normalise by their
         running statistics, not by the batch's.
@@ -71,6 +74,8 @@ def build_loss(
     trained_norms = "sync_bn" in (config.model.backbone.norm, config.model.fpn.norm)
     mutable = ["batch_stats"] if trained_norms and not evaluated else []
     find_targets, compare = _target_finder(config), _build_comparison(config)
+    terms = build_terms(config)
+    auxiliary = {"auxiliary": True} if terms else {}
     mean, std = input_statistics(config)
 
     def image_of(batch: dict[str, jax.Array]) -> jax.Array:
@@ -79,24 +84,32 @@ def build_loss(
     def assign(
         batch: dict[str, jax.Array], key: jax.Array, step: jax.Array | int
     ) -> tuple[PyTree, PyTree]:
-        targets = find_targets(Batch(**batch), key=key)
+        whole = Batch(**batch)
+        targets = find_targets(whole, key=key)
+        further = {name: term.assign(whole, targets) for name, term in terms.items()}
         # A dict: splitting the rows gives them one axis more for a while.
-        return dict(vars(targets)), (normalizers_of(targets, batch.get("has_mask")), step)
+        rows = {**vars(targets), **{name: of_rows for name, (of_rows, _) in further.items()}}
+        totals = {name: total for name, (_, total) in further.items()}
+        return rows, (normalizers_of(targets, whole.has_mask), (step, totals))
 
     taught = _build_distillation(config) if teacher else None
 
-    def compute(params, model_state, batch, targets, normalizers_and_step, constants):
+    def compute(params, model_state, batch, targets, normalizers, constants):
         variables = {"params": params, **model_state}
         if mutable:
-            outputs, changed = model.apply(variables, image_of(batch), mutable=mutable)
+            outputs, changed = model.apply(variables, image_of(batch), mutable=mutable, **auxiliary)
             model_state = {**model_state, **changed}
         else:
-            outputs = model.apply(variables, image_of(batch))
-        targets = Targets(**targets)
-        loss, metrics = compare(outputs, targets, batch, *normalizers_and_step)
+            outputs = model.apply(variables, image_of(batch), **auxiliary)
+        of_pairs, (step, totals) = normalizers
+        pairs = Targets(**{name: rows for name, rows in targets.items() if name not in terms})
+        loss, metrics = compare(outputs, pairs, batch, of_pairs, step)
+        for name, term in terms.items():
+            value = term.loss(outputs, pairs, targets[name], totals[name])
+            loss, metrics = loss + value, {**metrics, name: value}
         if teacher and taught:
             wanted = teacher.outputs(constants, batch)
-            more, further = taught(outputs, wanted, targets, normalizers_and_step[0])
+            more, further = taught(outputs, wanted, pairs, of_pairs)
             loss, metrics = loss + more, metrics | further
         return loss, (metrics, model_state)
 
@@ -261,9 +274,12 @@ class ValidationLoss:
         loss_ins = float(column["loss_ins"] @ pairs / num_pairs)
         # The class loss is divided by the positive cells + 1.
         loss_cate = float(column["loss_cate"] @ (cells + 1) / (cells.sum() + 1))
+        # Each batch's by itself: its pixels are many, and the batches alike.
+        further = {k: float(v.mean()) for k, v in column.items() if k in TERMS}
         return {
-            "val/loss": loss_ins + loss_cate,
+            "val/loss": loss_ins + loss_cate + sum(further.values()),
             "val/loss_ins": loss_ins,
             "val/loss_cate": loss_cate,
             "val/mean_iou": float(column["mean_iou"] @ pairs / num_pairs),
+            **{f"val/{name}": value for name, value in further.items()},
         }

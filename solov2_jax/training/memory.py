@@ -66,7 +66,7 @@ def build_step(
     """Returns the train step, the shapes of its state, and the mesh, as the loop's."""
     mesh, accumulate = mesh or distributed.make_mesh(), config.train.accumulate
     distributed.check_batch_size(config.train.batch_size, mesh, accumulate)
-    model = build_model(config, config.model.num_classes)
+    model = build_model(config, config.model.num_classes, auxiliary=True)
     image = jax.ShapeDtypeStruct((1, 64, 64, config.data.channels), jnp.float32)
     key = jax.random.key(0)
     variables = jax.eval_shape(lambda k: dict(model.lazy_init(k, image)), key)

@@ -25,6 +25,9 @@ from solov2_jax.weights.tables import to_adelaidet, to_mmdet
 _log = logging.getLogger(__name__)
 _STEM = "params/backbone/stem/conv1/kernel"
 _CLASS_LAYER = "params/ins_head/cate_pred/"
+# Heads that a config may leave out, which then need no weights; others' last layers.
+_OPTIONAL = ("params/semantic_head/",)
+_SEMANTIC_LAYER = "params/semantic_head/logits/"
 # What ends a backbone's results: no ImageNet classifier has it.
 _OUT = tuple(f"params/backbone/{name}" for name in ("out_ln", "pyramid", "ln_pyramid"))
 
@@ -182,6 +185,11 @@ def match(
         for leaf in [leaf for leaf in flat if leaf.startswith(_CLASS_LAYER)]:
             classes = flat.pop(leaf).shape[-1]
             dropped.append((leaf, f"class layer of {classes} classes"))
+    for leaf in [leaf for leaf in flat if leaf.startswith(_OPTIONAL)]:
+        fits = leaf in targets and flat[leaf].shape == tuple(targets[leaf].shape)
+        if leaf not in targets or (not strict and not fits and leaf.startswith(_SEMANTIC_LAYER)):
+            del flat[leaf]
+            dropped.append((leaf, "the network has no such head or another number of classes"))
     if not strict:
         adapt_stem(weights, flat, targets)
     _refuse_misfits(weights, flat, targets)

@@ -1,0 +1,51 @@
+"""Terms that a config may add to SOLOv2's loss, each with an auxiliary output of the network."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from solov2_jax.semantic import foreground_counts, semantic_labels, semantic_loss
+from solov2_jax.structs import Batch, Outputs, Targets
+
+PyTree = Any
+TERMS = ("loss_semantic",)  # their metrics' names
+
+
+@dataclass(frozen=True)
+class Term:
+    """A weighted loss whose sums over microbatches give the whole batch's.
+
+    Attributes:
+      assign: (batch, targets) -> (what it compares with, a row for each image; what its sum
+        over the whole batch is divided by).
+      loss: (outputs, targets, those rows, that divisor) -> the loss of some of the rows.
+    """
+
+    assign: Callable[[Batch, Targets], tuple[PyTree, PyTree]]
+    loss: Callable[[Outputs, Targets, PyTree, PyTree], jax.Array]
+
+
+def build_terms(config: Any) -> dict[str, Term]:
+    """Returns the terms that have a weight, by their metrics' names."""
+    terms = {}
+    if config.loss.semantic_weight:
+        terms["loss_semantic"] = _semantic_term(config)
+    return terms
+
+
+def _semantic_term(config: Any) -> Term:
+    classes, weights = config.model.num_classes, config.loss
+
+    def assign(batch: Batch, _: Targets) -> tuple[jax.Array, jax.Array]:
+        labels = semantic_labels(batch, classes)
+        return labels, foreground_counts(labels, classes)
+
+    def loss(outputs: Outputs, _: Targets, labels: jax.Array, counts: jax.Array) -> jax.Array:
+        assert outputs.semantic is not None
+        alpha, gamma = weights.focal_alpha, weights.focal_gamma
+        value = semantic_loss(outputs.semantic, labels, counts, alpha=alpha, gamma=gamma)
+        return weights.semantic_weight * value
+
+    return Term(assign, loss)
