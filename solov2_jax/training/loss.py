@@ -19,7 +19,7 @@ from solov2_jax.pair_losses import pair_loss
 from solov2_jax.structs import Batch, Outputs, Targets
 from solov2_jax.targets import assign_targets
 from solov2_jax.training.teacher import Teacher
-from solov2_jax.training.terms import TERMS, build_terms
+from solov2_jax.training.terms import TERMS, assign_terms, build_terms
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -86,10 +86,9 @@ def build_loss(
     ) -> tuple[PyTree, PyTree]:
         whole = Batch(**batch)
         targets = find_targets(whole, key=key)
-        further = {name: term.assign(whole, targets) for name, term in terms.items()}
+        added, totals = assign_terms(terms, whole, targets)
         # A dict: splitting the rows gives them one axis more for a while.
-        rows = {**vars(targets), **{name: of_rows for name, (of_rows, _) in further.items()}}
-        totals = {name: total for name, (_, total) in further.items()}
+        rows = {**vars(targets), **added}
         return rows, (normalizers_of(targets, whole.has_mask), (step, totals))
 
     taught = _build_distillation(config) if teacher else None
@@ -104,9 +103,8 @@ def build_loss(
         of_pairs, (step, totals) = normalizers
         pairs = Targets(**{name: rows for name, rows in targets.items() if name not in terms})
         loss, metrics = compare(outputs, pairs, batch, of_pairs, step)
-        for name, term in terms.items():
-            value = term.loss(outputs, pairs, targets[name], totals[name])
-            loss, metrics = loss + value, {**metrics, name: value}
+        added = {n: t.loss(outputs, pairs, targets[n], totals[n]) for n, t in terms.items()}
+        loss, metrics = loss + sum(added.values()), metrics | added
         if teacher and taught:
             wanted = teacher.outputs(constants, batch)
             more, further = taught(outputs, wanted, pairs, of_pairs)

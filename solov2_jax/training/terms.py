@@ -1,6 +1,6 @@
 """Terms that a config may add to SOLOv2's loss, each with an auxiliary output of the network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,14 @@ def build_terms(config: Any) -> dict[str, Term]:
     if config.loss.semantic_weight:
         terms["loss_semantic"] = _semantic_term(config)
     return terms
+
+
+def assign_terms(
+    terms: Mapping[str, Term], batch: Batch, targets: Targets
+) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+    """Returns (rows, divisors) of each term, as `Term.assign` gives them."""
+    assigned = {name: term.assign(batch, targets) for name, term in terms.items()}
+    return {n: rows for n, (rows, _) in assigned.items()}, {n: d for n, (_, d) in assigned.items()}
 
 
 def _semantic_term(config: Any) -> Term:
