@@ -84,6 +84,7 @@ LONG_FUNCTIONS = {
     "solov2_jax.postprocess.detect",
     "solov2_jax.data.pipeline.train_batches",
     "solov2_jax.training.loop.train",
+    "solov2_jax.training.loss.build_loss",
     "solov2_jax.tools.export.run.export",
     "solov2_jax.tools.serving.app.make_app",
     "solov2_jax.tools.doctor.grids.advise",
