@@ -380,6 +380,13 @@ def keys() -> Section:
     loss.focal_weight = number(1.0, 0, high=1e6)
     # of the mask loss [MODEL.SOLOV2.LOSS.DICE_WEIGHT]
     loss.dice_weight = number(3.0, above=0, high=1e6)
+    # Of a mask's cross entropy pixel by pixel, over the object's pixels, beside dice: for thin
+    # masks. 0: none.
+    loss.mask_bce_weight = number(0.0, 0, high=1e6)
+    # As focal_gamma, of these pixels; 0: all count the same.
+    loss.mask_bce_gamma = number(2.0, 0, high=100, used=unless("loss.mask_bce_weight", 0.0))
+    # Of the dice loss of the masks' borders, eight input pixels wide. 0: none.
+    loss.boundary_weight = number(0.0, 0, high=1e6)
     # Of the distance to the teacher's soft masks of the same cells (`distill_from`), at the mask
     # loss's weight.
     loss.distill_mask_weight = number(3.0, 0, high=1e6, used=_TAUGHT)

@@ -72,13 +72,16 @@ def make_config():
     return config
 
 
-def run(parts, num_devices, boxes=False):
+def run(parts, num_devices, boxes=False, **weights):
     """Returns the metrics of two steps, and the parameters after them.
 
     Args:
       boxes: of every second object only the box is known.
+      weights: of the losses.
     """
     config, params = make_config(), make_params()
+    for key, value in weights.items():
+        config.loss[key] = value
     trainable = optim.trainable_mask(params, 0)
     _, tx = build_optimizer(config, trainable)
     mesh = distributed.make_mesh(num_devices)
@@ -120,6 +123,18 @@ def test_parts_give_the_whole_where_some_objects_have_a_box_only():
     assert second["loss_pairwise"] > 0
     parts = ("loss_ins", "loss_cate", "loss_projection", "loss_pairwise")
     assert second["loss"] == pytest.approx(sum(second[p] for p in parts), rel=1e-5)
+
+
+def test_further_terms_are_means_over_the_whole_batch_too(whole):
+    weights = {"mask_bce_weight": 2.0, "boundary_weight": 1.5}
+    want, got = run(1, 1, **weights), run(4, 2, **weights)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
+    jax.tree.map(close, got, want)
+    first = want[0][0]
+    parts = ("loss_ins", "loss_cate", "loss_mask_bce", "loss_boundary")
+    assert all(first[p] > 0.05 for p in parts)
+    assert first["loss"] == pytest.approx(sum(first[p] for p in parts), rel=1e-5)
+    assert first["loss_ins"] == pytest.approx(whole[0][0]["loss_ins"], rel=1e-5)
 
 
 def sums_over_devices(jaxpr, in_loop=False):

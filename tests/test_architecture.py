@@ -43,6 +43,7 @@ LAYERS = {
     "targets": 2,
     "pair_losses": 2,
     "box_losses": 3,
+    "mask_losses": 3,
     "distillation": 3,
     "losses": 2,
     "postprocess": 2,

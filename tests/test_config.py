@@ -174,3 +174,12 @@ def test_variants_of_the_zoo_are_networks_with_their_publishers_figures():
 def test_variants_that_are_not_there(path, message):
     with pytest.raises(ValueError, match=message):
         configs.load_config(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "zoo")),
+)
+def test_every_shipped_config_is_valid(name):
+    config = configs.load_config(name)
+    assert len(config.model.ins_head.num_grids) == len(config.targets.scale_ranges)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solov2_jax import losses, platforms
+from solov2_jax import losses, mask_losses, platforms
 from solov2_jax.structs import Outputs, Targets
 
 SETTINGS = dict(focal_alpha=0.25, focal_gamma=2.0, focal_weight=1.0, dice_weight=3.0)
@@ -257,3 +257,40 @@ def test_the_mesh_changes_nothing(num_devices):
     assert_trees_close(compiled(*leaves), step(*args), rtol=2e-5, atol=1e-7)
     # Only small sums cross the mesh: nothing gathers the mask features.
     assert "all-gather" not in compiled.as_text()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_pixel_and_border_terms_by_hand(gamma):
+    """With loops over the 3 x 3, in float64."""
+    rng = np.random.default_rng(5)
+    logits = rng.normal(size=(2, 3, 9, 11)) * 3
+    target = (rng.random((2, 3, 9, 11)) < 0.3).astype(float)
+    target[1, 2] = 0  # no pixel is left of it
+    soft = 1 / (1 + np.exp(-logits))
+    right = np.where(target > 0, soft, 1 - soft)
+    focal = (-((1 - right) ** gamma) * np.log(right)).sum((2, 3))
+    want = focal / np.maximum(target.sum((2, 3)), 1)
+    got = mask_losses.binary_focal(jnp.float32(logits), jnp.float32(target), gamma)
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+
+    def border(x):
+        out = np.zeros_like(x)
+        for i, j in np.ndindex(9, 11):
+            part = x[..., max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2]
+            out[..., i, j] = part.max((-1, -2)) - part.min((-1, -2))
+        return out
+
+    a, b = border(soft), border(target)
+    dice = 2 * (a * b).sum((2, 3)) / ((a * a).sum((2, 3)) + (b * b).sum((2, 3)) + losses.EPSILON)
+    got = mask_losses.border_distance(jnp.float32(soft), jnp.float32(target))
+    np.testing.assert_allclose(got, 1 - dice, rtol=1e-4)
+
+
+def test_the_border_is_where_a_moved_mask_differs():
+    """Two pixels off: dice hardly sees it in a large mask, the border does."""
+    masks = np.zeros((1, 2, 40, 40), np.float32)
+    masks[0, 0, 4:34, 4:34] = masks[0, 1, 6:36, 4:34] = 1
+    target = jnp.asarray(masks[:, [0, 0]])
+    border = mask_losses.border_distance(jnp.asarray(masks), target)[0]
+    overlap = 1 - (masks[0, 1] * masks[0, 0]).sum() / masks[0, 0].sum()
+    assert border[0] < 1e-4 and border[1] > 0.4 > 0.1 > overlap

@@ -15,6 +15,7 @@ from solov2_jax.config import input_statistics
 from solov2_jax.config_schema import as_steps
 from solov2_jax.distillation import attention_distance, soft_mask_terms
 from solov2_jax.losses import Normalizers, normalizers_of, pair_weights, solov2_loss
+from solov2_jax.mask_losses import further_mask_terms
 from solov2_jax.pair_losses import pair_loss
 from solov2_jax.structs import Batch, Outputs, Targets
 from solov2_jax.targets import assign_targets
@@ -141,7 +142,7 @@ def _target_finder(config: Any) -> Callable[..., Targets]:
 def _build_comparison(config: Any) -> Callable[..., tuple[jax.Array, Metrics]]:
     """Returns (outputs, targets, batch, normalizers, step) -> (loss, metrics)."""
     weights = config.loss
-    of_boxes = _build_box_loss(config)
+    of_boxes, of_masks = _build_box_loss(config), _build_mask_loss(config)
 
     def compare(
         outputs: Outputs,
@@ -161,12 +162,46 @@ def _build_comparison(config: Any) -> Callable[..., tuple[jax.Array, Metrics]]:
             normalizers=normalizers,
             has_mask=batch.get("has_mask"),
         )
+        if weights.mask_bce_weight or weights.boundary_weight:
+            more, further = of_masks(outputs, targets, batch, normalizers.pairs)
+            loss, metrics = loss + more, metrics | further
         if "has_mask" in batch:
             more, further = of_boxes(outputs, targets, batch, normalizers.box_pairs, step)
             loss, metrics = loss + more, metrics | further
         return loss, metrics
 
     return compare
+
+
+def _build_mask_loss(config: Any) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """Returns (outputs, targets, batch, number of pairs) -> (loss, metrics) of the terms that
+    stand beside dice.
+
+    Metrics: `loss_mask_bce` and `loss_boundary`, weighted, which add up to the loss.
+    """
+    weights = config.loss
+    terms = functools.partial(further_mask_terms, gamma=weights.mask_bce_gamma)
+
+    def loss_of(
+        outputs: Outputs, targets: Targets, batch: dict[str, jax.Array], num_pairs: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        factors = jnp.float32([weights.mask_bce_weight, weights.boundary_weight])
+        factors = factors / jnp.maximum(num_pairs, 1.0)
+        kernels = jnp.take_along_axis(outputs.kernel, targets.pair_cell[..., None], axis=1)
+        weight, _ = pair_weights(targets, batch.get("has_mask"))
+        loss, sums = pair_loss(
+            terms,
+            kernels,
+            outputs.mask_feat,
+            targets.pair_instance,
+            batch["masks"],
+            weight,
+            factors,
+        )
+        bce, boundary = factors * sums
+        return loss, {"loss_mask_bce": bce, "loss_boundary": boundary}
+
+    return loss_of
 
 
 def _build_box_loss(config: Any) -> Callable[..., tuple[jax.Array, Metrics]]:
