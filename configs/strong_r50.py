@@ -6,7 +6,8 @@
 AdamW with lower rates towards the image and no frozen stage, large-scale jitter with copy and
 paste until the last tenth, CondInst's auxiliary semantic loss, cosine, a moving average, and
 denser grids. float32 unless `model.dtype` says otherwise: bfloat16 is for GPUs and TPUs. Each
-lever is a key, and docs/recipes.md says what is known of it. Made for 8 GPUs; not trained to the end by us.
+lever is a key, and docs/recipes.md says what is known of it. Made for 8 GPUs; not trained to
+the end by us.
 """
 
 from configs import base
