@@ -246,6 +246,21 @@ def test_a_failing_report_costs_a_line_and_not_the_run(tmp_path, monkeypatch, ca
     assert calls == [(run, 2), (run, 4), (run, 4)]
     assert caplog.text.count(f"no report by {__name__}:fail: ZeroDivisionError: no ink") == 3
     assert "ZeroDivisionError" in (run / "train.log").read_text().split("Traceback")[1]
+    record_file = run / "eval" / "reported.json"
+    assert json.loads(record_file.read_text()) == {"step": 4, "after_training": True}
+    build = lambda c, w: toy.toy_task(c, w, evaluate=evaluate, finished=evaluations)  # noqa: E731
+    for killed, made_up in (
+        (None, []),  # reports were made: nothing is done again
+        ('{"step": 4, "after_training": false}', [(run, 4), (run, 4)]),  # before the last ones
+        ('{"step": 2, "after_training": false}', [(run, 4), (run, 4)]),  # before any
+        ("[", [(run, 4), (run, 4)]),
+    ):
+        calls.clear()
+        evaluations.clear()
+        if killed is not None:
+            record_file.write_text(killed)
+        train(config, run, build)
+        assert calls == made_up
     config.train.after_training = ("solov2_jax.tools.report:nothing",)
     with pytest.raises(InputError, match="train.after_training: .*cannot be imported"):
         train(config, tmp_path / "other", toy.toy_task)

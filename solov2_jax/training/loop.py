@@ -43,7 +43,7 @@ from solov2_jax.training.hooks import (
 )
 from solov2_jax.training.memory import resolve_batch_size
 from solov2_jax.training.metrics import MetricsWindow
-from solov2_jax.training.report_hooks import Reports, load_reports
+from solov2_jax.training.report_hooks import Reports, have_reported, load_reports
 from solov2_jax.training.restore import Start, restore
 from solov2_jax.training.step import TrainStep
 from solov2_jax.training.watchdog import LossWatchdog
@@ -223,6 +223,16 @@ def make_run(config: Any, task: Task, start: Start, mesh: Mesh) -> Run:
     )
 
 
+def _last_written(path: pathlib.Path, train: Any, writers: Sequence[WriterBase]) -> dict[str, Any]:
+    """Returns the last line of metrics; {} if a kill left its evaluation without reports."""
+    last = next((w.last for w in writers if isinstance(w, JsonlWriter)), {})
+    step = last.get("step", 0)
+    wanted = any(train[key] for key in _REPORTS)
+    if wanted and not have_reported(path, step, finished=step >= train.steps):
+        return {}
+    return last
+
+
 def make_hooks(
     config: Any,
     path: pathlib.Path,
@@ -240,9 +250,7 @@ def make_hooks(
     if train.precise_bn and task.loss.moments:
         precise = [PreciseBN(task.loss.moments, task.batches, train.eval_every, train.precise_bn)]
     # Only the first process has written any; all must evaluate, or none.
-    written = distributed.broadcast_from_host0(
-        lambda: next((w.last for w in writers if isinstance(w, JsonlWriter)), {})
-    )
+    written = distributed.broadcast_from_host0(lambda: _last_written(path, train, writers))
     return [
         Profiler(train.profile_steps, path / "profile"),
         IterationTimer(train.log_every),

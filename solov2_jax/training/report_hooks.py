@@ -1,21 +1,39 @@
 """What is made of a run's evaluations: reports that can fail without harm to the run."""
 
+import json
 import logging
 import pathlib
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 
+import jax
+
 from solov2_jax.evaluation.evaluate import FinishedEvaluation, Report
-from solov2_jax.io import import_object, reason
+from solov2_jax.io import import_object, make_folder, reason, write_json
 from solov2_jax.training.hooks import HookBase, Run
 
 log = logging.getLogger("solov2_jax")
+
+_RECORD = pathlib.Path("eval", "reported.json")  # the step of the last reports
 
 
 def load_reports(config_train, key: str) -> dict[str, Report]:
     """Returns the functions that `train.after_evaluation` or `train.after_training` names."""
     return {path: import_object(path, f"train.{key}") for path in config_train[key]}
+
+
+def have_reported(workdir: pathlib.Path, step: int, *, finished: bool) -> bool:
+    """Returns whether the reports of a step were made before the run was last ended.
+
+    Args:
+      finished: whether the step is the last one, which `train.after_training` is about.
+    """
+    try:
+        record = json.loads((workdir / _RECORD).read_text(encoding="utf-8"))
+        return record["step"] == step and (record["after_training"] or not finished)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # none, or damaged: they are made again
 
 
 class Reports(HookBase):
@@ -44,13 +62,24 @@ class Reports(HookBase):
         self.after_step(run)
 
     def after_step(self, run: Run) -> None:
-        if run.results_step == run.step and self._finished and self._finished[-1] is not self._seen:
+        if run.results_step != run.step:
+            return
+        if self._finished and self._finished[-1] is not self._seen:
             self._seen = self._finished[-1]
             self._call(self._each, run.step)
+        self._record(run.step, after_training=False)
 
     def after_train(self, run: Run) -> None:
-        if not run.interrupted and self._seen is not None:
+        if run.interrupted or run.results_step is None:
+            return
+        if self._seen is not None:
             self._call(self._last, run.results_step)
+        self._record(run.results_step, after_training=True)
+
+    def _record(self, step: int, *, after_training: bool) -> None:
+        if jax.process_index() == 0:
+            make_folder((self._workdir / _RECORD).parent)
+            write_json({"step": step, "after_training": after_training}, self._workdir / _RECORD)
 
     def _call(self, reports: Mapping[str, Report], step: int) -> None:
         assert self._seen is not None
