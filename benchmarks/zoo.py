@@ -29,6 +29,11 @@ from solov2_jax.weights.array_files import write_torch
 from solov2_jax.weights.sources import read_weights
 from solov2_jax.weights.tables import to_mmdet
 
+# Layers that Paddle's state dicts have under two names.
+SECOND_NAMES = {
+    "solov2_head.solo_": "solov2_head.bbox_head.solo_",
+    "mask_head.conv_pred.": "mask_head.mask_feat_head.conv_pred.0.",
+}
 CLASSES, SIZE = 5, (128, 160)
 # timm's Swin shifts its windows otherwise where they do not divide the sides.
 SIZES = {"timm Swin-S": (224, 224)}
@@ -167,6 +172,8 @@ def write_file(network: Network, config: Any, folder: Path, peer: str) -> str:
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Returns a tensor's float32 values: seeded by its name, of a size that its role asks for."""
+    for second, first in SECOND_NAMES.items():
+        name = name.replace(second, first)
     noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
     fan = np.prod(shape[1:])
     if name.endswith(("running_var", "_variance")):

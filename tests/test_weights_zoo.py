@@ -133,6 +133,17 @@ def test_paddles_names_of_every_variant(name):
     assert settings["input.channel_order"] == "RGB"
 
 
+def test_paddles_second_names_of_a_layer_are_left_out():
+    """Its state dicts have these twice: as an attribute and as a sublayer of another name."""
+    for first, second in (
+        ("solov2_head.bbox_head.solo_cate.weight", "solov2_head.solo_cate.weight"),
+        ("mask_head.mask_feat_head.conv_pred.0.norm.bias", "mask_head.conv_pred.norm.bias"),
+    ):
+        assert names.targets_of(tables.PADDLE, first)
+        assert not names.targets_of(tables.PADDLE, second)
+        assert "sublayer's name" in names.drop_reason(tables.PADDLE, second)
+
+
 def test_a_pdparams_file_is_read_and_a_hostile_one_refused(tmp_path):
     values = np.random.default_rng(0).standard_normal((8, 4, 3, 3)).astype(np.float32)
     key = "solov2_head.bbox_head.solo_cate.weight"

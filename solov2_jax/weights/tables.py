@@ -274,6 +274,11 @@ _PIXELS = Drop(r"pixel_(mean|std)", "read as settings, see `input.mean`, `input.
 _MOMENTUM = Drop(r".*_momentum", "optimiser state")
 _STEM_BIAS = Drop(r"(stem\.)?conv1(_b|\.bias)", "the reference ignores it too")
 _EMA_BUFFER = Drop(r"ema_.*", "moving average kept by an EMA hook")
+# A layer that is an attribute and a sublayer of another name has both in Paddle.
+_SECOND_NAME = Drop(
+    r"solov2_head\.solo_(cate|kernel)\..*|mask_head\.conv_pred\..*",
+    "there under its sublayer's name",
+)
 _TEACHER = Drop(r"(tsw\.)?teacher\..*|tsw\..*", "copy of the network that taught it")
 
 _DETECTRON2_NETWORK = (
@@ -322,7 +327,7 @@ PADDLE = NameTable(
         *_paddle_fpn(),
         *_PADDLE_HEADS,
     ),
-    (COUNTER, _CLASSIFIER),
+    (COUNTER, _CLASSIFIER, _SECOND_NAME),
 )
 
 TABLES: dict[str, NameTable] = {

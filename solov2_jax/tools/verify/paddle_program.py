@@ -2,15 +2,16 @@
 
 With a number of classes in `case.json` it only writes `names.json`, its tensors' names and
 shapes. Its classes are put together here: its own assembly wants configuration files, which its
-package does not have. Detections are not made: its own post-processing is of PaddlePaddle 2
-only. The class scores that it gives after the point NMS are compared before it.
+package does not have.
 """
 
 # pyright: reportMissingImports=false
+import contextlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -77,6 +78,55 @@ def fill(parts: dict[str, Any], state: dict[str, np.ndarray]) -> None:
         raise ValueError(f"its network lacks {len(unused)} of the tensors ({sorted(unused)[:3]})")
 
 
+def detect(parts: dict[str, Any], test: dict[str, Any], outputs: Any, size: Any) -> dict[str, Any]:
+    """Returns what its post-processing makes of class scores, kernels and mask features.
+
+    It is of PaddlePaddle 2, where a number taken from a tensor has one axis, and floats are
+    compared with integers.
+    """
+    import paddle
+    from ppdet.modeling.layers import MaskMatrixNMS
+
+    head, concat, cast = parts["solov2_head"], paddle.concat, paddle.cast
+
+    def with_axis(tensor):
+        return tensor if tensor.ndim else tensor.reshape([1])
+
+    def concat_numbers(tensors, axis=0):
+        return concat([with_axis(tensor) for tensor in tensors], axis)
+
+    def cast_number(tensor, dtype):
+        return cast(with_axis(tensor), dtype)
+
+    def in_floats(make):
+        def made(*args, dtype, **options):
+            return make(*args, dtype="float32" if dtype == "int32" else dtype, **options)
+
+        return made
+
+    head.score_threshold, head.mask_threshold = test["score_threshold"], test["mask_threshold"]
+    head.mask_nms = MaskMatrixNMS(
+        update_threshold=test["update_threshold"],
+        pre_nms_top_n=test["nms_pre"],
+        post_nms_top_n=test["max_per_image"],
+        kernel=test["nms_kernel"],
+        sigma=test["nms_sigma"],
+    )
+    changed = {"concat": concat_numbers, "cast": cast_number}
+    changed |= {n: in_floats(getattr(paddle, n)) for n in ("full", "zeros")}
+    with contextlib.ExitStack() as stack:
+        for name, function in changed.items():
+            stack.enter_context(mock.patch.object(paddle, name, function))
+        shape = paddle.to_tensor(np.float32([size]))
+        masks, labels, scores, _ = head.get_prediction(
+            *outputs, shape, paddle.to_tensor(np.ones((1, 2), np.float32))
+        )
+    arrays = [x.numpy() for x in (labels, scores, masks)]
+    some = (arrays[1] > 0) & arrays[2].reshape(len(arrays[1]), -1).any(1)  # one is no detection
+    names = ("detected/labels", "detected/scores", "detected/masks")
+    return {name: array[some] for name, array in zip(names, arrays, strict=True)}
+
+
 def main(folder: Path) -> None:
     try:
         import paddle
@@ -111,10 +161,14 @@ def main(folder: Path) -> None:
         head.training = True  # it then gives logits, not scores; nothing else of it changes
         classes, kernels = head(levels)
         features = parts["mask_head"](levels)
+        head.training = False
+        scores, _ = head(levels)
+        found = detect(parts, case["test"], (scores, kernels, features), image.shape[2:])
     arrays = {f"backbone/res{i}": last(x) for i, x in enumerate(stages, start=2)}
     arrays |= {f"fpn/p{i}": last(x) for i, x in enumerate(levels, start=2)}
     arrays |= {"cate": cells(classes), "kernel": cells(kernels), "mask_feat": last(features)}
-    np.savez(folder / "original.npz", **arrays)
+    found["detected/masks"] = found["detected/masks"].astype(bool)
+    np.savez(folder / "original.npz", **arrays, **found)
 
 
 if __name__ == "__main__":
