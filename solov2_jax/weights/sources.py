@@ -107,7 +107,7 @@ _KINDS = {
 # First bytes of files that are taken for weights by mistake, and what to do.
 _MISTAKEN = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
-    (b"\x89HDF", "an HDF5 file (Keras); save the weights as .npz or .safetensors"),
+    (b"\x89HDF", "an HDF5 file; Keras's .h5 files are not read: its names have no table here"),
     (b"\x93NUMPY", "a single array; save all of them by name with np.savez"),
     (b"\x1f\x8b", "compressed by gzip; unpack it first"),
 )
