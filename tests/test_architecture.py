@@ -92,7 +92,7 @@ LONG_FUNCTIONS = {
 }
 MAX_LONG_FUNCTION = 105
 # Lines of Python.
-BUDGETS = {"core": 25_500, "tools": 19_700, "benchmarks": 4_100}
+BUDGETS = {"core": 25_500, "tools": 20_600, "benchmarks": 4_600}
 # What errors that are still there begin with.
 KNOWN: tuple[str, ...] = ()
 

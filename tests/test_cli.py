@@ -97,7 +97,7 @@ def test_every_command_has_its_names():
         (["trian"], 2, "unknown command 'trian'; did you mean train?"),
         (["train", "--config"], 2, "--config: expected one argument"),
         (["train", "--config=quickstart"], 2, "--workdir is missing"),
-        (["import", "coco"], 2, "give a format first, one of yolo, labelme, masks"),
+        (["import", "coco"], 2, "give a format first, one of yolo, labelme, voc, masks"),
         (["import", "yolo", "--void=3", "--output=x"], 2, "--void is not for yolo"),
         (["tfds", "--config.seed=1"], 2, "--name is missing"),
         (["summary", "--config=r50_3x", "--depth=nan"], 2, "--depth=nan must be a whole number"),

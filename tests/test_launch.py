@@ -23,7 +23,7 @@ def arguments(text):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_every_flag_and_key_exists(file):
-    flags = {flag.name for flag in (*train.FLAGS, *app._PLATFORM)}
+    flags = {flag.name for flag in (*train.FLAGS, *app.PLATFORM)}
     keys = flatten(base_config())
     names = arguments(file.read_text())
     assert {"config", "workdir"} <= set(names)

@@ -33,7 +33,7 @@ _KEEP_MEMORY = flags.Flag(
     "Start anew with settings of glibc's allocator that keep freed memory: on a CPU programs "
     "run up to a third faster. Linux.",
 )
-_PLATFORM = (DEBUG, _CPU_DEVICES, _CACHE, _KEEP_MEMORY)
+PLATFORM = (DEBUG, _CPU_DEVICES, _CACHE, _KEEP_MEMORY)
 # glibc gives XLA's large temporaries back to the system after every call, and the next
 # call pays for them page by page. It reads these when a process starts, never later.
 _KEEPING = {
@@ -67,7 +67,7 @@ def run(
       platform: whether it computes with JAX, and has the flags for that.
     """
     argv = sys.argv[1:] if argv is None else argv
-    shared = _PLATFORM if platform else (DEBUG,)
+    shared = PLATFORM if platform else (DEBUG,)
     if wants_help(argv):
         doc = sys.modules[main.__module__].__doc__ or ""
         print(flags.help_text(doc, {"Flags": own, "Flags of every command": shared}))

@@ -27,6 +27,7 @@ COMMANDS = {
     "pseudo": (_CLI + "pseudo:run", "labels pictures by a network, to train on"),
     "view": (_CLI + "view:run", "draws training batches with their targets"),
     "summary": (_CLI + "summary:run", "prints the network as a table"),
+    "study": (_CLI + "study:run", "measures which settings help on your data"),
     "tfds": ("solov2_jax.tools.tfds:main", "writes a data set as few large files"),
     "env": (_CLI + "env:run", "prints versions and devices, for an issue report"),
 }

@@ -1,0 +1,1 @@
+"""Which setting helps on one's own data: seeds, folds, one lever at a time, a table."""

@@ -1,0 +1,262 @@
+"""What a study consists of: levers, seeds and folds; its folder, which says so."""
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from solov2_jax.config import (
+    apply_overrides,
+    changed_keys,
+    check_config,
+    check_effect,
+    given_keys,
+    read_config,
+    save_config,
+)
+from solov2_jax.data.annotations import read_content
+from solov2_jax.data.build import data_files
+from solov2_jax.data.records import is_records
+from solov2_jax.io import InputError, read_json, reading, write_json, write_text
+from solov2_jax.tools.importers.instances import part_of
+
+PLAIN = "plain"  # the recipe as it is
+CONFIG, DESIGN, RUNS, FOLDS = "config.json", "design.json", "runs", "folds"
+_SHOWN = 3
+# Keys that no lever may have.
+_SET_BY_STUDY = ("seed", "data.name", "data.train.", "data.val", "train.best_metric")
+
+
+@dataclass(frozen=True)
+class Lever:
+    """A change of the recipe."""
+
+    name: str
+    overrides: tuple[str, ...]  # "--config.key=value"
+
+    @property
+    def folder(self) -> str:
+        """Its name as a part of a path."""
+        return re.sub(r"[^\w.=-]+", "_", self.name).strip("._") or "lever"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a study."""
+
+    lever: Lever
+    seed: int
+    fold: int  # from 0; of one fold the data's own parts
+
+    @property
+    def name(self) -> str:
+        return f"{self.lever.folder}/seed{self.seed}_fold{self.fold}"
+
+
+@dataclass(frozen=True)
+class Design:
+    """All runs of a study, in the order in which they are run."""
+
+    levers: tuple[Lever, ...]  # the plain recipe first
+    seeds: int
+    folds: int
+    hopeless: float  # a run whose metric is below this share of the plain one's ends; 0: none
+    judge_from: float  # the share of the run from which on it is judged
+
+    def trials(self) -> list[Trial]:
+        return [
+            Trial(lever, seed, fold)
+            for lever in self.levers
+            for seed in range(self.seeds)
+            for fold in range(self.folds)
+        ]
+
+    def trial(self, name: str) -> Trial:
+        """Returns the run of a name.
+
+        Raises:
+          InputError: if there is none.
+        """
+        for trial in self.trials():
+            if trial.name == name:
+                return trial
+        names = ", ".join(t.name for t in self.trials()[:_SHOWN])
+        raise InputError(f"--only {name}: the study has no such run; it has {names}, ...")
+
+
+def parse_levers(texts: Sequence[str]) -> tuple[Lever, ...]:
+    """Returns the levers of "key=value", "key=value key=value" or "name: key=value".
+
+    Raises:
+      InputError: for a text of another form, or two levers of one name.
+    """
+    levers = [Lever(PLAIN, ())]
+    for text in texts:
+        name, colon, rest = text.partition(":")
+        if not colon or "=" in name:
+            name, rest = text, text
+        try:
+            words = shlex.split(rest)
+        except ValueError as error:
+            raise InputError(f"--lever {text!r}: {error}; close the quotes") from error
+        if not words or not all(re.match(r"[\w.]+=", word) for word in words) or not name.strip():
+            raise InputError(
+                f"--lever {text!r}: write key=value, or several with spaces between them, with a "
+                'name before a colon if you like: "paste: augment.paste_prob=0.5"'
+            )
+        keys = tuple(f"--config.{word.removeprefix('config.')}" for word in words)
+        levers.append(Lever(" ".join(name.split()), keys))
+    folders = [lever.folder for lever in levers]
+    for lever in levers:
+        if folders.count(lever.folder) > 1:
+            raise InputError(
+                f"--lever {lever.name}: two levers have this name (the recipe itself is called "
+                f"{PLAIN}); give each its own before a colon"
+            )
+    return tuple(levers)
+
+
+def check_levers(levers: Sequence[Lever], config: Any) -> None:
+    """Raises an InputError for a lever whose keys the recipe does not take."""
+    for lever in levers:
+        changed = config.copy_and_resolve_references()
+        try:
+            apply_overrides(changed, lever.overrides)
+            check_config(changed)
+            check_effect(changed, lever.overrides)
+        except ValueError as error:
+            raise InputError(f"--lever {lever.name}: {error}") from error
+        if taken := [k for k in given_keys(lever.overrides) if k.startswith(_SET_BY_STUDY)]:
+            raise InputError(
+                f"--lever {lever.name}: {taken[0]} is the same for all runs of a study"
+            )
+
+
+def keep_design(folder: Path, design: Design, config: Any) -> None:
+    """Writes config and design into a study's folder; one that was begun must be the same.
+
+    Levers and seeds may be added, and the judging may change.
+
+    Raises:
+      InputError: if runs that are there would no longer be comparable.
+    """
+    if (folder / DESIGN).is_file():
+        before = read_design(folder)
+        if changed := changed_keys(read_config(folder / CONFIG), config):
+            key, (old, new) = next(iter(changed.items()))
+            raise InputError(
+                f"{folder}: the study was begun with {key} = {old}, not {new}; give another "
+                "--workdir, or what it was begun with"
+            )
+        known = {lever.folder: lever.overrides for lever in before.levers}
+        for lever in design.levers:
+            if known.get(lever.folder, lever.overrides) != lever.overrides:
+                raise InputError(
+                    f"{folder}: the lever {lever.name} was begun with "
+                    f"{' '.join(known[lever.folder])}; give the changed one another name"
+                )
+        if before.folds != design.folds:
+            raise InputError(f"{folder}: the study was begun with --folds {before.folds}")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, folder / CONFIG)
+    levers = [{"name": x.name, "overrides": x.overrides} for x in design.levers]
+    values = {k: v for k, v in vars(design).items() if k != "levers"}
+    write_json({"levers": levers, **values}, folder / DESIGN)
+
+
+def read_design(folder: Path) -> Design:
+    """Returns what `keep_design` wrote.
+
+    Raises:
+      InputError: if the folder is no study's, or the file is damaged.
+    """
+    path = folder / DESIGN
+    if not path.is_file():
+        raise InputError(f"{folder}: is no study's folder, it has no {DESIGN}; begin one first")
+    content = read_json(path, "a study's design")
+    with reading(path, "a study's design", "Begin the study again in another folder"):
+        levers = tuple(Lever(x["name"], tuple(x["overrides"])) for x in content.pop("levers"))
+        return Design(levers=levers, **content)
+
+
+def fold_overrides(folder: Path, trial: Trial, folds: int) -> list[str]:
+    """Returns what sets a run's data, nothing where there is one fold."""
+    if folds == 1:
+        return []
+    place = (folder / FOLDS / str(trial.fold)).absolute()
+    about = read_json(folder / FOLDS / "images.json", "the folds' images")
+    return [
+        "--config.data.name=",
+        f"--config.data.train.images={about['images']}",
+        f"--config.data.val.images={about['images']}",
+        f"--config.data.train.annotations={place / 'train.json'}",
+        f"--config.data.val.annotations={place / 'val.json'}",
+    ]
+
+
+def write_folds(folder: Path, config: Any, folds: int, group: str) -> None:
+    """Writes the jsons of each fold: its part of all images is the validation's.
+
+    Training and validation images are parted anew, by the config's seed and the file names;
+    images whose names have the same first group of the expression stay together.
+
+    Raises:
+      InputError: if the data cannot be parted.
+    """
+    (train, train_json), (val, val_json) = data_files(config)
+    if is_records(train):
+        raise InputError("--folds: records have their parts; give the images as a folder")
+    top = Path(train).absolute()
+    if Path(val).absolute() != top:
+        top = Path(*_common(top.parts, Path(val).absolute().parts))
+    contents = [read_content(train_json)]
+    contents += [read_content(val_json)] if val_json != train_json else []
+    roots = [Path(train).absolute(), Path(val).absolute()]
+    pooled = _pooled(contents, [root.relative_to(top).as_posix() for root in roots])
+    names = [image["file_name"] for image in pooled["images"]]
+    groups: dict[str, list[int]] = {}
+    for image, name in zip(pooled["images"], names, strict=True):
+        match = re.search(group, Path(name).name) if group else None
+        groups.setdefault(match[1] if match and match.groups() else name, []).append(image["id"])
+    if len(groups) < folds:
+        raise InputError(f"--folds {folds}: there are only {len(groups)} groups of images")
+    order = np.random.default_rng(config.seed).permutation(sorted(groups))
+    parts: list[set[int]] = [set() for _ in range(folds)]
+    for key in order.tolist():
+        min(parts, key=len).update(groups[key])
+    every = {image["id"] for image in pooled["images"]}
+    for i, part in enumerate(parts):
+        place = folder / FOLDS / str(i)
+        place.mkdir(parents=True, exist_ok=True)
+        for name, ids in (("train", every - part), ("val", part)):
+            write_text(json.dumps(part_of(pooled, ids)), place / f"{name}.json")
+    write_json({"images": str(top)}, folder / FOLDS / "images.json")
+
+
+def _common(a: Sequence[str], b: Sequence[str]) -> list[str]:
+    same = [x == y for x, y in zip(a, b, strict=False)]
+    return list(a[: same.index(False) if False in same else len(same)])
+
+
+def _pooled(contents: Sequence[dict[str, Any]], prefixes: Sequence[str]) -> dict[str, Any]:
+    """Returns the images and objects of several jsons of the same categories, numbered anew,
+    with file names below a common folder; an image that occurs twice is taken once."""
+    images: dict[str, dict[str, Any]] = {}
+    annotations = []
+    for content, prefix in zip(contents, prefixes, strict=False):
+        ids = {}
+        for image in content["images"]:
+            name = (Path(prefix) / image["file_name"]).as_posix()
+            if name not in images:
+                ids[image["id"]] = len(images) + 1
+                images[name] = {**image, "id": len(images) + 1, "file_name": name}
+        for annotation in content["annotations"]:
+            if annotation["image_id"] in ids:
+                number = {"id": len(annotations) + 1, "image_id": ids[annotation["image_id"]]}
+                annotations.append({**annotation, **number})
+    return {**contents[0], "images": list(images.values()), "annotations": annotations}
