@@ -20,7 +20,7 @@ from solov2_jax.distributed import make_mesh, put_batch, replicated
 from solov2_jax.models import build_model
 from solov2_jax.tools.cli.train import overfit_config, verdict
 from solov2_jax.tools.dry_run import dry_run, format_rows
-from solov2_jax.training.loss import ValidationLoss, build_loss
+from solov2_jax.training.loss import ValidationLoss, build_loss, unpack_masks
 from solov2_jax.training.memory import batch_shapes
 from solov2_jax.training.restore import state_of
 from solov2_jax.training.step import TrainStep
@@ -63,8 +63,13 @@ def config_with_classes(config):
 
 def test_the_shapes_are_those_of_real_batches(tmp_path):
     config = small_config(tmp_path)
-    batch = next(iter(build_train_batches(config, tiny_coco.load(tmp_path))))
+    batches = build_train_batches(config, tiny_coco.load(tmp_path))
+    whole = next(iter(batches))
+    batches.packed = True
+    batch = next(iter(batches))
     b, g = batch["valid"].shape
+    assert whole["masks"].any() and whole["masks"].shape[3] == 8 * batch["mask_bits"].shape[3]
+    jax.tree.map(np.testing.assert_array_equal, dict(unpack_masks(batch)), whole)
     shapes = batch_shapes(b, g, *batch["image"].shape[1:3], make_mesh(1))
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
         k: (v.shape, v.dtype) for k, v in shapes.items()

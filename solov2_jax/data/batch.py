@@ -364,17 +364,23 @@ class BatchMaker(EvalBatchMaker):
         return num_valid, without_slot
 
 
-def expand_masks(batch: ArrayDict) -> ArrayDict:
+def expand_masks(batch: ArrayDict, *, packed: bool = False) -> ArrayDict:
     """Returns a training batch whose `masks` are [b, g, h, w], zero where `valid` is
     False; one of evaluation as it is.
 
     Args:
       batch: `masks` are those of the valid objects only, [n, h, w], which are few: all
         others would be made, sent and copied as zeros.
+      packed: `mask_bits` [b, g, h, w / 8], 8 pixels a byte, instead of `masks`: of 16 images
+        of 800 x 1333 with 96 slots 13 MB for the devices to receive instead of 103 MB.
+        `training.loss.unpack_masks` undoes it there.
     """
     if "masks" not in batch:
         return batch
     masks, valid = batch["masks"], batch["valid"]
+    name = "mask_bits" if packed else "masks"
+    if packed:
+        masks = np.packbits(masks, axis=-1)
     full = np.zeros((*valid.shape, *masks.shape[1:]), np.uint8)
     full[valid] = masks
-    return {k: v for k, v in batch.items() if k != "left_out"} | {"masks": full}
+    return {k: v for k, v in batch.items() if k not in ("left_out", "masks")} | {name: full}

@@ -68,10 +68,11 @@ class Batches:
 
     Attributes:
       maker: makes the batch of a step; may be replaced.
+      packed: training masks come as bits, see `expand_masks`.
     """
 
     def __init__(self, maker: EvalBatchMaker, start: int, reading: Reading):
-        self.maker, self.reading = maker, reading
+        self.maker, self.reading, self.packed = maker, reading, False
         self.buckets = maker.schedule.buckets
         self._start, self._stop = start, len(maker.schedule)
 
@@ -100,7 +101,7 @@ class Batches:
             while batch is not None:
                 arrays = receive(batch, pool)
                 told = told or self._tell_left_out(arrays)
-                yield expand_masks(arrays)
+                yield expand_masks(arrays, packed=self.packed)
                 batch = _next(iterator)
         finally:
             iterator.close()

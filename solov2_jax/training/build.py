@@ -114,7 +114,9 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
         evaluate_val = with_validation_loss(evaluate_val, config, val_loss, val)
 
     def batches(step: int) -> Generator[dict[str, np.ndarray], None, None]:
-        yield from build_train_batches(config, train, step, _shard())
+        source = build_train_batches(config, train, step, _shard())
+        source.packed = True
+        yield from source
 
     return Task(
         config=config,

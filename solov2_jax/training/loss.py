@@ -85,7 +85,7 @@ def build_loss(
     def assign(
         batch: dict[str, jax.Array], key: jax.Array, step: jax.Array | int
     ) -> tuple[PyTree, PyTree]:
-        whole = Batch(**batch)
+        whole = Batch(**unpack_masks(batch))
         targets = find_targets(whole, key=key)
         added, totals = assign_terms(terms, whole, targets)
         # A dict: splitting the rows gives them one axis more for a while.
@@ -95,7 +95,7 @@ def build_loss(
     taught = _build_distillation(config) if teacher else None
 
     def compute(params, model_state, batch, targets, normalizers, constants):
-        variables = {"params": params, **model_state}
+        batch, variables = unpack_masks(batch), {"params": params, **model_state}
         if mutable:
             outputs, changed = model.apply(variables, image_of(batch), mutable=mutable, **auxiliary)
             model_state = {**model_state, **changed}
@@ -125,6 +125,18 @@ def build_loss(
         matmul_precision=precision,
         constants=teacher.variables if teacher else None,
     )
+
+
+def unpack_masks(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns a batch with `masks` uint8 [B, G, h4, w4] instead of `mask_bits`, if it has these.
+
+    Args:
+      batch: `mask_bits` are uint8 [B, G, h4, w4 / 8], the first pixel in the highest bit.
+    """
+    if "mask_bits" not in batch:
+        return batch
+    rest = {name: rows for name, rows in batch.items() if name != "mask_bits"}
+    return {**rest, "masks": jnp.unpackbits(batch["mask_bits"], axis=-1)}
 
 
 def _target_finder(config: Any) -> Callable[..., Targets]:

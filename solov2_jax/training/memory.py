@@ -95,7 +95,7 @@ def batch_shapes(
     pixels: PixelFormat = RGB,
     boxes_only: bool = False,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns `Batch`'s fields as shapes on the mesh's devices.
+    """Returns what the devices receive of a batch, as shapes.
 
     Args:
       slots: padded objects per image.
@@ -108,7 +108,7 @@ def batch_shapes(
         "boxes": ((slots, 4), jnp.float32),
         "labels": ((slots,), jnp.int32),
         "centers": ((slots, 2), jnp.float32),
-        "masks": ((slots, height // 4, width // 4), jnp.uint8),
+        "mask_bits": ((slots, height // 4, width // 32), jnp.uint8),
         "valid": ((slots,), jnp.bool_),
         "image_id": ((), jnp.int32),
     }

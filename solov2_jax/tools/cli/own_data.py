@@ -188,7 +188,9 @@ def _advise(config: Any, dataset: CocoDataset, given: set[str], workdir: str) ->
     if config.train.batch_size == AUTO:
         _set_auto_batch(config, dataset, fixed, workdir)
         fixed |= {"train.batch_size"}
-    derived += derive(config, dataset, fixed, devices=jax.device_count())
+    derived += derive(
+        config, dataset, fixed, devices=jax.device_count(), on_cpu=jax.default_backend() == "cpu"
+    )
     for each in derived:
         for key, value in each.values.items():
             set_below(config, key, value)
@@ -205,7 +207,8 @@ def _set_auto_batch(config: Any, dataset: CocoDataset, given: set[str], workdir:
 
     trial = with_batch_size(config, jax.device_count(), ())
     with trial.unlocked(), trial.ignore_type():
-        for each in derive(trial, dataset, given | {"train.batch_size"}):
+        on_cpu = jax.default_backend() == "cpu"
+        for each in derive(trial, dataset, given | {"train.batch_size"}, on_cpu=on_cpu):
             for key, value in each.values.items():
                 set_below(trial, key, value)
         trial.train.batch_size = AUTO

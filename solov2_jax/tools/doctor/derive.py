@@ -17,9 +17,14 @@ from solov2_jax.weights.backbones import suggest_weights
 LIMIT = 200  # images whose objects are measured: a second or two
 STEP = 32
 SCALES = (0.8, 1.0, 1.2)  # of the shorter side, in training; a padded shape or two for each
-# AdamW's rate for 4 images, with pretrained weights (2e-4 for 2, as the nuclei of
-# docs/results.md were trained) and without; it grows as the square root of the batch.
-RATE, RATE_FROM_RANDOM, RATE_BATCH = 3e-4, 5e-4, 4
+# What a CPU is given, where a step costs what its pixels cost and a run has few: the size
+# for the objects of middle size, one scale, and small batches, of which it takes more. On
+# nuclei (docs/results.md) 880 images at 320 pixels in batches of 2 reach AP 0.19, where 960
+# crops of 320 pixels at the size for nine of ten objects, in batches of 4, reach 0.03.
+CPU_WIDE, CPU_SCALES, CPU_BATCH = 0.5, (1.0,), 2
+# AdamW's rate for 2 images, with pretrained weights and without; it grows as the square
+# root of the batch.
+RATE, RATE_FROM_RANDOM, RATE_BATCH = 3e-4, 5e-4, 2
 FINAL_RATE = 0.01  # of the rate
 # The average looks back over this share of the run.
 AVERAGED = 0.05
@@ -38,7 +43,12 @@ class Derived:
 
 
 def derive(
-    config: Any, dataset: CocoDataset, given: Collection[str], *, devices: int = 1
+    config: Any,
+    dataset: CocoDataset,
+    given: Collection[str],
+    *,
+    devices: int = 1,
+    on_cpu: bool = False,
 ) -> list[Derived]:
     """Returns the values for a training data set, without those of keys that are given.
 
@@ -46,21 +56,24 @@ def derive(
       config: with what is given applied.
       given: names of keys that the user has set.
       devices: that a batch is shared out to.
+      on_cpu: whether these are no accelerators.
     """
     settings = settings_of(config)
     short = settings.short
     objects = measure(dataset, spread(len(dataset), LIMIT).tolist(), short, settings.max_size)
     choices = (short,) if "input.min_size_test" in given else SHORT_SIDES
-    advice = advise(dataset, objects, settings.layout, short, choices=choices)
+    wide = CPU_WIDE if on_cpu else 0.9
+    advice = advise(dataset, objects, settings.layout, short, choices=choices, wide=wide)
     batch = config.train.batch_size
     if "train.batch_size" not in given:
-        batch = -(-advice.batch_size // devices) * devices
+        wanted = min(advice.batch_size, CPU_BATCH) if on_cpu else advice.batch_size
+        batch = -(-wanted // devices) * devices
     epochs = config.train.epochs
     if "train.epochs" not in given:
         epochs = math.ceil(max(config.train.epochs, 500 * batch / len(dataset)))
     steps = math.ceil(epochs * len(dataset) / batch) if epochs else config.train.steps
     every = [
-        _sizes(advice),
+        _sizes(advice, on_cpu=on_cpu),
         _grids(advice),
         *_limits(config, dataset),
         *_pairs(config, advice),
@@ -68,7 +81,9 @@ def derive(
         *_of_channels(config),
         Derived(
             {"train.batch_size": batch},
-            f"by the number of images, {len(dataset)}; lower it if memory does not suffice",
+            f"by the number of images, {len(dataset)}"
+            + (", and small on a CPU, for more steps" if on_cpu else "")
+            + "; lower it if memory does not suffice",
         ),
         _rate(batch, bool(config.init_from)),
         Derived(
@@ -85,9 +100,10 @@ def derive(
     return [each for each in left if each.values]
 
 
-def _sizes(advice: Advice) -> Derived:
-    shorts = sorted({max(STEP, round(advice.short * s / STEP) * STEP) for s in SCALES})
-    most = math.ceil(advice.max_size * SCALES[-1] / STEP) * STEP
+def _sizes(advice: Advice, *, on_cpu: bool) -> Derived:
+    scales = CPU_SCALES if on_cpu else SCALES
+    shorts = sorted({max(STEP, round(advice.short * s / STEP) * STEP) for s in scales})
+    most = math.ceil(advice.max_size * scales[-1] / STEP) * STEP
     values = {
         "input.min_size_test": advice.short,
         "input.max_size_test": advice.max_size,
@@ -95,9 +111,10 @@ def _sizes(advice: Advice) -> Derived:
         "input.max_size_train": most,
     }
     # The first reasons are about the size: the objects' sides, and whether tiles help.
-    return Derived(
-        values, "; ".join(r for r in advice.reasons if "pixels wide" in r or "tiles" in r)
-    )
+    reasons = [r for r in advice.reasons if "pixels wide" in r or "tiles" in r]
+    if on_cpu:
+        reasons.append("a GPU is given the size for 9 of 10, and three scales")
+    return Derived(values, "; ".join(reasons))
 
 
 def _grids(advice: Advice) -> Derived:

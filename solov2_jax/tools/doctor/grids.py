@@ -202,6 +202,7 @@ def advise(
     short: int,
     *,
     choices: Sequence[int] = SHORT_SIDES,
+    wide: float = 0.9,
 ) -> Advice:
     """Returns what would suit the training data.
 
@@ -209,16 +210,17 @@ def advise(
       base: the config's grids and ranges.
       short: the shorter side that the objects were measured at, pixels.
       choices: shorter sides to choose from, increasing.
+      wide: the share of the objects that are to be `WANTED_SIDE` wide.
     """
     sides = np.sqrt(np.maximum(objects.area[objects.area > 0], 1))
     original = np.minimum(dataset.heights, dataset.widths)
     limit = 2 * float(np.median(original))
-    small = float(np.percentile(sides, 10)) if len(sides) else WANTED_SIDE
+    small = float(np.quantile(sides, 1 - wide)) if len(sides) else WANTED_SIDE
     fit = [s for s in choices if s <= limit] or [choices[0]]
-    good = [s for s in fit if small * s / short >= WANTED_SIDE]
+    good = [s for s in fit if round(small * s / short) >= WANTED_SIDE]
     chosen = good[0] if good else fit[-1]
     reasons = [
-        f"at a short side of {chosen} pixels nine of ten objects are at least "
+        f"at a short side of {chosen} pixels {10 * wide:.0f} of 10 objects are at least "
         f"{small * chosen / short:.0f} pixels wide (square root of the area)"
     ]
     if not good:
