@@ -42,6 +42,7 @@ _IMPORT_PATH = (r"[\w.]+:\w+", 'an import path such as "package.module:name"')
 # When keys are used.
 _FILES, _SHAPES = only("data.name", ""), only("data.name", "shapes")
 _MATRIX, _GAUSSIAN = only("test.nms_type", "matrix"), only("test.nms_kernel", "gaussian")
+_KEYPOINTS = only("data.mapper", "fcpose")
 _NO_EPOCHS = only("train.epochs", 0)
 _NO_JITTER = only("augment.jitter_scale", ())
 _TAUGHT = unless("distill_from", "")
@@ -355,6 +356,16 @@ def keys() -> Section:
     # As ins_head.norm; the mask features themselves are normalised in any case.
     mask_head.norm = choice("gn", ("gn", "none"))
 
+    model.keypoint_head = keypoint_head = Section()
+    # The key points of an object, whose heatmaps each cell's kernel makes too; (): none, or
+    # with `data.mapper` "fcpose" those of the training json, which the run notes here
+    # [MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS].
+    keypoint_head.names = several((), text("nose", form=NAME), (1, 1000), unique=True)
+    # Pairs of them, from 1, that pictures join by a line; noted likewise.
+    keypoint_head.skeleton = several((), several((1, 2), whole(1, 1, 1000), 2), (1, 1000))
+    # of the features that the heatmaps are made of, coordinates besides
+    keypoint_head.channels = whole(32, 32, 8192, multiple=32)
+
     config.targets = targets = Section()
     # sqrt(box area), input pixels, both ends included; one pair per level
     # [MODEL.SOLOV2.FPN_SCALE_RANGES].
@@ -409,6 +420,13 @@ def keys() -> Section:
     # Of the auxiliary loss of a head that tells the classes of each pixel of p2 .. p5 in
     # training; 0: there is none [MODEL.CONDINST.MASK_BRANCH.SEMANTIC_LOSS_ON].
     loss.semantic_weight = number(0.0, 0, high=1e6)
+
+    # of the heatmaps of key points
+    loss.keypoint_weight = number(1.0, 0, high=1e6, used=_KEYPOINTS)
+    # Of their gaussians, pixels at a quarter of the size [MODEL.FCPOSE.HEATMAP_SIGMA].
+    loss.keypoint_sigma = number(1.8, above=0, high=1000, used=_KEYPOINTS)
+    # (cell, object) pairs of an image whose heatmaps are compared, at most: each is J maps.
+    loss.keypoint_pairs = whole(64, 1, 1_000_000, used=_KEYPOINTS)
 
     config.test = test = Section()
     test.score_threshold = share(0.1)  # least class score [MODEL.SOLOV2.SCORE_THR]
@@ -564,6 +582,14 @@ def keys() -> Section:
     data.vals = several(
         (), several(("name", "images", "json"), text("", form=NAME), (3, 4)), (1, 100)
     )
+    # "": objects and their masks. "fcpose": key points too, which the network then learns
+    # (docs/data.md) [MODEL.FCPOSE_ON].
+    data.mapper = choice("", ("", "fcpose"))
+    # Pairs of names of key points that change places in a mirrored image; (): "left" and
+    # "right" in the names.
+    data.flip_pairs = several(
+        (), several(("left", "right"), text("", form=NAME), 2), (1, 1000), used=_KEYPOINTS
+    )
     # Of every picture: 3, or another number (grey, RGB with depth, multispectral).
     data.channels = whole(3, 1, 1000)
     # (): 8 bits. (low, high) of the pictures' values, integers of 16 bits or floating-point
@@ -595,6 +621,8 @@ def keys() -> Section:
     generated.classes = several(
         _OUTLINES, choice("ellipse", _OUTLINES), (1, 5), unique=True, used=_SHAPES
     )
+    # Whether objects have key points, their middle and their outermost corners.
+    generated.keypoints = switch(False, used=_SHAPES)
     # Share of objects whose hue tells their class; at 0 only the outline does, which
     # takes far longer to learn.
     generated.color_cue = share(0.0, used=_SHAPES)
@@ -763,6 +791,11 @@ def keys() -> Section:
     # Sides in pixels between size ranges of your own, whose AP and AR are added: (16, 64)
     # gives segm/AP_0-16, segm/AP_16-64 and segm/AP_64-inf. "lvis", "coco" and "boundary".
     config.eval.size_ranges = several((), whole(32, 1, _PIXELS), (1, 100), rising="<")
+    # One for each key point: how exact its place is, in COCO's OKS; (): COCO's for its 17,
+    # else 1 over their number [TEST.KEYPOINT_OKS_SIGMAS].
+    config.eval.keypoint_sigmas = several(
+        (), number(0.1, above=0, high=100), (1, 1000), used=_KEYPOINTS
+    )
     # What is made of every finished evaluation, in this order: import paths
     # "module:name" of functions of one `solov2_jax.evaluation.evaluate.FinishedEvaluation`. The
     # first logs why AP is 0, the second draws `num_pictures` images into eval/pictures.

@@ -23,7 +23,7 @@ NAME = (r"[^\0]+", "a text that is not empty")
 IMPORT_PATH = (r"[\w.]+:\w+", "an import path, 'package.module:name'")
 
 # What scores predictions, see `evaluation.evaluators`.
-METRICS = ("auto", "coco", "lvis", "cityscapes", "voc", "boundary")
+METRICS = ("auto", "coco", "lvis", "cityscapes", "voc", "boundary", "keypoints")
 METRIC_FORM = (f"{'|'.join(METRICS)}|{IMPORT_PATH[0]}", f"one of {METRICS} or {IMPORT_PATH[1]}")
 
 # A key's value that is found out when the run starts.

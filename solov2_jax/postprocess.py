@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from solov2_jax import ops, platforms
+from solov2_jax.keypoints import decode_keypoints
 from solov2_jax.nms import mask_nms, matrix_nms, point_nms
 from solov2_jax.platforms import PlatformOp, Tuning
 from solov2_jax.structs import Detections, Outputs
@@ -75,11 +76,11 @@ def detect(
     nms_pre = min(nms_pre, limit)
 
     def detect_image(image):
-        cate, kernel, feat, *own = image
+        cate, kernel, feat, points, own = image
         pixels = _MaskFeatures(feat.reshape(-1, feat.shape[-1]))
-        if own:
-            inside = ops.inside(own[0][None], *feat.shape[:2]).reshape(-1)
-            pixels = _MaskFeatures(pixels.features, inside, own[0][0] * feat.shape[1])
+        if own is not None:
+            inside = ops.inside(own[None], *feat.shape[:2]).reshape(-1)
+            pixels = _MaskFeatures(pixels.features, inside, own[0] * feat.shape[1])
         scores = jax.nn.sigmoid(cate.astype(jnp.float32))
         scores = point_nms(scores, num_grids)
         candidates, num_candidates = _select_candidates(scores, score_threshold, limit)
@@ -103,16 +104,23 @@ def detect(
         shown = score[:, None] > 0
         shown = shown if pixels.inside is None else shown & pixels.inside[None]
         soft = jnp.where(shown, soft, 0.0).reshape(-1, *feat.shape[:2])
-        return {
+        found = {
             "scores": score,
             "labels": candidates.label[best],
             "soft_masks": soft,
             "valid": score > 0,
             "num_candidates": num_candidates,
         }
+        if points is not None:
+            inside = None if pixels.inside is None else pixels.inside.reshape(feat.shape[:2])
+            places = decode_keypoints(points[0][candidates.cell[best]], points[1], inside)
+            found["keypoints"] = jnp.where((score > 0)[:, None, None], places, 0.0)
+        return found
 
-    images = (outputs.cate, outputs.kernel, outputs.mask_feat)
-    detections = lax.map(detect_image, images if extent is None else (*images, extent))
+    points = (outputs.keypoint_kernel, outputs.keypoint_feat)
+    points = None if outputs.keypoint_kernel is None else points
+    images = (outputs.cate, outputs.kernel, outputs.mask_feat, points, extent)
+    detections = lax.map(detect_image, images)
     missing = max(max_per_image - nms_pre, 0)
     return Detections(**{name: _pad_axis_1(x, missing) for name, x in detections.items()})
 

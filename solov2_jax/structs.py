@@ -3,7 +3,7 @@
 Shape legend, used in every docstring:
   B batch, G padded ground truth, K classes, E mask-kernel size, C channels,
   S cells of all levels together (finest level first, row-major within a level),
-  P pair slots, D detections kept; lower-case h, w a padded input image, and
+  P pair slots, D detections kept, J key points; lower-case h, w a padded input image, and
   h4 = h / 4, w4 = w / 4 the mask features' size.
 Boxes are (x0, y0, x1, y1) in pixels of the frame that the docstring names.
 """
@@ -32,6 +32,8 @@ class Batch:
     has_mask: Bool[Array, "B G"] | None = None
     # The class of each pixel plus 1, 0 on background, 255 where no one knows; None without.
     basis_sem: UInt8[Array, "B h w"] | None = None
+    # x, y in input pixels and 0 not annotated, 1 hidden, 2 visible; None: not trained on.
+    keypoints: Float[Array, "B G J 3"] | None = None
 
 
 @struct.dataclass
@@ -43,6 +45,8 @@ class Outputs:
     mask_feat: Float[Array, "B h4 w4 E"]
     # Class logits of pixels at strides 4, 8, 16, 32, in training with `loss.semantic_weight`.
     semantic: list[Float[Array, "B _ _ K"]] | None = None
+    keypoint_kernel: Float[Array, "B S J F1"] | None = None  # see `keypoints.py`
+    keypoint_feat: Float[Array, "B h4 w4 F"] | None = None
 
 
 @struct.dataclass
@@ -66,3 +70,4 @@ class Detections:
     soft_masks: Float[Array, "B D h4 w4"]  # probabilities over the padded input
     valid: Bool[Array, "B D"]
     num_candidates: Int[Array, "B"]  # cell-class pairs above the score threshold
+    keypoints: Float[Array, "B D J 3"] | None = None  # x, y in input pixels, and a score

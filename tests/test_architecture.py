@@ -46,9 +46,11 @@ LAYERS = {
     "mask_losses": 3,
     "distillation": 3,
     "losses": 2,
-    "postprocess": 2,
+    "postprocess": 3,
     "paste": 2,
     "semantic": 3,
+    "heatmaps": 1,
+    "keypoints": 2,
     "weights": 3,
     "checkpoint_parts": 3,
     "checkpoint": 4,
@@ -86,13 +88,14 @@ LONG_FUNCTIONS = {
     "solov2_jax.data.pipeline.train_batches",
     "solov2_jax.training.loop.train",
     "solov2_jax.training.loss.build_loss",
+    "solov2_jax.training.memory.choose_batch_size",
     "solov2_jax.tools.export.run.export",
     "solov2_jax.tools.serving.app.make_app",
     "solov2_jax.tools.doctor.grids.advise",
 }
 MAX_LONG_FUNCTION = 105
 # Lines of Python.
-BUDGETS = {"core": 25_500, "tools": 20_600, "benchmarks": 4_600}
+BUDGETS = {"core": 26_500, "tools": 20_600, "benchmarks": 4_600}
 # What errors that are still there begin with.
 KNOWN: tuple[str, ...] = ()
 

@@ -13,6 +13,7 @@ from solov2_jax.data.batch import PixelMap
 from solov2_jax.data.buckets import Resize
 from solov2_jax.data.coco import CocoDataset, load_coco
 from solov2_jax.data.custom_augment import custom_function
+from solov2_jax.data.keypoints import keypoints_of
 from solov2_jax.data.pipeline import Batches, Reading, eval_batches, train_batches
 from solov2_jax.data.pixel_format import PixelFormat
 from solov2_jax.data.semantic_masks import known_classes
@@ -88,6 +89,29 @@ def semantic_folder(config: Any) -> str:
     return folder
 
 
+def mapped_keypoints(config: Any, dataset: CocoDataset) -> Keypoints | None:
+    """Returns the key points of a data set's objects, None where `data.mapper` has none."""
+    if config.data.mapper != "fcpose":
+        return None
+    return keypoints_of(dataset, tuple(config.data.flip_pairs))[0]
+
+
+def with_keypoints(config: Any, dataset: CocoDataset) -> Any:
+    """Returns the config, a copy that notes the training data's key points if it learns them."""
+    if config.data.mapper != "fcpose":
+        return config
+    keypoints, skeleton = keypoints_of(dataset, tuple(config.data.flip_pairs))
+    config, head = config.copy_and_resolve_references(), config.model.keypoint_head
+    if head.names and tuple(head.names) != keypoints.names:
+        raise InputError(
+            f"model.keypoint_head.names are {', '.join(head.names)}, but "
+            f"{dataset.annotation_file} has {', '.join(keypoints.names)}; set () to take these."
+        )
+    config.model.keypoint_head.names = keypoints.names
+    config.model.keypoint_head.skeleton = tuple(head.skeleton) or skeleton
+    return config
+
+
 def check_augment(config: Any) -> None:
     """Raises an InputError for augmentations that the pictures have no colours for, and for
     functions of `augment.custom` that are not there."""
@@ -152,6 +176,7 @@ def build_train_batches(
     check_augment(config)
     if pixel_maps is None and (folder := semantic_folder(config)):
         pixel_maps = {"basis_sem": functools.partial(known_classes, folder=folder)}
+    keypoints = keypoints or mapped_keypoints(config, dataset)
     return train_batches(
         dataset,
         seed=config.seed,
@@ -191,6 +216,7 @@ def build_loss_batches(
         flip_prob=0.0,
         channel_order=config.input.channel_order,
         shard=shard,
+        keypoints=mapped_keypoints(config, dataset),
         reading=_reading(config),
     )
 

@@ -49,7 +49,7 @@ def is_defined(value: float | int | None) -> bool:
 
 
 # The metrics that say the most; of another validation set NAME/segm/AP.
-HEADLINES = ("segm/AP", "segm/AP50", "segm/AP70", "boundary/AP", "bbox/AP")
+HEADLINES = ("segm/AP", "segm/AP50", "segm/AP70", "boundary/AP", "keypoints/AP", "bbox/AP")
 
 
 def headlines(metrics: Mapping[str, Any]) -> list[str]:

@@ -82,15 +82,19 @@ def build_evaluator(config: Any, dataset: CocoDataset, metric: str = "") -> Coco
     Args:
       metric: see `evaluators`; "": the config's for `data.val`.
     """
+    chosen = metric or config.data.val.metric
+    if chosen == "auto" and config.data.mapper == "fcpose":
+        chosen = "keypoints"
     return make_evaluator(
         dataset.table or dataset.annotation_file,
         dataset.category_ids,
         dataset.class_names,
-        metric=metric or config.data.val.metric,
+        metric=chosen,
         key="the metric in data.vals" if metric else "data.val.metric",
         backend=config.eval.backend,
         max_detections=config.eval.max_detections,
         size_ranges=config.eval.size_ranges,
+        keypoint_sigmas=config.eval.keypoint_sigmas,
     )
 
 

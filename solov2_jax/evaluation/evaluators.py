@@ -6,6 +6,7 @@
     "lvis"        LVIS v1's json               federated, with rare, common, frequent
     "cityscapes"  the folder gtFine/val        Cityscapes', with void and groups ignored
     "voc"         an instances json            VOC's AP^r at IoU 0.5 and 0.7
+    "keypoints"   a person_keypoints json      COCO's, and OKS AP of key points
     "module:Class"  what it takes              COCO's, and what the class returns
     "auto"        any of these                 "lvis" or "cityscapes" by the files, else "coco"
 
@@ -25,6 +26,7 @@ from solov2_jax.evaluation.boundary import BoundaryEvaluator
 from solov2_jax.evaluation.cityscapes import CityscapesEvaluator
 from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.evaluation.coco_score import COCO_LIMIT, GroundTruth, read_ground_truth
+from solov2_jax.evaluation.keypoints import KeypointEvaluator
 from solov2_jax.evaluation.lvis import LvisEvaluator
 from solov2_jax.evaluation.voc import VocEvaluator
 from solov2_jax.inference.prediction import Prediction
@@ -38,6 +40,7 @@ EVALUATORS: dict[str, type[CocoEvaluator]] = {
     "cityscapes": CityscapesEvaluator,
     "voc": VocEvaluator,
     "boundary": BoundaryEvaluator,
+    "keypoints": KeypointEvaluator,
 }
 
 log = logging.getLogger(__name__)
@@ -162,6 +165,7 @@ def make_evaluator(
     backend: str = "fast",
     max_detections: int = COCO_LIMIT,
     size_ranges: Sequence[int] = (),
+    keypoint_sigmas: Sequence[float] = (),
 ) -> CocoEvaluator:
     """Returns the evaluator of a metric; logs where the files ask for another one.
 
@@ -194,6 +198,8 @@ def make_evaluator(
         )
     if fitting != "coco" and metric != fitting:
         log.warning("%s", _disagreement(truth, metric, fitting, key))
+    if metric == "keypoints":
+        options["sigmas"] = tuple(keypoint_sigmas)
     return EVALUATORS[metric](truth, category_ids, class_names, **options)
 
 

@@ -30,6 +30,9 @@ SHORT = 0.45
 # Share of the picture under full labels from which on it counts as crowded.
 CROWDED = 0.12
 
+# Least score of a key point that is drawn.
+POINT_SCORE = 0.2
+
 Measure = Callable[[str, int], tuple[int, int]]
 
 
@@ -207,6 +210,8 @@ def draw_prediction(
     colors = object_colors(prediction, color_by)
     crops = [prediction.crop(i) for i in range(len(prediction))]
     picture = draw_objects(image, crops, colors)
+    if prediction.keypoints is not None:
+        picture = draw_keypoints(picture, prediction.keypoints, prediction.skeleton, colors)
     if not labels:
         return picture
     largest = round(min(image.shape[:2]) * FONT_SHARE)
@@ -225,6 +230,8 @@ def enlarge(image: np.ndarray, prediction: Prediction) -> tuple[np.ndarray, Pred
         return image, prediction
     masks = np.asarray(prediction.masks).repeat(factor, 1).repeat(factor, 2)
     large = replace(prediction, masks=masks, boxes=prediction.boxes * factor)
+    if prediction.keypoints is not None:
+        large = replace(large, keypoints=prediction.keypoints * [factor, factor, 1])
     return image.repeat(factor, 0).repeat(factor, 1), large
 
 
@@ -299,6 +306,34 @@ def draw_objects(
         window, mask = crops[i]
         picture[window][contour(mask, thickness)] = colors[i]
     return picture
+
+
+def draw_keypoints(
+    picture: np.ndarray,
+    keypoints: np.ndarray,
+    skeleton: Sequence[tuple[int, int]],
+    colors: np.ndarray,
+) -> np.ndarray:
+    """Returns the picture with the points whose score is at least `POINT_SCORE`, joined by
+    the skeleton's lines, each object's in its colour.
+
+    Args:
+      keypoints: [n, J, 3].
+      skeleton: pairs of points, from 1.
+    """
+    canvas = Image.fromarray(picture)
+    draw = ImageDraw.Draw(canvas)
+    radius = max(2, round(min(picture.shape[:2]) / 150))
+    for points, color in zip(keypoints, colors.tolist(), strict=True):
+        shown = points[:, 2] >= POINT_SCORE
+        for a, b in skeleton:
+            if shown[a - 1] and shown[b - 1]:
+                ends = [tuple(points[j - 1, :2].tolist()) for j in (a, b)]
+                draw.line(ends, fill=tuple(color), width=max(1, radius // 2))
+        for x, y, _ in points[shown].tolist():
+            box = (x - radius, y - radius, x + radius, y + radius)
+            draw.ellipse(box, fill=tuple(color), outline=(255, 255, 255))
+    return np.asarray(canvas)
 
 
 def contour(mask: np.ndarray, thickness: int) -> np.ndarray:

@@ -66,6 +66,11 @@ class BatchPaste:
         rows = range(self._wanted.shape[1])
         self._first = {row: self._dispatch(row, 0) for row in rows if self._wanted[:, row].any()}
 
+    @property
+    def image_size(self) -> np.ndarray:
+        """The images' (height, width) at the network, [B, 2]."""
+        return self._image_size.reshape(-1, 2)
+
     def rounds(self, counts: np.ndarray) -> Iterator[tuple[int, Pasted]]:
         """Yields (image, masks and boxes of its next detections) until all were there.
 
@@ -126,6 +131,11 @@ class StartedBatch:
     masks: BatchPaste
     image_ids: np.ndarray  # [B]; -1: padding
     original_size: np.ndarray  # [B, 2]
+    skeleton: tuple[tuple[int, int], ...] = ()  # see `Prediction`
+
+    def _moved(self, points: np.ndarray, i: int) -> np.ndarray:
+        """Returns key points of the network's input at the image's original size."""
+        return scale_points(points, self.masks.image_size[i], self.original_size[i])
 
     @property
     def images(self) -> list[int]:
@@ -136,6 +146,7 @@ class StartedBatch:
         """Returns the images' predictions; waits for them."""
         found = self.detections
         scores, labels, valid = jax.device_get((found.scores, found.labels, found.valid))
+        points = None if found.keypoints is None else jax.device_get(found.keypoints)
         counts = valid.sum(axis=1)
         is_large = counts * self.original_size.prod(axis=1, dtype=np.int64) > PACK_BYTES
         boxes: dict[int, list[np.ndarray]] = {i: [] for i in self.images}
@@ -159,6 +170,8 @@ class StartedBatch:
                 labels[i, detections],
                 int(self.image_ids[i]),
                 class_names,
+                keypoints=None if points is None else self._moved(points[i, detections], i),
+                skeleton=self.skeleton,
             )
 
         return [prediction(i) for i in self.images]
@@ -172,6 +185,7 @@ def paste_image(
     threshold: float,
     image_id: int = 0,
     class_names: tuple[str, ...] = (),
+    skeleton: tuple[tuple[int, int], ...] = (),
 ) -> Prediction:
     """Returns the detections of image `index` at its original size.
 
@@ -179,6 +193,7 @@ def paste_image(
       image_size, original_size: (height, width) at the network and of the file.
       threshold: of the soft masks, after they are resized.
       class_names: of all labels.
+      skeleton: of the key points.
     """
     wanted = np.arange(detections.scores.shape[0]) == index
     image_sizes, original_sizes = (
@@ -187,9 +202,15 @@ def paste_image(
     )
     masks = BatchPaste(detections, image_sizes, original_sizes, wanted=wanted, threshold=threshold)
     image_ids = np.where(wanted, image_id, -1)
-    started = StartedBatch(detections, masks, image_ids, original_sizes)
+    started = StartedBatch(detections, masks, image_ids, original_sizes, skeleton)
     (prediction,) = started.predictions(class_names)
     return prediction
+
+
+def scale_points(points: np.ndarray, size: np.ndarray, original: np.ndarray) -> np.ndarray:
+    """Returns key points [n, J, 3] of an image of `size` (height, width) in the original one."""
+    factor = np.append(np.asarray(original)[::-1] / np.asarray(size)[::-1], 1.0)
+    return (points * factor).astype(np.float32)
 
 
 def joined(parts: list[np.ndarray]) -> np.ndarray:

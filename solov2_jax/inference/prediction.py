@@ -184,6 +184,10 @@ class Prediction:
     class_names: tuple[str, ...] = ()  # of all labels; (): not known
     # int [n], the same number for the same object in a video's frames; None: not asked.
     tracks: np.ndarray | None = None
+    # float32 [n, J, 3], x, y in pixels (0.5 is the first one's middle) and a score, where the
+    # network has learned key points; pairs of them, from 1, that belong together.
+    keypoints: np.ndarray | None = None
+    skeleton: tuple[tuple[int, int], ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -206,6 +210,7 @@ class Prediction:
             scores=self.scores[chosen],
             labels=self.labels[chosen],
             tracks=None if self.tracks is None else self.tracks[chosen],
+            keypoints=None if self.keypoints is None else self.keypoints[chosen],
         )
 
     def crop(self, index: int) -> tuple[Window, np.ndarray]:
@@ -300,7 +305,8 @@ def _optional(package: str, user: str) -> Any:
 def to_coco_results(prediction: Prediction, category_ids: Sequence[int]) -> list[dict[str, Any]]:
     """Returns the prediction in COCO's results format: RLE mask, box as x, y, w, h.
 
-    With `track_id` besides, where objects were followed.
+    With `track_id` besides, where objects were followed, and with `keypoints`, x, y and score
+    of each, where the network has learned them.
     """
     results = []
     size = list(prediction.masks.shape[1:])
@@ -317,6 +323,10 @@ def to_coco_results(prediction: Prediction, category_ids: Sequence[int]) -> list
         )
         if prediction.tracks is not None:
             results[-1]["track_id"] = int(prediction.tracks[i])
+        if prediction.keypoints is not None:
+            # In json a place is a pixel's index, as COCO's annotations have it.
+            points = prediction.keypoints[i].astype(float) - [0.5, 0.5, 0.0]
+            results[-1]["keypoints"] = points.round(4).ravel().tolist()
     return results
 
 

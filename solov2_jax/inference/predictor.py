@@ -71,6 +71,8 @@ class Predictor:
     # Of several devices: their mesh, their programs, and a copy of the variables on each.
     mesh: Mesh | None = None
     _split: tuple[DetectPrograms, PyTree] | None = None
+    keypoint_names: tuple[str, ...] = ()  # (): no key points are predicted
+    skeleton: tuple[tuple[int, int], ...] = ()  # pairs of them, from 1
 
     def __init__(
         self,
@@ -319,7 +321,7 @@ class Predictor:
             threshold=self.mask_threshold,
             mesh=self.mesh if self._is_split(len(image_ids)) else None,
         )
-        return StartedBatch(detections, masks, image_ids, original_size)
+        return StartedBatch(detections, masks, image_ids, original_size, self.skeleton)
 
     def finish_batch(self, started: StartedBatch) -> list[Prediction]:
         """Returns a started batch's predictions, once; see `predict_batch`."""
@@ -392,7 +394,7 @@ def build_predictor(
     mean, std = input_statistics(config)
     # Of a training: heads that prediction does not compute take no memory.
     params = {k: v for k, v in variables["params"].items() if k not in AUXILIARY}
-    return Predictor(
+    predictor = Predictor(
         model,
         {**variables, "params": params},
         InputOptions(
@@ -409,3 +411,7 @@ def build_predictor(
         category_ids or range(1, len(names) + 1),
         compile_kernel_transform(model, max(buckets), jax.default_backend(), config.data.channels),
     )
+    head = config.model.keypoint_head
+    predictor.keypoint_names = tuple(head.names)
+    predictor.skeleton = tuple(tuple(pair) for pair in head.skeleton)
+    return predictor

@@ -71,6 +71,8 @@ def build_model(config: Any, num_classes: int, *, auxiliary: bool = False) -> SO
         prior_prob=model.ins_head.prior_prob,
         dtype=_DTYPES[model.dtype],
         frozen=tuple(config.optim.freeze),
+        num_keypoints=len(model.keypoint_head.names),
+        keypoint_channels=model.keypoint_head.channels,
         semantic=auxiliary and config.loss.semantic_weight > 0,
         matmul_precision=model.matmul_precision,
     )

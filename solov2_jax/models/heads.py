@@ -83,12 +83,14 @@ class InstanceHead(nn.Module):
     norm: str = "gn"  # of the towers; see `ConvTower`, also for the next two
     deform: Deform | None = None
     deform_last: bool = False
+    keypoint_kernels: int = 0  # numbers of all kernels of a cell's key points
 
     @nn.compact
     def __call__(
         self, levels: Sequence[jax.Array], extent: Extent = None
-    ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Returns class logits [B, g, g, K] and kernels [B, g, g, E] per level."""
+    ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+        """Returns class logits [B, g, g, K], kernels [B, g, g, E] and those of key points,
+        [B, g, g, _] or no level at all, per level."""
         grids, with_coords = [], []
         for x, stride, g in zip(levels, STRIDES, self.num_grids, strict=True):
             of_level = ops.at_stride(extent, stride)
@@ -111,7 +113,10 @@ class InstanceHead(nn.Module):
         kernel = tower(split_coords=split, name="kernel_tower")(with_coords)
         cate_pred = conv(self.num_classes, bias_init=prior, dtype=jnp.float32, name="cate_pred")
         cate = cate_pred(cate)
-        return cate, conv(self.num_kernels, name="kernel_pred")(kernel)
+        points = []
+        if self.keypoint_kernels:
+            points = conv(self.keypoint_kernels, name="keypoint_pred")(kernel)
+        return cate, conv(self.num_kernels, name="kernel_pred")(kernel), points
 
 
 class MaskLevel(nn.Module):

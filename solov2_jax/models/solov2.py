@@ -14,6 +14,7 @@ from solov2_jax.models.backbone import check_features
 from solov2_jax.models.deform import Deform
 from solov2_jax.models.fpn import FPN
 from solov2_jax.models.heads import InstanceHead, MaskHead, split_features
+from solov2_jax.models.keypoint_head import KeypointHead, kernel_size
 from solov2_jax.models.semantic_head import SemanticHead
 from solov2_jax.structs import Outputs
 
@@ -46,6 +47,8 @@ class SOLOv2(nn.Module):
     prior_prob: float = 0.01
     dtype: Dtype = jnp.float32
     frozen: Sequence[str] = ()  # patterns of parameters that are not trained; see `ConvNorm`
+    num_keypoints: int = 0  # of an object; 0: there is no such head
+    keypoint_channels: int = 32
     semantic: bool = False  # whether there is the auxiliary head, see `loss.semantic_weight`
     # Of the programs that this network is a part of: their makers set it where they trace.
     matmul_precision: str = "default"
@@ -75,7 +78,8 @@ class SOLOv2(nn.Module):
         check_features(features, image, type(self.backbone).__name__)
         fpn = FPN(self.fpn_channels, self.dtype, self.fpn_norm, self.frozen, name="fpn")
         features = fpn(features, extent)
-        cate, kernel = InstanceHead(
+        numbers = kernel_size(self.keypoint_channels)
+        cate, kernel, points = InstanceHead(
             num_classes=self.num_classes,
             num_kernels=self.num_kernels,
             num_grids=self.num_grids,
@@ -86,6 +90,7 @@ class SOLOv2(nn.Module):
             norm=self.head_norm,
             deform=self.head_deform,
             deform_last=self.head_deform_last,
+            keypoint_kernels=self.num_keypoints * numbers,
             name="ins_head",
         )(split_features(features, extent), extent)
         mask_head = MaskHead(
@@ -100,7 +105,16 @@ class SOLOv2(nn.Module):
         semantic = None
         if self.semantic and (auxiliary or self.is_initializing()):
             semantic = self._semantic_head()(features)
-        return Outputs(_join_levels(cate), _join_levels(kernel), mask_feat, semantic)
+        outputs = Outputs(_join_levels(cate), _join_levels(kernel), mask_feat, semantic)
+        if not self.num_keypoints:
+            return outputs
+        kernels = _join_levels(points).reshape(len(image), -1, self.num_keypoints, numbers)
+        points_feat = self._keypoint_head()(features, extent)
+        return outputs.replace(keypoint_kernel=kernels, keypoint_feat=points_feat)
+
+    def _keypoint_head(self) -> KeypointHead:
+        channels, norm = self.keypoint_channels, self.mask_norm
+        return KeypointHead(channels, norm, self.dtype, name="keypoint_head")
 
     def _semantic_head(self) -> SemanticHead:
         return SemanticHead(

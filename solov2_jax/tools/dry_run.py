@@ -59,7 +59,8 @@ def dry_run(config: Any) -> tuple[list[StepMemory], list[str]]:
     rows = []
     for h, w in buckets:
         size, slots = config.train.batch_size, config.data.max_instances
-        batch = batch_shapes(size, slots, h, w, mesh, pixel_format(config))
+        points = len(config.model.keypoint_head.names)
+        batch = batch_shapes(size, slots, h, w, mesh, pixel_format(config), keypoints=points)
         rows.append(compile_step(step, state, batch, (h, w)))
     return rows, notes
 

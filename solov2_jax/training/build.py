@@ -22,6 +22,7 @@ from solov2_jax.data.build import (
     build_train_batches,
     load_datasets,
     load_further_vals,
+    with_keypoints,
 )
 from solov2_jax.data.pipeline import epoch_images
 from solov2_jax.evaluation.coco import CocoEvaluator
@@ -43,6 +44,7 @@ from solov2_jax.training.optim import (
     trainable_mask,
 )
 from solov2_jax.training.teacher import load_teacher
+from solov2_jax.training.terms import build_terms
 
 PyTree = Any
 Evaluate = Callable[[dict[str, PyTree]], Mapping[str, float | None]]
@@ -90,7 +92,7 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
             val.annotation_file,
         )
     num_classes = len(train.class_names)
-    config = in_steps(config, train)
+    config = with_keypoints(in_steps(config, train), train)
     config.model.num_classes = num_classes
     model = build_model(config, num_classes, auxiliary=True)
 
@@ -305,7 +307,7 @@ def metric_names(config: Any, validations: Sequence[Validation]) -> tuple[str, .
     names = [name for validation in validations for name in validation.names()]
     if config.eval.loss_images:
         names += [f"val/{name}" for name in ("loss", "loss_ins", "loss_cate", "mean_iou")]
-        names += ["val/loss_semantic"] if config.loss.semantic_weight else []
+        names += [f"val/{name}" for name in build_terms(config)]
     if config.optim.ema_decay and config.eval.raw_weights:
         names += [f"raw/{name}" for name in names]
     return tuple(names)

@@ -19,7 +19,12 @@ from solov2_jax import distributed
 from solov2_jax.checkpoint import list_steps
 from solov2_jax.config import read_config
 from solov2_jax.config_schema import AUTO
-from solov2_jax.data.build import build_train_batches, load_train_dataset, pixel_format
+from solov2_jax.data.build import (
+    build_train_batches,
+    load_train_dataset,
+    pixel_format,
+    with_keypoints,
+)
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.pixel_format import PixelFormat
 from solov2_jax.io import InputError
@@ -94,6 +99,7 @@ def batch_shapes(
     mesh: jax.sharding.Mesh,
     pixels: PixelFormat = RGB,
     boxes_only: bool = False,
+    keypoints: int = 0,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns what the devices receive of a batch, as shapes.
 
@@ -101,6 +107,7 @@ def batch_shapes(
       slots: padded objects per image.
       pixels: what the images hold.
       boxes_only: whether some object of the data has a box and no mask.
+      keypoints: of an object.
     """
     fields = {
         "image": ((height, width, pixels.channels), pixels.dtype),
@@ -114,6 +121,8 @@ def batch_shapes(
     }
     if boxes_only:
         fields["has_mask"] = ((slots,), jnp.bool_)
+    if keypoints:
+        fields["keypoints"] = ((slots, keypoints, 3), jnp.float32)
     split = distributed.split_by_batch(mesh)
     return {
         name: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=split)
@@ -229,6 +238,7 @@ def resolve_batch_size(
     trial = with_batch_size(config, 1, ())
     with trial.unlocked():
         trial.model.num_classes = len(dataset.class_names)
+        trial = with_keypoints(trial, dataset)
         trial.train.epochs, trial.train.steps = 0.0, 1
     batches = build_train_batches(trial, dataset)
     maker: Any = batches.maker
@@ -284,7 +294,8 @@ def choose_batch_size(
         *(n * unit for n in tried),
     )
     step, state, mesh = build_step(with_batch_size(config, unit, ()), mesh)
-    batches = (batch_shapes(n * unit, slots, *shape, mesh, pixels, boxes_only) for n in tried)
+    further = (boxes_only, len(config.model.keypoint_head.names))
+    batches = (batch_shapes(n * unit, slots, *shape, mesh, pixels, *further) for n in tried)
     measured = [compile_step(step, state, batch, shape).total for batch in batches]
     limit, source = memory_limit()
     # What one process sees, others may see a little differently: the worst holds for all.

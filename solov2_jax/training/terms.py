@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 
+from solov2_jax.keypoints import keypoint_loss, keypoint_pairs
 from solov2_jax.semantic import foreground_counts, semantic_labels, semantic_loss
 from solov2_jax.structs import Batch, Outputs, Targets
 
 PyTree = Any
-TERMS = ("loss_semantic",)  # their metrics' names
+TERMS = ("loss_semantic", "loss_keypoint")  # their metrics' names
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ def build_terms(config: Any) -> dict[str, Term]:
     terms = {}
     if config.loss.semantic_weight:
         terms["loss_semantic"] = _semantic_term(config)
+    if config.model.keypoint_head.names and config.loss.keypoint_weight:
+        terms["loss_keypoint"] = _keypoint_term(config)
     return terms
 
 
@@ -55,5 +58,28 @@ def _semantic_term(config: Any) -> Term:
         alpha, gamma = weights.focal_alpha, weights.focal_gamma
         value = semantic_loss(outputs.semantic, labels, counts, alpha=alpha, gamma=gamma)
         return weights.semantic_weight * value
+
+    return Term(assign, loss)
+
+
+def _keypoint_term(config: Any) -> Term:
+    weights = config.loss
+
+    def assign(batch: Batch, targets: Targets) -> tuple[dict[str, jax.Array], jax.Array]:
+        return keypoint_pairs(batch, targets, weights.keypoint_pairs)
+
+    def loss(
+        outputs: Outputs, _: Targets, rows: dict[str, jax.Array], count: jax.Array
+    ) -> jax.Array:
+        assert outputs.keypoint_kernel is not None and outputs.keypoint_feat is not None
+        value = keypoint_loss(
+            outputs.keypoint_kernel,
+            outputs.keypoint_feat,
+            rows,
+            count,
+            sigma=weights.keypoint_sigma,
+            gamma=weights.focal_gamma,
+        )
+        return weights.keypoint_weight * value
 
     return Term(assign, loss)

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 _STEM = "params/backbone/stem/conv1/kernel"
 _CLASS_LAYER = "params/ins_head/cate_pred/"
 # Heads that a config may leave out, which then need no weights; others' last layers.
-_OPTIONAL = ("params/semantic_head/",)
+_OPTIONAL = ("params/semantic_head/", "params/keypoint_head/", "params/ins_head/keypoint_pred/")
 _SEMANTIC_LAYER = "params/semantic_head/logits/"
 # What ends a backbone's results: no ImageNet classifier has it.
 _OUT = tuple(f"params/backbone/{name}" for name in ("out_ln", "pyramid", "ln_pyramid"))

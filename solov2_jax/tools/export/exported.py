@@ -15,7 +15,7 @@ import solov2_jax
 from solov2_jax.data.buckets import Bucket
 from solov2_jax.data.pixel_format import PixelFormat
 from solov2_jax.data.transforms import shortest_edge_sizes
-from solov2_jax.inference.pasting import paste_detections
+from solov2_jax.inference.pasting import paste_detections, scale_points
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.preprocess import InputOptions, make_batches, make_example
 from solov2_jax.io import InputError, read_json, reading
@@ -91,7 +91,11 @@ def describe_export(
             "image": f"{np.dtype(pixels.dtype).name} [batch, height, width, {pixels.channels}]",
             "image_size": "int32 [batch, 2]: (height, width) before padding",
         },
-        "outputs": list(output_names(options.masks)),
+        "outputs": list(output_names(options.masks, bool(predictor.keypoint_names))),
+        "keypoints": {
+            "names": list(predictor.keypoint_names),
+            "skeleton": [list(pair) for pair in predictor.skeleton],
+        },
         "masks": options.masks,
         "max_detections": predictor.options.max_per_image,
         "batch": options.batch,
@@ -143,7 +147,11 @@ def check_metadata(metadata: Any, path: str | os.PathLike[str]) -> dict[str, Any
         (metadata["masks"] in MASKS, f"masks one of {', '.join(MASKS)}"),
         (metadata["batch"] > 0, "batch at least 1"),
         (names and all(names.values()), "files such as {'64x96.onnx': [64, 96]}"),
-        (set(output_names(metadata["masks"])) == set(metadata["outputs"]), "the outputs of masks"),
+        (
+            set(metadata["outputs"])
+            in [set(output_names(metadata["masks"], k)) for k in (False, True)],
+            "the outputs of masks",
+        ),
     ):
         if not holds:
             raise InputError(f"{path}: not an export's metadata: must have {what}. {_FIX}")
@@ -230,6 +238,8 @@ class ExportedPredictor:
         self.class_names = tuple(self.metadata["classes"]["names"])
         self.category_ids = tuple(self.metadata["classes"]["ids"])
         self.batch = int(self.metadata["batch"])
+        lines = self.metadata.get("keypoints", {}).get("skeleton", ())  # earlier ones have none
+        self.skeleton = tuple((int(a), int(b)) for a, b in lines)
         # Of each label, the least score with the best F1 on validation; None: not known.
         scores = self.metadata.get("best_scores")
         self.best_scores = None if scores is None else np.asarray(scores, np.float64)
@@ -325,6 +335,8 @@ class ExportedPredictor:
             masks = resize_masks(outputs["masks"][row][kept], image_size, original)
             boxes = tight_boxes(masks)
         nonempty = boxes[:, 2] > boxes[:, 0]
+        points = outputs["keypoints"][row][kept] if "keypoints" in outputs else None
+        points = points if points is None else scale_points(points, image_size, original)
         return Prediction(
             masks=masks[nonempty],
             boxes=boxes[nonempty],
@@ -332,6 +344,8 @@ class ExportedPredictor:
             labels=outputs["labels"][row][kept][nonempty],
             image_id=image_id,
             class_names=self.class_names,
+            keypoints=points if points is None else points[nonempty],
+            skeleton=self.skeleton,
         )
 
 

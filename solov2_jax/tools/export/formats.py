@@ -40,7 +40,9 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 def trace(program: Program, inputs: Inputs, masks: str) -> tuple[Any, tuple[str, ...]]:
     """Returns the closed jaxpr of a program, and the names of its outputs in order."""
-    names = output_names(masks)
+    with portable_forms():
+        shapes = jax.eval_shape(program, *inputs)
+    names = output_names(masks, "keypoints" in shapes)
 
     def ordered(image: Any, image_size: Any) -> list[Any]:
         outputs = program(image, image_size)

@@ -26,10 +26,14 @@ MASKS = ("input", "quarter")
 INPUTS = ("image", "image_size")
 
 
-def output_names(masks: str) -> tuple[str, ...]:
-    """Returns the outputs, in the order in which formats without names give them."""
+def output_names(masks: str, keypoints: bool = False) -> tuple[str, ...]:
+    """Returns the outputs, in the order in which formats without names give them.
+
+    Args:
+      keypoints: whether the network has learned key points.
+    """
     boxes = ("boxes",) if masks == "input" else ()
-    return ("count", "scores", "labels", *boxes, "masks")
+    return ("count", "scores", "labels", *boxes, "masks", *(["keypoints"] if keypoints else []))
 
 
 def make_program(
@@ -47,7 +51,9 @@ def make_program(
     [B, 2], (height, width) before padding. It returns, for the best D detections, best
     first, zeros beyond: count int32 [B]; scores float32 [B, D]; labels int32 [B, D]; and
     with masks="input" boxes float32 [B, D, 4] (x0, y0, x1, y1, in input pixels) and masks
-    uint8 [B, D, h, w], with masks="quarter" masks float32 [B, D, h4, w4].
+    uint8 [B, D, h, w], with masks="quarter" masks float32 [B, D, h4, w4]; of a network that
+    has learned key points also keypoints float32 [B, D, J, 3]: x, y in input pixels and a
+    score.
 
     Args:
       half_weights: large weights are constants of 16 bits; the computation stays.
@@ -75,6 +81,8 @@ def make_program(
             "scores": found.scores,
             "labels": jnp.where(found.valid, found.labels, 0).astype(jnp.int32),
         }
+        if found.keypoints is not None:
+            outputs["keypoints"] = found.keypoints
         if masks == "quarter":
             return outputs | {"masks": found.soft_masks}
         threshold = detect_options.mask_threshold

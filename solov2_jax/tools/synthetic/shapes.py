@@ -20,6 +20,7 @@ from PIL import Image
 
 from solov2_jax.data.rasterize import spans_to_masks
 from solov2_jax.rle import mask_to_rle, polygons_to_rle, rle_from_string, spans_from_rle
+from solov2_jax.tools.synthetic.shape_points import CATEGORY, NO_POINTS, object_points
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class ShapesSettings:
     min_visible: float = 0.4  # an object hidden more than this is not placed
     empty_fraction: float = 0.04  # images without objects
     crowd_fraction: float = 0.04  # images with a crowd region
+    keypoints: bool = False  # see `shape_points`
 
     @property
     def categories(self) -> dict[int, str]:
@@ -60,7 +62,10 @@ def write_shapes(root: str, settings: ShapesSettings) -> str:
     is killed or several run at once.
     """
     _check(settings)
-    content = json.dumps(dataclasses.asdict(settings) | {"version": _VERSION}, indent=1)
+    values = dataclasses.asdict(settings) | {"version": _VERSION}
+    if not settings.keypoints:  # older data sets have no such field, and stay
+        del values["keypoints"]
+    content = json.dumps(values, indent=1)
     digest = hashlib.sha256(content.encode()).hexdigest()[:10]
     final = os.path.join(root, f"{settings.height}x{settings.width}-{digest}")
     if os.path.isdir(final):
@@ -101,6 +106,7 @@ def data_files(config: Any) -> tuple[tuple[str, str], tuple[str, str]]:
             max_objects=generated.max_objects,
             min_radius=generated.min_radius,
             max_radius=generated.max_radius,
+            keypoints=generated.keypoints,
         ),
     )
     train, val = os.path.join(folder, "train"), os.path.join(folder, "val")
@@ -150,6 +156,8 @@ def _write_split(folder: str, split: str, number: int, settings: ShapesSettings)
         "annotations": annotations,
         "categories": [{"id": k, "name": v} for k, v in settings.categories.items()],
     }
+    if settings.keypoints:
+        content["categories"] = [c | CATEGORY for c in content["categories"]]
     with open(os.path.join(folder, f"instances_{split}.json"), "w", encoding="utf-8") as file:
         json.dump(content, file)
 
@@ -180,7 +188,12 @@ def draw_scene(
     light = np.linspace(rng.uniform(-15, 15), rng.uniform(-15, 15), w)[None, :, None]
     canvas += light + rng.normal(0, 4, canvas.shape)
     picture = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
-    return picture, [_annotation(obj) for obj in objects] + annotations
+    records = [_annotation(obj) for obj in objects]
+    if settings.keypoints:
+        places = [object_points(o.rings[0], o.full, o.visible) for o in objects]
+        records = [record | points for record, points in zip(records, places, strict=True)]
+        annotations = [crowd | NO_POINTS for crowd in annotations]
+    return picture, records + annotations
 
 
 def _place(
