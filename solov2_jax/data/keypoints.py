@@ -135,8 +135,7 @@ def keypoint_names(content: dict[str, Any], path: str) -> tuple[str, ...]:
         what = "annotations have no `keypoints`" if lists else "categories name none"
         raise InputError(
             f"{path}: the {what}: it is no person_keypoints json. Key points need "
-            "one (COCO's is person_keypoints_train2017.json); data.mapper = "
-            " learns masks alone."
+            "one (COCO's is person_keypoints_train2017.json); data.mapper = '' learns masks alone."
         )
     return next(iter(lists))
 
