@@ -16,6 +16,7 @@ from solov2_jax import ops
 from solov2_jax.data.buckets import STRIDE
 from solov2_jax.inference.preprocess import InputOptions
 from solov2_jax.inference.programs import DetectOptions, detect_images
+from solov2_jax.structs import Detections
 
 # (image, image_size) -> outputs by name.
 Program = Callable[[Any, Any], dict[str, Any]]
@@ -85,21 +86,26 @@ def make_program(
             outputs["keypoints"] = found.keypoints
         if masks == "quarter":
             return outputs | {"masks": found.soft_masks}
-        threshold = detect_options.mask_threshold
-
-        def enlarge(one: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-            return _enlarge(*one, threshold)
-
-        # One mask after the other: only the result grows with their number.
-        b, d, *quarter = found.soft_masks.shape
-        soft = found.soft_masks.reshape(b * d, *quarter)
-        sizes = jnp.repeat(image_size, d, axis=0)
-        full_masks, boxes = lax.map(enlarge, (found.valid.reshape(-1), soft, sizes))
-        outputs["masks"] = full_masks.reshape(b, d, *full_masks.shape[1:])
-        outputs["boxes"] = boxes.reshape(b, d, 4)
-        return outputs
+        return outputs | _full_masks(found, image_size, detect_options.mask_threshold)
 
     return program
+
+
+def _full_masks(found: Detections, image_size: Any, threshold: float) -> dict[str, Any]:
+    """Returns the masks of the padded input and their boxes."""
+
+    def enlarge(one: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        return _enlarge(*one, threshold)
+
+    # One mask after the other: only the result grows with their number.
+    b, d, *quarter = found.soft_masks.shape
+    soft = found.soft_masks.reshape(b * d, *quarter)
+    sizes = jnp.repeat(image_size, d, axis=0)
+    masks, boxes = lax.map(enlarge, (found.valid.reshape(-1), soft, sizes))
+    return {
+        "masks": masks.reshape(b, d, *masks.shape[1:]),
+        "boxes": boxes.reshape(b, d, 4),
+    }
 
 
 def _halved(leaf: np.ndarray) -> np.ndarray:
