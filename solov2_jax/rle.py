@@ -275,3 +275,8 @@ def polygons_to_rle(polygons: Sequence[np.ndarray], size: Size) -> dict[str, Any
 def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:
     """Returns {"size": [h, w], "counts": bytes} of a whole mask, bool or uint8 [h, w]."""
     return coco_mask.encode(np.asfortranarray(mask, np.uint8))  # pyright: ignore
+
+
+def empty_rle(size: Size) -> bytes:
+    """Returns COCO's compressed run lengths of a mask (height, width) without a pixel."""
+    return mask_to_rle(np.zeros(size, bool))["counts"]

@@ -23,6 +23,7 @@ from solov2_jax.inference.prediction import Prediction, to_coco_results
 from solov2_jax.io import InputError
 from solov2_jax.models import build_model
 from solov2_jax.structs import Batch, Targets
+from solov2_jax.tools.report.results_file import evaluate_files
 from solov2_jax.tools.synthetic.shape_points import object_points
 from solov2_jax.weights.convert import match
 from solov2_jax.weights.sources import Weights
@@ -344,3 +345,22 @@ def test_points_of_generated_shapes():
     angle = np.linspace(0, 6, 40)
     circle = 10 + 5 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     assert object_points(circle, full, full)["num_keypoints"] == 1
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_any_programs_results_are_scored(tmp_path, masks):
+    values = posed()
+    path, predictions = tmp_path / "own.json", tmp_path / "predictions.json"
+    path.write_text(json.dumps(values))
+    results = results_of(values)
+    if not masks:
+        bare = ("segmentation", "bbox")
+        results = [{k: v for k, v in r.items() if k not in bare} for r in results]
+    predictions.write_text(json.dumps(results))
+    metrics = evaluate_files(str(path), str(predictions), metric="keypoints")
+    assert np.isnan(metrics["segm/AP"]) != masks
+    assert 0 < metrics["keypoints/AP"] <= 1
+    results[0]["keypoints"] = ["x"] * 51
+    predictions.write_text(json.dumps(results))
+    with pytest.raises(InputError, match=r"entry 0 .*`keypoints`"):
+        evaluate_files(str(path), str(predictions), metric="keypoints")

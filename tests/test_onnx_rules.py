@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 from solov2_jax.io import InputError
+from solov2_jax.keypoints import decode_keypoints
 from solov2_jax.tools.export.jaxpr import Equation, walk
 from solov2_jax.tools.export.onnx_graph import IR_VERSION, OPSET, Graph
 from solov2_jax.tools.export.rules import RULES, scan_inputs
@@ -166,3 +167,13 @@ def test_what_depends_on_constants_is_computed_before():
     graph = Graph()
     walk(closed, ["x"], RULES, graph)
     assert [node.op_type for node in graph.nodes] == ["Mul"]
+
+
+def test_key_points_are_those_of_jax():
+    """The decoder by itself: heatmaps, their maxima, and the parabola through them."""
+    features = jnp.asarray(RNG.normal(size=(6, 8, 5)), jnp.float32)
+    kernels = jnp.asarray(RNG.normal(size=(3, 4, 6)), jnp.float32)
+    inside = jnp.asarray(np.arange(48).reshape(6, 8) % 8 < 6)
+    (got,) = run(lambda k, f, i: decode_keypoints(k, f, i), kernels, features, inside)
+    want = decode_keypoints(kernels, features, inside)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval, Params
 
@@ -61,7 +62,11 @@ class KeypointEvaluator(CocoEvaluator):
     def compute(self) -> dict[str, float]:
         """Returns the metrics in any order."""
         stats = dict(zip(NAMES, self._stats(), strict=True))
-        return super().compute() | {f"keypoints/{k}": v for k, v in stats.items()}
+        metrics = super().compute()
+        if self.results and not any(coco_mask.area(r["segmentation"]) for r in self.results):
+            # Points alone, of a program that knows no masks: theirs are undefined.
+            metrics |= dict.fromkeys((n for n in metrics if n.startswith("segm/")), float("nan"))
+        return metrics | {f"keypoints/{k}": v for k, v in stats.items()}
 
     def table(self, metrics: Any) -> list[str]:
         """Returns the lines of a table of `metrics`, and what they are about."""

@@ -19,7 +19,7 @@ r"""Evaluates a training run on its validation data, or files of predictions.
 and what is evaluated is the validation part, else the test part, else all (`--split`).
 
 `--metric` is auto (what the annotations are made for), coco, lvis, cityscapes, voc, boundary,
-or an import path of your own.
+keypoints, or an import path of your own.
 
 Writes `eval/metrics.json` and `eval/predictions.json` (COCO's results format) into the
 workdir, and `eval/report/report.html` with `--report`. Predictions of any tool in that
@@ -85,7 +85,7 @@ _METRIC = Flag(
     "metric",
     text("auto", form=METRIC_FORM),
     "What scores them, instead of data.val.metric: auto, coco, lvis, cityscapes, voc, boundary, "
-    "or an import path.",
+    "keypoints, or an import path.",
     optional=True,
 )
 _SIZE_RANGES = Flag(

@@ -20,7 +20,7 @@ from solov2_jax.evaluation.coco_score import GroundTruth, read_ground_truth
 from solov2_jax.evaluation.evaluate import write_metrics
 from solov2_jax.evaluation.evaluators import make_evaluator
 from solov2_jax.io import InputError, make_folder, read_json
-from solov2_jax.rle import polygons_to_rle
+from solov2_jax.rle import empty_rle, polygons_to_rle
 from solov2_jax.tools.report.analysis import ImageRow, ReportData, make_report_data
 from solov2_jax.tools.report.cityscapes_results import read_cityscapes_results
 from solov2_jax.tools.report.diagnosis import diagnose
@@ -212,6 +212,11 @@ _FORMAT = (
 )
 
 
+def _points(value: Any) -> list[float] | None:
+    fits = isinstance(value, list) and value and not len(value) % 3 and are_numbers(value)
+    return [float(v) for v in value] if fits else None
+
+
 def read_results(path: str, truth: GroundTruth) -> list[dict[str, Any]]:
     """Returns the results of a file, masks as RLE, missing boxes taken from masks.
 
@@ -235,7 +240,10 @@ def read_results(path: str, truth: GroundTruth) -> list[dict[str, Any]]:
     field = Fields(content, path, lambda i: f"entry {i} (image {images[i]})")
     scores = field("score", lambda v: float(v) if are_numbers([v]) else None, "a finite number")
     boxes = field("bbox", read_box, "four numbers (x, y, width, height)", default=())
-    outlines = field("segmentation", lambda v: v, "polygons or run lengths")
+    points = field("keypoints", _points, "x, y, score of each point, all numbers", default=())
+    # Of programs that know no masks, only points.
+    none = {"default": ()} if points and all(points) else {}
+    outlines = field("segmentation", lambda v: v, "polygons or run lengths", **none)
     sizes = [(truth.images[i]["height"], truth.images[i]["width"]) for i in images]
     results = [
         {
@@ -244,6 +252,7 @@ def read_results(path: str, truth: GroundTruth) -> list[dict[str, Any]]:
             "bbox": boxes[i],
             "score": scores[i],
             "segmentation": _mask(outline, size, field.name(i)),
+            **({"keypoints": points[i]} if points[i] else {}),
         }
         for i, (outline, size) in enumerate(zip(outlines, sizes, strict=True))
     ]
@@ -254,7 +263,12 @@ def read_results(path: str, truth: GroundTruth) -> list[dict[str, Any]]:
     )
     for result in results:  # only now: run lengths are known to be sound
         if not result["bbox"]:
-            result["bbox"] = coco_mask.toBbox(result["segmentation"]).tolist()  # pyright: ignore
+            x, y = (result.get("keypoints", ())[n::3] for n in (0, 1))
+            result["bbox"] = (
+                [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+                if x
+                else coco_mask.toBbox(result["segmentation"]).tolist()  # pyright: ignore
+            )
     return results
 
 
@@ -277,7 +291,9 @@ def _ids(field: Fields, key: str, known: Mapping[int, Any], source: str) -> list
 
 
 def _mask(segmentation: Any, size: tuple[int, int], name: str) -> dict[str, Any]:
-    """Returns the RLE of a result."""
+    """Returns the RLE of a result, that of no pixel where () stands for its outline."""
+    if segmentation == ():
+        return {"size": list(size), "counts": empty_rle(size)}
     polygons, counts = read_outline(segmentation, size, lambda: name)
     if counts:
         return {"size": list(size), "counts": counts}
