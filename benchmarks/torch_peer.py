@@ -31,8 +31,10 @@ class Case:
         self.folder, self.form = folder, form
         self.config = json.loads((folder / "config.json").read_text())
         self.weights = json.loads((folder / "weights.json").read_text())
-        with np.load(folder / "arrays.npz") as arrays:
-            self.arrays: dict[str, Any] = dict(arrays)
+        self.arrays: dict[str, Any] = {}  # none where it trains on files
+        if (folder / "arrays.npz").is_file():
+            with np.load(folder / "arrays.npz") as arrays:
+                self.arrays = dict(arrays)
         last = form in ("channels_last", "fused")
         self.layout = torch.channels_last if last else torch.contiguous_format
         self.low = self.config["model"]["dtype"] == "bfloat16"

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import harness
+import numpy as np
 import pytest
 import tables
 
@@ -188,3 +189,39 @@ def test_programs_must_have_done_the_same_work():
     assert len(harness.differences(programs, {"loss": 0.001, "classes": 0.1})) == 2
     programs["peer"]["found"]["n"] = [100, 3]
     assert "n: [100] of ours" in harness.differences(programs, {"n": 1.0})[0]
+
+
+def test_accuracy_at_equal_steps_and_at_equal_time(tmp_path):
+    import accuracy
+
+    def curve(*points):
+        keys = ("step", "seconds", "AP", "AP50", "memory_gb")
+        return {"steps": 4, "curve": [dict(zip(keys, (*p, 0.5, 2.0), strict=True)) for p in points]}
+
+    slow = {str(s): curve((2, 60, 0.1 + s / 10), (4, 120, 0.3)) for s in range(2)}
+    fast = {str(s): curve((2, 30, 0.2), (4, 66, 0.25)) for s in range(3)}
+    table = accuracy.accuracy_table({"rows": {"x": {"solov2_jax": fast, "mmdetection": slow}}})
+    ours, peer = table.splitlines()[2:]
+    assert ours.startswith("| x | solov2_jax | 2 | 4 | 0.2500 ± 0.0000 |")
+    assert "| 0.3000 ± 0.0000 |" in peer and "| 0.1500 ± 0.0707 |" in peer and "| 2.0 ± " in peer
+    assert accuracy.at_time(fast["0"]["curve"], 10) == 0.0
+
+
+def test_predictions_are_compared_by_pycocotools(tmp_path):
+    import accuracy
+    from tiny_coco import content, encode_mask, write
+
+    _, truth = write(tmp_path)
+    found = []
+    for record in content()["annotations"]:
+        x, y, w, h = record["bbox"]
+        size = {7: (48, 64), 3: (64, 48)}[record["image_id"]]
+        mask = np.zeros(size, bool)
+        mask[y : y + h, x : x + w] = True
+        keys = {k: record[k] for k in ("image_id", "category_id")}
+        found.append({**keys, "score": 0.9, "segmentation": encode_mask(mask)})
+    path = tmp_path / "predictions.json"
+    path.write_text(json.dumps(found))
+    assert accuracy.average_precision(truth, path)["AP"] == pytest.approx(1.0)
+    path.write_text("[]")
+    assert accuracy.average_precision(truth, path) == {"AP": 0.0, "AP50": 0.0}
