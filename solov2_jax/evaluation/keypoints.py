@@ -138,7 +138,8 @@ def _result(result: dict[str, Any], number: int, source: str) -> dict[str, Any]:
         raise InputError(
             f"a prediction of image {result['image_id']} has no list `keypoints` of "
             f"{3 * number} numbers, x, y and a score for each of {source}'s {number} points: "
-            "predict with a network that has learned them (data.mapper = 'fcpose'), or choose "
+            "predict with a network that has learned them (data.mapper = 'fcpose'), without "
+            "tiles or test-time augmentation, or choose "
             "the metric 'coco'."
         )
     x, y = values[0::3], values[1::3]

@@ -24,6 +24,7 @@ from solov2_jax.training.memory import (
 
 # Where the config leaves them to the annotations: COCO's.
 NUM_CLASSES, MAX_INSTANCES, PHOTOGRAPH = 80, 96, (480, 640)
+NUM_POINTS = 17
 
 
 def dry_run(config: Any) -> tuple[list[StepMemory], list[str]]:
@@ -34,6 +35,10 @@ def dry_run(config: Any) -> tuple[list[StepMemory], list[str]]:
         if config.model.num_classes == 0:
             config.model.num_classes = NUM_CLASSES
             notes.append(f"model.num_classes is 0: {NUM_CLASSES} classes assumed")
+        if config.data.mapper == "fcpose" and not config.model.keypoint_head.names:
+            names = tuple(f"point {i + 1}" for i in range(NUM_POINTS))
+            config.model.keypoint_head.names = names
+            notes.append(f"model.keypoint_head.names is (): {NUM_POINTS} key points assumed")
         if config.data.max_instances == 0:
             config.data.max_instances = MAX_INSTANCES
             notes.append(f"data.max_instances is 0: {MAX_INSTANCES} objects per image assumed")

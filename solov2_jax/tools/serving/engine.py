@@ -18,7 +18,7 @@ from PIL import Image
 
 from solov2_jax.data.buckets import Bucket
 from solov2_jax.inference.draw import draw_prediction, shrink
-from solov2_jax.inference.pasting import paste_detections, rows_on_one_device
+from solov2_jax.inference.pasting import paste_detections, rows_on_one_device, scale_points
 from solov2_jax.inference.prediction import Prediction, reaches, to_coco_results
 from solov2_jax.inference.preprocess import make_batches
 
@@ -117,7 +117,8 @@ class Engine:
     ) -> Iterator[tuple[int, "PastedDetections"]]:
         """Yields (which job, its detections) of a batch, padding left out."""
         detections = self.predictor.detect(batch)
-        fields = jax.device_get((detections.scores, detections.labels, detections.valid))
+        found = detections
+        *fields, points = jax.device_get((found.scores, found.labels, found.valid, found.keypoints))
         for row, i in enumerate(batch["image_id"].tolist()):
             if i == -1:
                 continue
@@ -131,6 +132,8 @@ class Engine:
                 kept=kept,
                 scores=scores[kept],
                 labels=labels[kept],
+                keypoints=None if points is None else points[row][kept],
+                skeleton=self.predictor.skeleton,
             )
             yield i, image
 
@@ -179,6 +182,8 @@ class ImageDetections:
     kept: np.ndarray  # int [n], which of the D
     scores: np.ndarray  # [n]
     labels: np.ndarray  # [n]
+    keypoints: np.ndarray | None = None  # [n, J, 3], at the network
+    skeleton: tuple[tuple[int, int], ...] = ()
 
     def paste(self, part: slice, size: tuple[int, int]) -> Prediction:
         """Returns those of a part that have a pixel at a size (height, width)."""
@@ -206,12 +211,17 @@ class ImageDetections:
             masks[inside, y : y + canvas[0], x : x + canvas[1]] = part_masks
             boxes[inside] = _united(boxes[inside], part_boxes, (x, y))
         nonempty = boxes[:, 2] > boxes[:, 0]
+        points = self.keypoints
+        if points is not None:
+            points = scale_points(points, self.image_size, np.array(size))
         return Prediction(
             masks=masks[nonempty],
             boxes=boxes[nonempty],
             scores=self.scores[part][nonempty],
             labels=self.labels[part][nonempty],
             image_id=0,
+            keypoints=None if points is None else points[part][nonempty],
+            skeleton=self.skeleton,
         )
 
     def _reached(self, kept: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
