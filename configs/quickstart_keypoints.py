@@ -13,4 +13,6 @@ def get_config():
     config = quickstart.get_config()
     config.data.mapper = "fcpose"
     config.data.generated.keypoints = True
+    config.optim.milestones = (850, 950)
+    config.train.steps = 1000
     return config
