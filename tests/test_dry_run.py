@@ -69,7 +69,9 @@ def test_the_shapes_are_those_of_real_batches(tmp_path):
     batch = next(iter(batches))
     b, g = batch["valid"].shape
     assert whole["masks"].any() and whole["masks"].shape[3] == 8 * batch["mask_bits"].shape[3]
-    jax.tree.map(np.testing.assert_array_equal, dict(unpack_masks(batch)), whole)
+    jax.tree.map(
+        np.testing.assert_array_equal, unpack_masks(jax.tree.map(jnp.asarray, batch)), whole
+    )
     shapes = batch_shapes(b, g, *batch["image"].shape[1:3], make_mesh(1))
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
         k: (v.shape, v.dtype) for k, v in shapes.items()
