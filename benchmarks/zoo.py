@@ -34,6 +34,8 @@ SECOND_NAMES = {
     "solov2_head.solo_": "solov2_head.bbox_head.solo_",
     "mask_head.conv_pred.": "mask_head.mask_feat_head.conv_pred.0.",
 }
+# Of residual branches: without small ones rounding grows from block to block.
+LAST_NORMS = ("bn3", "branch2c", ".block.2.1.", ".block.3.1.", "layer_scale", "gamma")
 CLASSES, SIZE = 5, (128, 160)
 # timm's Swin shifts its windows otherwise where they do not divide the sides.
 SIZES = {"timm Swin-S": (224, 224)}
@@ -160,7 +162,7 @@ def write_file(network: Network, config: Any, folder: Path, peer: str) -> str:
     state = {
         name: draw(name, tuple(shape))
         for name, shape in shapes.items()
-        if not name.endswith("num_batches_tracked")
+        if not name.endswith(("num_batches_tracked", "relative_position_index"))
     }
     path = folder / ("file.pdparams" if network.program == "paddle" else "file.pth")
     if network.program == "paddle":
@@ -185,7 +187,7 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
     if name.endswith(("bias", "running_mean", "_mean", "bias_table", "cls_token", "pos_embed")):
         return np.float32(0.05 * noise)
     if len(shape) < 2 or "layer_scale" in name or "gamma" in name:
-        last = any(part in name for part in ("bn3", "branch2c", "layer_scale", "gamma"))
+        last = any(part in name for part in LAST_NORMS)
         return np.float32((1 + 0.1 * noise) * (0.3 if last else 1))
     noise -= noise.mean(tuple(range(1, noise.ndim)), keepdims=True)
     gain = 1.0 if "neck" in name else 2.0

@@ -129,7 +129,9 @@ def main(folder: Path) -> None:
     used = {n: v for n, v in state.items() if not n.startswith(CLASSIFIER)}
     missing, unexpected = model.load_state_dict(used, strict=False)
     needless = (*CLASSIFIER, "norm.")
-    lacking = [n for n in missing if not n.endswith("_tracked") and not n.startswith(needless)]
+    lacking = [
+        n for n in missing if not n.endswith(("_tracked", "_index")) and not n.startswith(needless)
+    ]
     if lacking or unexpected:
         raise ValueError(
             f"its network lacks {len(unexpected)} of the tensors ({unexpected[:3]}), and the file "
