@@ -20,10 +20,15 @@ EPSILON = 1e-5  # in the denominator of a projection's dice
 # (rows, columns) to half of a pixel's eight neighbours; to them it is one of the other half.
 OFFSETS = ((0, DILATION), (DILATION, -DILATION), (DILATION, 0), (DILATION, DILATION))
 # sRGB's primaries in CIE XYZ, and its white, D65 for 2 degrees (IEC 61966-2-1).
-_XYZ = np.float32(
-    [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]]
+_XYZ = np.array(
+    [
+        [0.412453, 0.357580, 0.180423],
+        [0.212671, 0.715160, 0.072169],
+        [0.019334, 0.119193, 0.950227],
+    ],
+    np.float32,
 )
-_WHITE = np.float32([[0.95047], [1.0], [1.08883]])
+_WHITE = np.array([[0.95047], [1.0], [1.08883]], np.float32)
 
 
 def rgb_to_lab(rgb: Float[Array, "*n 3"]) -> Float[Array, "*n 3"]:

@@ -21,7 +21,6 @@ Terms = Callable[[Array, PyTree, PyTree], Sequence[Array]]
 MAPS = 5  # of a mask's size that a term holds at the same time, about
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def pair_loss(
     terms: Terms,
     kernels: Float[Array, "B P E"],
@@ -42,6 +41,20 @@ def pair_loss(
       of_images: arrays [B, ...].
       weight: of the pairs; 0 of those that are not looked at.
     """
+    sums: Any = _pair_loss(terms, kernels, mask_feat, of_pairs, of_images, weight, factors)
+    return sums
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pair_loss(
+    terms: Terms,
+    kernels: Float[Array, "B P E"],
+    mask_feat: Float[Array, "B h4 w4 E"],
+    of_pairs: PyTree,
+    of_images: PyTree,
+    weight: Float[Array, "B P"],
+    factors: Float[Array, "T"],
+) -> tuple[Float[Array, ""], Float[Array, "T"]]:
     return _forward(terms, kernels, mask_feat, of_pairs, of_images, weight, factors)[0]
 
 
@@ -70,7 +83,7 @@ def _backward(
     return grad_kernels, grad_feat, None, None, None, None
 
 
-pair_loss.defvjp(_forward, _backward)
+_pair_loss.defvjp(_forward, _backward)
 
 
 @jax.named_scope("pair_loss")

@@ -99,7 +99,11 @@ class KeypointEvaluator(CocoEvaluator):
         annotations = [{**record, "id": i} for i, record in enumerate(records, 1)]
         images = [{"id": image} for image in self.image_ids]
         categories = [{"id": category} for category in self._categories]
-        coco.dataset = {"images": images, "categories": categories, "annotations": annotations}
+        vars(coco)["dataset"] = {
+            "images": images,
+            "categories": categories,
+            "annotations": annotations,
+        }
         coco.createIndex()
         return coco
 

@@ -1,5 +1,6 @@
 """SOLOv2: normalised images to class logits, dynamic kernels and mask features."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -110,7 +111,7 @@ class SOLOv2(nn.Module):
             return outputs
         kernels = _join_levels(points).reshape(len(image), -1, self.num_keypoints, numbers)
         points_feat = self._keypoint_head()(features, extent)
-        return outputs.replace(keypoint_kernel=kernels, keypoint_feat=points_feat)
+        return dataclasses.replace(outputs, keypoint_kernel=kernels, keypoint_feat=points_feat)
 
     def _keypoint_head(self) -> KeypointHead:
         channels, norm = self.keypoint_channels, self.mask_norm

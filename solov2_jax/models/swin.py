@@ -33,7 +33,7 @@ def relative_positions(window: int) -> np.ndarray:
     belongs to each pair of a query and a key of a window."""
     y, x = np.divmod(np.arange(window**2), window)
     dy, dx = y[:, None] - y + window - 1, x[:, None] - x + window - 1
-    return np.int32(dy * (2 * window - 1) + dx)
+    return np.asarray(dy * (2 * window - 1) + dx, np.int32)
 
 
 class WindowAxis:
@@ -108,8 +108,8 @@ class WindowAttention(nn.Module):
         there = jnp.broadcast_to(there, (b, high, wide, n, n)).reshape(-1, n * n)
         table = self.param("table", narrow_init, ((2 * n - 1) ** 2, self.heads))
         bias = table[relative_positions(n).ravel()].reshape(n * n, n * n, self.heads)
-        project = [Dense(c, dtype=self.dtype, name=name)(x) for name in ("q", "k", "v")]
-        y = attention(*project, self.heads, there, bias.transpose(2, 0, 1))
+        q, k, v = (Dense(c, dtype=self.dtype, name=name)(x) for name in ("q", "k", "v"))
+        y = attention(q, k, v, self.heads, there, bias.transpose(2, 0, 1))
         y = y.reshape(b, high, wide, n, n, c).transpose(0, 1, 3, 2, 4, 5)
         y = y.reshape(b, high * n, wide * n, c)
         y = columns.join(rows.join(y, 1), 2)

@@ -127,8 +127,8 @@ class TokenBlock(nn.Module):
     ) -> Float[Array, "B N C"]:
         c = x.shape[-1]
         y = LayerNorm(name="ln1")(x)
-        project = [Dense(c, dtype=self.dtype, name=name)(y) for name in ("q", "k", "v")]
-        y = Dense(c, dtype=self.dtype, name="proj")(attention(*project, self.heads, there))
+        q, k, v = (Dense(c, dtype=self.dtype, name=name)(y) for name in ("q", "k", "v"))
+        y = Dense(c, dtype=self.dtype, name="proj")(attention(q, k, v, self.heads, there))
         x = x + scale_channels(y, self.param("gamma1", nn.initializers.constant(1e-5), (c,)))
         y = gelu(Dense(4 * c, dtype=self.dtype, name="fc1")(LayerNorm(name="ln2")(x)))
         y = Dense(c, dtype=self.dtype, name="fc2")(y)

@@ -226,7 +226,7 @@ def make_run(config: Any, task: Task, start: Start, mesh: Mesh) -> Run:
 def _last_written(path: pathlib.Path, train: Any, writers: Sequence[WriterBase]) -> dict[str, Any]:
     """Returns the last line of metrics; {} if a kill left its evaluation without reports."""
     last = next((w.last for w in writers if isinstance(w, JsonlWriter)), {})
-    step = last.get("step", 0)
+    step: Any = last.get("step", 0)
     wanted = any(train[key] for key in _REPORTS)
     if wanted and not have_reported(path, step, finished=step >= train.steps):
         return {}

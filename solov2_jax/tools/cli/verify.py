@@ -139,7 +139,7 @@ def _compare(
         with tempfile.TemporaryDirectory() as folder:
             python = _PYTHON.value or sys.executable
             theirs = run_original(original, config, image, pathlib.Path(folder), python)
-    if isinstance(theirs, Unavailable):
+    if isinstance(original, Unavailable) or isinstance(theirs, Unavailable):
         app.echo("\n".join(ours.describe(computed, names)))
         app.echo(f"not compared: {theirs.reason}")
         return {"not_compared": theirs.reason}

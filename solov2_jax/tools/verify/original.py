@@ -103,7 +103,8 @@ def run_original(
     """
     case = case_of(config)
     case["model"]["num_classes"] = 0  # the tensors say it
-    np.savez(folder / "state.npz", **original.state)
+    tensors: Any = original.state  # names, which are the file's
+    np.savez(folder / "state.npz", **tensors)
     np.save(folder / "image.npy", image)
     why = run_program(original.program, case, folder, python)
     if why:

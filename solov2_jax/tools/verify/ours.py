@@ -66,9 +66,9 @@ def example_picture(height: int, width: int) -> np.ndarray:
 
 def normalised(config: Any, picture: np.ndarray) -> np.ndarray:
     """Returns the network's input float32 [1, h, w, 3] of an RGB picture."""
-    mean, std = input_statistics(config)
+    mean, std = (np.array(x, np.float32) for x in input_statistics(config))
     ordered = picture[..., ::-1] if config.input.channel_order == "BGR" else picture
-    return ((ordered - np.float32(mean)) / np.float32(std)).astype(np.float32)[None]
+    return ((ordered - mean) / std).astype(np.float32)[None]
 
 
 def run_network(config: Any, weights: Weights, picture: np.ndarray) -> tuple[Computed, Report]:
@@ -115,7 +115,8 @@ def run_backbone(config: Any, weights: Weights, picture: np.ndarray) -> tuple[Co
     if "out_norm" in {f.name for f in dataclasses.fields(backbone)}:
         backbone = dataclasses.replace(backbone, out_norm=False)
     image = jnp.asarray(normalised(config, picture))
-    wanted = flatten_dict(jax.eval_shape(backbone.init, jax.random.key(0), image), sep="/")
+    shapes = jax.eval_shape(backbone.init, jax.random.key(0), image)
+    wanted: dict[str, Any] = flatten_dict(shapes, sep="/")
     own = {n.replace(_BACKBONE, "/"): v for n, v in flat.items() if _BACKBONE in n}
     new = [name for name in wanted if name not in own]
     if lacking := [name for name in new if not name.startswith(_PYRAMID)]:

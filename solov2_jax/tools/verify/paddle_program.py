@@ -117,7 +117,7 @@ def detect(parts: dict[str, Any], test: dict[str, Any], outputs: Any, size: Any)
     with contextlib.ExitStack() as stack:
         for name, function in changed.items():
             stack.enter_context(mock.patch.object(paddle, name, function))
-        shape = paddle.to_tensor(np.float32([size]))
+        shape = paddle.to_tensor(np.array([size], np.float32))
         masks, labels, scores, _ = head.get_prediction(
             *outputs, shape, paddle.to_tensor(np.ones((1, 2), np.float32))
         )
