@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 from tiny_coco import annotation, content, encode_mask, square, write
 
-from configs import base
+from configs import base, finetune
 from solov2_jax.data.coco import read_coco
 from solov2_jax.tools.cli.doctor import main
 from solov2_jax.tools.doctor.data_report import Settings
 from solov2_jax.tools.doctor.data_report import examine as examine_data
+from solov2_jax.tools.doctor.derive import derive
 from solov2_jax.tools.doctor.findings import ERROR, NOTE, WARNING, DataLimits
 from solov2_jax.tools.doctor.grids import Layout, grid_collisions
 from solov2_jax.tools.doctor.measure import measure
@@ -229,6 +230,28 @@ def test_denser_grids_are_suggested_for_crowded_images(tmp_path):
     assert result.advice.layout.num_grids == (8, 8, 8, 8, 8)
     flags = result.advice.overrides()
     assert "--config.model.ins_head.num_grids='(8,8,8,8,8)'" in flags
+
+
+def test_a_cpu_is_given_fewer_pixels_and_more_steps(tmp_path):
+    """Objects of 10 and 40 pixels: the size is chosen by the middle one there."""
+    values = content()
+    for image in values["images"]:
+        image["height"], image["width"] = 480, 640
+    values["annotations"] = [
+        annotation(i + 1, 9, 5, bbox=[60 * i, 9, side, side], segmentation=square(60 * i, 9, side))
+        for i, side in enumerate((10, 10, 40, 40, 40, 40))
+    ]
+    dataset = read_coco(*write(tmp_path, values))
+
+    def values_of(on_cpu):
+        derived = derive(finetune.get_config(), dataset, set(), on_cpu=on_cpu)
+        return {key: value for each in derived for key, value in each.values.items()}
+
+    cpu, gpu = values_of(on_cpu=True), values_of(on_cpu=False)
+    assert (cpu["input.min_size_test"], gpu["input.min_size_test"]) == (320, 800)
+    assert cpu["input.min_sizes_train"] == (320,)
+    assert gpu["input.min_sizes_train"] == (640, 800, 960)
+    assert cpu["train.batch_size"] == 2
 
 
 @pytest.mark.parametrize(
