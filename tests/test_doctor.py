@@ -100,9 +100,15 @@ BOW_TIE = [[30, 20, 60, 45, 60, 20, 30, 45]]
             None,
         ),
         (
-            one(segmentation=[[1, 2, 3, 4]]),
+            one(segmentation=[[1, 2, 3, 4]], bbox=None),
             WARNING,
             "none of their polygons was usable",
+            None,
+        ),
+        (
+            one(segmentation=[[1, 2, 3, 4]]),  # its box stays
+            WARNING,
+            "1 polygons dropped",
             None,
         ),
         (

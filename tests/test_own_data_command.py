@@ -15,6 +15,7 @@ from test_own_data import as_bare_coco, as_official_coco, as_yolo
 
 from solov2_jax.config import save_config
 from solov2_jax.data.build import build_train_batches, load_datasets
+from solov2_jax.data.coco import load_coco
 from solov2_jax.io import InputError
 from solov2_jax.tools.cli import flags, own_data
 from solov2_jax.tools.cli import train as command
@@ -182,15 +183,19 @@ def test_files_of_the_data_set_are_used_and_nothing_is_written(tmp_path):
         settings(*words)
 
 
-def test_boxes_alone_are_refused_before_anything_is_written(tmp_path):
+def test_boxes_alone_are_trained_on_unless_told_otherwise(tmp_path):
     as_bare_coco(tmp_path / "photos")
     content = json.loads((tmp_path / "photos" / "labels.json").read_text())
     for record in content["annotations"]:
         del record["segmentation"]
     (tmp_path / "photos" / "labels.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="no object is left to train on; outlines or masks"):
-        settings(f"--data={tmp_path}/photos", f"--workdir={tmp_path}/run")
+    words = (f"--data={tmp_path}/photos", f"--workdir={tmp_path}/run")
+    with pytest.raises(InputError, match="no object is left to train on"):
+        settings(*words, "--config.loss.box_supervised=False")
     assert not (tmp_path / "run").exists()
+    config = settings(*words)
+    objects = load_coco(config.data.train.images, config.data.train.annotations, boxes=True)
+    assert len(objects.labels) and not objects.has_mask.any()
 
 
 @pytest.mark.parametrize(
