@@ -4,7 +4,6 @@ All masks of a batch are the largest thing in training. Here the masks of a few 
 made, compared and forgotten, and their gradient is taken with them: nothing is computed twice.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ Terms = Callable[[Array, PyTree, PyTree], Sequence[Array]]
 MAPS = 5  # of a mask's size that a term holds at the same time, about
 
 
-def pair_loss(
+def _pair_loss(
     terms: Terms,
     kernels: Float[Array, "B P E"],
     mask_feat: Float[Array, "B h4 w4 E"],
@@ -41,20 +40,6 @@ def pair_loss(
       of_images: arrays [B, ...].
       weight: of the pairs; 0 of those that are not looked at.
     """
-    sums: Any = _pair_loss(terms, kernels, mask_feat, of_pairs, of_images, weight, factors)
-    return sums
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _pair_loss(
-    terms: Terms,
-    kernels: Float[Array, "B P E"],
-    mask_feat: Float[Array, "B h4 w4 E"],
-    of_pairs: PyTree,
-    of_images: PyTree,
-    weight: Float[Array, "B P"],
-    factors: Float[Array, "T"],
-) -> tuple[Float[Array, ""], Float[Array, "T"]]:
     return _forward(terms, kernels, mask_feat, of_pairs, of_images, weight, factors)[0]
 
 
@@ -83,7 +68,8 @@ def _backward(
     return grad_kernels, grad_feat, None, None, None, None
 
 
-_pair_loss.defvjp(_forward, _backward)
+pair_loss = jax.custom_vjp(_pair_loss, nondiff_argnums=(0,))
+pair_loss.defvjp(_forward, _backward)
 
 
 @jax.named_scope("pair_loss")
