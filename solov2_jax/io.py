@@ -184,6 +184,20 @@ def make_folder(path: Path) -> pathlib.Path:
     return folder
 
 
+@contextlib.contextmanager
+def unmade_if_empty(folder: Path) -> Iterator[None]:
+    """When an error ends `with`, removes the folders down to this one that it made, if empty."""
+    folder = pathlib.Path(folder).absolute()
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        yield
+    except BaseException:
+        for each in new:
+            with contextlib.suppress(OSError):  # somebody has put a file there
+                each.rmdir()
+        raise
+
+
 def write_bytes(data: bytes, path: Path) -> None:
     """Writes a file, whole or not at all."""
     with atomic_path(path) as temporary:

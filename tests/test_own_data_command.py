@@ -150,6 +150,15 @@ def test_a_run_resumes_without_its_first_weights(tmp_path, capsys):
         settings(words[0], f"--workdir={tmp_path}/new", words[2])
 
 
+def test_a_refused_run_takes_its_split_back(tmp_path):
+    as_bare_coco(tmp_path / "photos")
+    words = (f"--data={tmp_path}/photos", f"--workdir={tmp_path}/runs/mine")
+    overrides = flags.parse(command.FLAGS, [*words, "--config.distill_from=none"])
+    with pytest.raises(InputError, match="distill_from"):
+        command.main(overrides)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_run_keeps_its_split_and_refuses_another(tmp_path):
     as_bare_coco(tmp_path / "photos")
     words = (f"--data={tmp_path}/photos", f"--workdir={tmp_path}/run")

@@ -84,7 +84,24 @@ def test_a_refused_resume_changes_nothing(workdir, kind):
     assert "the run ended here" in log
 
 
-def test_a_refused_start_writes_nothing_but_the_log(tmp_path):
+def test_a_refused_start_leaves_no_folder(tmp_path):
+    """Whatever refuses: the config, or what only building the task finds."""
+
+    def refuses(config, workdir):
+        raise InputError("distill_from is no run")
+
+    for build in (refuses, task_with(metric_names=("segm/AP",))):
+        config = toy.toy_config(train__best_metric="segm/Ap")
+        with pytest.raises(InputError):
+            train(config, tmp_path / "a" / "run", build)
+        assert not list(tmp_path.iterdir())
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError):
+        train(toy.toy_config(), tmp_path / "mine", refuses)
+    assert not list((tmp_path / "mine").iterdir())
+
+
+def test_a_refused_start_writes_nothing(tmp_path):
     weights = tmp_path / "weights.npz"
     weights.write_bytes(b"no zip file")
     (tmp_path / "run").mkdir()
@@ -97,6 +114,7 @@ def test_a_refused_start_writes_nothing_but_the_log(tmp_path):
         train(toy.toy_config(init_from=str(weights)), tmp_path / "run", toy.toy_task)
     del before["eval"]
     assert contents_of(tmp_path / "run") == before == {}
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_kill_before_the_first_save_may_start_again(tmp_path):

@@ -13,12 +13,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from solov2_jax import distributed
+from solov2_jax import distributed, storage
 from solov2_jax import logging as console
 from solov2_jax.checkpoint import CheckpointManager
 from solov2_jax.classes import classes_record
 from solov2_jax.evaluation.evaluate import StopEvaluation
-from solov2_jax.io import InputError, reason
+from solov2_jax.io import InputError, reason, unmade_if_empty
 from solov2_jax.progress import Progress
 from solov2_jax.training.build import Task, build_task
 from solov2_jax.training.checkpoint_hooks import (
@@ -88,12 +88,13 @@ def train(
       InputError: if config, data, weights or workdir do not allow it.
       FloatingPointError: if the run has diverged.
     """
-    path = make_workdir(workdir)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(unmade_if_empty(storage.local_folder(workdir).absolute()))
+        path = make_workdir(workdir)
         stack.enter_context(locked(path))
         if distributed.is_primary():
             stack.enter_context(console.console_logging())
-        stack.enter_context(logging_to(path / "train.log"))
+        make_log = stack.enter_context(logging_to(path / "train.log"))
 
         # First everything that can refuse: it only reads.
         mesh = distributed.make_mesh()
@@ -115,6 +116,7 @@ def train(
             writer.check(path, step)
 
         # From here on the folder changes.
+        make_log()
         describe_run(path, config, task.class_names, task.category_ids)
         start.record(path)
         if step >= config.train.steps:

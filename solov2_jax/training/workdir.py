@@ -7,13 +7,14 @@ classes.json names and category ids       train.log         everything that was 
 import contextlib
 import importlib.metadata
 import logging
+import logging.handlers
 import os
 import pathlib
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -98,40 +99,63 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def logging_to(path: pathlib.Path) -> Iterator[None]:
-    """Appends what is logged to a file, warnings of libraries included.
+def logging_to(path: pathlib.Path) -> Iterator[Callable[[], None]]:
+    """Appends what is logged inside `with` to a file, warnings of libraries included.
 
-    Later processes have files of their own, `train_process_1.log` and so on.
+    Yields a function that makes a file that is not there yet: until it is called lines are
+    kept in memory, and a new run that is refused before leaves no log. Later processes
+    have files of their own, `train_process_1.log` and so on.
     """
     if number := jax.process_index():
         path = path.with_stem(f"{path.stem}_process_{number}")
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
-    libraries = logging.FileHandler(path, encoding="utf-8")
-    libraries.setFormatter(handler.formatter)
+    file = logging.FileHandler(path, encoding="utf-8", delay=True)
+    file.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
+    kept = _KeptLines(file)
+    libraries = _KeptLines(file)
     libraries.setLevel(logging.WARNING)
-    log.addHandler(handler)
-    logging.getLogger("absl").addHandler(libraries)
+    both = {log: kept, logging.getLogger("absl"): libraries}
+    for logger, handler in both.items():
+        logger.addHandler(handler)
     level = log.level
     log.setLevel(logging.INFO)
+
+    def make_file() -> None:
+        kept.write_through()
+        libraries.write_through()
+
+    if path.exists():
+        make_file()
     try:
-        yield
+        yield make_file
     except BaseException as error:
         log.debug("stopped by %r", error)
         # With the traceback, for the file only.
         info = (type(error), error, error.__traceback__)
         text = "the run ended here"
-        handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), info))
+        kept.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), info))
         raise
     finally:
         log.setLevel(level)
-        log.removeHandler(handler)
-        logging.getLogger("absl").removeHandler(libraries)
-        for each in (handler, libraries):
-            try:
-                each.close()
-            except OSError as error:  # a full disk, which whatever it stops reports
-                log.warning("%s: its last lines could not be written (%s)", path, reason(error))
+        for logger, handler in both.items():
+            logger.removeHandler(handler)
+            handler.close()
+        try:
+            file.close()
+        except OSError as error:  # a full disk, which whatever it stops reports
+            log.warning("%s: its last lines could not be written (%s)", path, reason(error))
+
+
+class _KeptLines(logging.handlers.MemoryHandler):
+    """Keeps what is logged until `write_through`, and forgets it if that never comes."""
+
+    def __init__(self, file: logging.Handler) -> None:
+        never = logging.CRITICAL + 1
+        super().__init__(sys.maxsize, flushLevel=never, target=file, flushOnClose=False)
+
+    def write_through(self) -> None:
+        """Writes what was kept, and each further line at once."""
+        self.capacity = 0
+        self.flush()
 
 
 def check_workdir(

@@ -19,6 +19,7 @@ failed; 2: an error that the one line `error: ...` explains.
 import functools
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from solov2_jax.config import given_keys, load_config
@@ -27,6 +28,7 @@ from solov2_jax.io import InputError
 from solov2_jax.tools.cli import app, own_data, shared
 from solov2_jax.tools.cli.flags import Flag
 from solov2_jax.tools.cli.init_weights import adopt
+from solov2_jax.tools.importers.kept import forgotten_if_refused
 
 _CONFIG = Flag("config", text(), "Config file; keys: configs/base.py.")
 _WORKDIR = Flag("workdir", text(), "Run's folder; resumed if it has checkpoints.", required=True)
@@ -41,7 +43,13 @@ MIN_STEPS, STEPS_PER_IMAGE = 200, 25
 
 
 def main(overrides: list[str]) -> None:
-    config = read_settings(overrides)
+    workdir = Path(_WORKDIR.value)
+    with forgotten_if_refused(workdir / "data", has_begun=(workdir / "config.json").exists):
+        train_or_try(read_settings(overrides))
+
+
+def train_or_try(config: Any) -> None:
+    """Does what the flags ask for; prints the figures that count."""
     if _DRY_RUN.value:
         from solov2_jax.tools.dry_run import dry_run, format_rows
 

@@ -4,15 +4,16 @@ A source is known by the names, sizes and times of its files, which is cheap to 
 was written, by its hash. Where both are as they were, nothing is imported again.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from solov2_jax.data.images import is_junk
-from solov2_jax.io import InputError, read_json, write_json, write_text
+from solov2_jax.io import InputError, read_json, unmade_if_empty, write_json, write_text
 from solov2_jax.tools.importers.merge import MergedData
 
 PARTS, ABOUT = ("train.json", "val.json"), "source.json"
@@ -117,3 +118,22 @@ def write_kept(folder: Path, data: MergedData, request: Mapping[str, Any]) -> No
         "sources": sources_fingerprint(request["data"], data.image_folders),
     }
     write_json(about, folder / ABOUT)
+
+
+@contextlib.contextmanager
+def forgotten_if_refused(folder: Path, has_begun: Callable[[], bool]) -> Iterator[None]:
+    """Removes what `write_kept` wrote inside `with`, when an `InputError` ends it.
+
+    Args:
+      folder: an import that was there before stays.
+      has_begun: whether the run has begun, which then needs the files.
+    """
+    new = not folder.exists()
+    with unmade_if_empty(folder):
+        try:
+            yield
+        except InputError:
+            if new and not has_begun():
+                for name in (*PARTS, ABOUT):
+                    (folder / name).unlink(missing_ok=True)
+            raise
