@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from solov2_jax.data.cityscapes import read_cityscapes
+from solov2_jax.data.cityscapes import find_gt_fine, read_cityscapes
 from solov2_jax.data.federated import Federated, read_federated
 from solov2_jax.data.fields import Fields, describe, read_box, whole_number
 from solov2_jax.data.outlines import (
@@ -61,6 +61,7 @@ class AnnotationTable:
     inside: np.ndarray  # bool [A], whether it has an extent inside of its image
     counts: Counter[str]  # crowds, no_segmentation, bad_polygons, no_valid_polygon, ...
     federated: Federated | None = None  # of an LVIS json
+    gt_fine: str = ""  # of Cityscapes: the folder of gtFine
 
     def batch_ids(self) -> np.ndarray:
         """Returns the number that stands for each image in batches, int64 [N].
@@ -130,6 +131,7 @@ def read_instances(
         inside=inside,
         counts=counts,
         federated=read_federated(content, images["image_ids"], list(categories), source),
+        gt_fine=find_gt_fine(content),
     )
 
 

@@ -10,12 +10,14 @@ preparation/json2instanceImg.py.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from solov2_jax.data.images import list_files
 from solov2_jax.io import InputError, reading
 from solov2_jax.progress import track
 from solov2_jax.rle import rle_of_crop, rle_to_strings
@@ -33,12 +35,21 @@ CLASSES = {
 }
 INSTANCE_IDS = "_gtFine_instanceIds.png"
 IMAGE = "_leftImg8bit.png"
+GT_FINE = "gt_fine"  # in a json's `info`: the folder of gtFine that it was made from
 FIRST_OBJECT = 1000  # the least value of a pixel of an object; below it are classes
+
+
+def find_gt_fine(content: Mapping[str, Any]) -> str:
+    """Returns the folder of gtFine that an instances json was made from, "" of any other."""
+    info = content.get("info")
+    folder = info.get(GT_FINE) if isinstance(info, dict) else None
+    return folder if isinstance(folder, str) else ""
 
 
 def find_instance_ids(folder: str | os.PathLike[str]) -> list[Path]:
     """Returns the `_instanceIds.png` of a folder of gtFine, sorted."""
-    return sorted(Path(folder).rglob(f"*{INSTANCE_IDS}"))
+    names = list_files(folder, [".png"])
+    return [Path(folder, name) for name in names if name.endswith(INSTANCE_IDS)]
 
 
 def instance_ids_of(folder: str | os.PathLike[str], file_name: str) -> Path:
@@ -83,7 +94,9 @@ def read_cityscapes(folder: str | os.PathLike[str]) -> dict[str, Any]:
         name = path.relative_to(folder).as_posix().removesuffix(INSTANCE_IDS) + IMAGE
         height, width = ids.shape
         images.append({"id": number, "file_name": name, "height": height, "width": width})
-        for value in np.unique(ids).tolist():
+        least = int(ids.min())
+        counts = np.bincount((ids - least).ravel())  # far faster than np.unique
+        for value in (np.flatnonzero(counts) + least).tolist():
             label = value // 1000 if value >= FIRST_OBJECT else value
             if label in CLASSES:
                 annotations.append(
@@ -96,7 +109,13 @@ def read_cityscapes(folder: str | os.PathLike[str]) -> dict[str, Any]:
                     }
                 )
     categories = [{"id": i, "name": name} for i, name in CLASSES.items()]
-    return {"images": images, "categories": categories, "annotations": annotations}
+    info = {GT_FINE: os.path.abspath(folder)}
+    return {
+        "info": info,
+        "images": images,
+        "categories": categories,
+        "annotations": annotations,
+    }
 
 
 def _outline(mask: np.ndarray) -> dict[str, Any]:

@@ -6,7 +6,6 @@ IoU must be above a threshold. Source: cityscapesscripts
 evaluation/evalInstanceLevelSemanticLabeling.py (without its distances).
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from solov2_jax.data.annotations import describe
 from solov2_jax.data.cityscapes import (
     CLASSES,
     FIRST_OBJECT,
-    find_instance_ids,
     instance_ids_of,
     read_instance_ids,
 )
@@ -36,7 +35,8 @@ VOID = (-1, 0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30)
 class CityscapesEvaluator(CocoEvaluator):
     """Collects predictions image by image, then computes Cityscapes' metrics, AP and AP50.
 
-    As many detections count as there are. The annotations are a folder of gtFine.
+    As many detections count as there are. The annotations are a folder of gtFine, or a json
+    that says which one it was made from.
     """
 
     kinds = ("segm",)
@@ -44,11 +44,20 @@ class CityscapesEvaluator(CocoEvaluator):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        if not os.path.isdir(self.source) or not find_instance_ids(self.source):
+        folder = self.truth.gt_fine
+        if not folder:
             raise InputError(
                 f'{self.source}: data.val.metric = "cityscapes" needs the folder gtFine/val as '
                 "data.val.annotations (--annotations): void pixels and groups are in its "
                 "*_gtFine_instanceIds.png only."
+            )
+        records = self.truth.images.values()
+        paths = [instance_ids_of(folder, str(record["file_name"])) for record in records]
+        if missing := [str(path) for path in paths if not path.is_file()]:
+            raise InputError(
+                f"{self.source}: was made from {folder}, which lacks {len(missing)} of its "
+                f"{len(paths)} pictures of instance ids: {describe(missing)}; restore them, or set "
+                'data.val.metric (--metric) to "coco".'
             )
         if unknown := sorted(set(self.category_ids) - set(CLASSES)):
             raise InputError(
@@ -68,7 +77,7 @@ class CityscapesEvaluator(CocoEvaluator):
         categories = sorted(self.category_ids)
         matches: dict[int, list[ImageMatch]] = {category: [] for category in categories}
         for image, results in track(of_image.items(), "comparing with gtFine", unit="images"):
-            path = instance_ids_of(self.source, str(self.truth.images[image]["file_name"]))
+            path = instance_ids_of(self.truth.gt_fine, str(self.truth.images[image]["file_name"]))
             for category, match in match_image(path, results, categories).items():
                 matches[category].append(match)
         ap = np.array([[class_ap(matches[c], t) for t in THRESHOLDS] for c in categories])

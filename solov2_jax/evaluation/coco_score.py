@@ -59,6 +59,7 @@ class GroundTruth:
     num_without_mask: int  # annotations that are left out
     image_ids: dict[int, int]  # of a prediction, as batches carry it -> of the json
     federated: Federated | None = None  # of an LVIS json
+    gt_fine: str = ""  # of Cityscapes: the folder of gtFine
 
 
 def read_ground_truth(
@@ -105,6 +106,7 @@ def read_ground_truth(
         num_without_mask=len(table.ids) - len(usable),
         image_ids=dict(zip(table.batch_ids().tolist(), table.image_ids, strict=True)),
         federated=table.federated,
+        gt_fine=table.gt_fine,
     )
 
 

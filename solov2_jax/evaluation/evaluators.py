@@ -5,6 +5,7 @@
     "boundary"    an instances json            COCO's, and that of masks' borders
     "lvis"        LVIS v1's json               federated, with rare, common, frequent
     "cityscapes"  the folder gtFine/val        Cityscapes', with void and groups ignored
+                  or a json made from it
     "voc"         an instances json            VOC's AP^r at IoU 0.5 and 0.7
     "keypoints"   a person_keypoints json      COCO's, and OKS AP of key points
     "module:Class"  what it takes              COCO's, and what the class returns
@@ -207,7 +208,7 @@ def metric_of(truth: GroundTruth) -> str:
     """Returns the metric that the files of a ground truth are made for."""
     if truth.federated is not None:
         return "lvis"
-    return "cityscapes" if os.path.isdir(truth.source) else "coco"
+    return "cityscapes" if truth.gt_fine else "coco"
 
 
 def _disagreement(truth: GroundTruth, metric: str, fitting: str, key: str) -> str:

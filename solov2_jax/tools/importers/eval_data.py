@@ -16,7 +16,8 @@ from solov2_jax.data.annotations import describe, read_instances
 from solov2_jax.data.coco import CocoDataset, load_coco, read_coco
 from solov2_jax.io import InputError
 from solov2_jax.tools.importers.merge import joined
-from solov2_jax.tools.importers.recognise import TEST, TRAIN, VAL, DataPart, recognise
+from solov2_jax.tools.importers.parts import TEST, TRAIN, VAL, DataPart
+from solov2_jax.tools.importers.recognise import recognise
 
 log = logging.getLogger(__name__)
 

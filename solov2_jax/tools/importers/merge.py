@@ -12,10 +12,11 @@ import numpy as np
 
 from solov2_jax.config import suggest
 from solov2_jax.data.annotations import WEIGHT, describe
+from solov2_jax.data.cityscapes import GT_FINE, find_gt_fine
 from solov2_jax.data.federated import SEARCHED
 from solov2_jax.data.sampler import random_bits
 from solov2_jax.io import InputError
-from solov2_jax.tools.importers.recognise import TEST, TRAIN, VAL, DataPart
+from solov2_jax.tools.importers.parts import TEST, TRAIN, VAL, DataPart
 
 VAL_SHARE, MOST_VAL = 0.2, 5000
 TRAINING_ONLY = "training_only"  # in a json's `info`: labels that a network made
@@ -338,4 +339,9 @@ def joined(
         {"id": i, "name": n, **({"frequency": frequency[n]} if n in frequency else {})}
         for n, i in sorted(ids.items(), key=lambda item: item[1])
     ]
-    return top, {"images": images, "annotations": records, "categories": categories}
+    content: dict[str, Any] = {"images": images, "annotations": records, "categories": categories}
+    # Cityscapes' metric needs the data set's own names of files and numbers of classes.
+    if len(parts) == 1 and (folder := find_gt_fine(parts[0].content)):
+        if all(_ids(parts[0]).get(i) == name for name, i in ids.items()):
+            content["info"] = {GT_FINE: folder}
+    return top, content

@@ -5,9 +5,8 @@ validation follows from names such as `valid`, `instances_val2017.json` or `test
 """
 
 import os
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ from solov2_jax.data.annotations import describe, read_instances
 from solov2_jax.data.coco import find_files
 from solov2_jax.data.images import image_suffixes, is_junk, list_files, list_images
 from solov2_jax.io import InputError, read_json
-from solov2_jax.tools.importers import cvat, label_studio, supervisely, via, voc
+from solov2_jax.tools.importers import cityscapes, cvat, label_studio, supervisely, via, voc
 from solov2_jax.tools.importers.instances import Instances, part_of, read_names, read_yaml
 from solov2_jax.tools.importers.labelme import import_labelme
 from solov2_jax.tools.importers.masks import import_masks
+from solov2_jax.tools.importers.parts import TEST, TRAIN, VAL, DataPart, split_of
 from solov2_jax.tools.importers.yolo import (
     files_of_folders,
     files_of_yaml,
@@ -29,44 +29,13 @@ from solov2_jax.tools.importers.yolo import (
 FORMATS = (
     "COCO json (also as Roboflow, CVAT and Label Studio export it), YOLO's outlines or boxes "
     "with data.yaml, labelme, VGG Image Annotator, CVAT's XML, Pascal VOC's XML, Label Studio's "
-    "json, Supervisely, images with PNG masks"
-)
-TRAIN, VAL, TEST = "train", "val", "test"
-_SPLIT = re.compile(
-    r"(?:^|[^a-z])(?:(train(?:ing)?)|(val(?:id(?:ation)?)?|dev)|(test(?:ing)?))\d*(?:[^a-z]|$)"
+    "json, Supervisely, Cityscapes' gtFine, images with PNG masks"
 )
 _MASKS = ("masks", "mask", "segmentationobject", "instances", "instance_masks", "labels")
 _PICTURES = ("images", "image", "imgs", "img", "jpegimages")
 _XML = ("annotations", "annotation", "xmls", "labels")
 _IDS = {"images": ("id",), "categories": ("id",), "annotations": ("image_id", "category_id")}
 _FEW = 20  # image names by which a folder of images is known
-
-
-@dataclass(frozen=True)
-class DataPart:
-    """The images, objects and classes of one part of a data set.
-
-    Attributes:
-      kind: the format's name.
-      split: "train", "val", "test", or "" where no name says.
-      images: folder that the file names are relative to.
-      content: COCO instances: images, annotations, categories.
-      file: the json that holds just this content, "" where there is none.
-      notes: what was assumed or left out, a phrase each.
-    """
-
-    kind: str
-    split: str
-    images: str
-    content: dict[str, Any]
-    file: str = ""
-    notes: tuple[str, ...] = ()
-
-
-def split_of(name: str) -> str:
-    """Returns which part a file's or folder's name says it is, "" if none."""
-    match = _SPLIT.search(name.lower())
-    return (TRAIN, VAL, TEST)[(match.lastindex or 1) - 1] if match else ""
 
 
 def recognise(place: str) -> list[DataPart]:
@@ -80,6 +49,7 @@ def recognise(place: str) -> list[DataPart]:
         raise InputError(f"--data {place}: there is no such folder or file; correct it.")
     parts = _of_file(path) if path.is_file() else _of_folder(path)
     if not parts:
+        cityscapes.check_halves(path)
         raise InputError(
             f"--data {place}: holds no annotations of a known format, only "
             f"{describe(_entries(path)) or 'nothing'}. Known are: {FORMATS}."
@@ -416,5 +386,6 @@ def _by_subfolder(instances: Instances) -> dict[str, dict[str, Any]]:
 
 
 _READERS: tuple[Callable[[Path], list[DataPart]], ...] = (
-    *(_of_yaml, _of_supervisely, _of_jsons, _of_xml, _of_yolo_folders, _of_masks, _of_voc),
+    *(cityscapes.import_parts, _of_yaml, _of_supervisely, _of_jsons, _of_xml),
+    *(_of_yolo_folders, _of_masks, _of_voc),
 )
