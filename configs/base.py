@@ -640,6 +640,9 @@ def keys() -> Section:
     # over the share of images that have it, times an epoch. 0: every image once; LVIS
     # is trained with 0.001 [DATALOADER.REPEAT_THRESHOLD].
     data.repeat_threshold = share(0.0)
+    # Share of the objects whose masks are trained on, drawn by `seed`; of the others the box
+    # alone is. Below 1 it measures what boxes would have given.
+    data.mask_share = share(1.0, used=_BOXES)
     # Padded objects per image; 0: the largest number in the annotations.
     data.max_instances = whole(0, high=100_000)
     data.num_workers = whole(4, high=1024)  # processes; 0: threads only [DATALOADER.NUM_WORKERS]

@@ -11,6 +11,7 @@ from tiny_coco import annotation, content, load, square
 from solov2_jax import box_losses, losses, platforms
 from solov2_jax.data.augment import Augment
 from solov2_jax.data.buckets import Resize
+from solov2_jax.data.coco import with_share_of_masks
 from solov2_jax.data.pipeline import train_batches
 from solov2_jax.pair_losses import pair_loss
 from solov2_jax.structs import Outputs, Targets
@@ -219,6 +220,21 @@ def test_boxes_without_masks_are_kept_where_they_are_wanted(tmp_path):
     plain = load(tmp_path, mixed_content())
     assert plain.annotation_ids.tolist() == [2, 3, 1] and plain.has_mask.all()
     assert plain.counts["no_segmentation"] + plain.counts["no_valid_polygon"] == 6
+
+
+def test_a_share_of_the_masks_is_used_and_of_the_others_the_boxes(tmp_path):
+    data = load(tmp_path, mixed_content(), boxes=True)
+    for share, number in ((1.0, 3), (0.4, 1), (0.0, 0)):
+        part = with_share_of_masks(data, share, seed=1)
+        assert part.has_mask.sum() == number and not (part.has_mask & ~data.has_mask).any()
+        np.testing.assert_array_equal(part.boxes, data.boxes)
+        for i, (x0, y0, x1, y1) in enumerate(data.boxes.tolist()):
+            mine = [p.tolist() for p in part.segmentations.polygons(i)]
+            whole = [p.tolist() for p in data.segmentations.polygons(i)]
+            assert mine == (whole if part.has_mask[i] else [[x0, y0, x1, y0, x1, y1, x0, y1]])
+    drawn = [with_share_of_masks(data, 0.4, seed).has_mask.tolist() for seed in range(9)]
+    assert drawn[1] == with_share_of_masks(data, 0.4, 1).has_mask.tolist()
+    assert len(set(map(tuple, drawn))) > 1
 
 
 AUGMENTS = {

@@ -11,7 +11,7 @@ from solov2_jax.data import records
 from solov2_jax.data.augment import Augment
 from solov2_jax.data.batch import PixelMap
 from solov2_jax.data.buckets import Resize
-from solov2_jax.data.coco import CocoDataset, load_coco
+from solov2_jax.data.coco import CocoDataset, load_coco, with_share_of_masks
 from solov2_jax.data.custom_augment import custom_function
 from solov2_jax.data.keypoints import keypoints_of
 from solov2_jax.data.pipeline import Batches, Reading, eval_batches, train_batches
@@ -68,7 +68,10 @@ def load_further_vals(config: Any, categories: Mapping[int, str]) -> list[Furthe
 
 def load_train_dataset(config: Any) -> CocoDataset:
     """Returns the training data set, with all that its json holds."""
-    dataset = load_coco(*data_files(config)[0], boxes=config.loss.box_supervised)
+    boxes = config.loss.box_supervised
+    dataset = load_coco(*data_files(config)[0], boxes=boxes)
+    if boxes and config.data.mask_share < 1:
+        dataset = with_share_of_masks(dataset, config.data.mask_share, config.seed)
     return dataclasses.replace(dataset, pixels=pixel_format(config))
 
 

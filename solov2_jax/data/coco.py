@@ -207,6 +207,33 @@ def _with_rectangles(
     return join_segmentations(table.segmentations, rectangles(boxes[alone])).take(places)
 
 
+def with_share_of_masks(dataset: CocoDataset, share: float, seed: int) -> CocoDataset:
+    """Returns the data set with the masks of so many of its objects; others keep their box.
+
+    Args:
+      share: of the objects that have a mask, 0 to 1.
+      seed: chooses them.
+    """
+    masked = np.flatnonzero(dataset.has_mask)
+    order = np.random.default_rng(seed).permutation(masked)
+    kept = np.sort(order[: round(share * len(masked))])
+    log.info(
+        "%s: %d of %d masks are used; of the other objects the boxes are (data.mask_share)",
+        dataset.annotation_file,
+        len(kept),
+        len(masked),
+    )
+    has_mask = np.zeros_like(dataset.has_mask)
+    has_mask[kept] = True
+    rows = np.arange(len(has_mask))
+    outlines = join_segmentations(dataset.segmentations, rectangles(dataset.boxes))
+    return dataclasses.replace(
+        dataset,
+        has_mask=has_mask,
+        segmentations=outlines.take(np.where(has_mask, rows, len(rows) + rows)),
+    )
+
+
 def _boxes(table: AnnotationTable, rows: np.ndarray, counts: Counter[str]) -> np.ndarray:
     """Returns (x0, y0, x1, y1), those of the segmentation where none is annotated."""
     boxes = table.boxes[rows]
