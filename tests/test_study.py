@@ -4,15 +4,19 @@ import dataclasses
 import json
 
 import pytest
+import toy
 from tiny_coco import annotation, content, write
 
 from configs import base
+from solov2_jax.config import load_config
 from solov2_jax.data.coco import load_coco
 from solov2_jax.io import InputError, write_json
 from solov2_jax.tools.cli import study as command
 from solov2_jax.tools.study import design as designs
+from solov2_jax.tools.study import pace
 from solov2_jax.tools.study.table import collect, format_table, write_table
 from solov2_jax.tools.study.trial import OUTCOME, Judge, trial_folder
+from solov2_jax.training import loop
 from solov2_jax.training.hooks import Run
 
 
@@ -196,6 +200,42 @@ def test_the_table_has_means_spreads_and_gains_in_pairs(tmp_path):
     write_table(tmp_path, results)
     assert json.loads((tmp_path / "study.json").read_text())["rows"] == results["rows"]
     assert (tmp_path / "study.md").read_text() == table
+
+
+def test_runs_of_equal_time_have_as_many_steps_as_their_pace_allows(tmp_path, monkeypatch):
+    trained = []
+
+    def train(config, folder, hooks):
+        trained.append(folder.name)
+        assert config.train.steps == 64 and not config.train.eval_every
+        return loop.train(config, folder, toy.toy_task, hooks=hooks)
+
+    monkeypatch.setattr(pace, "train", train)
+    config = toy.toy_config()
+    seconds = pace.step_seconds(tmp_path, "a", config)
+    assert 0 < seconds < 1 and trained == ["a"]
+    assert pace.step_seconds(tmp_path, "a", config) == seconds and trained == ["a"]
+    assert [p.name for p in (tmp_path / "paces").iterdir()] == ["a.json"]
+    (tmp_path / "paces" / "a.json").write_text("{}")
+    with pytest.raises(InputError, match="a.json.*Delete it"):
+        pace.step_seconds(tmp_path, "a", config)
+
+    longer = load_config("quickstart", pace.lengthened(load_config("quickstart"), 1.5))
+    assert longer.train.steps == 1350 and longer.optim.milestones == (975, 1230)
+    assert longer.optim.warmup_steps == 50
+    shorter = load_config("finetune", pace.lengthened(load_config("finetune"), 0.5))
+    assert shorter.train.epochs == load_config("finetune").train.epochs / 2
+
+    levers = designs.parse_levers(["longer: train.steps=2000"])
+    with pytest.raises(InputError, match="longer: train.steps .* follows from --equal_time"):
+        designs.check_levers(levers, load_config("quickstart"), equal_time=True)
+    designs.check_levers(levers, load_config("quickstart"))
+    design = make_design(equal_time=True)
+    designs.keep_design(tmp_path, design, base.get_config())
+    with pytest.raises(InputError, match="was begun with --equal_time"):
+        designs.keep_design(tmp_path, make_design(), base.get_config())
+    table = format_table(collect(tmp_path, design, "segm/AP", {}))
+    assert "| seconds a run | steps |" in table and "| plain | 0 of 2 |  |  |  |  |" in table
 
 
 def fail(capsys, monkeypatch, *arguments):

@@ -8,7 +8,8 @@ The recipe as it is, called plain, is trained first, with each seed on each fold
 lever, the recipe with these keys changed. What is compared is `train.best_metric` of each
 run's best evaluation, seed by seed and fold by fold. study.md and study.json in the workdir
 are written after every run. A lever that has not even --hopeless of the plain recipe's metric
-after --judge_from of the run ends there.
+after --judge_from of the run ends there. With --equal_time a lever whose steps are slower gets
+fewer of them: steps of both are timed before the first run.
 
 The same command goes on where it was stopped; more levers and seeds may be added to it.
 `--only RUN` trains a single run of a study that was begun, such as plain/seed0_fold0, so that
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solov2_jax.config import given_keys, load_config
-from solov2_jax.config_schema import AUTO, several, share, text, whole
+from solov2_jax.config_schema import AUTO, several, share, switch, text, whole
 from solov2_jax.io import InputError
 from solov2_jax.tools.cli import app, own_data
 from solov2_jax.tools.cli.flags import Flag
@@ -53,10 +54,15 @@ _LEVERS = Flag(
 )
 _HOPELESS = Flag("hopeless", share(0.5), "Least share of the plain recipe's metric. 0: any.")
 _JUDGE_FROM = Flag("judge_from", share(0.3), "Share of a run before which it is not judged.")
+_EQUAL_TIME = Flag(
+    "equal_time",
+    switch(False),
+    "Make a lever's runs longer or shorter, so that they train for the plain recipe's time.",
+)
 _ONLY = Flag("only", text(), "Train this run alone, of a study that was begun.")
 FLAGS = (
     *(_WORKDIR, _CONFIG, *own_data.FLAGS, _SEEDS, _FOLDS, _LEVERS, _HOPELESS, _JUDGE_FROM),
-    _ONLY,
+    *(_EQUAL_TIME, _ONLY),
 )
 
 
@@ -79,15 +85,17 @@ def main(overrides: list[str]) -> None:
         folds=_FOLDS.value,
         hopeless=_HOPELESS.value,
         judge_from=_JUDGE_FROM.value,
+        equal_time=_EQUAL_TIME.value,
     )
     if (study / "checkpoints").exists():
         raise InputError(f"--workdir {study}: is a run's folder; give the study one of its own")
     if own_data.EPOCHS.present:
         overrides = [*overrides, f"--config.train.epochs={own_data.EPOCHS.value:g}"]
     # Before anything is written, as far as one can know without the data.
-    designs.check_levers(levers, load_config(_CONFIG.value or own_data.PRESET, overrides))
+    preset = load_config(_CONFIG.value or own_data.PRESET, overrides)
+    designs.check_levers(levers, preset, equal_time=design.equal_time)
     config = _recipe(overrides, str(study))
-    designs.check_levers(levers, config)
+    designs.check_levers(levers, config, equal_time=design.equal_time)
     designs.keep_design(study, design, config)
     if design.folds > 1:
         designs.write_folds(study, config, design.folds, own_data.GROUP.value)

@@ -28,6 +28,7 @@ from solov2_jax.tools.importers.instances import part_of
 PLAIN = "plain"  # the recipe as it is
 CONFIG, DESIGN, RUNS, FOLDS = "config.json", "design.json", "runs", "folds"
 _SHOWN = 3
+_LENGTHS = ("train.steps", "train.epochs")
 # Keys that no lever may have.
 _SET_BY_STUDY = ("seed", "data.name", "data.train.", "data.val", "train.best_metric")
 
@@ -67,6 +68,7 @@ class Design:
     folds: int
     hopeless: float  # a run whose metric is below this share of the plain one's ends; 0: none
     judge_from: float  # the share of the run from which on it is judged
+    equal_time: bool = False  # a lever's runs are as long as the plain one's in seconds
 
     def trials(self) -> list[Trial]:
         return [
@@ -121,8 +123,13 @@ def parse_levers(texts: Sequence[str]) -> tuple[Lever, ...]:
     return tuple(levers)
 
 
-def check_levers(levers: Sequence[Lever], config: Any) -> None:
-    """Raises an InputError for a lever whose keys the recipe does not take."""
+def check_levers(levers: Sequence[Lever], config: Any, *, equal_time: bool = False) -> None:
+    """Raises an InputError for a lever whose keys the recipe does not take.
+
+    Args:
+      equal_time: the length of runs is the study's to set.
+    """
+    fixed = (*_SET_BY_STUDY, *_LENGTHS) if equal_time else _SET_BY_STUDY
     for lever in levers:
         changed = config.copy_and_resolve_references()
         try:
@@ -131,9 +138,10 @@ def check_levers(levers: Sequence[Lever], config: Any) -> None:
             check_effect(changed, lever.overrides)
         except ValueError as error:
             raise InputError(f"--lever {lever.name}: {error}") from error
-        if taken := [k for k in given_keys(lever.overrides) if k.startswith(_SET_BY_STUDY)]:
+        if taken := [k for k in given_keys(lever.overrides) if k.startswith(fixed)]:
             raise InputError(
                 f"--lever {lever.name}: {taken[0]} is the same for all runs of a study"
+                + (", or follows from --equal_time" if taken[0] in _LENGTHS else "")
             )
 
 
@@ -162,6 +170,9 @@ def keep_design(folder: Path, design: Design, config: Any) -> None:
                 )
         if before.folds != design.folds:
             raise InputError(f"{folder}: the study was begun with --folds {before.folds}")
+        if before.equal_time != design.equal_time:
+            begun = "with" if before.equal_time else "without"
+            raise InputError(f"{folder}: the study was begun {begun} --equal_time")
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / CONFIG)
     levers = [{"name": x.name, "overrides": x.overrides} for x in design.levers]

@@ -36,7 +36,7 @@ def collect(study: Path, design: Design, metric: str, failed: Mapping[str, str])
         if trial.name in failed and not outcome:
             runs[-1]["error"] = failed[trial.name]
     rows = [_row(lever.name, design, values, outcomes) for lever in design.levers]
-    return {"metric": metric, "rows": rows, "runs": runs}
+    return {"metric": metric, "equal_time": design.equal_time, "rows": rows, "runs": runs}
 
 
 def _row(
@@ -65,6 +65,7 @@ def _row(
         "gain": _mean(gains),
         "gain_spread": _spread(gains),
         "seconds": _mean(seconds),
+        "steps": _mean([o["last_step"] for o in done if "last_step" in o]),
     }
 
 
@@ -78,10 +79,11 @@ def _spread(values: list[float]) -> float | None:
 
 def format_table(results: Mapping[str, Any]) -> str:
     """Returns the rows as Markdown."""
-    metric = results["metric"]
+    metric, steps = results["metric"], results["equal_time"]
     lines = [
-        f"| lever | runs | {metric}, mean ± spread | gain ± spread | seconds a run |",
-        "|---|---:|---:|---:|---:|",
+        f"| lever | runs | {metric}, mean ± spread | gain ± spread | seconds a run |"
+        + " steps |" * steps,
+        "|---|---:|---:|---:|---:|" + "---:|" * steps,
     ]
     for row in results["rows"]:
         cells = [
@@ -91,6 +93,8 @@ def format_table(results: Mapping[str, Any]) -> str:
             _with_spread(row["gain"], row["gain_spread"], sign="+"),
             "" if row["seconds"] is None else f"{row['seconds']:.0f}",
         ]
+        if steps:
+            cells.append("" if row["steps"] is None else f"{row['steps']:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     failed = [run for run in results["runs"] if run["state"] == "failed"]
     lines += ["", *[f"{run['name']} failed: {run['error']}" for run in failed]]

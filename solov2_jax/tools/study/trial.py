@@ -5,9 +5,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from solov2_jax.config import load_config
+from solov2_jax.config import load_config, read_config
 from solov2_jax.io import InputError, read_json, write_json
 from solov2_jax.tools.study.design import CONFIG, PLAIN, RUNS, Design, Lever, Trial, fold_overrides
+from solov2_jax.tools.study.pace import lengthened, step_seconds
 from solov2_jax.training.hooks import HookBase, Run
 from solov2_jax.training.loop import train
 from solov2_jax.training.metric_files import read_metrics
@@ -80,6 +81,11 @@ def run_trial(study: Path, design: Design, trial: Trial) -> bool:
         *trial.lever.overrides,
     ]
     config = load_config(str(study / CONFIG), overrides)
+    if design.equal_time and trial.lever.name != PLAIN:
+        recipe = read_config(study / CONFIG)
+        own = step_seconds(study, trial.lever.folder, config)
+        ratio = step_seconds(study, PLAIN, recipe) / own
+        config = load_config(str(study / CONFIG), [*overrides, *lengthened(config, ratio)])
     metric = config.train.best_metric
     plain = Trial(Lever(PLAIN, ()), trial.seed, trial.fold)
     judge = Judge(
