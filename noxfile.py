@@ -6,7 +6,8 @@
 
 Environments are made from requirements.txt and requirements-dev.txt; with `--no-venv` the
 sessions run in the one that is there. `tests_newest` is the newest Python of this machine
-with the newest JAX; `wheel` is the built package as its user gets it.
+with the newest JAX; `wheel` is the built package as its user gets it; `ahead` compiles for
+devices that are not here.
 """
 
 import shutil
@@ -90,6 +91,14 @@ def tests_newest(session: nox.Session) -> None:
     check_installed(session)
     files = [f"tests/{name}.py" for name in VERSION_BOUND]
     session.run("pytest", *(session.posargs or (*TWO_PROCESSES, *files)))
+
+
+@nox.session(python="3.11")
+def ahead(session: nox.Session) -> None:
+    """What programs hold that are compiled for a GPU and a TPU that are not here; an hour."""
+    install(session)
+    session.install("--quiet", "--no-deps", "-r", "benchmarks/ahead.txt")
+    session.run("pytest", "-m", "ahead", *(session.posargs or ["tests/test_ahead.py"]))
 
 
 @nox.session

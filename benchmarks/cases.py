@@ -25,6 +25,7 @@ from solov2_jax.data.transforms import resize_image
 from solov2_jax.models import build_model
 from solov2_jax.tools.summary import summarize
 from solov2_jax.training import memory
+from solov2_jax.training.build import build_trainable
 from solov2_jax.weights import names, tables
 from tests.golden_weights import golden_weight
 from tests.plain_masks import plain_center, plain_stride4
@@ -149,12 +150,23 @@ def make_train_batch(config: Any, size: tuple[int, int], batch: int) -> dict[str
     return fields
 
 
-def build_step(config: Any, mesh: Mesh | None = None) -> tuple[Any, PyTree, Mesh]:
+def build_step(
+    config: Any, mesh: Mesh | None = None, accumulate: int = 1
+) -> tuple[Any, PyTree, Mesh]:
     """Returns (train step, shapes of its state, mesh), as a training has them."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        config.train.batch_size, config.train.accumulate = 0, 1  # 0: every mesh divides it
+        config.train.batch_size, config.train.accumulate = 0, accumulate  # 0: every mesh divides it
     return memory.build_step(config, mesh or distributed.make_mesh(1))
+
+
+def gradient_bytes(path: str) -> dict[str, int]:
+    """Returns number and float32 bytes of the trained parameters of a config."""
+    config = read_config(path)
+    params = variable_shapes(build_model(config, config.model.num_classes))["params"]
+    flags = jax.tree.leaves(build_trainable(config, params))
+    trained = [x.size for x, flag in zip(jax.tree.leaves(params), flags, strict=True) if flag]
+    return {"arrays": len(trained), "bytes": 4 * sum(trained)}
 
 
 def start_state(shapes: PyTree, variables: PyTree = None) -> PyTree:

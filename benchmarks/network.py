@@ -308,10 +308,8 @@ def network_part(model: nn.Module, name: str) -> Any:
 
 def detect_program(config: Any) -> Any:
     """Returns the compiled post-processing: Outputs -> Detections."""
-    grids = tuple(config.model.ins_head.num_grids)
-    names = [n for n in DetectOptions.__dataclass_fields__ if n != "num_grids"]
-    options = {name: getattr(config.test, name) for name in names}
-    return jax.jit(lambda outputs: detect(outputs, num_grids=grids, **options))
+    options = asdict(DetectOptions.from_config(config))
+    return jax.jit(lambda outputs: detect(outputs, **options))
 
 
 def postprocess(case: Case) -> Work:

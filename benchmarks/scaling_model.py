@@ -36,16 +36,13 @@ def image_seconds(
 
 
 def compiled_traffic(compiled: Mapping[str, Any], config: str) -> dict[str, Any]:
-    """Returns the traffic of a TPU's step as `ahead` compiled it last, {} if it did not.
-
-    Of a GPU's program only all bytes are known there, convolutions included.
-    """
+    """Returns the traffic of a TPU's step as `ahead.py` compiled it last, {} if it did not."""
     found = {}
     for row in compiled.values():
-        full = (row["config"], tuple(row["size"])) == (config, PADDED)
+        full = (row["what"], row["config"], tuple(row["size"])) == ("step", config, PADDED)
         if full and row["kind"].startswith("TPU") and row.get("bytes"):
             source = f"the step compiled for {row['kind']}, {row['dtype']}, by XLA's own count"
-            bytes_ = row["bytes"] / row["images_per_chip"]
+            bytes_ = row["bytes"] / row["images"]
             found["tpu"] = {"bytes_per_image": bytes_, "adds": False, "source": source}
     return found
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from harness import ROOT, describe_machine, status_kib
-from tables import table
+from markdown_tables import table
 
 KINDS = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
 

@@ -10,11 +10,13 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, ROOT
+from harness import RESULTS, ROOT, read
+from markdown_tables import fill, size_words, table
+from scaling_tables import ahead_table, scaling_tables
 
 README, SCALING = ROOT / "benchmarks" / "README.md", ROOT / "docs" / "scaling.md"
 EMPTY = "No result yet."
@@ -23,30 +25,7 @@ PROGRAM_COLUMNS = (
     "| first call s | ours / it (quartiles of pairs) |\n" + "|---" * 8 + "|\n"
 )
 DATA_STAGES = ("decode", "resize", "rasterise")
-COLLECTIVES = "all-reduce all-gather reduce-scatter collective-permute all-to-all".split()
 Result = Mapping[str, Any]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table of markdown; columns of numbers are aligned to the right."""
-    columns = list(zip(*rows, strict=True))
-    numeric = [all(re.match(r"[\d-]", cell) for cell in c) for c in columns]
-    lines = [header, ["--:" if flag else "---" for flag in numeric], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def fill(text: str, blocks: Mapping[str, str]) -> str:
-    """Returns a document with the blocks between `<!-- NAME -->` and `<!-- end -->`.
-
-    Raises:
-      ValueError: for a block that the document has no place for.
-    """
-    for name, block in blocks.items():
-        place = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.S)
-        if not place.search(text):
-            raise ValueError(f"no place <!-- {name} --> ... <!-- end --> in the text")
-        text = place.sub(lambda m, b=block: f"{m[1]}{b.rstrip()}\n{m[2]}", text)
-    return text
 
 
 def readme(text: str, folder: Path) -> str:
@@ -87,8 +66,10 @@ def first_use_table(content: Result) -> str:
 
 
 def scaling_document(text: str, folder: Path) -> str:
-    """Returns the document with all its tables filled from results/scaling.json."""
-    return fill(text, scaling_tables(json.loads((folder / "scaling.json").read_text())))
+    """Returns the document with all its tables filled from scaling.json and ahead.json."""
+    blocks = scaling_tables(json.loads((folder / "scaling.json").read_text()))
+    compiled = read(folder, "ahead").get("rows")
+    return fill(text, blocks | {"ahead": ahead_table(compiled) if compiled else EMPTY})
 
 
 # --- Programs that took turns --------------------------------------------------------
@@ -236,7 +217,7 @@ def compile_table(content: Result) -> str:
         cold, warm = compile_totals(row["cold"]), compile_totals(row["warm"])
         seconds = [cold["seconds"], warm["seconds"], row["cold"]["imports"]["seconds"]]
         seconds += [cold["trace"], cold["lower"]]
-        cells = [f"{name}, {_size(row['size'])}", *(f"{value:.1f}" for value in seconds)]
+        cells = [f"{name}, {size_words(row['size'])}", *(f"{value:.1f}" for value in seconds)]
         cells += [f"{cold['compile']:.1f} / {warm['compile']:.1f}"]
         cells += [f"{row['cold']['second']['seconds']:.1f}"]
         cells += [f"{cold['programs']:.0f} / {warm['hits']:.0f}", f"{row['cache_mb']:.1f}"]
@@ -244,153 +225,6 @@ def compile_table(content: Result) -> str:
     columns = ("first ... of", "cold s", "warm s", "imports", "trace", "lower")
     columns += ("compile, cold / read, warm", "a second one", "programs / found in the cache")
     return table((*columns, "cache MB"), rows)
-
-
-# --- Scaling -------------------------------------------------------------------------
-
-
-def scaling_tables(content: Result) -> dict[str, str]:
-    """Returns {name: table} of what results/scaling.json holds."""
-    blocks: dict[str, str] = {}
-    for part, tables in SCALING_TABLES.items():
-        if part in content:
-            blocks |= {name: render(content[part]) for name, render in tables.items()}
-    return blocks
-
-
-def _basis(paper: Result) -> str:
-    flops, gradients = paper["flops_per_image"], paper["gradients"]
-    assumed = paper["assumptions"]
-    latency = ("host_latency", "network_latency", "hop_latency")
-    values = {
-        "configuration, padded size": f"{paper['config']}, {_size(paper['size'])}",
-        "convolutions of one image, forward / whole step": (
-            f"{flops['forward'] / 1e9:.0f} / {flops['step'] / 1e9:.0f} GFLOP"
-        ),
-        "gradients summed each step, as float32": (
-            f"{gradients['arrays']} arrays, {gradients['bytes'] / 1e6:.1f} MB"
-        ),
-        "time of a step on one chip": paper["step"],
-        **{
-            f"bytes that an image moves, {family.upper()}": (
-                f"{t['bytes_per_image'] / 1e9:.1f} GB ({t['source']})"
-            )
-            for family, t in paper["traffic"].items()
-        },
-        "backward pass, of a step's FLOPs": f"{paper['backward_share']:.0%}",
-        "assumed: of a link's published rate": f"{assumed['link_share']:.0%}",
-        "assumed: an empty all-reduce in a host / more between hosts / a torus hop": (
-            " / ".join(f"{assumed[key] * 1e6:.0f} µs" for key in latency)
-        ),
-        "gradients put together in one message up to": (
-            f"{assumed['combine_bytes'] / 2**20:.0f} MiB"
-        ),
-    }
-    return table(("what", "value"), list(values.items()))
-
-
-def _links(paper: Result) -> str:
-    rows = []
-    for s in paper["systems"]:
-        outside = f"{s['outside'] / 1e9:.4g}" if s["outside"] else "-"
-        rates = (f"{s['peak'] / 1e12:.0f}", f"{s['bandwidth'] / 1e12:.2f}")
-        rates += (f"{s['inside'] / 1e9:.0f}", outside)
-        rows.append((s["name"], *rates, str(s["chips_per_host"]), s["source"]))
-    columns = ("system", "bf16 TFLOP/s", "memory TB/s", "GB/s one way, in the host or torus")
-    return table((*columns, "GB/s one way, between hosts", "chips a host", "source"), rows)
-
-
-def _efficiency(paper: Result) -> str:
-    rows, chips = [], paper["rows"][0]["chips"]
-    for row in paper["rows"]:
-        ms = [1e3 * c["all_reduce_s"] for c in row["chips"].values()]
-        step = (str(row["images_per_chip"]), f"{1e3 * row['step_s']:.1f}")
-        reduce = f"{min(ms):.2f} to {max(ms):.2f}"
-        rate = f"{row['images_per_chip'] / row['step_s']:.0f}"
-        shares = (_shares(of) if (of := row["chips"].get(n)) else "-" for n in chips)
-        rows.append((row["system"], *step, rate, reduce, *shares))
-    columns = ("system", "images a chip", "step ms", "images/s a chip", "all-reduce ms")
-    return table((*columns, *chips), rows)
-
-
-def _by_step(paper: Result) -> str:
-    systems = paper["by_step"]
-    steps = [f"{1e3 * float(s):g} ms" for s in next(iter(systems.values()))]
-    rows = [(name, *map(_shares, of_steps.values())) for name, of_steps in systems.items()]
-    return table(("largest number of chips, a step of", *steps), rows)
-
-
-def _host_input(paper: Result) -> str:
-    most = {row["system"]: row["host"] for row in paper["rows"]}  # the largest batch is last
-    rows = []
-    for name, host in most.items():
-        rates = [host[key] for key in ("images_per_s", "decode_cores", "read_mb_per_s")]
-        to_chips = f"{host['to_chips_mb_per_s'] / 1e3:.1f}"
-        rows.append((name, *(f"{rate:.0f}" for rate in rates), to_chips))
-    cores = f"cores, at {paper['images_per_core']:g} images/s each"
-    return table(("system", "images/s a host", cores, "JPEG MB/s", "to the chips GB/s"), rows)
-
-
-def _sent(emulated: Result) -> str:
-    rows = []
-    for form, title in (("cpu", "CPU's"), ("accelerator", "plain")):
-        for devices, row in emulated[form].items():
-            by_kind = {c["kind"]: c for c in row["collectives"]}
-            cells = [
-                f"{c['operations']} of {c['arrays']}, {c['bytes'] / 1e6:.3g} MB"
-                if (c := by_kind.get(kind))
-                else "0"
-                for kind in COLLECTIVES
-            ]
-            rows.append((f"{title}, {devices}", *cells))
-    return table(("convolutions' form, devices", *COLLECTIVES), rows)
-
-
-def _emulated_cost(emulated: Result) -> str:
-    one, rows = emulated["cpu"]["1"], []
-    for devices, row in emulated["cpu"].items():
-        pairs = zip(row["losses"], one["losses"], strict=True)
-        largest, cpu = max(abs(a - b) / abs(b) for a, b in pairs), row["cpu_seconds"]
-        spread = f"{cpu['median']:.3f} ({cpu['min']:.3f} to {cpu['max']:.3f})"
-        share = f"{cpu['median'] / one['cpu_seconds']['median']:.2f}"
-        rows.append((devices, f"{largest:.1e}", spread, share, f"{row['seconds']['median']:.3f}"))
-    columns = ("devices", "largest relative difference of a loss", "CPU seconds a step")
-    return table((*columns, "of one device's", "seconds a step"), rows)
-
-
-def _ahead(ahead: Result) -> str:
-    rows = []
-    for row in ahead.values():
-        (reduce,) = (c for c in row["collectives"] if c["kind"] == "all-reduce")
-        others = sum(c["bytes"] for c in row["collectives"]) - reduce["bytes"]
-        work = (f"{row['chips']} x {row['kind']}", f"{row['config']}, {row['dtype']}")
-        images = f"{row['images_per_chip']} of {_size(row['size'])}"
-        sums = (f"{reduce['operations']} of {reduce['arrays']}", f"{reduce['bytes'] / 1e6:.1f}")
-        rows.append((*work, images, *sums, f"{others / 1e6:.2f}", f"{row['memory_gb']:.1f}"))
-    columns = ("chips", "configuration", "images a chip", "all-reduces, arrays", "MB")
-    return table((*columns, "MB of other operations", "GB a chip"), rows)
-
-
-def _shares(of_chips: Mapping[str, float]) -> str:
-    """Returns percent: nothing hidden / overlapped."""
-    return f"{100 * of_chips['efficiency']:.0f} / {100 * of_chips['efficiency_overlapped']:.0f}"
-
-
-def _size(size: Sequence[int]) -> str:
-    return " x ".join(map(str, size))
-
-
-SCALING_TABLES: dict[str, dict[str, Callable[[Result], str]]] = {
-    "paper": {
-        "basis": _basis,
-        "links": _links,
-        "efficiency": _efficiency,
-        "by step time": _by_step,
-        "input": _host_input,
-    },
-    "emulated": {"sent": _sent, "emulated": _emulated_cost},
-    "ahead": {"ahead": _ahead},
-}
 
 
 def main() -> None:

@@ -56,10 +56,7 @@ def test_the_network_is_lowered_for_the_platform_that_is_asked_for():
     config = tiny_network.tiny_config()
     model = build_model(config, 2)
     variables = tiny_network.tiny_variables(config)
-    options = DetectOptions(
-        num_grids=tuple(config.model.ins_head.num_grids),
-        **{name: config.test[name] for name in list(DetectOptions.__dataclass_fields__)[1:]},
-    )
+    options = DetectOptions.from_config(config)
     detect = functools.partial(
         detect_images, model, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), options=options
     )

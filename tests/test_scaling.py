@@ -1,72 +1,15 @@
-"""Scaling: what programs send, links, the step lowered for absent chips; tables."""
+"""Scaling: the time of an all-reduce and of a step by published rates; tables."""
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
+import markdown_tables
 import pytest
 import scaling
 import scaling_model
 import tables
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-from tiny_network import tiny_config
-
-from solov2_jax import distributed
 
 HOSTS = {"chips_per_host": 4, "inside": 100.0, "outside": 10.0, "axes": 0}
 TORUS = {"chips_per_host": 4, "inside": 100.0, "axes": 2, "full_torus": 16}
-
-
-def test_the_bytes_of_a_compiled_program_are_those_counted_by_hand():
-    """A gradient of two parameters over four devices, and nothing else, is summed."""
-    mesh = distributed.make_mesh(4)
-    copied, by_batch = distributed.replicated(mesh), distributed.split_by_batch(mesh)
-
-    def loss(params, x):
-        return jnp.mean(jnp.square(x @ params["kernel"] + params["bias"][None]))
-
-    params = {"kernel": jnp.ones((6, 5)), "bias": jnp.ones(5)}
-    step = jax.jit(jax.grad(loss), in_shardings=(copied, by_batch))
-    text = step.lower(params, jnp.ones((8, 6))).compile().as_text()
-    (found,) = scaling.read_collectives(text)
-    assert found["kind"] == "all-reduce" and found["types"] == ["f32"]
-    assert (found["arrays"], found["bytes"]) == (2, 4 * (6 * 5 + 5))
-
-
-def test_what_is_gathered_is_counted_whole():
-    mesh = distributed.make_mesh(2)
-    copied, by_batch = distributed.replicated(mesh), NamedSharding(mesh, P("data"))
-    gather = jax.jit(lambda x: x, in_shardings=by_batch, out_shardings=copied)
-    text = gather.lower(jnp.ones((4, 3), jnp.int32)).compile().as_text()
-    (found,) = scaling.read_collectives(text)
-    assert (found["kind"], found["bytes"]) == ("all-gather", 4 * 3 * 4)
-
-
-def test_combined_and_asynchronous_operations_are_read_once():
-    text = """
-  %x = (bf16[3,4]{1,0:T(8,128)(2,1)}, /*index=1*/f32[]{:T(128)}) all-reduce-start(%a)
-  %y = (bf16[3,4]{1,0}, f32[]) all-reduce-done(%x), metadata={op_name="b"}
-  ROOT %z = pred[7]{0} collective-permute(%c), metadata={op_name="jit(f)/roll"}
-  %all-reduce.3 = f32[2] add(%d, %e)
-"""
-    first, second = scaling.read_collectives(text)
-    assert first == {
-        "kind": "all-reduce", "types": ["bf16", "f32"], "operations": 1, "arrays": 2, "bytes": 28,
-    }  # fmt: skip
-    assert (second["kind"], second["bytes"]) == ("collective-permute", 7)
-    (total,) = scaling.read_collectives(text.replace("collective-permute", "all-reduce"))
-    assert (total["operations"], total["arrays"], total["bytes"]) == (2, 3, 35)
-
-
-def test_the_step_lowers_for_chips_that_hold_no_array(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("an array is put on a chip that is not there")
-
-    monkeypatch.setattr(jax, "make_array_from_callback", refuse)
-    lowered = scaling.lower_for(jax.devices()[:2], tiny_config(), (64, 64), 3)
-    text = lowered.as_text()
-    assert "tensor<6x64x64x3xui8>" in text, "three images for each of two chips"
 
 
 EXACT = scaling_model.Assumptions(
@@ -130,14 +73,14 @@ def test_a_host_delivers_what_its_chips_take():
 
 
 def test_tables_and_the_places_they_stand_in():
-    made = tables.table(("a", "b"), [("x", "1.5"), ("y", "-")])
+    made = markdown_tables.table(("a", "b"), [("x", "1.5"), ("y", "-")])
     assert made == "| a | b |\n| --- | --: |\n| x | 1.5 |\n| y | - |"
     text = "t\n<!-- one -->\nold\nlines\n<!-- end -->\nu\n<!-- two -->\n<!-- end -->\n"
-    filled = tables.fill(text, {"one": r"new \1", "two": "z"})
+    filled = markdown_tables.fill(text, {"one": r"new \1", "two": "z"})
     assert filled == ("t\n<!-- one -->\nnew \\1\n<!-- end -->\nu\n<!-- two -->\nz\n<!-- end -->\n")
-    assert tables.fill(filled, {"one": r"new \1"}) == filled
+    assert markdown_tables.fill(filled, {"one": r"new \1"}) == filled
     with pytest.raises(ValueError, match="no place <!-- three -->"):
-        tables.fill(text, {"three": ""})
+        markdown_tables.fill(text, {"three": ""})
 
 
 def test_compile_times_are_summed_to_the_first_result():
@@ -165,7 +108,7 @@ def test_memory_passes_add_to_a_gpus_step_and_bound_a_tpus():
 
 def test_the_bytes_of_a_program_compiled_at_full_size_replace_the_stored_ones():
     row = {"config": "a", "size": [800, 1344], "kind": "TPU v5 lite", "dtype": "bfloat16"}
-    row |= {"images_per_chip": 4, "bytes": 80.0}
+    row |= {"what": "step", "images": 4, "bytes": 80.0}
     assert scaling_model.compiled_traffic({"x": row}, "a")["tpu"]["bytes_per_image"] == 20.0
     assert not scaling_model.compiled_traffic({"x": row | {"size": [64, 64]}}, "a")
     assert not scaling_model.compiled_traffic({"x": row}, "b")

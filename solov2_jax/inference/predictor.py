@@ -382,12 +382,7 @@ def build_predictor(
     category_ids: Sequence[int] | None = None,
 ) -> Predictor:
     """Returns the predictor that a config describes: the one place that unpacks it."""
-    test, input_ = config.test, config.input
-    options = {
-        name: getattr(test, name)
-        for name in DetectOptions.__dataclass_fields__
-        if name != "num_grids"
-    }
+    input_ = config.input
     names = class_names or [f"class {i + 1}" for i in range(model.num_classes)]
     buckets = check_buckets(input_.buckets_test, "input.buckets_test")
     buckets = buckets or default_buckets(input_.min_size_test, input_.max_size_test)
@@ -406,7 +401,7 @@ def build_predictor(
             buckets=buckets,
             pixels=pixel_format(config),
         ),
-        DetectOptions(num_grids=tuple(config.model.ins_head.num_grids), **options),
+        DetectOptions.from_config(config),
         names,
         category_ids or range(1, len(names) + 1),
         compile_kernel_transform(model, max(buckets), jax.default_backend(), config.data.channels),

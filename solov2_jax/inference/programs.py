@@ -49,6 +49,13 @@ class DetectOptions:
     nms_iou: float
     max_candidates: int
 
+    @classmethod
+    def from_config(cls, config: Any) -> "DetectOptions":
+        """Returns the options of a config's network and its section `test`."""
+        names = [name for name in cls.__dataclass_fields__ if name != "num_grids"]
+        options = {name: getattr(config.test, name) for name in names}
+        return cls(num_grids=tuple(config.model.ins_head.num_grids), **options)
+
 
 @functools.lru_cache(maxsize=16)
 def compile_detect(
