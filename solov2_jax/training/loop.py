@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from solov2_jax import distributed, storage
 from solov2_jax import logging as console
 from solov2_jax.checkpoint import CheckpointManager
 from solov2_jax.classes import classes_record
-from solov2_jax.evaluation.evaluate import StopEvaluation
+from solov2_jax.evaluation.evaluate import Report, StopEvaluation
 from solov2_jax.io import InputError, reason, unmade_if_empty
 from solov2_jax.progress import Progress
 from solov2_jax.training.build import Task, build_task
@@ -96,69 +97,97 @@ def train(
             stack.enter_context(console.console_logging())
         make_log = stack.enter_context(logging_to(path / "train.log"))
 
-        # First everything that can refuse: it only reads.
-        mesh = distributed.make_mesh()
-        config = resolve_batch_size(config, path)
-        distributed.check_batch_size(config.train.batch_size, mesh, config.train.accumulate)
-        task = build(config, path)
-        config = task.config
-        if task.metric_names:
-            check_metric(config.train.best_metric, task.metric_names)
-        own_hooks = [*load_objects(config.train.hooks, "train.hooks", HookBase), *hooks]
-        reports = {key: load_reports(config.train, key) for key in _REPORTS}
-        all_writers = [*make_writers(config.train.writers), *writers]
-        check_workdir(path, config, task.class_names, task.category_ids)
-        start = restore(config, path, task, mesh)
-        step = int(start.state.step)
-        if not distributed.is_primary():
-            all_writers = []  # the first process writes for all
-        for writer in all_writers:
-            writer.check(path, step)
-
-        # From here on the folder changes.
+        allowed = check_run(config, path, build, hooks=hooks, writers=writers)
         make_log()
-        describe_run(path, config, task.class_names, task.category_ids)
-        start.record(path)
-        if step >= config.train.steps:
-            log.info("%d of %d steps are done: nothing to train", step, config.train.steps)
-        run = make_run(config, task, start, mesh)
-        checkpoints = CheckpointManager(path, keep=config.train.keep_checkpoints)
-        stack.callback(checkpoints.close)
-        for writer in all_writers:
-            writer.open(path, step, config.to_dict())
-            stack.callback(writer.close)
-        saver = PeriodicCheckpoint(
-            checkpoints,
-            config.train.checkpoint_every,
-            about={
-                "seed": config.seed,
-                "batch_size": config.train.batch_size,
-                "data": task.fingerprint,
-                "classes": classes_record(task.class_names, task.category_ids),
-            },
-        )
-        shown = stack.enter_context(
-            Progress("training", config.train.steps, unit="steps", lines=False)
-        )
-        all_hooks = [
-            *make_hooks(config, path, task, saver, all_writers),
-            Reports(task.finished, path, *(reports[key] for key in _REPORTS)),
-            *own_hooks,
-            TrainingProgress(shown, config.train.epochs),
-        ]
-        batches = stack.enter_context(contextlib.closing(task.batches(step)))
-        with stop_on_signal(run), saver.saving_after_error(run):
-            train_steps(run, batches, mesh, all_hooks)
-        if not run.interrupted:
-            return run.results
-        log.info(
-            "stopped by %s after step %d of %d; the checkpoint is saved: the same "
-            "command continues",
-            run.stop,
-            run.step,
-            run.total_steps,
-        )
-        return {}
+        return run_steps(allowed, path, stack)
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """A run that every check has let pass, and what the checks have read."""
+
+    task: Task
+    start: Start
+    mesh: Mesh
+    hooks: Sequence[HookBase]  # those besides the default ones
+    writers: Sequence[WriterBase]  # the first process writes for all
+    reports: Sequence[Mapping[str, Report]]  # for each of `_REPORTS`
+
+
+def check_run(
+    config: Any,
+    path: pathlib.Path,
+    build: Callable[[Any, pathlib.Path], Task],
+    *,
+    hooks: Sequence[HookBase],
+    writers: Sequence[WriterBase],
+) -> Allowed:
+    """Does everything that can refuse a run; only reads."""
+    mesh = distributed.make_mesh()
+    config = resolve_batch_size(config, path)
+    distributed.check_batch_size(config.train.batch_size, mesh, config.train.accumulate)
+    task = build(config, path)
+    config = task.config
+    if task.metric_names:
+        check_metric(config.train.best_metric, task.metric_names)
+    own_hooks = [*load_objects(config.train.hooks, "train.hooks", HookBase), *hooks]
+    reports = [load_reports(config.train, key) for key in _REPORTS]
+    all_writers = [*make_writers(config.train.writers), *writers]
+    check_workdir(path, config, task.class_names, task.category_ids)
+    start = restore(config, path, task, mesh)
+    if not distributed.is_primary():
+        all_writers = []
+    for writer in all_writers:
+        writer.check(path, int(start.state.step))
+    return Allowed(task, start, mesh, own_hooks, all_writers, reports)
+
+
+def run_steps(
+    allowed: Allowed, path: pathlib.Path, stack: contextlib.ExitStack
+) -> Mapping[str, float | None]:
+    """Trains, and returns the final evaluation; from here on the folder changes.
+
+    Args:
+      stack: closes what is opened.
+    """
+    task, start, config = allowed.task, allowed.start, allowed.task.config
+    step = int(start.state.step)
+    describe_run(path, config, task.class_names, task.category_ids)
+    start.record(path)
+    if step >= config.train.steps:
+        log.info("%d of %d steps are done: nothing to train", step, config.train.steps)
+    run = make_run(config, task, start, allowed.mesh)
+    checkpoints = CheckpointManager(path, keep=config.train.keep_checkpoints)
+    stack.callback(checkpoints.close)
+    for writer in allowed.writers:
+        writer.open(path, step, config.to_dict())
+        stack.callback(writer.close)
+    about = {
+        "seed": config.seed,
+        "batch_size": config.train.batch_size,
+        "data": task.fingerprint,
+        "classes": classes_record(task.class_names, task.category_ids),
+    }
+    saver = PeriodicCheckpoint(checkpoints, config.train.checkpoint_every, about=about)
+    shown = stack.enter_context(Progress("training", config.train.steps, unit="steps", lines=False))
+    hooks = [
+        *make_hooks(config, path, task, saver, allowed.writers),
+        Reports(task.finished, path, allowed.reports[0], allowed.reports[1]),
+        *allowed.hooks,
+        TrainingProgress(shown, config.train.epochs),
+    ]
+    batches = stack.enter_context(contextlib.closing(task.batches(step)))
+    with stop_on_signal(run), saver.saving_after_error(run):
+        train_steps(run, batches, allowed.mesh, hooks)
+    if not run.interrupted:
+        return run.results
+    log.info(
+        "stopped by %s after step %d of %d; the checkpoint is saved: the same command continues",
+        run.stop,
+        run.step,
+        run.total_steps,
+    )
+    return {}
 
 
 @jax.transfer_guard("disallow")
