@@ -6,7 +6,7 @@ IoU must be above a threshold. Source: cityscapesscripts
 evaluation/evalInstanceLevelSemanticLabeling.py (without its distances).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class CityscapesEvaluator(CocoEvaluator):
     """
 
     kinds = ("segm",)
+    limited = False
     per_class = ("segm/AP", "segm/AP50")
 
     def __init__(self, *args: Any, **options: Any):
@@ -71,14 +72,10 @@ class CityscapesEvaluator(CocoEvaluator):
 
     def compute(self) -> dict[str, float]:
         """Returns the metrics in any order."""
-        of_image: dict[Any, list[dict[str, Any]]] = {image: [] for image in self.image_ids}
-        for result in self.counted()[1]:
-            of_image[result["image_id"]].append(result)
         categories = sorted(self.category_ids)
         matches: dict[int, list[ImageMatch]] = {category: [] for category in categories}
-        for image, results in track(of_image.items(), "comparing with gtFine", unit="images"):
-            path = instance_ids_of(self.truth.gt_fine, str(self.truth.images[image]["file_name"]))
-            for category, match in match_image(path, results, categories).items():
+        for _, of_classes in self._matches(self.counted()[1]):
+            for category, match in of_classes.items():
                 matches[category].append(match)
         ap = np.array([[class_ap(matches[c], t) for t in THRESHOLDS] for c in categories])
         defined = np.nan_to_num(ap, nan=-1.0)
@@ -86,11 +83,40 @@ class CityscapesEvaluator(CocoEvaluator):
         metrics |= self.of_classes("segm/AP", ap.mean(axis=1).tolist())
         return metrics | self.of_classes("segm/AP50", ap[:, 0].tolist())
 
+    def counted(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Returns annotations and results; objects too small to count become crowds."""
+        annotations, results = super().counted()
+        small = [a["area"] < MIN_PIXELS for a in annotations]
+        return [
+            {**a, "iscrowd": 1} if s else a for a, s in zip(annotations, small, strict=True)
+        ], results
+
+    def unjudged(self, results: Sequence[dict[str, Any]]) -> np.ndarray:
+        """Returns which results have no pixel, or most in void, groups and small objects."""
+        unjudged = np.ones(len(results), bool)
+        for rows, of_classes in self._matches(results):
+            for match in of_classes.values():
+                unjudged[rows[match.row]] = match.ignored > THRESHOLDS[0]
+        return unjudged
+
+    def _matches(
+        self, results: Sequence[dict[str, Any]]
+    ) -> Iterator[tuple[np.ndarray, dict[int, "ImageMatch"]]]:
+        """Yields each image's rows of `results`, and what there is of each class."""
+        of_image: dict[Any, list[int]] = {image: [] for image in self.image_ids}
+        for row, result in enumerate(results):
+            of_image[result["image_id"]].append(row)
+        categories = sorted(self.category_ids)
+        for image, rows in track(of_image.items(), "comparing with gtFine", unit="images"):
+            path = instance_ids_of(self.truth.gt_fine, str(self.truth.images[image]["file_name"]))
+            yield np.array(rows, int), match_image(path, [results[r] for r in rows], categories)
+
 
 @dataclass(frozen=True)
 class ImageMatch:
     """Detections and objects of one class in one image; groups are among the objects."""
 
+    row: np.ndarray  # int64 [D], of the results
     score: np.ndarray  # float64 [D]
     pixels: np.ndarray  # int64 [D], of the detections
     void: np.ndarray  # int64 [D], pixels in void
@@ -123,17 +149,18 @@ def match_image(
       results: in COCO's format.
     """
     values, size, place = _distinct(read_instance_ids(path))
-    rows = [(r, _common(r, place, len(values))) for r in results]
+    rows = [(n, r, _common(r, place, len(values))) for n, r in enumerate(results)]
     label = np.where(values >= FIRST_OBJECT, values // FIRST_OBJECT, values)
     void = np.isin(values, VOID)
     matches = {}
     for category in categories:
         # A mask without a pixel is no detection.
-        own = [(r, c) for r, c in rows if r["category_id"] == category and c.any()]
-        common = np.array([c for _, c in own], np.int64).reshape(-1, len(values))
+        own = [row for row in rows if row[1]["category_id"] == category and row[2].any()]
+        common = np.array([c for _, _, c in own], np.int64).reshape(-1, len(values))
         objects = label == category
         matches[category] = ImageMatch(
-            score=np.array([r["score"] for r, _ in own], np.float64),
+            row=np.array([n for n, _, _ in own], np.int64),
+            score=np.array([r["score"] for _, r, _ in own], np.float64),
             pixels=common.sum(axis=1),
             void=common[:, void].sum(axis=1),
             common=common[:, objects],

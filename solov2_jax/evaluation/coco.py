@@ -10,9 +10,12 @@ import itertools
 import logging
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from solov2_jax.data.annotations import AnnotationTable
 from solov2_jax.evaluation.coco_score import (
@@ -70,6 +73,7 @@ class CocoEvaluator:
 
     Attributes:
       kinds: the first part of a metric's name: what is compared.
+      limited: whether only the best detections of an image and class count.
 
     Args:
       annotations: an instances json file, its content, its table or its ground truth.
@@ -83,6 +87,7 @@ class CocoEvaluator:
     kinds: tuple[Kind, ...] = ("segm", "bbox")
     per_class: tuple[str, ...] = ("segm/AP",)  # that there are of each class
     names_known = True  # `metric_names` has them all
+    limited = True
 
     def __init__(
         self,
@@ -99,7 +104,7 @@ class CocoEvaluator:
         is_read = isinstance(annotations, GroundTruth)
         self.truth = annotations if is_read else read_ground_truth(annotations)
         self.source, self._backend = self.truth.source, backend
-        self.max_detections = max(max_detections, COCO_LIMIT)
+        self.max_detections = max(max_detections, COCO_LIMIT) if self.limited else sys.maxsize
         self.size_ranges = tuple(size_ranges)
         self.category_ids = tuple(int(i) for i in category_ids)
         self.class_names = unique_names(class_names, self.category_ids)
@@ -183,6 +188,16 @@ class CocoEvaluator:
 
         categories = set(self.category_ids)
         return list(filter(counts, self.truth.annotations)), list(filter(counts, self.results))
+
+    def unjudged(self, results: Sequence[dict[str, Any]]) -> np.ndarray:
+        """Returns which results are neither right nor wrong if they find no object, bool [N].
+
+        Besides those that lie in a crowd.
+
+        Args:
+          results: those of `counted`, or some of them.
+        """
+        return np.zeros(len(results), bool)
 
     def evaluate(self) -> dict[str, float]:
         """Returns the metrics by `metric_names`: `segm/AP`, ..., all 0..1.

@@ -120,6 +120,11 @@ class LvisEvaluator(CocoEvaluator):
             or (result["image_id"], result["category_id"]) in shown
         ]
 
+    def unjudged(self, results: Results) -> np.ndarray:
+        """Returns which results are of a class that is not annotated exhaustively, bool [N]."""
+        listed = self.federated.not_exhaustive
+        return np.array([r["category_id"] in listed[r["image_id"]] for r in results], bool)
+
     def notes(self, metrics: Any) -> list[str]:
         """Returns a line for each reason why a metric is undefined or limited."""
         objects = {a["category_id"] for a in self.counted()[0]}

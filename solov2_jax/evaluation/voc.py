@@ -31,6 +31,7 @@ class VocEvaluator(CocoEvaluator):
     """
 
     kinds = ("segm",)
+    limited = False
     per_class = ("segm/AP", "segm/AP50", "segm/AP70")
 
     def groups(self) -> list[tuple[str, ...]]:

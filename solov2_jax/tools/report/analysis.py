@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from solov2_jax.evaluation.boundary import BoundaryEvaluator
 from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.tools.report.diagnosis import RIGHT_IOU, diagnose
+from solov2_jax.tools.report.metric_rules import BorderRow, MetricRules, border_rows, rules_of
 from solov2_jax.tools.report.outcomes import Outcome, evaluate_at_half, outcomes
 
 TOUCH_IOU = 0.1  # below, a mask has nothing to do with an object
@@ -281,6 +283,8 @@ class ReportData:
     images: list[ImageRow]
     notes: list[str]  # why metrics are undefined, limited or 0
     milliseconds: Mapping[str, float]  # per image, by part; empty: not measured
+    rules: MetricRules
+    borders: list[BorderRow]  # of the metric "boundary" only
 
     @property
     def threshold(self) -> float:
@@ -314,7 +318,12 @@ def make_report_data(
     for name, curve, count in zip(names, each, predictions, strict=True):
         ap, best = metrics[f"segm/AP/{name}"], curve.threshold
         classes.append(ClassRow(name, ap, curve.positives, count, best, *curve.at(best)))
-    threshold = whole.threshold
+    threshold, errors = whole.threshold, error_split(outcome)
+    sizes = by_size(outcome, threshold)
+    borders: list[BorderRow] = []
+    if isinstance(evaluator, BoundaryEvaluator):
+        ranges = [(row.name, row.low, row.high) for row in sizes]
+        borders = border_rows(outcome, threshold, ranges)
     counts = {
         "images": str(len(evaluator.image_ids)),
         "predictions": str(len(evaluator.results)),
@@ -326,12 +335,14 @@ def make_report_data(
         classes=classes,
         curve=whole,
         class_curves=each,
-        errors=error_split(outcome),
+        errors=errors,
         shown_errors=errors_from(outcome, threshold),
         confusion=confusion_matrix(outcome, threshold, num_classes),
-        sizes=by_size(outcome, threshold),
+        sizes=sizes,
         calibration=calibration(outcome),
         images=by_image(outcome, threshold, evaluator.image_ids),
         notes=evaluator.notes(metrics) + diagnose(evaluator, metrics),
         milliseconds=dict(milliseconds or {}),
+        rules=rules_of(evaluator, outcome, metrics, errors.ap50),
+        borders=borders,
     )

@@ -44,7 +44,7 @@ class Outcome:
     detections: DetectionTable
     overlaps: list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # see `image_overlaps`
     object: np.ndarray  # int64 [N], the object that it found, or -1
-    ignored: np.ndarray  # bool [N], in a crowd: neither right nor wrong
+    ignored: np.ndarray  # bool [N], neither right nor wrong: in a crowd, or as the metric says
 
     @property
     def right(self) -> np.ndarray:
@@ -89,12 +89,14 @@ def outcomes(evaluator: CocoEvaluator) -> Outcome:
     diagnostics = evaluate_at_half(objects, detections, *every).image_diagnostics(RIGHT_IOU)
     status, matches = diagnostics["dt_status"], diagnostics["dt_match"]  # by id, from 1
     ids = range(1, len(results) + 1)
+    found = np.array([matches[i] - 1 if status.get(i) == "tp" else -1 for i in ids], int)
+    in_crowd = np.array([i not in status for i in ids], bool)
     return Outcome(
         objects=objects,
         detections=detections,
         overlaps=list(image_overlaps(annotations, results)),
-        object=np.array([matches[i] - 1 if status.get(i) == "tp" else -1 for i in ids], int),
-        ignored=np.array([i not in status for i in ids], bool),
+        object=found,
+        ignored=in_crowd | (evaluator.unjudged(results) & (found < 0)),
     )
 
 

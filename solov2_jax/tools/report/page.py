@@ -36,6 +36,8 @@ from solov2_jax.tools.report.pictures import Gallery
 log = logging.getLogger(__name__)
 
 MAX_CONFUSED = 8  # pairs of classes that are named
+MAX_CLASSES = 80  # of the chart of the confusion matrix; the csv has all
+MAX_CURVES = 40  # of single classes in a chart, those with the most objects
 MAX_PICTURES = 12  # images of the gallery
 WIDE = 700  # pixels from which on a picture has a row of its own
 
@@ -114,6 +116,9 @@ def _page(
 
     groups = evaluator.groups()
     first = [name for name in groups[0] if name.startswith("AP")][:6]
+    shown = {f"{kind}/{name}" for kind in evaluator.kinds for names in groups for name in names}
+    shown |= {f"{m}/{name}" for m in evaluator.per_class for name in data.names}
+    others = [name for name in data.metrics if name not in shown]  # key points', a user's own
     words = {"segm": "masks", "bbox": "boxes", "boundary": "borders"}
     return html.render(
         "report.html",
@@ -124,7 +129,9 @@ def _page(
         metric_tables=[
             (["", *names], [[words[kind], *row(kind, names)] for kind in evaluator.kinds])
             for names in groups
-        ],
+        ]
+        + [(["metric", "value"], [[n, format_metric(data.metrics[n])] for n in others])]
+        * bool(others),
         kinds=list(ERRORS),
         worst=max(ERRORS, key=lambda kind: data.errors.gains[kind]),
         threshold=f"{data.threshold:.3f}",
@@ -162,6 +169,8 @@ def tables(data: ReportData) -> dict[str, list[Sequence[Any]]]:
         return [[value(getattr(row, key)) for key in keys] for row in rows]
 
     size_keys = ["name", "objects", "found", "mean_iou"]
+    border_keys = ["name", "found", "mask_iou", "border_iou", "fitting"]
+    borders = {"borders": [["side", *border_keys[1:]], *attributes(data.borders, border_keys)]}
     image_keys = ["image_id", "objects", "right", "false", "missed", "f1"]
     return {
         "metrics": [("metric", "value"), *((n, value(v)) for n, v in data.metrics.items())],
@@ -184,6 +193,7 @@ def tables(data: ReportData) -> dict[str, list[Sequence[Any]]]:
             *zip(bins.edges[:-1], bins.count, bins.score, bins.right, strict=True),
         ],
         "images": [image_keys, *attributes(data.images, image_keys)],
+        **(borders if data.borders else {}),
     }
 
 
@@ -192,8 +202,8 @@ def tables(data: ReportData) -> dict[str, list[Sequence[Any]]]:
 
 def draw_charts(data: ReportData) -> dict[str, Figure]:
     """Returns the charts by name."""
-    rows, columns = [*data.names, "nothing there"], [*data.names, "missed"]
-    confusion = charts.matrix(data.confusion, rows, columns)
+    counts, names = _most_confused(data.confusion, data.names)
+    confusion = charts.matrix(counts, [*names, "nothing there"], [*names, "missed"])
     charts.label(confusion.axes[0], "", "predicted", "annotated")
     return {
         "errors": _errors(data),
@@ -203,6 +213,16 @@ def draw_charts(data: ReportData) -> dict[str, Figure]:
         "sizes": _sizes(data),
         "calibration": _calibration(data),
     }
+
+
+def _most_confused(confusion: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, Sequence[str]]:
+    """Returns a matrix of many classes without all but those with the most errors."""
+    if len(names) <= MAX_CLASSES:
+        return confusion, names
+    wrong = confusion.sum(axis=0) + confusion.sum(axis=1) - 2 * confusion.diagonal()
+    kept = np.sort(np.argsort(-wrong[:-1], kind="stable")[:MAX_CLASSES])
+    rows = [*kept.tolist(), len(names)]
+    return confusion[np.ix_(rows, rows)], [names[k] for k in kept]
 
 
 def _errors(data: ReportData) -> Figure:
@@ -225,7 +245,7 @@ def _curves(data: ReportData) -> Figure:
     figure, (left, right) = charts.panels(10.0, 4.2, 2)
     pairs = [p for p in zip(data.classes, data.class_curves, strict=True) if p[0].objects]
     pairs.sort(key=lambda p: -p[0].objects)
-    pairs = pairs if len(data.classes) > 1 else []
+    pairs = pairs[:MAX_CURVES] if len(data.classes) > 1 else []
     charts.lines(left, [(row.name, *_steps(c)) for row, c in pairs], _steps(data.curve))
     charts.lines(right, [(row.name, *_f1(c)) for row, c in pairs], _f1(data.curve))
     best, f1 = data.threshold, data.curve.at(data.threshold)[2]
