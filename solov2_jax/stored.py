@@ -18,6 +18,7 @@ import pickle
 import threading
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import serialize_executable
@@ -85,6 +87,41 @@ def load_or_compile(run: Any, arguments: Sequence[Any], name: str) -> Any:
     except Exception as error:  # a full disk, or a device whose programs cannot be stored
         log.info("the compiled program is not kept: %s", reason(error))
     return program
+
+
+class StoredFunction:
+    """A function of arrays on one device whose programs are kept; safe to use from threads.
+
+    Args:
+      run: from `jax.jit`.
+      name: of what it computes, see `load_or_compile`.
+    """
+
+    def __init__(self, run: Any, name: str):
+        self._run, self._name = run, name
+        self._lock = threading.Lock()
+        self._programs: dict[Any, Future] = {}
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Returns the result by the program of the arguments' shapes; waits until it is there."""
+        return self.start(*arguments).result()(*arguments)
+
+    def start(self, *arguments: Any) -> Future:
+        """Returns the program for arrays of such shapes, read or compiled by another thread."""
+        key = tuple((x.shape, np.dtype(x.dtype)) for x in arguments)
+        with self._lock:
+            if key not in self._programs:
+                abstract = tuple(jax.ShapeDtypeStruct(*each) for each in key)
+                self._programs[key] = _one_more().submit(
+                    load_or_compile, self._run, abstract, self._name
+                )
+            return self._programs[key]
+
+
+@functools.cache
+def _one_more() -> ThreadPoolExecutor:
+    """Returns the thread that reads and compiles beside those of the network's programs."""
+    return ThreadPoolExecutor(1, thread_name_prefix="compile_after")
 
 
 def program_name(model: Any, *parts: Any) -> str:

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from solov2_jax.data.buckets import round_up
 from solov2_jax.inference.prediction import MaskCrops, PackedMask, Prediction, pack
 from solov2_jax.paste import paste_masks
+from solov2_jax.stored import StoredFunction
 from solov2_jax.structs import Detections
 
 # Sides of canvases are multiples of it. Up to the limit they are square, so that two serve
@@ -105,7 +106,8 @@ class BatchPaste:
         return round_size(self._canvas(row), self._slots)
 
     def _dispatch(self, row: int, start: int) -> tuple[jax.Array, jax.Array]:
-        pasted = _paste_row(
+        canvas, slots = self._canvas(row), self._round_size(row)
+        pasted = _compile_paste(self._mesh, canvas, slots, self._threshold)(
             self._detections.soft_masks,
             self._detections.valid,
             np.int32(row),
@@ -113,10 +115,6 @@ class BatchPaste:
             np.int32(self._slots * self._wanted[:, row]),
             np.asarray(self._image_size[:, row], np.int32),
             np.asarray(self._original[:, row], np.int32),
-            mesh=self._mesh,
-            canvas=self._canvas(row),
-            slots=self._round_size(row),
-            threshold=self._threshold,
         )
         for array in pasted:
             array.copy_to_host_async()
@@ -228,7 +226,41 @@ def pack_masks(masks: np.ndarray, boxes: np.ndarray) -> list[PackedMask]:
     return packed
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "canvas", "slots", "threshold"))
+@functools.lru_cache(maxsize=256)
+def _compile_paste(mesh: Mesh | None, canvas: tuple[int, int], slots: int, threshold: float) -> Any:
+    """Returns the compiled `_paste_row` of these sizes."""
+    static = {"canvas": canvas, "slots": slots, "threshold": threshold}
+    run = jax.jit(functools.partial(_paste_row, mesh=mesh, **static))
+    if mesh is not None or jax.device_count() > 1:
+        return run
+    return StoredFunction(run, f"paste {static}")
+
+
+def start_paste(
+    shape: tuple[int, int, int],
+    slots: int,
+    original_size: np.ndarray,
+    wanted: np.ndarray,
+    threshold: float,
+) -> None:
+    """Has the programs of a `BatchPaste` on one device read or compiled by another thread.
+
+    Args:
+      shape: (B, height, width) of the padded images.
+      slots: detections of an image.
+      original_size, wanted: as there.
+    """
+    b, height, width = shape
+    soft_masks = jax.ShapeDtypeStruct((b, slots, height // 4, width // 4), np.float32)
+    valid = jax.ShapeDtypeStruct((b, slots), np.bool_)
+    number, most, size = (jax.ShapeDtypeStruct(s, np.int32) for s in ((), (1,), (1, 2)))
+    for height, width in original_size[wanted].tolist():
+        canvas = canvas_for(height, width)
+        paste = _compile_paste(None, canvas, round_size(canvas, slots), threshold)
+        if isinstance(paste, StoredFunction):
+            paste.start(soft_masks, valid, number, number, most, size, size)
+
+
 def _paste_row(
     soft_masks,
     valid,

@@ -25,7 +25,7 @@ from solov2_jax.config import given_keys, input_statistics, load_config
 from solov2_jax.data.buckets import Bucket, check_buckets
 from solov2_jax.data.build import pixel_format
 from solov2_jax.distributed import mesh_of, replicated
-from solov2_jax.inference.pasting import BatchPaste, StartedBatch, paste_image
+from solov2_jax.inference.pasting import BatchPaste, StartedBatch, paste_image, start_paste
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.preprocess import (
     InputOptions,
@@ -312,14 +312,18 @@ class Predictor:
         """
         image_ids = np.asarray(batch["image_id"])
         original_size = np.asarray(batch["original_size"], np.int32)
+        wanted, is_split = image_ids != -1, self._is_split(len(image_ids))
+        if not is_split:
+            shape, slots = batch["image"].shape[:3], self.options.max_per_image
+            start_paste(shape, slots, original_size, wanted, self.mask_threshold)
         detections = self.detect(batch)
         masks = BatchPaste(
             detections,
             np.asarray(batch["image_size"], np.int32),
             original_size,
-            wanted=image_ids != -1,
+            wanted=wanted,
             threshold=self.mask_threshold,
-            mesh=self.mesh if self._is_split(len(image_ids)) else None,
+            mesh=self.mesh if is_split else None,
         )
         return StartedBatch(detections, masks, image_ids, original_size, self.skeleton)
 
