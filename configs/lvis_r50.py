@@ -5,12 +5,8 @@
 
 `datasets/coco` is COCO's folder with train2017 and val2017, where LVIS's images are.
 
-What 1,203 classes cost, by the shapes: the class head's last convolution has 3 x 3 x 512 x
-1,203 = 5.5 million weights (22 MB, four times that with gradient and momentum), instead of
-0.4 million. An image has 3,872 cells of all levels, so 4.7 million class logits: 18.6 MB in
-float32, and the focal loss keeps a few arrays of this size, 16 images a step about 1 GB.
-In prediction the best 4,096 of these pairs are candidates (`test.max_candidates`), whatever
-the number of classes. Not trained by us.
+What 1,203 classes cost in memory: docs/evaluation_and_prediction.md, "Other metrics than
+COCO's"; about 1.9 GB of a step of 16 images. Not trained by us.
 """
 
 from configs import r50_3x
