@@ -45,7 +45,7 @@ from solov2_jax.training.memory import batch_shapes
 SLOTS = 96  # padded objects of an image
 # Trips of a loop that computes the dice loss in tiles; bytes of the metrics that are summed.
 MOST_TILES, METRICS = 8, 200
-GPU_OPTIONS = {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": "false"}
+GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 TPU_GRIDS = {1: "1x1", 4: "2x2", 8: "2x4"}
 TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # no question to Google Cloud what machine this is
@@ -148,7 +148,7 @@ def compile_case(case: Case) -> dict[str, Any]:
         "temp_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "aliased_bytes": memory.alias_size_in_bytes,
-        "bytes": compiled.cost_analysis().get("bytes accessed", 0.0),
+        "bytes": (compiled.cost_analysis() or {}).get("bytes accessed", 0.0),  # of TPUs only
         **hlo.read_program(compiled.as_text()),
     }
 

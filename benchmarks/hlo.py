@@ -66,12 +66,6 @@ class Instruction(NamedTuple):
         """The opcode; of both halves of an asynchronous one, that of the first alone."""
         return self.opcode.removesuffix("-start")
 
-    @property
-    def trips(self) -> int | None:
-        """Of a loop, how often it runs; None: the data decide."""
-        found = re.search(r"known_trip_count\W+n\W+(\d+)", self.text)
-        return int(found[1]) if found else None
-
     def called(self) -> dict[str, list[str]]:
         """Returns the computations that it names, by attribute."""
         return {key: re.findall(r"%([\w.-]+)", names) for key, names in _CALLED.findall(self.text)}
@@ -117,10 +111,25 @@ class Program:
         for each in self.computations[name]:
             called = each.called()
             if each.opcode == "while":
-                self._enter(called["body"][0], times * (each.trips or 1), looped=True)
+                self._enter(called["body"][0], times * (self.trips(each) or 1), looped=True)
             elif each.opcode in ("conditional", "call", "async-start"):
                 for inner in sum(called.values(), []):
                     self._enter(inner, times, looped)
+
+    def trips(self, loop: Instruction) -> int | None:
+        """Returns how often a loop runs, None where the data decide.
+
+        Where the compiler has not noted it, the condition tells: a counter, which begins at 0,
+        below a constant.
+        """
+        if found := re.search(r"known_trip_count\W+n\W+(\d+)", loop.text):
+            return int(found[1])
+        for each in self.computations[loop.called()["condition"][0]]:
+            for name in each.operands if "direction=LT" in each.text else ():
+                last = self.instructions[name]
+                if last.opcode == "constant" and last.arrays[0].dtype == "s32":
+                    return int(last.text.partition(")")[0])
+        return None
 
     def executed(self) -> Iterator[tuple[Instruction, str]]:
         """Yields the operations as the device gets them, with their computation."""
@@ -160,7 +169,7 @@ def read_program(text: str) -> dict[str, Any]:
         size, times = program.moved(each), program.runs[computation]
         moved["convolutions" if program.convolves(each) else "other"] += size * times
         operations += times * (size > 0)
-    loops = [each.trips for each in everything if each.opcode == "while"]
+    loops = [program.trips(each) for each in everything if each.opcode == "while"]
     return {
         "conditionals": sum(each.opcode == "conditional" for each in everything),
         "loops": sorted(loops, key=lambda n: n or 0),

@@ -139,7 +139,8 @@ def ahead_table(compiled: Mapping[str, Result]) -> str:
         cells += [f"{row[key] / 1e9:.2f}" for key in ("temp_bytes", "argument_bytes")]
         cells += [f"{row['aliased_bytes'] / row['state_bytes']:.1%}" if row["state_bytes"] else "-"]
         cells += [f"{moved['convolutions'] / 1e9:.1f} + {moved['other'] / 1e9:.1f}"]
-        rows.append([*cells, f"{row['bytes'] / 1e9:.1f}", f"{row['compile_s']:.0f}"])
+        counted = f"{row['bytes'] / 1e9:.1f}" if row["bytes"] else "-"
+        rows.append([*cells, counted, f"{row['compile_s']:.0f}"])
     columns = ("devices", "program", "images a device", "conditionals", "loops' trips", "sums")
     columns += ("temporaries GB", "arguments GB", "of the state donated")
     columns += ("GB moved: convolutions + others", "by XLA's own count", "compiled in s")

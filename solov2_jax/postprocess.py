@@ -240,7 +240,9 @@ def _tiled_mask_sums(
     total = [jnp.zeros(size), jnp.zeros(size)]
     total += [jnp.zeros((size, size))] if overlaps else []
     tiles = pixels.features.reshape(-1, tile, channels)
-    if pixels.inside is None:
+    if len(tiles) == 1:  # no loop: where its end is data, a GPU's host would wait for it
+        total = add_tile(total, tiles[0], pixels.inside)
+    elif pixels.inside is None:
         total, _ = lax.scan(lambda t, p: (add_tile(t, p, None), None), total, tiles)
     else:
         inside = pixels.inside.reshape(-1, tile)

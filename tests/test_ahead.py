@@ -141,6 +141,28 @@ def test_calls_of_a_gpus_libraries_are_read_by_their_parts():
     assert found["moved"] == {"convolutions": 2 * sides, "other": 20 * 2 * 16 + 16}
 
 
+def test_a_loop_without_a_note_ends_as_its_condition_says():
+    text = """
+%below (p: (s32[])) -> pred[] {
+  %n = s32[]{:T(128)} constant(7), metadata={}
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT, metadata={op_name="while/cond/lt"}
+}
+
+%search (p.2: (s32[], s32[])) -> pred[] {
+  %end = s32[]{:T(128)} get-tuple-element(%p.2), index=1
+  %j = s32[]{:T(128)} get-tuple-element(%p.2), index=0
+  ROOT %lt.2 = pred[]{:T(512)} compare(%j, %end), direction=LT
+}
+
+ENTRY %main (a: (s32[])) -> (s32[]) {
+  %w = (s32[]{:T(128)}) while(%a), condition=%below, body=%add
+  ROOT %w.2 = (s32[]{:T(128)}, s32[]{:T(128)}) while(%b), condition=%search, body=%add
+}
+"""
+    assert hlo.read_program(text)["loops"] == [None, 7]
+
+
 # --- What programs should hold -------------------------------------------------------
 
 SOUND = dataclasses.asdict(Case(devices=8, accumulate=2)) | {
