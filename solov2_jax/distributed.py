@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -28,7 +29,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from solov2_jax.io import InputError
+from solov2_jax.io import InputError, printable
 
 log = logging.getLogger("solov2_jax")
 
@@ -38,6 +39,10 @@ FAILED, OTHERS_FAILED = 1, 3
 _WORDS = 16 * 2**20  # of four bytes, in a piece of what crosses to all processes
 
 _told_to_stop = threading.Event()
+
+
+class AgreedError(InputError):
+    """What the user can fix, known to all processes: the first one prints it, all end."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,11 @@ def devices_per_process() -> int:
     return max(Counter(d.process_index for d in jax.devices()).values())
 
 
+def rank() -> tuple[int, int]:
+    """Returns (number of this process, from 0; of how many)."""
+    return jax.process_index(), jax.process_count()
+
+
 def is_primary() -> bool:
     """Returns whether this process is the one that writes and prints."""
     return jax.process_index() == 0
@@ -146,7 +156,7 @@ def abort_together(user_errors: tuple[type[Exception], ...]) -> Iterator[None]:
     """Ends this process at once if what is inside fails, so that the others end too.
 
     An error inside is printed, as one line if the user can fix it; nothing is waited
-    for, since the others may be stuck.
+    for, since the others may be stuck. One that all know of is printed once.
     """
     name = f"process {jax.process_index()} of {jax.process_count()}"
     try:
@@ -156,6 +166,15 @@ def abort_together(user_errors: tuple[type[Exception], ...]) -> Iterator[None]:
     except SystemExit:
         jax.distributed.shutdown()  # a result of all of them, not an error of one
         raise
+    except AgreedError as error:
+        if not user_errors:
+            traceback.print_exc()
+        if is_primary():
+            print(f"error: {printable(str(error))}", file=sys.stderr)
+        jax.distributed.shutdown()
+        sys.exit(2)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
     except user_errors as error:
         print(f"error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
@@ -238,8 +257,45 @@ def _padded(data: np.ndarray, length: int) -> np.ndarray:
 
 
 def broadcast_from_host0(make: Callable[[], Any]) -> Any:
-    """Returns make() of the first process, which alone calls it; JSON values only."""
-    return gather(make() if is_primary() else None)[0]
+    """Returns make() of the first process, which alone calls it; JSON values only.
+
+    Raises:
+      AgreedError: in all of several, what is wrong with the user's input or files.
+    """
+    if jax.process_count() == 1:
+        return make()
+    told: list[Any] = [None, ""]
+    if is_primary():
+        try:
+            told[0] = make()
+        except (ValueError, OSError) as error:
+            told[1] = str(error) or repr(error)
+    value, problem = gather(told)[0]
+    if problem:
+        raise AgreedError(problem)
+    return value
+
+
+def agree(problem: str) -> None:
+    """Raises an AgreedError in all of several processes if any has a problem; "" is none."""
+    if told := next(filter(None, gather(problem)), ""):
+        raise AgreedError(told)
+
+
+@contextmanager
+def fail_together() -> Iterator[None]:
+    """Raises in all of several processes what the input or a file is wrong with in any.
+
+    Nothing inside may wait for another process.
+    """
+    problem = ""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if jax.process_count() == 1:
+            raise
+        problem = str(error) or repr(error)
+    agree(problem)
 
 
 def copy_from_host0(tree: Any, shapes: Any) -> Any:

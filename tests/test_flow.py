@@ -74,7 +74,7 @@ def test_reading_ends_at_the_first_none():
             yield lambda: next(waiting, None)
 
     with ThreadPoolExecutor(1) as pool:
-        read = list(read_ahead(pool, calls(), 5, object(), 7))
+        read = list(read_ahead(pool, calls(), 5, object(), range(7, 99)))
     assert [(p.number, p.frame.name) for p in read] == [(7, "0"), (8, "1"), (9, "2")]
 
 

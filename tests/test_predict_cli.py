@@ -22,7 +22,7 @@ from solov2_jax.tools.predict import predict_files as files
 from solov2_jax.tools.predict.output_folder import MANIFEST
 from solov2_jax.tools.predict.outputs import DetectionFilter
 from solov2_jax.tools.predict.predict_files import FileOptions, predict_files
-from solov2_jax.tools.predict.sources import open_sources, shapes_of
+from solov2_jax.tools.predict.sources import open_sources, shapes_of, sizes_of
 from solov2_jax.tools.predict.video import VideoReader, VideoWriter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,11 +207,11 @@ def test_few_shapes_for_many_images(tmp_path):
     def padded_shape(height, width):
         return -(-height // 32) * 32, -(-width // 32) * 32
 
-    few = shapes_of(sources, padded_shape, 2)
+    few = shapes_of(sizes_of(sources), padded_shape, 2)
     assert len(few) == 2
     for height, width in sizes:
         assert any(h >= height and w >= width for h, w in few)
-    assert len(shapes_of(sources, padded_shape, 1)) == 1
+    assert len(shapes_of(sizes_of(sources), padded_shape, 1)) == 1
 
 
 def test_options_that_cannot_be(tmp_path):

@@ -15,6 +15,10 @@ does with one image, in at most two compiled shapes that hold them all (`--shape
 tiles, `--tta flip,0.8,1,1.25` averages several views. `--score 0` keeps every detection
 that the network's own thresholds (`--config.test.*`) let through.
 
+Started as several processes (`--num_processes`, Slurm, ...) each predicts and writes a part
+of the image files; the first one writes the files about all of them. What must be read in
+order (a video, a camera, an address) goes with one process.
+
 Other files in the output folder are never replaced or deleted without --overwrite.
 SIGINT (Ctrl-C) and SIGTERM end the reading; what was read is finished and written.
 
@@ -37,7 +41,10 @@ from solov2_jax.tools.cli import app, shared
 from solov2_jax.tools.cli.flags import Flag
 
 if TYPE_CHECKING:
-    from solov2_jax.tools.predict.predict_files import Summary
+    from solov2_jax.data.buckets import Bucket
+    from solov2_jax.inference.predictor import Predictor
+    from solov2_jax.tools.predict.predict_files import FileOptions, Summary
+    from solov2_jax.tools.predict.sources import Size, Source
 
 _INPUT = Flag(
     "input",
@@ -93,7 +100,7 @@ FLAGS = (
     *shared.VIEWS,
 )
 FLAGS += (_SHAPES, _BATCH_SIZE, _TRACK, _COLOR_BY, _HIDE_LABELS, _FRAMES, _EVERY, _READERS)
-FLAGS += (_OVERWRITE, _MAX_PIXELS, _DOWNLOAD_MB, _SECONDS)
+FLAGS += (_OVERWRITE, _MAX_PIXELS, _DOWNLOAD_MB, _SECONDS, *shared.PROCESSES)
 
 
 class EarlySignal:
@@ -120,31 +127,56 @@ _EARLY = EarlySignal()
 
 
 def predict(overrides: list[str], scratch: str) -> "Summary":
-    """Predicts as the flags say.
+    """Predicts as the flags say; as one of several processes, a part of the pictures.
 
     Args:
       scratch: folder for what is downloaded.
     """
+    from solov2_jax import distributed
+    from solov2_jax.inference.predictor import Predictor
+    from solov2_jax.tools.multiview.build import build_views
+    from solov2_jax.tools.predict.dealing import own_part
+    from solov2_jax.tools.predict.outputs import parse_classes
+    from solov2_jax.tools.predict.predict_files import predict_files
+
+    # Whatever can be wrong is found before the weights are loaded and compiled for.
+    with distributed.fail_together():
+        shared.check_model()
+        tta, tiles = shared.view_options()
+        options = _options()
+    sources = _open_sources(overrides, scratch, options.formats)
+    predictor = shared.load_for_all(overrides)
+    with distributed.fail_together():
+        labels = parse_classes(_CLASSES.value, predictor.class_names, predictor.category_ids)
+        score = shared.least_scores(predictor)
+    options = replace(options, keep=replace(options.keep, labels=labels, score=score))
+    if not isinstance(predictor, Predictor):  # one view of each image, shapes as exported
+        part = own_part(sources)
+        return predict_files(predictor, part.sources, _OUTPUT.value, options, part.numbers)
+    predictor.limit_score = options.keep.lowest
+    predictor, sizes, shapes = _in_few_shapes(predictor, sources)
+    part = own_part(sources, sizes, predictor.padded_shape)
+    predictor = shared.on_local_devices(predictor, most_devices(part.sources))
+    options = replace(options, batch_size=_BATCH_SIZE.value * predictor.num_devices)
+    if not (tta or tiles):
+        own = [shape for shape in shapes if part.numbers is None or shape in part.shapes]
+        predictor.compile(own, options.batch_size, wait=False)
+    multiview = build_views(predictor, tta, tiles)
+    _EARLY.check()
+    return predict_files(multiview, part.sources, _OUTPUT.value, options, part.numbers)
+
+
+def _options() -> "FileOptions":
+    """Returns what is written and kept, classes and scores aside."""
     from PIL import Image
 
     from solov2_jax.data import image_files
-    from solov2_jax.download import DownloadLimits
-    from solov2_jax.inference.predictor import Predictor
-    from solov2_jax.tools.predict.output_folder import OutputFolder
-    from solov2_jax.tools.predict.outputs import (
-        DetectionFilter,
-        check_outputs,
-        parse_classes,
-        parse_formats,
-    )
-    from solov2_jax.tools.predict.predict_files import FileOptions, predict_files
-    from solov2_jax.tools.predict.sources import open_sources
+    from solov2_jax.tools.predict.outputs import DetectionFilter, parse_formats
+    from solov2_jax.tools.predict.predict_files import FileOptions
 
     if _MAX_PIXELS.value is not None:
         image_files.max_pixels = Image.MAX_IMAGE_PIXELS = _MAX_PIXELS.value
-    # Whatever can be wrong is found before the weights are loaded and compiled for.
-    tta, tiles = shared.view_options()
-    options = FileOptions(
+    return FileOptions(
         parse_formats(_WRITE.value),
         DetectionFilter(0.0, most=_MAX.value),
         color_by=_COLOR_BY.value or ("track" if _TRACK.value else "object"),
@@ -153,46 +185,70 @@ def predict(overrides: list[str], scratch: str) -> "Summary":
         track=_TRACK.value,
         overwrite=_OVERWRITE.value,
     )
-    sources = open_sources(
-        _INPUT.value,
-        scratch,
-        threads=_READERS.value,
-        limit=_FRAMES.value,
-        every=_EVERY.value,
-        download=DownloadLimits(round(_DOWNLOAD_MB.value * 1e6), _SECONDS.value),
-        pixels=shared.model_pixels(overrides),
-    )
-    check_outputs(sources, OutputFolder(_OUTPUT.value, _OVERWRITE.value), options.formats)
-    load = shared.load_export if shared.EXPORT.value else shared.load_predictor
-    predictor = load(overrides)
-    labels = parse_classes(_CLASSES.value, predictor.class_names, predictor.category_ids)
-    score = shared.least_scores(predictor)
-    options = replace(options, keep=replace(options.keep, labels=labels, score=score))
-    if not isinstance(predictor, Predictor):  # one view of each image, shapes as exported
-        return predict_files(predictor, sources, _OUTPUT.value, options)
-    predictor.limit_score = options.keep.lowest
-    predictor = shared.on_local_devices(predictor, most_devices(sources))
-    options = replace(options, batch_size=_BATCH_SIZE.value * predictor.num_devices)
-    multiview = _prepare(predictor, sources, tta, tiles)
-    _EARLY.check()
-    return predict_files(multiview, sources, _OUTPUT.value, options)
 
 
-def _prepare(predictor: Any, sources: Sequence[Any], tta: Any, tiles: Any) -> Any:
-    """Returns the predictor of the views, in few padded shapes; starts to compile them."""
+def _open_sources(overrides: list[str], scratch: str, formats: Sequence[str]) -> "list[Source]":
+    """Returns the sources, whose outputs can be written."""
+    from solov2_jax import distributed
+    from solov2_jax.download import DownloadLimits
+    from solov2_jax.tools.predict.dealing import open_for_all
+    from solov2_jax.tools.predict.output_folder import OutputFolder
+    from solov2_jax.tools.predict.outputs import check_outputs
+    from solov2_jax.tools.predict.sources import open_sources
+
+    pixels = shared.model_pixels(overrides)
+
+    def open_all() -> "list[Source]":
+        return open_sources(
+            _INPUT.value,
+            scratch,
+            threads=_READERS.value,
+            limit=_FRAMES.value,
+            every=_EVERY.value,
+            download=DownloadLimits(round(_DOWNLOAD_MB.value * 1e6), _SECONDS.value),
+            pixels=pixels,
+        )
+
+    rank = distributed.rank()
+    if rank[1] > 1 and _TRACK.value:
+        raise distributed.AgreedError(
+            f"--track follows objects from frame to frame, which {rank[1]} processes cannot; "
+            "start one process (--distributed=off)"
+        )
+    if rank[1] == 1:
+        sources = open_all()
+    else:
+        sources = open_for_all(_INPUT.value, open_all, _READERS.value, pixels)
+    folder = OutputFolder(_OUTPUT.value, _OVERWRITE.value, rank)
+    distributed.broadcast_from_host0(lambda: check_outputs(sources, folder, formats))
+    return sources
+
+
+def _in_few_shapes(
+    predictor: "Predictor", sources: "Sequence[Source]"
+) -> "tuple[Predictor, list[Size], tuple[Bucket, ...]]":
+    """Returns (predictor of few padded shapes, sizes of the pictures, shapes to compile for).
+
+    There are sizes if something depends on them, and shapes to compile unless the config
+    names its own.
+    """
+    from solov2_jax import distributed
     from solov2_jax.inference.preprocess import default_buckets
-    from solov2_jax.tools.multiview.build import build_views
-    from solov2_jax.tools.predict.sources import shapes_of
+    from solov2_jax.tools.predict.sources import shapes_of, sizes_of
 
     input_ = predictor.input
-    if input_.buckets == default_buckets(input_.min_size, input_.max_size):  # no others named
-        predictor = predictor.with_shapes(())
-        if _SHAPES.value:
-            shapes = shapes_of(sources, predictor.padded_shape, _SHAPES.value)
-            predictor = predictor.with_shapes(shapes)
-            if not (tta or tiles):
-                predictor.compile(shapes, _BATCH_SIZE.value * predictor.num_devices, wait=False)
-    return build_views(predictor, tta, tiles)
+    named = input_.buckets != default_buckets(input_.min_size, input_.max_size)
+    few = _SHAPES.value and not named
+    sizes: list[Size] = []
+    if few or distributed.rank()[1] > 1:
+        sizes = distributed.broadcast_from_host0(lambda: sizes_of(sources))
+    if named:
+        return predictor, sizes, ()
+    predictor = predictor.with_shapes(())
+    if not few:
+        return predictor, sizes, ()
+    shapes = shapes_of(sizes, predictor.padded_shape, _SHAPES.value)
+    return predictor.with_shapes(shapes), sizes, shapes
 
 
 def most_devices(sources: Sequence[Any]) -> int:
@@ -202,20 +258,25 @@ def most_devices(sources: Sequence[Any]) -> int:
     if is_live(_INPUT.value):
         return 1  # a frame waits for no other one
     totals = [source.total() for source in sources]
-    return 0 if None in totals else sum(total or 0 for total in totals)
+    return 0 if None in totals else max(1, sum(total or 0 for total in totals))
 
 
 def main(overrides: list[str]) -> None:
-    shared.check_model()
+    from solov2_jax import distributed
+
+    process, count = distributed.rank()
     for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, _EARLY)
+        # Others that wait for this one are ended by its death, not by a tidy end.
+        signal.signal(each, _EARLY if count == 1 else signal.SIG_DFL)
     with tempfile.TemporaryDirectory() as scratch:
         try:
             summary = predict(overrides, scratch)
         except KeyboardInterrupt:  # the second signal while predicting
+            if count > 1:
+                raise
             sys.exit(128 + signal.SIGINT)
-        problems = summary.report(_OUTPUT.value)
-    if problems:
+        problems = distributed.broadcast_from_host0(lambda: summary.report(_OUTPUT.value))
+    if problems and process == 0:
         sys.stdout.flush()
         print(f"error: {problems}", file=sys.stderr, flush=True)
     from solov2_jax.tools.predict.sources import is_live
@@ -226,4 +287,4 @@ def main(overrides: list[str]) -> None:
         sys.exit(1)
 
 
-run = functools.partial(app.run, main, FLAGS)
+run = functools.partial(app.run, main, FLAGS, shared.run_joined)

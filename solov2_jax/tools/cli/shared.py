@@ -159,6 +159,24 @@ def load_predictor(overrides: list[str]) -> "Predictor":
     return Predictor.from_weights(WEIGHTS.value, CONFIG.value, overrides)
 
 
+def load_for_all(overrides: list[str]) -> "Predictor | ExportedPredictor":
+    """Returns the model that the flags name, in each of several processes.
+
+    Raises:
+      AgreedError: in all of several processes, what is wrong with the flags or files in any.
+    """
+    from solov2_jax import distributed
+    from solov2_jax.pretrained import load_run_config
+
+    load = load_export if EXPORT.value else load_predictor
+    if WORKDIR.value and distributed.rank()[1] > 1:
+        with distributed.fail_together():
+            load_run_config(WORKDIR.value, overrides)
+        return load(overrides)  # the first one reads the checkpoint, for all
+    with distributed.fail_together():
+        return load(overrides)
+
+
 def end_with_problems(pictures: "PictureFolder", others: str) -> None:
     """Ends the command with exit code 1 where some pictures could not be read.
 

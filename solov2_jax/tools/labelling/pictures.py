@@ -142,7 +142,7 @@ def fit_shapes(predictor: Any, pictures: Iterable[str]) -> Any:
     if not paths:
         return alone
     files = ImageFiles(paths, THREADS, Names())
-    shapes = shapes_of([files], alone.padded_shape, MOST_SHAPES)
+    shapes = shapes_of(list(files.sizes()), alone.padded_shape, MOST_SHAPES)
     return predictor.with_shapes(shapes) if shapes else alone
 
 

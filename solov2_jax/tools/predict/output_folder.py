@@ -4,6 +4,10 @@
 file that is not listed, or has changed since, is the user's: it is never replaced or
 deleted without `--overwrite`. The list grows line by line, and a file beside it is locked
 while a run lasts, so a killed run is noticed, its temporary files are deleted and its results kept.
+
+Of several processes that write one folder, each has a list and growing results of its own,
+named after its number. The first one holds the lock, cleans up before the others begin, and
+takes over theirs at the end.
 """
 
 import contextlib
@@ -11,6 +15,7 @@ import errno
 import json
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +35,18 @@ def during(name: str, state: str) -> str:
     return f"{stem}.{state}{suffix}"
 
 
+def of_process(name: str, process: int) -> str:
+    """Returns what one of several processes calls its file: name, name.process_1.json, ..."""
+    return during(name, f"process_{process}") if process else name
+
+
+def of_others(folder: str, name: str) -> list[str]:
+    """Returns the names of the files that processes but the first have called so."""
+    stem, suffix = os.path.splitext(name)
+    pattern = re.compile(rf"{re.escape(stem)}\.process_\d+{re.escape(suffix)}")
+    return sorted(n for n in names_in(folder) if pattern.fullmatch(n))
+
+
 RESULTS = "predictions.json"
 PARTIAL = during(RESULTS, "partial")  # of a run that goes on, or was killed
 RECOVERED = during(RESULTS, "recovered")
@@ -37,6 +54,7 @@ GROWING_FILES = (RESULTS, CVAT, LABEL_STUDIO)
 SUBFOLDERS = ("masks", "cutouts", "yolo", "labelme", "frames")
 NAMED_CONFLICTS = 3  # in an error
 _TAIL = b"\n]\n"
+Part = tuple[int, int, int, int]  # image id, process, begin and end in its file
 _GROWING = -1, -1  # listed for results that grow while a run lasts
 
 
@@ -45,10 +63,17 @@ class OutputFolder:
 
     Args:
       overwrite: replace and delete files of others too.
+      rank: (number, count) of this process among those that write.
     """
 
-    def __init__(self, path: str | os.PathLike[str], overwrite: bool = False):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        overwrite: bool = False,
+        rank: tuple[int, int] = (0, 1),
+    ):
         self.path, self.overwrite = os.fspath(path), overwrite
+        self.process, self.num_processes = rank
         self._lock = threading.Lock()
         self._manifest: Any = None
         # Relative path -> each (size, mtime in ns) that was listed: a kill between a file's
@@ -95,11 +120,14 @@ class OutputFolder:
         Raises:
           InputError: if another run writes to it, or it cannot be made.
         """
+        if self.process:
+            with self._listing():
+                yield
+            return
         make_folder(self.path)
-        self._read_manifest()
         message = (
             f"--output {self.path}: another prediction is writing there; wait for it, or "
-            "choose another folder (each of several processes needs its own)"
+            "choose another folder (each of several runs needs its own)"
         )
         with lock_file(os.path.join(self.path, LOCK), message), self._listing():
             yield
@@ -107,12 +135,16 @@ class OutputFolder:
     @contextlib.contextmanager
     def _listing(self) -> Iterator[None]:
         """Keeps the list open, between its marks of a run's begin and end."""
-        self._manifest = open(os.path.join(self.path, MANIFEST), "ab", buffering=0)
+        self._read_manifest()
+        name = of_process(MANIFEST, self.process)
+        self._manifest = open(os.path.join(self.path, name), "ab", buffering=0)
         try:
             if self._cut:
                 self._manifest.write(b"\n")
-            if self._unfinished:
+            if self._unfinished and not self.process:
                 self._clean_up()
+            if not self.process:
+                self.take_over_lists()
             self._append("begin")
             try:
                 yield
@@ -167,22 +199,34 @@ class OutputFolder:
             path = os.path.join(self.path, MANIFEST)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
+    def take_over_lists(self) -> None:
+        """Adds the other processes' lists, which have ended, to the first one's."""
+        for path in self._lists()[1:]:
+            for entry in _entries(path.read_bytes()):
+                if not isinstance(entry, str):
+                    self._append(entry)
+            path.unlink()
+
+    def _lists(self) -> list[Path]:
+        """Returns the paths of the first process's list and, where there are, of the others'."""
+        return [Path(self.path, n) for n in (MANIFEST, *of_others(self.path, MANIFEST))]
+
     def _read_manifest(self) -> None:
-        self._written = {}
-        try:
-            text = Path(self.path, MANIFEST).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        self._cut = bool(text) and not text.endswith(b"\n")
-        for line in text.splitlines():
+        self._written, self._unfinished, self._cut = {}, False, False
+        for path in self._lists():
             try:
-                entry = json.loads(line)
-            except ValueError:  # cut off by a kill or a full disk
+                text = path.read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
                 continue
-            if isinstance(entry, str):
-                self._unfinished = entry == "begin"
-            elif isinstance(entry, list) and len(entry) == 3:
-                self._written.setdefault(str(entry[0]), set()).add((entry[1], entry[2]))
+            if path.name == of_process(MANIFEST, self.process):
+                self._cut = bool(text) and not text.endswith(b"\n")
+            mark = "end"
+            for entry in _entries(text):
+                if isinstance(entry, str):
+                    mark = entry
+                else:
+                    self._written.setdefault(str(entry[0]), set()).add((entry[1], entry[2]))
+            self._unfinished |= mark == "begin"
 
     def _clean_up(self) -> None:
         """Deletes a killed run's temporary files and keeps its results."""
@@ -194,10 +238,11 @@ class OutputFolder:
                 leftover.unlink(missing_ok=True)
         log.warning("%s: an earlier run was killed; its temporary files are deleted", self.path)
         for name in GROWING_FILES:
-            self._recover(name)
+            partial = during(name, "partial")
+            for each in (partial, *of_others(self.path, partial)):
+                self._recover(name, os.path.join(self.path, each))
 
-    def _recover(self, name: str) -> None:
-        partial = os.path.join(self.path, during(name, "partial"))
+    def _recover(self, name: str, partial: str) -> None:
         if os.path.lexists(partial) and self.is_ours(partial):
             if os.path.getsize(partial) <= len(b"[" + _TAIL):  # nothing was predicted
                 os.unlink(partial)
@@ -215,6 +260,17 @@ class OutputFolder:
             number += 1
             path = os.path.join(self.path, f"{stem}_{number}{suffix}")
         return path
+
+
+def _entries(text: bytes) -> Iterator[Any]:
+    """Yields the marks, str, and the files, [path, size, time], of a list."""
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # cut off by a kill or a full disk
+            continue
+        if isinstance(entry, str) or (isinstance(entry, list) and len(entry) == 3):
+            yield entry
 
 
 def names_in(folder: str) -> list[str]:
@@ -247,30 +303,47 @@ class ResultsFile:
         separator: bytes = b",\n",
     ):
         self._folder = folder
-        self._path = os.path.join(folder.path, name)
-        self._partial = os.path.join(folder.path, during(name, "partial"))
+        self._name, self._path = name, os.path.join(folder.path, name)
+        self._partial = self._partial_of(folder.process)
         self._head, self._tail, self._separator = head, tail, separator
         self._file: Any = None
-        self._parts: list[tuple[int, int, int]] = []  # image id, begin, end in the file
+        self.parts: list[Part] = []
+        self._others: dict[int, Any] = {}  # the files of other processes, by their numbers
         self._end = 0
+
+    def _partial_of(self, process: int) -> str:
+        return os.path.join(self._folder.path, of_process(during(self._name, "partial"), process))
 
     def add(self, image_id: int, results: Sequence[dict[str, Any] | str]) -> None:
         """Adds what is about a picture: records, or texts as they are."""
-        if self._file is None:
-            self._folder.record(self._partial)
-            file = open(self._partial, "w+b", buffering=0)
-            file.write(self._head + self._tail)
-            self._file, self._end = file, len(self._head)
+        self._open()
         if not results:
             return
         text = self._separator.join(
             (r if isinstance(r, str) else json.dumps(r)).encode() for r in results
         )
-        separator = self._separator if self._parts else b"\n"
+        separator = self._separator if self.parts else b"\n"
         begin = self._end + len(separator)
         self._write(self._end, separator + text + self._tail)
         self._end = begin + len(text)
-        self._parts.append((image_id, begin, self._end))
+        self.parts.append((image_id, self._folder.process, begin, self._end))
+
+    def take_over(self, process: int, parts: Sequence[Sequence[int]]) -> None:
+        """Makes what another process has added a part of the first one's file.
+
+        Args:
+          parts: its `parts`; its file is closed.
+        """
+        self._open()
+        self._others[process] = open(self._partial_of(process), "rb")
+        self.parts += [tuple(part) for part in parts]
+
+    def _open(self) -> None:
+        if self._file is None:
+            self._folder.record(self._partial)
+            file = open(self._partial, "w+b", buffering=0)
+            file.write(self._head + self._tail)
+            self._file, self._end = file, len(self._head)
 
     def _write(self, begin: int, data: bytes) -> None:
         view = memoryview(data)
@@ -285,16 +358,30 @@ class ResultsFile:
                 self._file.truncate()
             raise
 
+    @property
+    def is_open(self) -> bool:
+        """Whether something was added, be it nothing about a picture."""
+        return self._file is not None
+
+    def close(self) -> None:
+        """Closes the file under its name of a run that goes on, for `take_over`."""
+        if self._file is not None:
+            self._file.close()
+
     def finish(self) -> None:
         """Closes the file under its name, ordered by image id; if there is one."""
-        if self._file is None:
+        if self._file is None or self._folder.process:
+            self.close()
             return
-        ids = [part[0] for part in self._parts]
-        in_order = ids == sorted(ids)
+        ids = [part[0] for part in self.parts]
+        in_order = ids == sorted(ids) and not self._others
         if not in_order:
             try:
                 self._write_ordered()
             except OSError as error:  # a full disk: out of order is better than lost
+                if self._others:
+                    self._file = None  # what all have added stays, for the next run to recover
+                    raise
                 log.warning("%s: not in the images' order (%s)", self._path, printable(str(error)))
                 in_order = True
         self._file.close()
@@ -305,12 +392,17 @@ class ResultsFile:
             os.replace(self._partial, self._path)
         else:
             os.unlink(self._partial)
+        for other in self._others.values():
+            other.close()
+            os.unlink(other.name)
 
     def _write_ordered(self) -> None:
+        files = {self._folder.process: self._file, **self._others}
         with self._folder.replacing(self._path) as temporary, temporary.open("wb") as file:
             file.write(self._head)
-            for i, (_, begin, end) in enumerate(sorted(self._parts)):
-                self._file.seek(begin)
-                file.write((self._separator if i else b"\n") + self._file.read(end - begin))
+            for i, (_, process, begin, end) in enumerate(sorted(self.parts)):
+                files[process].seek(begin)
+                separator = self._separator if i else b"\n"
+                file.write(separator + files[process].read(end - begin))
             file.write(self._tail)
             file.flush()

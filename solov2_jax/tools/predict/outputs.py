@@ -42,6 +42,7 @@ from solov2_jax.tools.predict.output_folder import (
     ResultsFile,
     during,
     names_in,
+    of_process,
 )
 from solov2_jax.tools.predict.polygons import join_rings, mask_polygons
 from solov2_jax.tools.predict.sources import BrokenFile, Frame, ImageFiles, Source
@@ -119,6 +120,8 @@ def check_outputs(sources: Sequence[Source], folder: OutputFolder, formats: Sequ
         raise InputError(f"--output {folder.path}: is a file; give a folder")
     results = [name for kind, name in RESULT_FILES.items() if kind in formats]
     names = [*results, *(during(n, s) for n in results for s in ("partial", "recovered"))]
+    others = range(1, folder.num_processes)
+    names += [of_process(during(n, "partial"), i) for n in results for i in others]
     names += ["yolo/data.yaml", "yolo/classes.txt"] if "yolo" in formats else []
     names += [CONFIG] if "label_studio" in formats else []
     paths = [os.path.join(folder.path, *name.split("/")) for name in names]
@@ -233,6 +236,8 @@ class OutputFiles:
         self.formats = tuple(formats)
         self.class_names = tuple(class_names)
         self.color_by, self.labels = color_by, labels
+        if self.folder.process:  # the first one writes what is about all pictures
+            return
         if "yolo" in self.formats:
             self._write_yolo_classes()
         if "label_studio" in self.formats:

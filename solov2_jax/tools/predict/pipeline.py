@@ -80,9 +80,9 @@ def ahead(
 
 
 def read_ahead(
-    pool: Executor, calls: Iterable[Read], window: int, predictor: Any, first: int
+    pool: Executor, calls: Iterable[Read], window: int, predictor: Any, numbers: Iterable[int]
 ) -> Iterator[Picture]:
-    """Yields a source's pictures, numbered from `first`, prepared where stages are known."""
+    """Yields a source's pictures, each with its number, prepared where stages are known."""
     staged = predictor if isinstance(predictor, StagedPredictor) else None
 
     def read(item: tuple[int, Read]) -> Picture | None:
@@ -98,7 +98,7 @@ def read_ahead(
                 picture.problem = f"{frame.path}: {error}"
         return picture
 
-    for picture in ahead(pool, read, enumerate(calls, first), window):
+    for picture in ahead(pool, read, zip(numbers, calls, strict=False), window):
         if picture is None:
             return
         yield picture

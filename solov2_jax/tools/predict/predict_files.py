@@ -16,13 +16,15 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from solov2_jax import distributed
 from solov2_jax.inference.prediction import Prediction, to_coco_results
 from solov2_jax.io import InputError, printable
 from solov2_jax.progress import Progress
 from solov2_jax.tools.multiview.tiling import PicturePredictor
+from solov2_jax.tools.predict.dealing import ASK_EVERY, Reading, join, opened_by_all
 from solov2_jax.tools.predict.output_folder import OutputFolder, ResultsFile
 from solov2_jax.tools.predict.outputs import (
     LABEL_WRITERS,
@@ -118,22 +120,40 @@ class Summary:
 
 
 def predict_files(
-    predictor: PicturePredictor, sources: Sequence[Source], output: str, options: FileOptions
+    predictor: PicturePredictor,
+    sources: Sequence[Source],
+    output: str,
+    options: FileOptions,
+    numbers: Sequence[int] | None = None,
 ) -> Summary:
     """Predicts and writes every picture; returns what became of them.
 
     `image_id` in `predictions.json` is the number of the picture, from 0, and
     `file_name` is relative to the folder that holds all images. SIGINT and SIGTERM end
     the reading; what was read is finished.
+
+    Of several processes each has pictures of its own; the summary is of all.
+
+    Args:
+      numbers: of the pictures; None: they are all that there are.
+
+    Raises:
+      AgreedError: in all of several processes, what ended one of them.
     """
-    folder = OutputFolder(output, options.overwrite)
-    check_outputs(sources, folder, options.formats)
+    folder = OutputFolder(output, options.overwrite, distributed.rank())
+    if numbers is None:
+        check_outputs(sources, folder, options.formats)
     totals = [source.total() for source in sources]
     with ExitStack() as stack:
-        stack.enter_context(folder.opened())
+        stack.enter_context(opened_by_all(folder))
         results = open_results(folder, options.formats, predictor.class_names)
         for file in results.values():
             stack.callback(file.finish)
+        interrupt = stack.enter_context(Interrupt())
+        every = ASK_EVERY * options.batch_size
+        reading = Reading(
+            lambda: interrupt.stopped, sum(len(source.paths) for source in sources), every
+        )
         run = PredictionRun(
             predictor=predictor,
             options=options,
@@ -142,17 +162,45 @@ def predict_files(
                 folder, options.formats, predictor.class_names, options.color_by, options.labels
             ),
             utilization=stack.enter_context(DeviceUtilization()),
-            interrupt=stack.enter_context(Interrupt()),
+            reading=reading,
+            numbers=numbers,
             progress=stack.enter_context(
                 ProgressReport(None if None in totals else sum(t or 0 for t in totals))
             ),
         )
-        for source in sources:
-            run.predict(source)
-    run.summary.stopped = run.interrupt.stopped
-    if isinstance(predictor, StagedPredictor):
-        run.summary.busy = run.utilization.summary()
-    return run.summary
+        with reading.until_all_end():
+            for source in sources:
+                run.predict(source)
+        run.summary.stopped = interrupt.stopped or reading.signal
+        if isinstance(predictor, StagedPredictor):
+            run.summary.busy = run.utilization.summary()
+        return finish_run(run.summary, results, reading.failure)
+
+
+def finish_run(summary: Summary, results: Mapping[str, ResultsFile], failure: str) -> Summary:
+    """Returns the summary of all processes; the files about all pictures are done."""
+    reports = join(results, {"summary": asdict(summary), "failure": failure})
+
+    def merge() -> tuple[dict[str, Any], str]:
+        every = [Summary(**report["summary"]) for report in reports]
+        busy = [each.busy for each in every if each.busy is not None]
+        seconds = sum(time for _, time, _ in busy)
+        merged = Summary(
+            pictures=sum(each.pictures for each in every),
+            objects=sum(each.objects for each in every),
+            videos=[path for each in every for path in each.videos],
+            problems=[problem for each in every for problem in each.problems],
+            stopped=next((each.stopped for each in every if each.stopped), 0),
+        )
+        if seconds:  # the share of all devices, and the longest
+            share = sum(share * time for share, time, _ in busy) / seconds
+            merged.busy = share, *(max(each) for each in list(zip(*busy, strict=True))[1:])
+        return asdict(merged), next((r["failure"] for r in reports if r["failure"]), "")
+
+    merged, failure = distributed.broadcast_from_host0(merge)
+    if failure:
+        raise distributed.AgreedError(failure)
+    return Summary(**merged)
 
 
 @dataclass
@@ -164,10 +212,11 @@ class PredictionRun:
     results: Mapping[str, ResultsFile]  # by format
     files: OutputFiles
     utilization: DeviceUtilization
-    interrupt: "Interrupt"
+    reading: Reading
     progress: "ProgressReport"
+    numbers: Sequence[int] | None = None  # of the pictures; None: from 0 on
     summary: Summary = field(default_factory=Summary)
-    num_read: int = 0  # pictures; the number of the next one
+    num_read: int = 0  # pictures
 
     def predict(self, source: Source) -> None:
         """Predicts and writes the pictures of a source."""
@@ -177,8 +226,10 @@ class PredictionRun:
             readers, pasters, writers, encoders = (
                 stack.enter_context(ThreadPoolExecutor(n)) for n in (source.threads, 1, WRITERS, 1)
             )
-            calls = itertools.takewhile(lambda _: not self.interrupt.stopped, source.calls())
-            read = read_ahead(readers, calls, WINDOW + size, self.predictor, self.num_read)
+            calls = itertools.takewhile(self.reading, source.calls())
+            numbers = itertools.count() if self.numbers is None else self.numbers
+            numbers = itertools.islice(numbers, self.num_read, None)
+            read = read_ahead(readers, calls, WINDOW + size, self.predictor, numbers)
             predicted = predict_ahead(
                 pasters, self.predictor, self._readable(read), size, self.utilization
             )

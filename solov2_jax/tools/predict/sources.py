@@ -5,6 +5,7 @@ several at a time from image files, one after the other from a video.
 """
 
 import contextlib
+import copy
 import fnmatch
 import functools
 import glob
@@ -52,6 +53,7 @@ class Frame:
 
 
 Read = Callable[[], Frame | None]
+Size = tuple[int, int] | None  # (height, width); None: it cannot be read
 
 
 class ImageFiles:
@@ -80,12 +82,22 @@ class ImageFiles:
         """Returns how many pictures there are about, None if that is not known."""
         return len(self.paths)
 
-    def sizes(self) -> Iterator[tuple[int, int]]:
-        """Yields the (height, width) of each picture that can be read."""
+    def sizes(self) -> Iterator[Size]:
+        """Yields the (height, width) of each picture, None of one that cannot be read."""
         for path in self.paths:
-            with contextlib.suppress(ValueError):  # its reader says it later
+            try:
                 header = read_header(path)
+            except ValueError:  # its reader says it later
+                yield None
+            else:
                 yield header.height, header.width
+
+    def part(self, chosen: Sequence[int]) -> "ImageFiles":
+        """Returns the source of some of the files, which keep their names."""
+        part = copy.copy(self)
+        part.paths = [self.paths[i] for i in chosen]
+        part.names = [self.names[i] for i in chosen]
+        return part
 
     def calls(self) -> Iterator[Read]:
         """Yields what reads one picture each; a call that returns None ends the source."""
@@ -131,7 +143,7 @@ class VideoFile:
         number = -(-known // self.every) if known else None
         return min(number or self.limit, self.limit) if self.limit else number
 
-    def sizes(self) -> Iterator[tuple[int, int]]:
+    def sizes(self) -> Iterator[Size]:
         yield self.reader.size
 
     def calls(self) -> Iterator[Read]:
@@ -173,8 +185,11 @@ class BrokenFile:
     def total(self) -> int:
         return 1
 
-    def sizes(self) -> Iterator[tuple[int, int]]:
-        return iter(())
+    def sizes(self) -> Iterator[Size]:
+        yield None
+
+    def part(self, chosen: Sequence[int]) -> "BrokenFile":
+        return self
 
     def calls(self) -> Iterator[Read]:
         (path,) = self.paths
@@ -184,15 +199,20 @@ class BrokenFile:
 Source = ImageFiles | VideoFile | BrokenFile
 
 
+def sizes_of(sources: Sequence[Source]) -> list[Size]:
+    """Returns the (height, width) of every image, and of each video one."""
+    return [size for source in sources for size in source.sizes()]
+
+
 def shapes_of(
-    sources: Sequence[Source], padded_shape: Callable[[int, int], Bucket], limit: int
+    sizes: Sequence[Size], padded_shape: Callable[[int, int], Bucket], limit: int
 ) -> tuple[Bucket, ...]:
-    """Returns at most `limit` padded shapes that hold every image and frame.
+    """Returns at most `limit` padded shapes that hold pictures of these sizes.
 
     Args:
       padded_shape: (height, width) -> the shape that a picture would have alone.
     """
-    shapes = [padded_shape(*size) for source in sources for size in source.sizes()]
+    shapes = [padded_shape(*size) for size in sizes if size is not None]
     if not shapes:
         return ()  # nothing can be read; each file says why
     return derive_buckets(np.array(shapes), limit, SHAPE_TOLERANCE)
