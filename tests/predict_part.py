@@ -12,7 +12,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from test_output_folder import ALL, Halves  # noqa: E402
+from test_output_folder import ALL, Halves
 
 from solov2_jax import distributed
 from solov2_jax.config_schema import number, text, whole

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import auto_batch_part
 import evaluate_painted
 import evaluate_part
 import jax
@@ -18,6 +19,7 @@ import pytest
 import tiny_coco
 import toy
 from flax.traverse_util import flatten_dict
+from test_own_data import as_bare_coco
 
 from solov2_jax import distributed
 from solov2_jax.checkpoint import list_steps, restore_variables
@@ -126,6 +128,18 @@ def test_a_run_continues_with_another_number_of_processes(runs, tmp_path):
     assert_close(variables_of(one), variables_of(two))
 
 
+def test_four_processes_restore_and_continue_as_one(runs, tmp_path):
+    longer = "--config.train.steps=14"
+    one, four = (shutil.copytree(runs[0], tmp_path / name) for name in ("one", "four"))
+    train(one, longer, count=1, devices=4)
+    assert f"resumed {four} at step 12" in train(four, longer, count=4, devices=1)
+    assert_close(variables_of(four), variables_of(one))
+    for a, b in zip(lines_of(four), lines_of(one), strict=True):
+        assert a["step"] == b["step"] and ("segm/AP" in a) == ("segm/AP" in b)
+        for key in {"loss", "segm/AP"} & b.keys():
+            assert a[key] == pytest.approx(b[key], abs=TOLERANCE)
+
+
 def test_a_checkpoint_that_is_damaged_is_so_for_all(runs, tmp_path):
     run = shutil.copytree(runs[1], tmp_path / "run")
     files = (run / "checkpoints" / "12" / "variables").rglob("*")
@@ -179,18 +193,38 @@ def test_sigterm_at_one_process_saves_and_ends_both(runs, tmp_path):
     assert list_steps(tmp_path)[-1] == lines_of(tmp_path)[-1]["step"] < 500
 
 
-def test_evaluation_counts_every_image_once_and_ends_when_one_process_is_told(tmp_path):
+@pytest.fixture(scope="module")
+def evaluated_alone(tmp_path_factory):
+    """Returns what one process says of its evaluations."""
+    folder = tmp_path_factory.mktemp("alone")
+    images, annotations = tiny_coco.write(folder)
+    given = (f"--images={images}", f"--annotations={annotations}", f"--out={folder / 'out'}")
+    ((code, text),) = finish(start(evaluate_part, *given, count=1, devices=1))
+    assert code == 0, text
+    return text
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_evaluation_counts_every_image_once_and_ends_when_one_process_is_told(
+    evaluated_alone, tmp_path, count
+):
     images, annotations = tiny_coco.write(tmp_path)
     out = tmp_path / "out"
     given = (f"--images={images}", f"--annotations={annotations}", f"--out={out}")
-    results = finish(start(evaluate_part, *given, devices=1))
+    results = finish(start(evaluate_part, *given, count=count, devices=1))
     text = "".join(text for _, text in results)
     assert all(code == 0 for code, _ in results), text
-    assert text.count("segm/AP 1.000") == 4, "both processes know both results"
-    assert "one: process 0 predicted 1 batches" in text
-    assert "one: process 1 predicted 0 batches" in text
-    for index in (0, 1):
-        assert f"told: process {index} predicted 4 batches" in text, "of 20 and 21"
+    assert text.count("segm/AP 1.000") == 2 * count, "all processes know both results"
+    for index in range(count):
+        number = 1 if index == 0 else 0
+        assert f"one: process {index} predicted {number} batches" in text
+        assert f"told: process {index} predicted 4 batches" in text, "of 20 and more"
+    said = re.findall("all metrics: .*", text)
+    assert said == re.findall("all metrics: .*", evaluated_alone) * count
+    metrics = json.loads(said[0].partition(": ")[2])
+    assert metrics["segm/AP"] == pytest.approx(1) and metrics["fewer/segm/AP"] < 1
+    written = json.loads((out / "training" / "eval" / "fewer" / "metrics.json").read_text())
+    assert written["segm/AP"] == metrics["fewer/segm/AP"] and written["num_images"] == 3
     assert not (out / "told" / "metrics.json").exists()
     for name, number in (("all", 3), ("one", 1)):
         assert json.loads((out / name / "metrics.json").read_text())["num_images"] == number
@@ -216,6 +250,17 @@ def test_results_are_those_of_one_device_on_any_number_of_devices_and_processes(
     own = re.search(r"process 1: (\d+) results", results[1][1])
     assert own and 0 < int(own[1]) < number
     assert results[1][1].count("96, 3)") == 1, "few shapes for each process"
+
+
+def test_auto_batch_of_a_folder_is_what_fits_into_the_smallest_memory(tmp_path):
+    as_bare_coco(tmp_path / "photos")
+    given = [f"--data={tmp_path / 'photos'}", "--config.train.batch_size=auto"]
+    results = finish(start(auto_batch_part, *given, f"--workdir={tmp_path / 'run'}", devices=1))
+    assert all(code == 0 for code, _ in results), results
+    said = [re.findall("chosen: .*", text) for _, text in results]
+    assert said[0] == said[1] and said[0][0].startswith("chosen: (4, "), said
+    table = results[0][1]
+    assert re.search(r"\b4 +2\.00   chosen, compiled", table), "2 for each; the first alone: 4"
 
 
 # Without other processes

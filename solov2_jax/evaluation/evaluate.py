@@ -20,12 +20,12 @@ from solov2_jax.evaluation.coco import CocoEvaluator, json_metrics
 from solov2_jax.evaluation.evaluators import make_evaluator
 from solov2_jax.inference.prediction import Prediction, write_results
 from solov2_jax.io import import_object, make_folder, write_json
+from solov2_jax.platforms import num_encoders
 from solov2_jax.progress import Progress
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-WAITING_BATCHES = 1  # for the encoder; more would only cost memory
 STARTED_BATCHES = 1  # that the devices have while an earlier one is fetched
 ASK_EVERY = 4  # batches, after which several processes ask each other whether to stop
 
@@ -191,27 +191,26 @@ def predict(
     """Returns the first `keep` predictions and the times; `evaluator` gets them all.
 
     The devices have the next batch before this one's masks are fetched, if the predictor can,
-    and masks are encoded by threads meanwhile: one for each device.
+    and masks are encoded by threads meanwhile, see `platforms.num_encoders`.
     """
     kept: dict[int, Prediction] = {}
     clock = EvaluationClock()
     staged = predictor if isinstance(predictor, StagedBatchPredictor) else None
     started: deque[Any] = deque()  # batches, or of a predictor without stages their predictions
-    encoding: deque[list[Future[Any]]] = deque()  # by batch
-    threads = min(getattr(predictor, "num_devices", 1), os.cpu_count() or 1)
+    encoding: deque[Future[Any]] = deque()  # by image
+    threads = num_encoders(getattr(predictor, "num_devices", 1))
 
-    def add_encoded() -> None:
-        for image in encoding.popleft():
-            evaluator.add(*image.result())
+    def add_encoded(most_left: int) -> None:
+        while len(encoding) > most_left:
+            evaluator.add(*encoding.popleft().result())
 
     def finish(pool: ThreadPoolExecutor, progress: Progress) -> None:
         batch = started.popleft()
         predictions = staged.finish_batch(batch) if staged else batch
         clock.lap("compute")
         kept.update((p.image_id, p) for p in predictions[: keep - len(kept)])
-        encoding.append([pool.submit(evaluator.encode, p) for p in predictions])
-        if len(encoding) > WAITING_BATCHES:
-            add_encoded()
+        encoding.extend(pool.submit(evaluator.encode, p) for p in predictions)
+        add_encoded(max(len(predictions), threads))  # more would only cost memory
         clock.lap("encode")
         clock.images += len(predictions)
         progress.advance(text=f"{clock.images} images")
@@ -227,8 +226,7 @@ def predict(
                 finish(pool, progress)
         while started:
             finish(pool, progress)
-        while encoding:
-            add_encoded()
+        add_encoded(0)
         clock.lap("encode")
     log.info("%s", clock.summary())
     return kept, clock
