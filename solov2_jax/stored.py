@@ -66,16 +66,9 @@ def load_or_compile(run: Any, arguments: Sequence[Any], name: str) -> Any:
       name: says whatever else of the function decides what it computes; "": nothing does, and
         the program is not kept. See `program_name`.
     """
-    try:
-        return _load_or_compile(run, arguments, name)
-    finally:
-        give_back_memory()
-
-
-def _load_or_compile(run: Any, arguments: Sequence[Any], name: str) -> Any:
     where, origin = folder(), _origin()
     if not name or where is None or origin is None or jax.device_count() > 1:
-        return run.lower(*arguments).compile()
+        return _compile_now(run, arguments)
     leaves, structure = jax.tree.flatten(arguments)
     shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
     path = where / f"{_digest(origin, name, structure, shapes)}.program"
@@ -131,6 +124,12 @@ class StoredFunction:
 def _one_more() -> ThreadPoolExecutor:
     """Returns the thread that reads and compiles beside those of the network's programs."""
     return ThreadPoolExecutor(1, thread_name_prefix="compile_after")
+
+
+def _compile_now(run: Any, arguments: Sequence[Any]) -> Any:
+    program = run.lower(*arguments).compile()
+    give_back_memory()
+    return program
 
 
 def give_back_memory() -> None:
@@ -199,7 +198,7 @@ def _compile(run: Any, arguments: Sequence[Any]) -> tuple[Any, bool]:
     """
     _listen()
     _missed.by_this_thread = False
-    program = run.lower(*arguments).compile()
+    program = _compile_now(run, arguments)
     return program, _missed.by_this_thread
 
 
