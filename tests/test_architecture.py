@@ -27,6 +27,7 @@ LAYERS = {
     "progress": 1,
     "download": 1,
     "classes": 1,
+    "cluster": 1,
     "distributed": 1,
     "lease": 1,
     "config_schema": 1,

@@ -21,7 +21,7 @@ import toy
 from flax.traverse_util import flatten_dict
 from test_own_data import as_bare_coco
 
-from solov2_jax import distributed
+from solov2_jax import cluster, distributed
 from solov2_jax.checkpoint import list_steps, restore_variables
 
 # Gradients of the same rows are added in another order.
@@ -267,16 +267,16 @@ def test_auto_batch_of_a_folder_is_what_fits_into_the_smallest_memory(tmp_path):
 
 
 def test_the_cluster_is_known_by_its_variables():
-    assert distributed.find_cluster({}) == ""
+    assert cluster.find_cluster({}) == ""
     step = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_TASKS": "2"}
-    assert distributed.find_cluster(step) == "Slurm"
+    assert cluster.find_cluster(step) == "Slurm"
     script = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
-    assert distributed.find_cluster(script) == "", "a batch script is one process"
-    assert distributed.find_cluster({**step, "SLURM_STEP_NUM_TASKS": "1"}) == ""
-    assert distributed.find_cluster({"OMPI_COMM_WORLD_SIZE": "4"}) == "Open MPI"
-    assert distributed.find_cluster({"TPU_WORKER_HOSTNAMES": "a"}) == ""
-    assert "GKE" in distributed.find_cluster({"TPU_WORKER_HOSTNAMES": "a,b"})
-    assert distributed.find_cluster({"JAX_COORDINATOR_ADDRESS": "a:1"})
+    assert cluster.find_cluster(script) == "", "a batch script is one process"
+    assert cluster.find_cluster({**step, "SLURM_STEP_NUM_TASKS": "1"}) == ""
+    assert cluster.find_cluster({"OMPI_COMM_WORLD_SIZE": "4"}) == "Open MPI"
+    assert cluster.find_cluster({"TPU_WORKER_HOSTNAMES": "a"}) == ""
+    assert "GKE" in cluster.find_cluster({"TPU_WORKER_HOSTNAMES": "a,b"})
+    assert cluster.find_cluster({"JAX_COORDINATOR_ADDRESS": "a:1"})
 
 
 @pytest.mark.parametrize(
@@ -290,11 +290,11 @@ def test_the_cluster_is_known_by_its_variables():
 )
 def test_incomplete_settings_are_an_error(given, message):
     with pytest.raises(ValueError, match=message):
-        distributed.initialize(distributed.Joining(**given))
+        cluster.initialize(cluster.Joining(**given))
 
 
 def test_alone_nothing_is_waited_for():
-    assert not distributed.initialize(distributed.Joining(mode="off"))
+    assert not cluster.initialize(cluster.Joining(mode="off"))
     assert distributed.gather({"a": 1}) == [{"a": 1}]
     assert distributed.broadcast_from_host0(lambda: (1, 2)) == (1, 2)
     distributed.barrier("nobody else")

@@ -254,16 +254,16 @@ def run_joined(main: app.Main, overrides: list[str]) -> None:
 
     Only the first one's log is shown.
     """
-    from solov2_jax import distributed
+    from solov2_jax import cluster, distributed
 
-    joining = distributed.Joining(
+    joining = cluster.Joining(
         mode=MODE.value,
         coordinator=COORDINATOR.value,
         num_processes=NUM_PROCESSES.value,
         process_id=PROCESS_ID.value,
         heartbeat_timeout=HEARTBEAT.value,
     )
-    if not distributed.initialize(joining):
+    if not cluster.initialize(joining):
         main(overrides)
         return
     with contextlib.ExitStack() as stack:

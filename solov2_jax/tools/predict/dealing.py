@@ -105,7 +105,7 @@ def _area(shape: Bucket | None, unknown: int) -> int:
 
 
 @dataclass(frozen=True)
-class Part:
+class OwnPart:
     """What one process predicts."""
 
     sources: list[Source]
@@ -117,7 +117,7 @@ def own_part(
     sources: Sequence[Source],
     sizes: Sequence[Size] = (),
     padded_shape: Callable[[int, int], Bucket] | None = None,
-) -> Part:
+) -> OwnPart:
     """Returns what this process predicts.
 
     Args:
@@ -133,7 +133,7 @@ def own_part(
 
     process, count = distributed.rank()
     if count == 1:
-        return Part(list(sources))
+        return OwnPart(list(sources))
     total = sum(len(source.paths) for source in sources)
     shapes = [shape(size) for size in sizes] if padded_shape else [None] * total
     numbers = deal(shapes, count)[process]
@@ -145,7 +145,7 @@ def own_part(
         if own and isinstance(source, ImageFiles | BrokenFile):
             parts.append(source.part(own))
         first = last
-    return Part(parts, numbers, frozenset(s for i in numbers if (s := shapes[i])))
+    return OwnPart(parts, numbers, frozenset(s for i in numbers if (s := shapes[i])))
 
 
 @contextmanager
@@ -191,7 +191,7 @@ def opened_by_all(folder: OutputFolder) -> Iterator[None]:
             raise agreed
 
 
-class Reading:
+class JointReading:
     """Whether the next picture is read: until a signal to any process, or an error of one.
 
     A process stops at once by its own; the others know a few batches later.

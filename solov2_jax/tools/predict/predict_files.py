@@ -25,7 +25,7 @@ from solov2_jax.io import InputError, printable
 from solov2_jax.platforms import num_encoders
 from solov2_jax.progress import Progress
 from solov2_jax.tools.multiview.tiling import PicturePredictor
-from solov2_jax.tools.predict.dealing import ASK_EVERY, Reading, join, opened_by_all
+from solov2_jax.tools.predict.dealing import ASK_EVERY, JointReading, join, opened_by_all
 from solov2_jax.tools.predict.output_folder import OutputFolder, ResultsFile
 from solov2_jax.tools.predict.outputs import (
     LABEL_WRITERS,
@@ -152,7 +152,7 @@ def predict_files(
             stack.callback(file.finish)
         interrupt = stack.enter_context(Interrupt())
         every = ASK_EVERY * options.batch_size
-        reading = Reading(
+        reading = JointReading(
             lambda: interrupt.stopped, sum(len(source.paths) for source in sources), every
         )
         run = PredictionRun(
@@ -213,7 +213,7 @@ class PredictionRun:
     results: Mapping[str, ResultsFile]  # by format
     files: OutputFiles
     utilization: DeviceUtilization
-    reading: Reading
+    reading: JointReading
     progress: "ProgressReport"
     numbers: Sequence[int] | None = None  # of the pictures; None: from 0 on
     summary: Summary = field(default_factory=Summary)
