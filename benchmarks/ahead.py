@@ -209,7 +209,11 @@ def defects(row: Mapping[str, Any]) -> list[str]:
     if sums:
         found.append(f"between devices: {sorted(sums)}")
     if row["what"] == "detection":
-        return found + [f"sums of {reduce['bytes']} bytes"] * bool(reduce["bytes"])
+        found += [f"sums of {reduce['bytes']} bytes"] * bool(reduce["bytes"])
+        # The number of candidates decides which masks are looked at.
+        if row["conditionals"] > 1 or len(row["loops"]) > 1:
+            found.append(f"{row['conditionals']} conditionals, loops of {row['loops']} trips")
+        return found
     if row["conditionals"]:
         found.append(f"{row['conditionals']} conditionals")
     # The dice loss in tiles, forward and backward; the microbatches.

@@ -214,6 +214,13 @@ def test_what_a_program_should_not_hold_is_named(change, named):
     assert named in found
 
 
+def test_a_detection_may_have_one_branch_and_one_search():
+    found = SOUND | {"what": "detection", "conditionals": 1, "loops": [None], "collectives": []}
+    assert ahead.defects(found) == []
+    (named,) = ahead.defects(found | {"loops": [None, 20]})
+    assert "loops of [None, 20] trips" in named
+
+
 def test_the_table_of_programs():
     table = scaling_tables.ahead_table({"x": SOUND})
     cells = [cell.strip() for cell in table.splitlines()[-1].split("|")]
@@ -249,7 +256,7 @@ LIGHT = "configs/light_448_r18.py"
 @pytest.mark.parametrize(
     ("case", "temporaries"),
     [
-        (Case(), 14e9),
+        (Case(), 14.5e9),
         (Case(dtype="float32", accumulate=2), 20e9),
         (Case(what="detection", images=1), 0.5e9),
         (Case(config=LIGHT, size=(448, 768), images=2, devices=8, accumulate=2), 2e9),
