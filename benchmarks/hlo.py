@@ -137,11 +137,45 @@ class Program:
             yield from ((each, name) for each in self.computations[name])
 
     def moved(self, each: Instruction) -> int:
-        """Returns the bytes of an operation's operands and result."""
+        """Returns the bytes of an operation's operands and result.
+
+        Of what is only sliced, or updated in place, the bytes of the slices.
+        """
         if each.opcode in _FREE or each.opcode.endswith("-done"):
             return 0
-        known = (self.instructions[name] for name in each.operands if name in self.instructions)
-        return sum(array.nbytes for part in (each, *known) for array in part.arrays)
+        operands = [self.instructions[name] for name in each.operands if name in self.instructions]
+        if each.opcode == "fusion":
+            inner = self.computations[each.called()["calls"][0]]
+        else:  # as if it were alone in a fusion
+            inner = [x._replace(opcode="parameter", text=f"{i})") for i, x in enumerate(operands)]
+            inner.append(each)
+        size, written = 0, sum(array.nbytes for array in each.arrays)
+        for place in (x for x in inner if x.opcode == "parameter"):
+            whole = sum(array.nbytes for array in place.arrays)
+            read, in_place = self._slices(place.name, inner)
+            if in_place:  # the result is the operand but for the update
+                written += in_place - whole
+            size += whole if read is None else read
+        return size + max(written, 0)
+
+    def _slices(self, name: str, inner: list[Instruction]) -> tuple[int | None, int]:
+        """Returns (bytes that slices of an array read, None: all; bytes that are updated in it)."""
+        read, updated = 0, 0
+        for user in (x for x in inner if name in x.operands):
+            if user.opcode == "bitcast":
+                more, changed = self._slices(user.name, inner)
+            elif user.operands[0] != name:  # an index, or what is put in
+                return None, 0
+            elif user.opcode in ("dynamic-slice", "slice"):
+                more, changed = user.arrays[0].nbytes, 0
+            elif user.opcode == "dynamic-update-slice":
+                more, changed = 0, self.instructions[user.operands[1]].arrays[0].nbytes
+            else:
+                return None, 0
+            if more is None:
+                return None, 0
+            read, updated = read + more, updated + changed
+        return read, updated
 
     @functools.cached_property
     def convolutions(self) -> list[Instruction]:
@@ -160,14 +194,15 @@ def read_program(text: str) -> dict[str, Any]:
     "conditionals": their number; "loops": the trips of each, None where the data decide;
     "convolutions": see `read_convolutions`; "collectives": see `read_collectives`; "host": what
     is sent to the host or fetched, by kind; "operations": those that run, in loops each time;
-    "moved": bytes of their operands and results, those of "convolutions" and the "other" ones.
+    "moved": bytes of their operands and results, of "convolutions", "in_loops" and "other" ones.
     """
     program = Program(text)
     everything = list(program.instructions.values())
-    moved, operations = {"convolutions": 0, "other": 0}, 0
+    moved, operations = {"convolutions": 0, "other": 0, "in_loops": 0}, 0
     for each, computation in program.executed():
         size, times = program.moved(each), program.runs[computation]
-        moved["convolutions" if program.convolves(each) else "other"] += size * times
+        part = "in_loops" if computation in program.looped else "other"
+        moved["convolutions" if program.convolves(each) else part] += size * times
         operations += times * (size > 0)
     loops = [program.trips(each) for each in everything if each.opcode == "while"]
     return {

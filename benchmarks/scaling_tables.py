@@ -138,12 +138,13 @@ def ahead_table(compiled: Mapping[str, Result]) -> str:
         cells += [str(row["conditionals"]), loops or "none", "; ".join(sums) or "none"]
         cells += [f"{row[key] / 1e9:.2f}" for key in ("temp_bytes", "argument_bytes")]
         cells += [f"{row['aliased_bytes'] / row['state_bytes']:.1%}" if row["state_bytes"] else "-"]
-        cells += [f"{moved['convolutions'] / 1e9:.1f} + {moved['other'] / 1e9:.1f}"]
+        sizes = (moved[key] / 1e9 for key in ("convolutions", "other", "in_loops"))
+        cells += [" + ".join(f"{part:.1f}" for part in sizes)]
         counted = f"{row['bytes'] / 1e9:.1f}" if row["bytes"] else "-"
         rows.append([*cells, counted, f"{row['compile_s']:.0f}"])
     columns = ("devices", "program", "images a device", "conditionals", "loops' trips", "sums")
     columns += ("temporaries GB", "arguments GB", "of the state donated")
-    columns += ("GB moved: convolutions + others", "by XLA's own count", "compiled in s")
+    columns += ("GB moved: convolutions + others + in loops", "by XLA's own count", "compiled in s")
     return table(columns, rows)
 
 

@@ -138,7 +138,42 @@ def test_calls_of_a_gpus_libraries_are_read_by_their_parts():
     assert convolutions["unaligned"] == {"258": 2}
     assert found["collectives"][0]["in_loops"] == 1
     sides = 2 * 8 * 8 * 258 + 2 * 8 * 8 * 16 + 16 * 3 * 3 * 258
-    assert found["moved"] == {"convolutions": 2 * sides, "other": 20 * 2 * 16 + 16}
+    assert found["moved"] == {
+        "convolutions": 2 * sides,
+        "other": 16,
+        "in_loops": 20 * 2 * 16,
+    }
+
+
+def test_of_what_is_sliced_the_slice_is_moved():
+    text = """
+%cut (x: f32[8,16], i: s32[]) -> f32[1,16] {
+  %x = f32[8,16]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %c = f32[8,16]{1,0} bitcast(%x)
+  ROOT %s = f32[1,16]{1,0} dynamic-slice(%c, %i, %i), dynamic_slice_sizes={1,16}
+}
+
+%put (y: f32[8,16], u: f32[1,16], j: s32[]) -> f32[8,16] {
+  %y = f32[8,16]{1,0} parameter(0)
+  %u = f32[1,16]{1,0} parameter(1)
+  %j = s32[] parameter(2)
+  ROOT %d = f32[8,16]{1,0} dynamic-update-slice(%y, %u, %j, %j)
+}
+
+ENTRY %main (a: f32[8,16], k: s32[]) -> f32[8,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  %k = s32[] parameter(1)
+  %row = f32[1,16]{1,0} fusion(%a, %k), kind=kLoop, calls=%cut
+  ROOT %new = f32[8,16]{1,0} fusion(%a, %row, %k), kind=kLoop, calls=%put
+}
+"""
+    row, number = 4 * 16, 4
+    # Read and written; read, and written in place.
+    assert hlo.read_program(text)["moved"]["other"] == (2 * row + number) + (2 * row + number)
+    whole = text.replace("dynamic-slice(%c", "custom(%c").replace(" dynamic-update-slice", " pad")
+    moved = hlo.read_program(whole)["moved"]["other"]
+    assert moved == (8 * row + row + number) + (8 * row + row + number + 8 * row)
 
 
 def test_a_loop_without_a_note_ends_as_its_condition_says():
@@ -188,7 +223,7 @@ SOUND = dataclasses.asdict(Case(devices=8, accumulate=2)) | {
         }
     ],
     "host": {},
-    "moved": {"convolutions": 1e9, "other": 1e9},
+    "moved": {"convolutions": 1e9, "other": 1e9, "in_loops": 1e9},
 }
 
 
