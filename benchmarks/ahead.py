@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns how many wanted forms the programs lack that the arguments ask for."""
     args = parse(argv)
     jax.config.update("jax_platforms", "cpu")  # for everything but the compilation
-    rows, lacking = harness.read(args.results, "ahead").get("rows", {}), 0
+    lacking = 0
     for dtype, accumulate, devices in itertools.product(args.dtype, args.accumulate, args.devices):
         case = Case(
             target=args.target,
@@ -92,9 +92,9 @@ def main(argv: list[str] | None = None) -> int:
             accumulate=accumulate,
         )
         name = " ".join(map(str, asdict(case).values()))
-        rows[name] = row = compile_case(case)
-        content = harness.header("ahead") | {"rows": rows}
-        harness.write(content, args.results)
+        row = compile_case(case)  # minutes: others may have written meanwhile
+        rows = harness.read(args.results, "ahead").get("rows", {}) | {name: row}
+        harness.write(harness.header("ahead") | {"rows": rows}, args.results)
         wrong = defects(row)
         print(f"{name}: {row['compile_s']:.0f} s", *wrong, sep="\n  ", flush=True)
         lacking += len(wrong)
