@@ -162,7 +162,7 @@ class Program:
         """Returns (bytes that slices of an array read, None: all; bytes that are updated in it)."""
         read, updated = 0, 0
         for user in (x for x in inner if name in x.operands):
-            if user.opcode == "bitcast":
+            if user.opcode in ("bitcast", "convert"):
                 more, changed = self._slices(user.name, inner)
             elif user.operands[0] != name:  # an index, or what is put in
                 return None, 0

@@ -36,14 +36,23 @@ def image_seconds(
 
 
 def compiled_traffic(compiled: Mapping[str, Any], config: str) -> dict[str, Any]:
-    """Returns the traffic of a TPU's step as `ahead.py` compiled it last, {} if it did not."""
-    found = {}
+    """Returns the traffic of the bfloat16 step as `ahead.py` compiled it, by family of chips.
+
+    Of those that were compiled at full size for one device, in one part.
+    """
+    found, whole = {}, ("step", config, list(PADDED), "bfloat16", 1, 1)
     for row in compiled.values():
-        full = (row["what"], row["config"], tuple(row["size"])) == ("step", config, PADDED)
-        if full and row["kind"].startswith("TPU") and row.get("bytes"):
-            source = f"the step compiled for {row['kind']}, {row['dtype']}, by XLA's own count"
-            bytes_ = row["bytes"] / row["images"]
-            found["tpu"] = {"bytes_per_image": bytes_, "adds": False, "source": source}
+        keys = ("what", "config", "size", "dtype", "devices", "accumulate")
+        if tuple(row[key] for key in keys) != whole:
+            continue
+        program = f"the step compiled for {row['kind']}, bfloat16, {row['images']} images"
+        if row["target"] == "h100":
+            size, part = row["moved"]["other"] + row["moved"]["in_loops"], "what is no convolution"
+        else:
+            size, part = row["bytes"], "all, by XLA's own count,"
+        source = f"{part} in {program}: {size / 1e9:.0f} GB"
+        family, adds = ("gpu", True) if row["target"] == "h100" else ("tpu", False)
+        found[family] = {"bytes_per_image": size / row["images"], "adds": adds, "source": source}
     return found
 
 

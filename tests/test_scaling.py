@@ -107,8 +107,14 @@ def test_memory_passes_add_to_a_gpus_step_and_bound_a_tpus():
 
 
 def test_the_bytes_of_a_program_compiled_at_full_size_replace_the_stored_ones():
-    row = {"config": "a", "size": [800, 1344], "kind": "TPU v5 lite", "dtype": "bfloat16"}
-    row |= {"what": "step", "images": 4, "bytes": 80.0}
-    assert scaling_model.compiled_traffic({"x": row}, "a")["tpu"]["bytes_per_image"] == 20.0
-    assert not scaling_model.compiled_traffic({"x": row | {"size": [64, 64]}}, "a")
+    row = {"target": "v5e", "what": "step", "config": "a", "size": [800, 1344], "kind": "TPU"}
+    row |= {"dtype": "bfloat16", "devices": 1, "accumulate": 1, "images": 4, "bytes": 80.0}
+
+    def traffic(**changes):
+        return scaling_model.compiled_traffic({"x": row | changes}, "a")
+
+    assert traffic()["tpu"]["bytes_per_image"] == 20.0
+    moved = {"convolutions": 9.0, "other": 80.0, "in_loops": 40.0}
+    assert traffic(target="h100", moved=moved)["gpu"]["bytes_per_image"] == 30.0
+    assert not traffic(size=[64, 64]) and not traffic(accumulate=2) and not traffic(devices=8)
     assert not scaling_model.compiled_traffic({"x": row}, "b")
