@@ -15,11 +15,13 @@ from conftest import ROOT
 from tiny_network import tiny_config, tiny_variables
 
 from configs import base
+from solov2_jax.data.batch import shapes_at
 from solov2_jax.data.build import build_loss_batches, build_train_batches
 from solov2_jax.distributed import make_mesh, put_batch, replicated
 from solov2_jax.models import build_model
 from solov2_jax.tools.cli.train import overfit_config, verdict
 from solov2_jax.tools.dry_run import dry_run, format_rows
+from solov2_jax.training.loop import batches_at
 from solov2_jax.training.loss import ValidationLoss, build_loss, unpack_masks
 from solov2_jax.training.memory import batch_shapes
 from solov2_jax.training.restore import state_of
@@ -78,8 +80,10 @@ def test_the_shapes_are_those_of_real_batches(tmp_path):
     }
 
 
-def test_programs_are_bounded_by_the_buckets(tmp_path):
-    """Over many epochs of images of three sizes at two scales: one for each bucket."""
+@pytest.mark.parametrize("ahead", [False, True])
+def test_programs_are_bounded_by_the_buckets(tmp_path, ahead):
+    """Over many epochs of images of three sizes at two scales: one for each bucket, and none
+    besides those that were compiled ahead from the first batch."""
     config = small_config(tmp_path)
     config.train.steps = 40
     batches = build_train_batches(config, tiny_coco.load(tmp_path))
@@ -92,10 +96,34 @@ def test_programs_are_bounded_by_the_buckets(tmp_path):
     tx = optax.sgd(0.1)
     step = TrainStep(loss=toy.plain_loss(loss), tx=tx, mesh=mesh, key=key, trainable={"fpn": True})
     state = jax.device_put(state_of({"params": params}, tx), replicated(mesh))
+    used = batches.used_buckets()
+    assert sorted(used) == sorted(batches.buckets)
+    batches.packed = True
+    seen = []
     for batch in batches:
-        state, _ = step(state, put_batch(batch, mesh))
-    assert int(state.step) == 40
-    assert 1 < step.compiles == len(batches.buckets) and step.recompiles == 0
+        arrays = put_batch(batch, mesh)
+        seen.append(batch["image"].shape[1:3])
+        if ahead and len(seen) == 1:
+            step.compile_ahead(state, batches_at(arrays, used))
+        state, metrics = step(state, arrays)
+    assert tuple(dict.fromkeys(seen)) == used and int(state.step) == 40
+    assert 1 < step.compiles == len(used) and step.recompiles == 0
+    assert float(metrics["loss"]) == pytest.approx(0.0, abs=1e-2)
+
+
+def test_shapes_at_another_bucket_are_those_of_its_batches(tmp_path):
+    config = small_config(tmp_path)
+    config.train.steps = 20
+    batches = build_train_batches(config, tiny_coco.load(tmp_path))
+    batches.packed = True
+    made = {batch["image"].shape[1:3]: batch for batch in batches}
+    assert len(made) > 1
+    for batch in made.values():
+        batch["semantic"] = np.zeros(batch["image"].shape[:3], np.uint8)  # as pixel maps are
+    for batch in made.values():
+        for bucket, other in made.items():
+            expected = {name: x.shape for name, x in other.items()}
+            assert shapes_at(batch, bucket) == expected
 
 
 def test_the_command_touches_neither_data_nor_workdir(tmp_path):

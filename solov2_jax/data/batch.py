@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -9,7 +10,7 @@ from PIL import Image
 from solov2_jax.data import augment as changes
 from solov2_jax.data import join, rasterize, sampler, transforms
 from solov2_jax.data.augment import Augment, Outlines, Sample
-from solov2_jax.data.buckets import Resize
+from solov2_jax.data.buckets import Bucket, Resize
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.custom_augment import apply_custom
 from solov2_jax.data.degrade import degrade
@@ -384,3 +385,20 @@ def expand_masks(batch: ArrayDict, *, packed: bool = False) -> ArrayDict:
     full = np.zeros((*valid.shape, *masks.shape[1:]), np.uint8)
     full[valid] = masks
     return {k: v for k, v in batch.items() if k not in ("left_out", "masks")} | {name: full}
+
+
+def shapes_at(batch: Mapping[str, Any], bucket: Bucket) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes that a batch's arrays have for another padded (height, width).
+
+    Args:
+      batch: as `expand_masks` returns it packed, or the same on devices.
+    """
+    height, width = bucket
+    shapes = {name: x.shape for name, x in batch.items()}
+    own = shapes["image"][1:3]
+    for name, (b, *sides) in shapes.items():
+        if name == "mask_bits":
+            shapes[name] = (b, sides[0], height // 4, width // 32)
+        elif tuple(sides[:2]) == own and (name == "image" or batch[name].dtype == np.uint8):
+            shapes[name] = (b, height, width, *sides[2:])
+    return shapes

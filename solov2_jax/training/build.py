@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from solov2_jax import distributed
+from solov2_jax.data.buckets import Bucket
 from solov2_jax.data.build import (
     build_eval_batches,
     build_loss_batches,
@@ -24,7 +25,7 @@ from solov2_jax.data.build import (
     load_further_vals,
     with_keypoints,
 )
-from solov2_jax.data.pipeline import epoch_images
+from solov2_jax.data.pipeline import Batches, epoch_images
 from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.evaluation.evaluate import (
     FinishedEvaluation,
@@ -70,6 +71,8 @@ class Task:
     batches: Callable[[int], Generator[dict[str, np.ndarray], None, None]]  # from a step on
     evaluate: Evaluate  # of variables
     fingerprint: str  # of the training data's content
+    # Padded (height, width) of the batches from a step on, (): not known beforehand.
+    buckets: Callable[[int], Sequence[Bucket]] = lambda step: ()
     metric_names: tuple[str, ...] = ()  # that `evaluate` returns; (): not known beforehand
     # The latest evaluation, or nothing: before the first, and in all processes but the first.
     finished: deque[FinishedEvaluation] = field(default_factory=lambda: deque(maxlen=1))
@@ -115,10 +118,14 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
         val_loss = build_loss(config, model, evaluated=True)
         evaluate_val = with_validation_loss(evaluate_val, config, val_loss, val)
 
+    @functools.lru_cache(maxsize=1)
+    def source(step: int) -> Batches:
+        made = build_train_batches(config, train, step, _shard())
+        made.packed = True
+        return made
+
     def batches(step: int) -> Generator[dict[str, np.ndarray], None, None]:
-        source = build_train_batches(config, train, step, _shard())
-        source.packed = True
-        yield from source
+        yield from source(step)
 
     return Task(
         config=config,
@@ -130,6 +137,7 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
         schedule=schedule,
         trainable=trainable,
         batches=batches,
+        buckets=lambda step: source(step).used_buckets(),
         evaluate=evaluate_val,
         fingerprint=fingerprint(train),
         metric_names=metric_names(config, validations),

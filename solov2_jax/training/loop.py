@@ -18,6 +18,8 @@ from solov2_jax import distributed, storage
 from solov2_jax import logging as console
 from solov2_jax.checkpoint import CheckpointManager
 from solov2_jax.classes import classes_record
+from solov2_jax.data.batch import shapes_at
+from solov2_jax.data.buckets import Bucket
 from solov2_jax.evaluation.evaluate import Report, StopEvaluation
 from solov2_jax.io import InputError, reason, unmade_if_empty
 from solov2_jax.progress import Progress
@@ -178,7 +180,7 @@ def run_steps(
     ]
     batches = stack.enter_context(contextlib.closing(task.batches(step)))
     with stop_on_signal(run), saver.saving_after_error(run):
-        train_steps(run, batches, allowed.mesh, hooks)
+        train_steps(run, batches, allowed.mesh, hooks, task.buckets(step))
     if not run.interrupted:
         return run.results
     log.info(
@@ -192,9 +194,17 @@ def run_steps(
 
 @jax.transfer_guard("disallow")
 def train_steps(
-    run: Run, batches: Iterator[dict[str, Any]], mesh: Mesh, hooks: Sequence[HookBase]
+    run: Run,
+    batches: Iterator[dict[str, Any]],
+    mesh: Mesh,
+    hooks: Sequence[HookBase],
+    buckets: Sequence[Bucket] = (),
 ) -> None:
-    """Runs the steps that are left, with the hooks around them."""
+    """Runs the steps that are left, with the hooks around them.
+
+    Args:
+      buckets: the padded shapes of the batches; several are compiled side by side.
+    """
     call_hooks(hooks, "before_train", run)
     previous: Any = ()
     agree_on_stop = distributed.AgreeOnStop(mesh)
@@ -221,6 +231,9 @@ def train_steps(
         run.data_seconds = time.perf_counter() - start
         with jax.profiler.StepTraceAnnotation("train", step_num=run.step + 1):
             arrays = distributed.put_batch(batch, mesh)
+            if len(buckets) > 1 and jax.process_count() == 1:
+                run.step_fn.compile_ahead(run.state, batches_at(arrays, buckets))
+                buckets = ()
             run.state, metrics = run.step_fn(run.state, arrays)
         # The host stays one step ahead of the devices and not further: each step that
         # waits holds a batch in their memory.
@@ -230,6 +243,17 @@ def train_steps(
         run.window.add(run.step, metrics, batch["image_id"])
         call_hooks(hooks, "after_step", run)
     call_hooks(hooks, "after_train", run)
+
+
+def batches_at(
+    arrays: Mapping[str, jax.Array], buckets: Sequence[Bucket]
+) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
+    """Yields a batch on devices as it is for each padded shape, without its content."""
+    for bucket in buckets:
+        yield {
+            name: jax.ShapeDtypeStruct(shape, arrays[name].dtype, sharding=arrays[name].sharding)
+            for name, shape in shapes_at(arrays, bucket).items()
+        }
 
 
 def make_run(config: Any, task: Task, start: Start, mesh: Mesh) -> Run:

@@ -6,8 +6,10 @@ layout is named here, never in models or losses.
 
 import contextlib
 import logging
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -100,6 +102,7 @@ class TrainStep:
         self.compiles = self.recompiles = 0
         self.compile_seconds = 0.0
         self._shapes: set[tuple] = set()
+        self._ahead: dict[tuple, Future] = {}
         self._loss, self._tx, self._trainable = loss, tx, trainable
         self._accumulate, self._ema_decay, self._mesh = accumulate, ema_decay, mesh
         copied, by_batch = distributed.replicated(mesh), distributed.split_by_batch(mesh)
@@ -189,29 +192,64 @@ class TrainStep:
         """Returns a device's rows as [microbatches, rows / microbatches, ...]."""
         return jnp.moveaxis(x.reshape(-1, self._accumulate, *x.shape[1:]), 1, 0)
 
+    def compile_ahead(self, state: TrainState, batches: Iterable[PyTree]) -> None:
+        """Compiles for batches of several shapes side by side, and waits for none of them.
+
+        Args:
+          state: the one that the next step gets.
+          batches: `jax.ShapeDtypeStruct`s with the shardings of the batches to come.
+        """
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="compile_step")
+        for batch in batches:
+            if (shapes := _shapes_of(batch)) not in self._ahead.keys() | self._shapes:
+                log.info("compiling the train step for arrays of %s ...", _largest(shapes))
+                self._ahead[shapes] = pool.submit(self._compile, state, batch)
+        pool.shutdown(wait=False)
+
+    def _compile(self, state: PyTree, batch: PyTree) -> jax.stages.Compiled:
+        start = time.perf_counter()
+        program = self.lower(state, batch).compile()
+        seconds = time.perf_counter() - start
+        log.info("compiled for %s in %.1f s", _largest(_shapes_of(batch)), seconds)
+        return program
+
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
         """Returns the state after one step, and the step's metrics, on the devices."""
-        shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(batch))
+        shapes = _shapes_of(batch)
+        self.compile_seconds, start = 0.0, time.perf_counter()
+        if program := self._ahead.get(shapes):
+            waits = not program.done()
+            with working("compiling the train step") if waits else contextlib.nullcontext():
+                step = program.result()
+            self.compile_seconds = time.perf_counter() - start if waits else 0.0
+            return step(state, batch, self._inputs)
         known, before = shapes in self._shapes, self.compiles
-        name = "x".join(map(str, max((s for s, _ in shapes), key=len)))
         if not known:
-            log.info("compiling the train step for arrays of %s ...", name)
-        start = time.perf_counter()
+            log.info("compiling the train step for arrays of %s ...", _largest(shapes))
         with contextlib.nullcontext() if known else working("compiling the train step"):
             result = self._step(state, batch, self._inputs)
-        self.compile_seconds = 0.0
         if self.compiles > before:
             self.compile_seconds = time.perf_counter() - start
-            log.info("compiled for %s in %.1f s", name, self.compile_seconds)
+            log.info("compiled for %s in %.1f s", _largest(shapes), self.compile_seconds)
             if known:
                 self.recompiles += 1
-                log.warning("recompiled for a shape seen before: %s", name)
+                log.warning("recompiled for a shape seen before: %s", _largest(shapes))
         self._shapes.add(shapes)
         return result
 
     def lower(self, state: PyTree, batch: PyTree) -> jax.stages.Lowered:
         """Returns the step before its compilation, for arrays or for their shapes."""
         return self._step.lower(state, batch, self._inputs)
+
+
+def _shapes_of(batch: PyTree) -> tuple[tuple[tuple[int, ...], str], ...]:
+    return tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(batch))
+
+
+def _largest(shapes: tuple[tuple[tuple[int, ...], str], ...]) -> str:
+    """Returns the shape with most axes, the images', as text."""
+    return "x".join(map(str, max((shape for shape, _ in shapes), key=len)))
 
 
 def _updated(
