@@ -96,7 +96,7 @@ def test_programs_are_bounded_by_the_buckets(tmp_path, ahead):
     tx = optax.sgd(0.1)
     step = TrainStep(loss=toy.plain_loss(loss), tx=tx, mesh=mesh, key=key, trainable={"fpn": True})
     state = jax.device_put(state_of({"params": params}, tx), replicated(mesh))
-    used = batches.used_buckets()
+    used = batches.maker.schedule.used_buckets()
     assert sorted(used) == sorted(batches.buckets)
     batches.packed = True
     seen = []

@@ -31,7 +31,7 @@ from absl import flags
 from solov2_jax.data import sampler
 from solov2_jax.data.augment import Augment
 from solov2_jax.data.batch import ArrayDict, BatchMaker, EvalBatchMaker, PixelMap, expand_masks
-from solov2_jax.data.buckets import Bucket, Resize, choose_buckets
+from solov2_jax.data.buckets import Resize, choose_buckets
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.custom_augment import custom_function
 from solov2_jax.data.images import reuse_memory
@@ -78,12 +78,6 @@ class Batches:
 
     def __len__(self) -> int:
         return max(self._stop - self._start, 0)
-
-    def used_buckets(self) -> tuple[Bucket, ...]:
-        """Returns the padded (height, width) of these batches, that of the first one first."""
-        used = self.maker.schedule.bucket[self._start : self._stop]
-        _, first = np.unique(used, return_index=True)
-        return tuple(self.buckets[i] for i in used[np.sort(first)].tolist())
 
     def __iter__(self) -> Iterator[ArrayDict]:
         generator = self._fetch()

@@ -63,6 +63,12 @@ class BatchSchedule:
         image, epoch = self.image[steps, rows].copy(), self.epoch[steps, rows].copy()
         return BatchSchedule(image, epoch, self.bucket[steps], self.buckets)
 
+    def used_buckets(self, start: int = 0) -> tuple[Bucket, ...]:
+        """Returns the padded (height, width) from a batch on, that of the first one first."""
+        used = self.bucket[start:]
+        _, first = np.unique(used, return_index=True)
+        return tuple(self.buckets[i] for i in used[np.sort(first)].tolist())
+
 
 def scale_index(
     seed: int, epoch: np.ndarray | int, image: np.ndarray | int, num_scales: int

@@ -25,6 +25,7 @@ from solov2_jax.data.build import (
     load_further_vals,
     with_keypoints,
 )
+from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.pipeline import Batches, epoch_images
 from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.evaluation.evaluate import (
@@ -84,16 +85,7 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
     Args:
       val_is_train: evaluate on the training images instead of the validation's.
     """
-    train, val = load_datasets(config)
-    val = train if val_is_train else val
-    for path in config.train.checks:
-        import_object(path, "train.checks")(config, train, val)
-    if not len(val.labels) and val.counts["no_segmentation"]:
-        log.warning(
-            "%s: its objects have no masks, so AP of masks is undefined and no checkpoint the "
-            "best; give validation images with masks",
-            val.annotation_file,
-        )
+    train, val = checked_datasets(config, val_is_train=val_is_train)
     num_classes = len(train.class_names)
     config = with_keypoints(in_steps(config, train), train)
     config.model.num_classes = num_classes
@@ -137,12 +129,27 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
         schedule=schedule,
         trainable=trainable,
         batches=batches,
-        buckets=lambda step: source(step).used_buckets(),
+        buckets=lambda step: source(step).maker.schedule.used_buckets(step),
         evaluate=evaluate_val,
         fingerprint=fingerprint(train),
         metric_names=metric_names(config, validations),
         finished=finished,
     )
+
+
+def checked_datasets(config: Any, *, val_is_train: bool) -> tuple[CocoDataset, CocoDataset]:
+    """Returns training and validation data, after the functions of `train.checks`."""
+    train, val = load_datasets(config)
+    val = train if val_is_train else val
+    for path in config.train.checks:
+        import_object(path, "train.checks")(config, train, val)
+    if not len(val.labels) and val.counts["no_segmentation"]:
+        log.warning(
+            "%s: its objects have no masks, so AP of masks is undefined and no checkpoint the "
+            "best; give validation images with masks",
+            val.annotation_file,
+        )
+    return train, val
 
 
 def in_steps(config: Any, train: Any) -> Any:
