@@ -9,7 +9,6 @@ puts a conditional around each form, and traces all of them.
 import contextlib
 import contextvars
 import functools
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -41,19 +40,7 @@ ACCELERATOR = Tuning(mask_pixels=2**17, dice_logits=2**27, pasted_pixels=2**24, 
 # input, coordinates as one or two numbers each, are convolved by themselves.
 ALIGNED_CHANNELS, MOST_COORDINATES = 64, 4
 
-# Threads that encode masks beside each accelerator. 100 masks take a core several times as
-# long as a GPU takes for their image, nine tenths of it in NumPy, which lets others run; a
-# process of its own would have to be sent the masks, 30 MB for 480 x 640. Beside a CPU device
-# one: the network has the cores.
-ENCODERS = 4
-
 _portable = contextvars.ContextVar("portable", default=False)
-
-
-def num_encoders(num_devices: int) -> int:
-    """Returns how many threads encode the masks that so many devices predict."""
-    each = 1 if jax.default_backend() == "cpu" else ENCODERS
-    return min(each * num_devices, os.cpu_count() or 1)
 
 
 @contextlib.contextmanager

@@ -9,10 +9,9 @@ import pytest
 import tiny_coco
 
 from configs import base
-from solov2_jax import distributed, platforms
+from solov2_jax import distributed
 from solov2_jax.data.buckets import Resize
 from solov2_jax.data.pipeline import Reading, eval_batches
-from solov2_jax.evaluation import evaluate as evaluation
 from solov2_jax.evaluation import evaluators
 from solov2_jax.evaluation.coco import CocoEvaluator, json_metrics
 from solov2_jax.evaluation.coco_score import read_ground_truth
@@ -92,22 +91,6 @@ def test_oracle_scores_1_and_both_files_are_written(dataset, tmp_path, caplog):
     assert written["segm/APl"] is None and "NaN" not in (out / "metrics.json").read_text()
     assert sorted(p.name for p in out.iterdir()) == ["metrics.json", "predictions.json"]
     assert "predicted 3 images" in caplog.text and "3 of 3 images" in caplog.text
-
-
-def test_many_encoders_change_nothing(dataset, tmp_path, monkeypatch):
-    written = {}
-    for threads in (1, 5):
-        monkeypatch.setattr(evaluation, "num_encoders", lambda _, threads=threads: threads)
-        evaluate(Oracle(), dataset, batches_of(dataset), tmp_path)
-        written[threads] = (tmp_path / "predictions.json").read_bytes()
-    assert written[1] == written[5] and json.loads(written[1])
-
-
-def test_beside_an_accelerator_several_threads_encode(monkeypatch):
-    monkeypatch.setattr(platforms.os, "cpu_count", lambda: 16)
-    assert [platforms.num_encoders(n) for n in (1, 8)] == [1, 8]
-    monkeypatch.setattr(platforms.jax, "default_backend", lambda: "gpu")
-    assert [platforms.num_encoders(n) for n in (1, 2, 8)] == [4, 8, 16]
 
 
 def test_part_of_the_images(dataset, tmp_path):

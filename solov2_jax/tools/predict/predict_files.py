@@ -22,7 +22,6 @@ from typing import Any
 from solov2_jax import distributed
 from solov2_jax.inference.prediction import Prediction, to_coco_results
 from solov2_jax.io import InputError, printable
-from solov2_jax.platforms import num_encoders
 from solov2_jax.progress import Progress
 from solov2_jax.tools.multiview.tiling import PicturePredictor
 from solov2_jax.tools.predict.dealing import ASK_EVERY, JointReading, join, opened_by_all
@@ -48,7 +47,7 @@ from solov2_jax.tools.predict.video import VideoWriter
 
 log = logging.getLogger(__name__)
 
-WRITERS = 2  # threads that draw and write, at least
+WRITERS = 2  # threads that draw and write
 SHOWN_PROBLEMS = 5  # in the closing error; each was logged
 WINDOW = 3  # pictures that a stage of threads holds, besides a batch
 PROGRESS_EVERY = 5.0  # seconds between two lines of the log, without a terminal
@@ -224,10 +223,8 @@ class PredictionRun:
         size = self.options.batch_size
         with ExitStack() as stack:
             video = self._open_video(source, stack)  # first: closed after the threads have ended
-            num_writers = max(WRITERS, num_encoders(getattr(self.predictor, "num_devices", 1)))
-            counts = source.threads, 1, num_writers, 1
             readers, pasters, writers, encoders = (
-                stack.enter_context(ThreadPoolExecutor(n)) for n in counts
+                stack.enter_context(ThreadPoolExecutor(n)) for n in (source.threads, 1, WRITERS, 1)
             )
             calls = itertools.takewhile(self.reading, source.calls())
             numbers = itertools.count() if self.numbers is None else self.numbers
@@ -236,9 +233,7 @@ class PredictionRun:
             predicted = predict_ahead(
                 pasters, self.predictor, self._readable(read), size, self.utilization
             )
-            written = ahead(
-                writers, self._write, self._kept(predicted), max(WINDOW, num_writers + 1)
-            )
+            written = ahead(writers, self._write, self._kept(predicted), WINDOW)
             if video is not None:
                 encode = functools.partial(add_overlay, video)
                 written = ahead(encoders, encode, written, WINDOW)
