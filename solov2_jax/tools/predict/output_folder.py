@@ -336,7 +336,7 @@ class ResultsFile:
         """
         self._open()
         self._others[process] = open(self._partial_of(process), "rb")
-        self.parts += [tuple(part) for part in parts]
+        self.parts += [(a, b, c, d) for a, b, c, d in parts]
 
     def _open(self) -> None:
         if self._file is None:

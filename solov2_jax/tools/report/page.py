@@ -222,7 +222,7 @@ def _most_confused(confusion: np.ndarray, names: Sequence[str]) -> tuple[np.ndar
     wrong = confusion.sum(axis=0) + confusion.sum(axis=1) - 2 * confusion.diagonal()
     kept = np.sort(np.argsort(-wrong[:-1], kind="stable")[:MAX_CLASSES])
     rows = [*kept.tolist(), len(names)]
-    return confusion[np.ix_(rows, rows)], [names[k] for k in kept]
+    return confusion[np.ix_(rows, rows)], [names[int(k)] for k in kept]
 
 
 def _errors(data: ReportData) -> Figure:
