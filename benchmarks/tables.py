@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/scaling.md from the files in results/.
+"""Writes the tables of README.md, docs/scaling.md and docs/results.md from the files in results/.
 
     python benchmarks/tables.py            # --check: only whether they are up to date
 
@@ -19,6 +19,7 @@ from markdown_tables import fill, size_words, table
 from scaling_tables import ahead_table, scaling_tables
 
 README, SCALING = ROOT / "benchmarks" / "README.md", ROOT / "docs" / "scaling.md"
+REPORTED = ROOT / "docs" / "results.md"
 EMPTY = "No result yet."
 PROGRAM_COLUMNS = (
     "| work | allocator | program | median s (quartiles) | CPU s | peak GB "
@@ -70,6 +71,30 @@ def scaling_document(text: str, folder: Path) -> str:
     blocks = scaling_tables(json.loads((folder / "scaling.json").read_text()))
     compiled = read(folder, "ahead").get("rows")
     return fill(text, blocks | {"ahead": ahead_table(compiled) if compiled else EMPTY})
+
+
+def results_page(text: str, folder: Path) -> str:
+    """Returns docs/results.md with the table of metrics.json."""
+    content = read(folder, "metrics")
+    return fill(text, {"metrics": metrics_table(content) if "rows" in content else EMPTY})
+
+
+def metrics_table(content: Result) -> str:
+    """Returns the table of metrics beside their public programs, and a line of origin."""
+    rows = []
+    for name, row in content["rows"].items():
+        seconds = [_seconds(row[key]) for key in ("ours_s", "public_s")]
+        difference = f"{row['difference']:.1e}" if row["difference"] else "0"
+        ap = f"{row['AP']:.4f}"
+        rows.append((name, row["program"], str(row["compared"]), ap, difference, *seconds))
+    machine = content["machine"]
+    origin = (
+        f"{content['date']}: {content['images']} images, {content['objects']} objects, "
+        f"{content['predictions']} predictions; {machine['cores']} cores of {machine['cpu']}; one "
+        "run each, with other work on the machine.\n"
+    )
+    header = ("metric", "public program", "numbers compared", "AP", "largest difference")
+    return table((*header, "ours, s", "it, s"), rows) + "\n\n" + origin
 
 
 # --- Programs that took turns --------------------------------------------------------
@@ -232,7 +257,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    for path, document in ((README, readme), (SCALING, scaling_document)):
+    documents = ((README, readme), (SCALING, scaling_document), (REPORTED, results_page))
+    for path, document in documents:
         before = path.read_text()
         after = document(before, RESULTS)
         if check and after != before:

@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 SEEDS = range(50)
 GOLDEN = Path(__file__).resolve().parent / "golden" / "metrics.json"
@@ -167,15 +169,100 @@ def write_cityscapes_case(seed, folder):
     return truth, results
 
 
+def searched_for(content):
+    """Returns an LVIS json of an instances json, without crowds.
+
+    An image was searched for the classes that it shows, of which a fifth are not annotated
+    exhaustively, and for half of the others.
+    """
+    rng, ids = np.random.default_rng(0), [c["id"] for c in content["categories"]]
+    records = [a for a in content["annotations"] if not a.get("iscrowd")]
+    shown = {(a["image_id"], a["category_id"]) for a in records}
+    images = []
+    for image in content["images"]:
+        own = [c for c in ids if (image["id"], c) in shown]
+        negative = [c for c in ids if c not in own and rng.random() < 0.5]
+        vague = [c for c in own if rng.random() < 0.2]
+        lists = {"neg_category_ids": negative, "not_exhaustive_category_ids": vague}
+        images.append({**image, **lists, "coco_url": f"http://x/val2017/{image['id']}.jpg"})
+    count = {c: len({i for i, other in shown if other == c}) for c in ids}
+    letters = {c: "r" if n < 10 else "c" if n < 100 else "f" for c, n in count.items()}
+    categories = [{**c, "frequency": letters[c["id"]]} for c in content["categories"]]
+    return {"images": images, "annotations": records, "categories": categories}
+
+
+def write_as_cityscapes(content, results, folder):
+    """Returns folders of instance ids and of results of an instances json in Cityscapes' form.
+
+    Of its classes those that Cityscapes has; small objects are drawn over large ones.
+    """
+    from solov2_jax.data.cityscapes import CLASSES, INSTANCE_IDS
+    from solov2_jax.evaluation.coco_score import read_ground_truth
+    from solov2_jax.rle import crop_of
+
+    def pixels(record, size):
+        mask = np.zeros(size, bool)
+        if crop := crop_of(record["segmentation"]):
+            h, w = crop.pixels.shape
+            mask[crop.top : crop.top + h, crop.left : crop.left + w] = crop.pixels
+        return mask
+
+    truth, found = Path(folder) / "gtFine" / "val", Path(folder) / "results"
+    for path in (truth / "coco", found):
+        path.mkdir(parents=True)
+    numbers = {name: number for number, name in CLASSES.items()}
+    label = {c["id"]: numbers.get(c["name"]) for c in content["categories"]}
+    annotations = read_ground_truth(content).annotations
+    for n, image in enumerate(content["images"]):
+        stem, size = f"coco_{n:06}_000019", (image["height"], image["width"])
+        ids = np.full(size, 7, np.uint16)
+        own = [a for a in annotations if a["image_id"] == image["id"] and label[a["category_id"]]]
+        for number, record in enumerate(sorted(own, key=lambda a: -a["area"])):
+            kind = label[record["category_id"]]
+            ids[pixels(record, size)] = kind if record["iscrowd"] else kind * 1000 + number
+        Image.fromarray(ids).save(truth / "coco" / f"{stem}{INSTANCE_IDS}")
+        lines = []
+        for result in (r for r in results if r["image_id"] == image["id"]):
+            if kind := label[result["category_id"]]:
+                name = f"{stem}_{len(lines)}.png"
+                Image.fromarray(pixels(result, size)).convert("L").save(found / name)
+                lines.append(f"{name} {kind} {result['score']!r}\n")
+        (found / f"{stem}.txt").write_text("".join(lines))
+    return truth, found
+
+
+def copied(content):
+    """Returns an instances json whose annotations may be changed, as evaluation does."""
+    return {**content, "annotations": [dict(a) for a in content["annotations"]]}
+
+
+def indexed(content):
+    """Returns pycocotools' COCO of an instances json."""
+    coco = COCO()
+    coco.dataset = copied(content)
+    coco.createIndex()
+    return coco
+
+
 # --- The public implementations --------------------------------------------------------
 
 
-def lvis_metrics(seed):
+def coco_metrics(content, results):
+    """Returns COCO's twelve numbers of masks by pycocotools; -1 where one is undefined."""
+    coco = indexed(content)
+    plain = [{k: v for k, v in r.items() if k != "bbox"} for r in results]
+    evaluation = COCOeval(coco, coco.loadRes(plain), "segm")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation.stats.tolist()
+
+
+def lvis_metrics(content, results):
     """Returns {"segm/AP": ..., "bbox/AP": ...} by lvis-api; -1 where one is undefined."""
     from lvis import LVIS, LVISEval, LVISResults
 
     vars(np)["float"] = float
-    content, results = lvis_case(seed)
     metrics = {}
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "lvis.json")
@@ -191,14 +278,14 @@ def lvis_metrics(seed):
     return metrics
 
 
-def boundary_metrics(seed):
+def boundary_metrics(content, results):
     """Returns COCO's twelve numbers by boundary_iou_api; -1 where one is undefined."""
     from boundary_iou.coco_instance_api.coco import COCO
     from boundary_iou.coco_instance_api.cocoeval import COCOeval
 
-    content, results = instances_case(seed, crowds=True)
+    vars(np)["float"] = float
     coco = COCO(get_boundary=False)
-    coco.dataset = content
+    coco.dataset = copied(content)
     coco.createIndex()
     plain = [{k: v for k, v in r.items() if k != "bbox"} for r in results]
     loaded = coco.loadRes(plain)
@@ -211,14 +298,17 @@ def boundary_metrics(seed):
     return evaluation.stats.tolist()
 
 
-def cityscapes_metrics(seed):
-    """Returns {"AP", "AP50", a class's name: its AP} by cityscapesscripts; None: undefined."""
+def cityscapes_metrics(truth, results):
+    """Returns {"AP", "AP50", a class's name: its AP} by cityscapesscripts; None: undefined.
+
+    Args:
+      truth, results: folders.
+    """
     from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as program
 
     vars(np)["in1d"] = lambda a, b: np.isin(np.asarray(a).ravel(), b)
     program.writeDict2JSON = lambda *args: None  # its json takes no numbers of numpy 2
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        truth, results = write_cityscapes_case(seed, folder)
         args = program.args
         args.predictionPath, args.predictionWalk = str(results), None
         args.gtInstancesFile = os.path.join(folder, "gtInstances.json")
@@ -229,6 +319,12 @@ def cityscapes_metrics(seed):
     classes = {name: float(value["ap"]) for name, value in averages["classes"].items()}
     values = {"AP": float(averages["allAp"]), "AP50": float(averages["allAp50%"]), **classes}
     return {name: None if np.isnan(v) else v for name, v in values.items()}
+
+
+def cityscapes_of(seed):
+    """Returns the metrics of a case, which is written for that."""
+    with tempfile.TemporaryDirectory() as folder:
+        return cityscapes_metrics(*write_cityscapes_case(seed, folder))
 
 
 def voc_metrics(seed, fcis):
@@ -302,9 +398,9 @@ def main():
     quiet = contextlib.redirect_stdout(io.StringIO())
     with quiet, np.errstate(all="ignore"):
         golden = {
-            "lvis": [lvis_metrics(seed) for seed in SEEDS],
-            "boundary": [boundary_metrics(seed) for seed in SEEDS],
-            "cityscapes": [cityscapes_metrics(seed) for seed in SEEDS],
+            "lvis": [lvis_metrics(*lvis_case(seed)) for seed in SEEDS],
+            "boundary": [boundary_metrics(*instances_case(s, crowds=True)) for s in SEEDS],
+            "cityscapes": [cityscapes_of(seed) for seed in SEEDS],
             "voc": [voc_metrics(seed, flags.fcis) for seed in SEEDS],
         }
     GOLDEN.write_text(json.dumps(golden, indent=0) + "\n")

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import harness
+import metric_cases
+import metrics
 import numpy as np
 import pytest
 import tables
@@ -225,3 +227,40 @@ def test_predictions_are_compared_by_pycocotools(tmp_path):
     assert accuracy.average_precision(truth, path)["AP"] == pytest.approx(1.0)
     path.write_text("[]")
     assert accuracy.average_precision(truth, path) == {"AP": 0.0, "AP50": 0.0}
+
+
+def test_metrics_are_compared_and_stand_in_the_results():
+    row = metrics.row(
+        "public", lambda: {"AP": 0.25, "APs": float("nan"), "AP50": 0.5}, lambda: {"AP": 0.25}
+    )
+    assert (row["AP"], row["compared"], row["difference"]) == (0.25, 1, 0)
+    undefined = metrics.row(
+        "public", lambda: {"AP": 0.25, "APs": float("nan")}, lambda: {"AP": 0.5, "APs": -1}
+    )
+    assert (undefined["compared"], undefined["difference"]) == (2, 0.25)
+    assert metrics.difference(0.5, None) == metrics.difference(float("nan"), 0.1) == float("inf")
+    about = {"date": "2026-01-01", "machine": {"cores": 2, "cpu": "a CPU"}}
+    counts = {"images": 3, "objects": 4, "predictions": 5}
+    content = {**about, **counts, "rows": {"coco": row, "lvis": undefined}}
+    lines = tables.metrics_table(content).splitlines()
+    assert lines[2].startswith("| coco | public | 1 | 0.2500 | 0 |")
+    assert lines[3].startswith("| lvis | public | 2 | 0.2500 | 2.5e-01 |")
+    assert "3 images, 4 objects, 5 predictions" in lines[-1]
+
+
+def test_a_file_of_predictions_is_scored_by_both_programs(tmp_path):
+    content, results = metric_cases.instances_case(3)
+    for name, value in (("a", content), ("p", results)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    # Of the public programs, pycocotools is here.
+    pairs = metrics.pairs(content, results, None, tmp_path)
+    name, ours, theirs = next(pairs)
+    row = metrics.row(metrics.PUBLIC[name], ours, theirs)
+    assert (name, row["compared"], row["difference"]) == ("coco", 12, 0)
+    name, ours, _ = next(pairs)
+    assert name == "lvis" and "segm/APr" in ours()
+    for category, other in zip(content["categories"], ("person", "car", "dog"), strict=False):
+        category["name"] = other
+    truth, found = metric_cases.write_as_cityscapes(content, results, tmp_path)
+    figures = metrics.score(str(truth), str(found), "cityscapes")()
+    assert 0 < figures["segm/AP50"] < 1 and not np.isnan(figures["segm/AP/person"])
