@@ -10,12 +10,14 @@ import tiny_coco
 from tiny_network import tiny_config, tiny_variables
 
 from solov2_jax import distributed, semantic
+from solov2_jax.checkpoint import restore_variables
 from solov2_jax.data.build import build_train_batches, load_train_dataset, semantic_folder
 from solov2_jax.inference.predictor import build_predictor
 from solov2_jax.io import InputError
 from solov2_jax.models import build_model
 from solov2_jax.structs import Batch
 from solov2_jax.training.build import build_optimizer, build_trainable
+from solov2_jax.training.loop import train
 from solov2_jax.training.loss import ValidationLoss, build_loss
 from solov2_jax.training.restore import state_of
 from solov2_jax.training.step import TrainStep
@@ -212,3 +214,25 @@ def test_masks_on_disk_reach_the_batch_or_are_refused(tmp_path, trained):
         np.savez(path, mask=mask)
     with pytest.raises(InputError, match="has the value 3; with 2 classes"):
         list(build_train_batches(config, data))
+
+
+@pytest.mark.slow  # two whole runs
+def test_a_resumed_run_has_the_same_head(tmp_path):
+    config = tiny_config()
+    images, annotations = tiny_coco.write(tmp_path / "data")
+    for part in (config.data.train, config.data.val):
+        part.images, part.annotations = images, annotations
+    config.model.num_classes = 0
+    config.input.min_sizes_train, config.input.max_size_train = (48,), 64
+    config.train.batch_size, config.train.eval_every = 8, 0
+    config.loss.semantic_weight, config.optim.ema_decay = 0.5, 0.9
+    config.train.after_training = config.train.after_evaluation = ()
+    heads = []
+    for name, ends in (("whole", (4,)), ("resumed", (2, 4))):
+        for end in ends:
+            config.train.steps = end
+            train(config, tmp_path / name)
+        variables, step = restore_variables(tmp_path / name, "last")
+        assert step == 4
+        heads.append(variables["params"]["semantic_head"])
+    jax.tree.map(np.testing.assert_array_equal, *heads)
