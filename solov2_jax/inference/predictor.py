@@ -71,6 +71,7 @@ class Predictor:
     # Of several devices: their mesh, their programs, and a copy of the variables on each.
     mesh: Mesh | None = None
     _split: tuple[DetectPrograms, PyTree] | None = None
+    _slots = 0  # detections of an image, where they are known before any is made
     keypoint_names: tuple[str, ...] = ()  # (): no key points are predicted
     skeleton: tuple[tuple[int, int], ...] = ()  # pairs of them, from 1
 
@@ -86,6 +87,7 @@ class Predictor:
     ):
         self.input = input_options
         self.options = detect_options
+        self._slots = detect_options.max_per_image
         self.mask_threshold = detect_options.mask_threshold
         self.class_names = tuple(class_names)
         self.category_ids = tuple(int(i) for i in category_ids)
@@ -313,9 +315,9 @@ class Predictor:
         image_ids = np.asarray(batch["image_id"])
         original_size = np.asarray(batch["original_size"], np.int32)
         wanted, is_split = image_ids != -1, self._is_split(len(image_ids))
-        if not is_split:
-            shape, slots = batch["image"].shape[:3], self.options.max_per_image
-            start_paste(shape, slots, original_size, wanted, self.mask_threshold)
+        if self._slots and not is_split:
+            shape = batch["image"].shape[:3]
+            start_paste(shape, self._slots, original_size, wanted, self.mask_threshold)
         detections = self.detect(batch)
         masks = BatchPaste(
             detections,
