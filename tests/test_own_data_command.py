@@ -19,7 +19,7 @@ from solov2_jax.data.coco import load_coco
 from solov2_jax.io import InputError
 from solov2_jax.tools.cli import flags, own_data
 from solov2_jax.tools.cli import train as command
-from solov2_jax.tools.importers.kept import PARTS
+from solov2_jax.tools.importers.kept import PARTS, forgotten_if_refused
 from solov2_jax.training import restore
 from solov2_jax.training.build import fingerprint, in_steps
 from solov2_jax.weights.settings import check_settings
@@ -157,6 +157,17 @@ def test_a_refused_run_takes_its_split_back(tmp_path):
     with pytest.raises(InputError, match="distill_from"):
         command.main(overrides)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("error", [InputError, ValueError, KeyboardInterrupt])
+def test_what_was_imported_goes_unless_the_run_has_begun(tmp_path, error):
+    folder = tmp_path / "run" / "data"
+    for begun in (False, True):
+        with pytest.raises(error), forgotten_if_refused(folder, lambda: begun):  # noqa: B023
+            folder.mkdir(parents=True)
+            (folder / "train.json").write_text("{}")
+            raise error
+        assert folder.exists() == begun and (tmp_path / "run").exists() == begun
 
 
 def test_a_run_keeps_its_split_and_refuses_another(tmp_path):

@@ -34,6 +34,7 @@ from solov2_jax.io import InputError
 from solov2_jax.tools.cli import app, own_data
 from solov2_jax.tools.cli.flags import Flag
 from solov2_jax.tools.cli.init_weights import adopt
+from solov2_jax.tools.importers.kept import forgotten_if_refused
 
 if TYPE_CHECKING:
     from solov2_jax.tools.study.design import Design
@@ -94,9 +95,10 @@ def main(overrides: list[str]) -> None:
     # Before anything is written, as far as one can know without the data.
     preset = load_config(_CONFIG.value or own_data.PRESET, overrides)
     designs.check_levers(levers, preset, equal_time=design.equal_time)
-    config = _recipe(overrides, str(study))
-    designs.check_levers(levers, config, equal_time=design.equal_time)
-    designs.keep_design(study, design, config)
+    with forgotten_if_refused(study / "data", has_begun=(study / designs.DESIGN).exists):
+        config = _recipe(overrides, str(study))
+        designs.check_levers(levers, config, equal_time=design.equal_time)
+        designs.keep_design(study, design, config)
     if design.folds > 1:
         designs.write_folds(study, config, design.folds, own_data.GROUP.value)
     sys.exit(_run_all(study, design, config.train.best_metric))

@@ -122,7 +122,7 @@ def write_kept(folder: Path, data: MergedData, request: Mapping[str, Any]) -> No
 
 @contextlib.contextmanager
 def forgotten_if_refused(folder: Path, has_begun: Callable[[], bool]) -> Iterator[None]:
-    """Removes what `write_kept` wrote inside `with`, when an `InputError` ends it.
+    """Removes what `write_kept` wrote inside `with`, when an error ends it.
 
     Args:
       folder: an import that was there before stays.
@@ -132,7 +132,7 @@ def forgotten_if_refused(folder: Path, has_begun: Callable[[], bool]) -> Iterato
     with unmade_if_empty(folder):
         try:
             yield
-        except InputError:
+        except BaseException:
             if new and not has_begun():
                 for name in (*PARTS, ABOUT):
                     (folder / name).unlink(missing_ok=True)
