@@ -35,7 +35,7 @@ SECOND_NAMES = {
     "mask_head.conv_pred.": "mask_head.mask_feat_head.conv_pred.0.",
 }
 # Of residual branches: without small ones rounding grows from block to block.
-LAST_NORMS = ("bn3", "branch2c", ".block.2.1.", ".block.3.1.", "layer_scale", "gamma")
+LAST_NORMS = ("bn3", "branch2c", "_linear_", ".block.2.1.", ".block.3.1.", "layer_scale", "gamma")
 CLASSES, SIZE = 5, (128, 160)
 # timm's Swin shifts its windows otherwise where they do not divide the sides.
 SIZES = {"timm Swin-S": (224, 224)}
@@ -48,6 +48,7 @@ class Network(NamedTuple):
     config: str
     keys: tuple[str, ...] = ()
     package: str = ""  # of backbones
+    static: bool = False  # by the names of PaddleDetection's static graphs
 
 
 def _backbone(name: str, package: str, *keys: str) -> Network:
@@ -82,6 +83,17 @@ NETWORKS: dict[str, Network] = {
     "paddle R50": Network("paddle", "zoo:paddle_r50"),
     "paddle R101 vd DCN": Network("paddle", "zoo:paddle_r101_vd_dcn"),
     "paddle R50 vd DCN 512": Network("paddle", "zoo:paddle_r50_vd_dcn_512"),
+    "paddle static MobileNetV3": Network("paddle", "zoo:paddle_mobilenet_v3_448", static=True),
+    "paddle static R50": Network("paddle", "zoo:paddle_r50", static=True),
+    "paddle static R101 vd DCN": Network(
+        "paddle", "zoo:paddle_r101_vd_dcn", ("model.dcn.head_bias=False",), static=True
+    ),
+    "paddle static R50 vd DCN 512": Network(
+        "paddle",
+        "zoo:paddle_r50_vd_dcn_512",
+        ("model.dcn.head_bias=False", "model.dcn.mask_head=False"),
+        static=True,
+    ),
     "torchvision ResNet-50": _backbone("resnet", "torchvision", *_PLAIN),
     "torchvision ResNeXt-50 32x4d": _backbone(
         "resnet",
@@ -152,7 +164,7 @@ def measure(network: Network, peer: str, size: tuple[int, int]) -> dict[str, Any
 def write_file(network: Network, config: Any, folder: Path, peer: str) -> str:
     """Returns a file of the program's kind with every tensor of its network."""
     case = original.case_of(config)
-    case["model"]["num_classes"] = CLASSES
+    case["model"]["num_classes"], case["static"] = CLASSES, network.static
     if network.package:
         case["package"] = network.package
     why = original.run_program(network.program, case, folder, peer)
@@ -180,17 +192,18 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
     fan = np.prod(shape[1:])
     if name.endswith(("running_var", "_variance")):
         return np.float32(np.exp(0.2 * noise))
-    if "offset" in name:  # taps move by a pixel or so
+    if "offset" in name and not name.endswith("_offset"):  # taps move by a pixel or so
         return np.float32(noise if len(shape) == 1 else 0.3 * noise / np.sqrt(fan))
     if name.endswith(("solo_cate.bias", "conv_cls.bias")):
         return np.float32(-2.2 + 0.1 * noise)
-    if name.endswith(("bias", "running_mean", "_mean", "bias_table", "cls_token", "pos_embed")):
+    shifts = ("bias", "_offset", "_b", "_mean", "bias_table", "cls_token", "pos_embed")
+    if name.endswith(shifts):
         return np.float32(0.05 * noise)
     if len(shape) < 2 or "layer_scale" in name or "gamma" in name:
         last = any(part in name for part in LAST_NORMS)
         return np.float32((1 + 0.1 * noise) * (0.3 if last else 1))
     noise -= noise.mean(tuple(range(1, noise.ndim)), keepdims=True)
-    gain = 1.0 if "neck" in name else 2.0
+    gain = 1.0 if "neck" in name or "fpn" in name else 2.0
     if name.endswith(("solo_kernel.weight", "conv_kernel.weight")):
         gain *= 0.16
     return np.float32(noise * np.sqrt(gain / fan))

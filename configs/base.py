@@ -50,7 +50,8 @@ _BOXES = only("loss.box_supervised", True)
 _RESNET = only("model.backbone.name", "resnet")
 _DEEP = (_RESNET, only("model.backbone.depth", 50, 101, 152))
 _LAYER_NORMS = ("convnext_t", "convnext_s", "swin_t", "swin_s", "dinov2_s")
-_BACKBONES = ("resnet", "mobilenet_v3_large", *_LAYER_NORMS)
+_MOBILE = ("mobilenet_v3_large", "mobilenet_v3_large_paddle")
+_BACKBONES = ("resnet", *_MOBILE, *_LAYER_NORMS)
 _BACKBONE = (f"{'|'.join(_BACKBONES)}|{IMPORT_PATH[0]}", f"one of {_BACKBONES} or {IMPORT_PATH[1]}")
 
 # What `augment.preset` sets, by name.
@@ -194,11 +195,9 @@ RELATIONS = (
         lambda c: c["model.fpn.norm"] != "gn" or c["model.fpn.channels"] % 32 == 0,
     ),
     (
-        "model.backbone.norm = 'gn' is not for mobilenet_v3_large, whose channels do not divide "
+        f"model.backbone.norm = 'gn' is not for {', '.join(_MOBILE)}, whose channels do not divide "
         "into groups of 32; 'sync_bn' is",
-        lambda c: (
-            c["model.backbone.norm"] != "gn" or c["model.backbone.name"] != "mobilenet_v3_large"
-        ),
+        lambda c: c["model.backbone.norm"] != "gn" or c["model.backbone.name"] not in _MOBILE,
     ),
     (
         "data.value_range = %(data.value_range)s must be (low, high), or that for each of "
@@ -287,9 +286,9 @@ def keys() -> Section:
     # everywhere. On a CPU they are the same.
     model.matmul_precision = choice("default", ("default", "high", "highest"))
     model.backbone = backbone = Section()
-    # "resnet", "convnext_t", "convnext_s", "mobilenet_v3_large", "swin_t", "swin_s",
-    # "dinov2_s", or your own `Backbone` by its import path, such as "mypackage.nets:Stub"
-    # (docs/training.md) [MODEL.BACKBONE.NAME].
+    # "resnet", "convnext_t", "convnext_s", "mobilenet_v3_large", PaddleDetection's form of it
+    # "mobilenet_v3_large_paddle", "swin_t", "swin_s", "dinov2_s", or your own `Backbone` by
+    # its import path, such as "mypackage.nets:Stub" (docs/training.md) [MODEL.BACKBONE.NAME].
     backbone.name = text("resnet", _BACKBONE)
     # Fields of other backbones than ResNet, such as `options.depths = (3, 3, 9, 3)` of
     # ConvNeXt, or those of your own: any key may stand here that the backbone has.

@@ -150,6 +150,19 @@ VARIANTS: dict[str, Variant] = {
         },
         light=True,
     ),
+    # Its files of 2020. Without DropBlock, crops, colours and lower rates in the backbone.
+    "paddle_mobilenet_v3_448": Variant(
+        30.0,
+        f"{_FROM_PADDLE} 2.3, static/configs/solov2",
+        {
+            **_PADDLE,
+            **_epochs(36, 24, 32),
+            "model.backbone.name": "mobilenet_v3_large_paddle",
+            "model.backbone.freeze_at": 0,
+            "optim.ema_decay": 0.9998,
+        },
+        light=True,
+    ),
     "discobox_r50": Variant(30.7, _FROM_DISCO, _DISCO),
     "discobox_r101_dcn": Variant(35.3, _FROM_DISCO, {**_DISCO, **_DEPTH[101], **_DCN}),
     "discobox_x101_dcn": Variant(37.3, _FROM_DISCO, {**_DISCO, **_X101, **_DCN}),

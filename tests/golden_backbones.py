@@ -4,12 +4,17 @@ Run beside torch, torchvision and timm, from the project's folder:
 
     PYTHONPATH=tests python tests/golden_backbones.py
 
+and beside paddlepaddle 3.3.1 and paddledet 2.6.0, after that:
+
+    PYTHONPATH=tests:solov2_jax/tools/verify python tests/golden_backbones.py paddle
+
 It stores, for each case, the names and shapes of the state dict, whose values are
 `backbone_weight` of them, and the features of `golden_image` at strides 4, 8, 16 and 32.
 """
 
 import functools
 import json
+import sys
 import zlib
 from pathlib import Path
 
@@ -26,17 +31,19 @@ def golden_image(case: str) -> np.ndarray:
     noise = np.random.default_rng(5).standard_normal((1, *SIZE, 3))
     if case == "swin_timm":  # square, see there
         noise = noise[:, :, : SIZE[0]]
+    if case == "mobilenet_paddle":  # for a small file
+        noise = noise[:, :32, :64]
     return np.ascontiguousarray(noise, np.float32)
 
 
 def backbone_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Returns the float32 values of a tensor: draws that its name seeds, by its role."""
     noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
-    if name.endswith("running_var"):
+    if name.endswith(("running_var", "_variance")):
         return np.float32(np.exp(0.2 * noise))
-    if name.endswith("running_mean"):
+    if name.endswith("_mean"):
         return np.float32(0.05 * noise)
-    if name.endswith(("bias", "table", "cls_token", "pos_embed")):
+    if name.endswith(("bias", "table", "cls_token", "pos_embed", "_offset")):
         return np.float32(0.2 * noise)
     if "gamma" in name or "layer_scale" in name:
         return np.float32(0.5 + 0.1 * noise)
@@ -135,6 +142,33 @@ def _keep(found, level, module, args, result):
     found[level] = result
 
 
+def add_paddle() -> None:
+    """Adds the case of PaddleDetection's class, under the names of its static graphs."""
+    import paddle
+    from paddle_program import static_name
+    from ppdet.modeling.backbones.mobilenet_v3 import MobileNetV3
+
+    model = MobileNetV3(feature_maps=[5, 8, 14, 17], with_extra_blocks=True, extra_block_filters=[])
+    model.eval()
+    case = "mobilenet_paddle"
+    names = {name: static_name(f"backbone.{name}") for name in model.state_dict()}
+    shapes = {names[n]: list(v.shape) for n, v in model.state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        tensor.set_value(backbone_weight(names[name], tuple(tensor.shape)))
+    image = paddle.to_tensor(golden_image(case).transpose(0, 3, 1, 2).copy())
+    with paddle.no_grad():
+        features = model({"image": image})
+    with np.load(FILE) as file:
+        arrays = {name: file[name] for name in file.files}
+    arrays[f"{case}_shapes"] = np.array(json.dumps(shapes))
+    for level, feature in enumerate(features, start=2):
+        arrays[f"{case}_res{level}"] = feature.numpy().transpose(0, 2, 3, 1)
+        print(case, level, feature.shape, float(feature.std()))
+    trained = sum(int(np.prod(v.shape)) for v in model.parameters())
+    print(f"{trained} parameters")
+    np.savez_compressed(FILE, **arrays)
+
+
 def main() -> None:
     import torch
 
@@ -165,4 +199,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    add_paddle() if "paddle" in sys.argv else main()

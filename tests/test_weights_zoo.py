@@ -16,7 +16,7 @@ from solov2_jax.weights.sources import read_weights
 
 STRUCTURE = ("model.backbone.", "model.dcn.", "model.fpn.", "model.ins_head.", "model.mask_head.")
 MMDET = [n for n in zoo.VARIANTS if n.startswith(("mmdet", "solo_"))]
-PADDLE = [n for n in zoo.VARIANTS if n.startswith("paddle")]
+PADDLE = [n for n in zoo.VARIANTS if n.startswith("paddle_r")]
 
 
 def leaves_of(config):

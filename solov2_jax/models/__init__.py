@@ -10,7 +10,7 @@ from solov2_jax.io import InputError, import_object
 from solov2_jax.models.backbone import Backbone
 from solov2_jax.models.convnext import ConvNeXt
 from solov2_jax.models.deform import Deform
-from solov2_jax.models.mobilenet import MobileNetV3
+from solov2_jax.models.mobilenet import MobileNetV3, PaddleMobileNetV3
 from solov2_jax.models.resnet import ResNet
 from solov2_jax.models.solov2 import SOLOv2, intermediates
 from solov2_jax.models.swin import Swin
@@ -33,6 +33,7 @@ BACKBONES: dict[str, tuple[type[Backbone], dict[str, Any]]] = {
     "convnext_t": (ConvNeXt, {}),
     "convnext_s": (ConvNeXt, {"depths": (3, 3, 27, 3)}),
     "mobilenet_v3_large": (MobileNetV3, {}),
+    "mobilenet_v3_large_paddle": (PaddleMobileNetV3, {}),
     "swin_t": (Swin, {}),
     "swin_s": (Swin, {"depths": (2, 2, 18, 2)}),
     "dinov2_s": (ViT, {}),

@@ -104,12 +104,12 @@ def _units(units: Mapping[str, tuple[str, str]], eps: str) -> tuple[Rule, ...]:
 
 _MOBILE_DEPTHS = {2: 2, 3: 3, 4: 6, 5: 3}
 # Blocks of MobileNetV3-large in the order of torchvision's, and of timm's stages.
-_MOBILE_BLOCKS = (
+MOBILE_BLOCKS = (
     "stem/block",
     *(f"res{s}_{i}" for s, n in _MOBILE_DEPTHS.items() for i in range(n)),
 )
 _MOBILE_TIMM = tuple((s, i) for s, n in enumerate((1, 2, 3, 4, 2, 3)) for i in range(n))
-_MOBILE_EXCITED = (3, 4, 5, 10, 11, 12, 13, 14)
+MOBILE_EXCITED = (3, 4, 5, 10, 11, 12, 13, 14)
 
 
 def _mobilenet() -> tuple[Rule, ...]:
@@ -117,8 +117,8 @@ def _mobilenet() -> tuple[Rule, ...]:
     units = {"stem/conv1": ("features.0.0", "features.0.1")}
     timm = {"stem/conv1": ("conv_stem", "bn1")}
     rules: list[Rule] = []
-    for n, target in enumerate(_MOBILE_BLOCKS):
-        names_here = ["expand", "dw", *["se"] * (n in _MOBILE_EXCITED), "project"][n == 0 :]
+    for n, target in enumerate(MOBILE_BLOCKS):
+        names_here = ["expand", "dw", *["se"] * (n in MOBILE_EXCITED), "project"][n == 0 :]
         stage, block = _MOBILE_TIMM[n]
         of_timm = f"blocks.{stage}.{block}"
         layers = ("conv_dw", "conv_pw") if n == 0 else ("conv_pw", "conv_dw", "conv_pwl")
@@ -287,6 +287,7 @@ _KNOWN: dict[tuple[str, tuple[int, ...], int], str] = {
     ("gamma", (3, 3, 9, 3), 96): "convnext_t",
     ("gamma", (3, 3, 27, 3), 96): "convnext_s",
     ("project", (2, 3, 6, 3), 16): "mobilenet_v3_large",
+    ("out", (2, 3, 6, 3), 16): "mobilenet_v3_large_paddle",
     ("attn", (2, 2, 6, 2), 96): "swin_t",
     ("attn", (2, 2, 18, 2), 96): "swin_s",
     ("gamma1", (12, 0, 0, 0), 384): "dinov2_s",
@@ -313,6 +314,8 @@ def backbone_of(leaves: Mapping[str, Any]) -> str | None:
             stage = "2" if name == "block" else name[3]  # no stages: all in the first
             blocks[stage] = max(blocks.get(stage, 0), int(block) + 1)
             kinds.add(kind)
+        elif re.match(r"params/backbone/res\d_out/", leaf):  # PaddleDetection's MobileNetV3
+            kinds.add("out")
     stem = leaves.get("params/backbone/stem/conv1/kernel")
     if stem is None or len(stem.shape) != 4:
         return None

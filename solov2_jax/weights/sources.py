@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from solov2_jax.io import InputError, reading
-from solov2_jax.weights import backbones, names, tables, torch_files
+from solov2_jax.weights import backbones, names, paddle_static, tables, torch_files
 from solov2_jax.weights.array_files import WeightsError, read_npz, read_safetensors
+from solov2_jax.weights.paddle_vars import MAGIC, read_tar
 from solov2_jax.weights.pickles import RestrictedUnpickler
 from solov2_jax.weights.settings import Settings, check_form, implied_settings
 from solov2_jax.weights.state_dicts import NO_RULE, OURS, find_network
@@ -79,7 +80,7 @@ def detect_source(tensors: Mapping[str, np.ndarray], container: str) -> str:
 
     if has("params/"):
         return OURS
-    if has("solov2_head.", "backbone.res2.res2a.", "res2.res2a."):
+    if has("solov2_head.", "backbone.res2.res2a.", "res2.res2a.", *paddle_static.MARKS):
         return "paddle"
     if has("ins_head.", "mask_head.convs_all_levels."):
         return "adelaidet"
@@ -101,6 +102,7 @@ _KINDS = {
     "npz": "an .npz archive",
     "safetensors": "a .safetensors file",
     "pickle": "a pickle of arrays (detectron2's .pkl, Paddle's .pdparams)",
+    "tar": "a tar of PaddlePaddle's variables",
     "torch zip": "a PyTorch checkpoint",
     "old torch": "a PyTorch checkpoint",
 }
@@ -133,13 +135,15 @@ def _container(path: str) -> str:
     if start.startswith(b"\x80"):
         magic = torch_files.MAGIC.to_bytes(10, "little")
         return "old torch" if magic in start[:16] else "pickle"
+    if start[MAGIC[0] :].startswith(MAGIC[1]):
+        return "tar"
     if start[8:9] == b"{" and start[:1] not in b"<{":
         why = f"a header of {length} bytes: more than the file has; truncated?"
     else:
         why = _what_it_is(start)
     raise InputError(
         f"{path}: cannot be read as weights ({why}). Known are PyTorch checkpoints, "
-        "detectron2's and Paddle's pickles, .npz and .safetensors"
+        "detectron2's and Paddle's pickles, Paddle's tars, .npz and .safetensors"
     )
 
 
@@ -181,6 +185,8 @@ def _read_container(path: str, container: str, prefix: str) -> Contents:
             content = read_npz(path)
         elif container == "safetensors":
             content, metadata = read_safetensors(path)
+        elif container == "tar":
+            content = read_tar(path)
         elif container == "pickle":
             with open(path, "rb") as stream:
                 unpickler = RestrictedUnpickler(torch_files.ARRAY_SYMBOLS)

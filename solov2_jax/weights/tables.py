@@ -11,7 +11,7 @@ from typing import no_type_check
 
 import numpy as np
 
-from solov2_jax.weights import backbones
+from solov2_jax.weights import backbones, paddle_static
 from solov2_jax.weights.names import (
     COUNTER,
     Drop,
@@ -347,8 +347,10 @@ _OTHERS: dict[str, tuple[str, NameTable]] = {
     "torchvision": (r"conv1\.3\.weight", RESNET_D),
     "timm": (r"conv1\.3\.weight", RESNET_D),
     "swin": (r"layers\.0\.downsample\.reduction\.weight", backbones.SWIN_LATE),
+    "paddle": ("|".join(paddle_static.MARKS), paddle_static.PADDLE_STATIC),
 }
-_AVG_DOWN = re.compile(r".*(downsample\.2\.weight|\.short\.conv\.conv\.weight)")
+# The last is the stem's: in static graphs of Paddle's, ResNets with a deep one.
+_AVG_DOWN = re.compile(r".*(downsample\.2\.weight|\.short\.conv\.conv\.weight)|conv1_1_weights")
 
 
 def table_of(source: str, tensors: Iterable[str]) -> NameTable:
@@ -372,6 +374,7 @@ _ALL = (
     TORCHVISION,
     RESNET_D,
     PADDLE,
+    paddle_static.PADDLE_STATIC,
     backbones.SWIN_LATE,
     *backbones.TABLES.values(),
 )

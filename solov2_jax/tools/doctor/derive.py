@@ -156,7 +156,7 @@ def _from_random(config: Any, given: Collection[str]) -> list[Derived]:
         return []
     values: dict[str, Any] = {"model.backbone.freeze_at": 0}
     if is_used(config, "model.backbone.norm"):
-        grouped = config.model.backbone.name != "mobilenet_v3_large"  # too few channels
+        grouped = not config.model.backbone.name.startswith("mobilenet")  # too few channels
         values = {"model.backbone.norm": "gn" if grouped else "sync_bn", **values}
     reason = (
         "init_from is empty, so nothing is known before: far more data and epochs are needed "

@@ -15,6 +15,7 @@ import numpy as np
 
 from solov2_jax.io import InputError
 from solov2_jax.tools.verify.ours import Computed, Detected
+from solov2_jax.tools.verify.paddle_program import is_static
 from solov2_jax.weights import backbones
 from solov2_jax.weights.sources import Weights, read_contents
 from solov2_jax.weights.tables import to_mmdet
@@ -49,7 +50,10 @@ def find_original(config: Any, weights: Weights, prefix: str = "") -> Original |
         return _of_backbone(source, own_names)
     if source == "paddle":
         packages = 'paddlepaddle "paddledet==2.6.0"'
-        return Original("paddle", own_names, "PaddleDetection's SOLOv2", packages)
+        described = "PaddleDetection's SOLOv2"
+        if is_static(own_names):  # PaddlePaddle 2.1 and later cannot build the graph itself
+            described += ", its layers of today in the place of its static graph's"
+        return Original("paddle", own_names, described, packages)
     if why := _not_in_mmdet(config):
         return Unavailable(f"mmdetection has no such network: {why}")
     packages = "torch mmengine mmcv-lite==2.1.0 mmdet==3.3.0"
