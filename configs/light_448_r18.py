@@ -13,6 +13,7 @@ from configs import base
 def get_config(depth: int = 18):
     """Returns the configuration; the other light variants differ in depth."""
     config = base.get_config()
+    config.input.max_buckets_train = 5  # a long run wins more by them than it waits
     config.model.backbone.depth = depth
     config.model.ins_head.num_convs = 2
     config.model.ins_head.channels = 256

@@ -14,5 +14,6 @@ from configs import base
 def get_config():
     """Returns the configuration."""
     config = base.get_config()
+    config.input.max_buckets_train = 5  # a long run wins more by them than it waits
     config.model.backbone.depth = 101
     return config

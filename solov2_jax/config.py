@@ -347,9 +347,12 @@ def _filled(values: dict[str, Any], path: str | os.PathLike) -> Config:
                 raise InputError(f"{path}: {key} = {value!r}: {reason(error)}") from error
         else:
             set_below(config, key, value)
+    for key, value in _base().ABSENT.items():
+        if key not in flat:
+            known[key] = _group(config, key)[key.split(".")[-1]] = value
     if missing := [f"{k} = {v!r}" for k, v in known.items() if k not in flat]:
         log.info(
-            "%s is older than these keys, which get configs/base.py's values: %s",
+            "%s is older than these keys, which get these values: %s",
             path,
             ", ".join(missing),
         )

@@ -6,7 +6,9 @@ between networks of different widths.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
+
+from solov2_jax import ops
 
 EPSILON = 1e-6  # in both denominators
 
@@ -14,17 +16,23 @@ EPSILON = 1e-6  # in both denominators
 def soft_mask_terms(
     logits: Float[Array, "B P h4 w4"],
     teacher_kernels: Float[Array, "B P T"],
-    teacher_feat: Float[Array, "B h4 w4 T"],
+    of_images: tuple[Float[Array, "B h4 w4 T"], Bool[Array, "B h4 w4"] | None],
 ) -> tuple[Float[Array, "B P"]]:
     """Returns how far each mask is from the teacher's of the same cell, 0..1: `pair_loss`'s
     term.
 
     It is 1 minus the dice coefficient of the two soft masks, written as squared differences,
     so that equal masks give 0 and not a rounding.
+
+    Args:
+      of_images: the teacher's mask features, and which pixels are inside
+        `Batch.extent`, None: all.
     """
+    teacher_feat, inside = of_images
     teacher = jnp.einsum(
         "bpe,bhwe->bphw", teacher_kernels, teacher_feat, preferred_element_type=jnp.float32
     )
+    logits, teacher = (ops.logits_inside(x, inside) for x in (logits, teacher))
     soft, wanted = jax.nn.sigmoid(logits), jax.nn.sigmoid(teacher)
     squares = jnp.sum(soft * soft, axis=(2, 3)) + jnp.sum(wanted * wanted, axis=(2, 3))
     return (jnp.sum(jnp.square(soft - wanted), axis=(2, 3)) / (squares + EPSILON),)

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from solov2_jax import ops
 from solov2_jax.heatmaps import draw_exact_gaussians
 from solov2_jax.structs import Batch, Targets
 
@@ -41,8 +42,9 @@ def keypoint_pairs(
     """Returns the pairs whose heatmaps are compared, at most `limit` of an image, and how
     many annotated points they have in the whole batch.
 
-    The rows: `cell` [B, R]; `points` [B, R, J, 3], flag 0 where there is none. Of more pairs
-    a subset is taken that depends on their places alone.
+    The rows: `cell` [B, R]; `points` [B, R, J, 3], flag 0 where there is none; and, of a batch
+    with an extent, which pixels of the heatmaps are `inside`, [B, h4, w4]. Of more pairs a
+    subset is taken that depends on their places alone.
     """
     assert batch.keypoints is not None
     instance = targets.pair_instance
@@ -55,6 +57,8 @@ def keypoint_pairs(
     points = jnp.take_along_axis(points, chosen[:, :, None, None], axis=1)
     points = points.at[..., 2].multiply(best[:, :, None] >= 0)
     rows = {"cell": jnp.take_along_axis(targets.pair_cell, chosen, axis=1), "points": points}
+    if batch.extent is not None:
+        rows["inside"] = ops.inside(batch.extent // STRIDE, *batch.masks.shape[2:])
     return rows, jnp.sum(points[..., 2] > 0, dtype=jnp.float32)
 
 
@@ -78,8 +82,9 @@ def keypoint_loss(
     """
 
     @jax.checkpoint
-    def of_image(image: tuple[Array, Array, Array, Array]) -> Array:
-        kernel, feat, cell, points = image
+    def of_image(image: tuple[Array, Array, dict[str, Array]]) -> Array:
+        kernel, feat, own = image
+        cell, points = own["cell"], own["points"]
         logits = keypoint_logits(kernel[cell], feat)
         size = (STRIDE * feat.shape[0], STRIDE * feat.shape[1])
         target = draw_exact_gaussians(points, size, STRIDE, sigma)
@@ -87,9 +92,12 @@ def keypoint_loss(
         cross = -(target * jax.nn.log_sigmoid(logits) + (1 - target) * jax.nn.log_sigmoid(-logits))
         # A power of 0 has no gradient: a number far below what matters.
         loss = jnp.power(jnp.abs(target - p) + 1e-6, gamma) * cross
-        return jnp.sum(jnp.where(points[..., 2, None, None] > 0, loss, 0.0))
+        counts = points[..., 2, None, None] > 0
+        if "inside" in own:
+            counts = counts & own["inside"][None, None]
+        return jnp.sum(jnp.where(counts, loss, 0.0))
 
-    losses = lax.map(of_image, (kernels, features, rows["cell"], rows["points"]))
+    losses = lax.map(of_image, (kernels, features, rows))
     mass = 2 * math.pi * sigma**2
     return jnp.sum(losses) / (jnp.maximum(count, 1.0) * mass)
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from solov2_jax import ops
 from solov2_jax.platforms import PlatformOp, Tuning
 from solov2_jax.structs import Outputs, Targets
 
@@ -62,12 +63,13 @@ def solov2_loss(
     dice_weight: float,
     normalizers: Normalizers | None = None,
     has_mask: Bool[Array, "B G"] | None = None,
+    inside: Bool[Array, "B h4 w4"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns the total loss and the metrics, all float32 scalars.
 
     With the `normalizers` of a larger batch, the results of its microbatches add up to its
     own. Pairs without a mask (`has_mask` of `Batch`) teach the classes only, and are not in
-    `mean_iou`.
+    `mean_iou`. Pixels that are not `inside` (see `pair_dice`) do not count.
 
     Metrics: `loss_ins`, `loss_cate` (weighted, they add up to the total); `num_pairs`,
     of which `pairs_dropped` for want of slots; `num_cells`, positive ones; `mean_iou`
@@ -82,7 +84,9 @@ def solov2_loss(
     kernels = jnp.take_along_axis(outputs.kernel, targets.pair_cell[..., None], axis=1)
     slots = jnp.arange(1, weight.shape[1] + 1)[None]
     num_slots = jnp.max(jnp.where(weight > 0, slots, 0))
-    dice, iou = pair_dice(kernels, outputs.mask_feat, masks, targets.pair_instance, num_slots)
+    dice, iou = pair_dice(
+        kernels, outputs.mask_feat, masks, targets.pair_instance, num_slots, inside
+    )
     num_pairs = jnp.maximum(normalizers.pairs, 1.0)
     loss_ins = dice_weight * jnp.sum(weight * (1.0 - dice)) / num_pairs
 
@@ -136,6 +140,7 @@ def pair_dice(
     masks: UInt8[Array, "B G h4 w4"],
     pair_instance: Int[Array, "B P"],
     num_slots: Int[Array, ""],
+    inside: Bool[Array, "B h4 w4"] | None = None,
 ) -> tuple[Float[Array, "B P"], Float[Array, "B P"]]:
     """Returns each pair's dice coefficient, and its mask IoU at 0.5 (no gradient).
 
@@ -145,11 +150,12 @@ def pair_dice(
     Args:
       num_slots: slots from here on are skipped where that saves time; 0 stands there
         or a value that the caller must give no weight.
+      inside: the pixels that exist; None: all.
 
     Source: AdelaiDet adet/modeling/solov2/loss.py, dice_loss: denominator of squares,
     over the whole padded map.
     """
-    return _pair_dice_fwd(kernels, mask_feat, masks, pair_instance, num_slots)[0]
+    return _pair_dice_fwd(kernels, mask_feat, masks, pair_instance, num_slots, inside)[0]
 
 
 class _DiceResiduals(NamedTuple):
@@ -160,6 +166,7 @@ class _DiceResiduals(NamedTuple):
     masks: UInt8[Array, "B G h4 w4"]
     pair_instance: Int[Array, "B P"]
     num_slots: Int[Array, ""]
+    inside: Bool[Array, "B h4 w4"] | None
     dice: Float[Array, "B P"]
     denominator: Float[Array, "B P"]
 
@@ -171,11 +178,12 @@ def _pair_dice_fwd(
     masks: UInt8[Array, "B G h4 w4"],
     pair_instance: Int[Array, "B P"],
     num_slots: Int[Array, ""],
+    inside: Bool[Array, "B h4 w4"] | None = None,
 ) -> tuple[tuple[Float[Array, "B P"], Float[Array, "B P"]], _DiceResiduals]:
     size = jnp.sum(masks, axis=(2, 3), dtype=jnp.int32).astype(jnp.float32)
     size = jnp.take_along_axis(size, pair_instance, axis=1)
 
-    sums = _dice_sums(kernels, mask_feat, masks, pair_instance, num_slots)
+    sums = _dice_sums(kernels, mask_feat, masks, pair_instance, num_slots, inside)
     overlap, squares, hits, area = jnp.moveaxis(sums, -1, 0)
     denominator = squares + size + EPSILON
     dice = 2.0 * overlap / denominator
@@ -186,6 +194,7 @@ def _pair_dice_fwd(
         masks=masks,
         pair_instance=pair_instance,
         num_slots=num_slots,
+        inside=inside,
         dice=dice,
         denominator=denominator,
     )
@@ -195,11 +204,13 @@ def _pair_dice_fwd(
 @jax.named_scope("dice")
 def _pair_dice_bwd(
     residuals: _DiceResiduals, cotangents: tuple[Float[Array, "B P"], Float[Array, "B P"]]
-) -> tuple[Float[Array, "B P E"], Float[Array, "B h4 w4 E"], None, None, None]:
-    kernels, mask_feat, masks, pair_instance, num_slots, dice, denominator = residuals
-    slope = 2.0 * cotangents[0] / denominator
-    grads = _dice_grads(kernels, mask_feat, masks, pair_instance, num_slots, dice, slope)
-    return *grads, None, None, None
+) -> tuple[Float[Array, "B P E"], Float[Array, "B h4 w4 E"], None, None, None, None]:
+    r = residuals
+    slope = 2.0 * cotangents[0] / r.denominator
+    grads = _dice_grads(
+        r.kernels, r.mask_feat, r.masks, r.pair_instance, r.num_slots, r.inside, r.dice, slope
+    )
+    return *grads, None, None, None, None
 
 
 pair_dice.defvjp(_pair_dice_fwd, _pair_dice_bwd)
@@ -211,6 +222,7 @@ def _tiled_dice_sums(
     masks: UInt8[Array, "B G h4 w4"],
     pair_instance: Int[Array, "B P"],
     num_slots: Int[Array, ""],
+    inside: Bool[Array, "B h4 w4"] | None,
     *,
     tuning: Tuning,
 ) -> Float[Array, "B P 4"]:
@@ -223,6 +235,7 @@ def _tiled_dice_sums(
             logits, target = _logits_and_targets(
                 used, rows(mask_feat, axis=1), rows(masks, axis=2), instance
             )
+            logits = ops.logits_inside(logits, None if inside is None else rows(inside, axis=1))
             soft, hard = jax.nn.sigmoid(logits), (logits > 0).astype(jnp.float32)
             parts = (soft * target, jnp.square(soft), hard * target, hard)
             return total + jnp.stack([jnp.sum(x, axis=(2, 3)) for x in parts], -1)
@@ -240,6 +253,7 @@ def _tiled_dice_grads(
     masks: UInt8[Array, "B G h4 w4"],
     pair_instance: Int[Array, "B P"],
     num_slots: Int[Array, ""],
+    inside: Bool[Array, "B h4 w4"] | None,
     dice: Float[Array, "B P"],
     slope: Float[Array, "B P"],
     *,
@@ -260,6 +274,7 @@ def _tiled_dice_grads(
         def tile(rows, start, total):
             feat = rows(mask_feat, axis=1)
             logits, target = _logits_and_targets(used, feat, rows(masks, axis=2), instance)
+            logits = ops.logits_inside(logits, None if inside is None else rows(inside, axis=1))
             soft = jax.nn.sigmoid(logits)
             grad = s * (target - d * soft) * soft * (1.0 - soft)
             grad = grad.astype(feat.dtype)

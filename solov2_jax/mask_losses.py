@@ -2,15 +2,16 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from solov2_jax import ops
 from solov2_jax.losses import EPSILON
 
 
 def further_mask_terms(
     logits: Float[Array, "B P h4 w4"],
     instance: Int[Array, "B P"],
-    masks: UInt8[Array, "B G h4 w4"],
+    of_images: tuple[UInt8[Array, "B G h4 w4"], Bool[Array, "B h4 w4"] | None],
     *,
     gamma: float,
 ) -> tuple[Float[Array, "B P"], Float[Array, "B P"]]:
@@ -18,9 +19,15 @@ def further_mask_terms(
 
     Args:
       instance: of each mask, which object's it is.
+      of_images: the objects' masks, and which pixels are inside
+        `Batch.extent`, None: all.
     """
+    masks, inside = of_images
+    logits = ops.logits_inside(logits, inside)
     target = jnp.take_along_axis(masks, instance[:, :, None, None], axis=1).astype(jnp.float32)
-    return binary_focal(logits, target, gamma), border_distance(jax.nn.sigmoid(logits), target)
+    return binary_focal(logits, target, gamma), border_distance(
+        jax.nn.sigmoid(logits), target, inside
+    )
 
 
 def binary_focal(
@@ -38,20 +45,30 @@ def binary_focal(
 
 
 def border_distance(
-    soft: Float[Array, "B P h4 w4"], target: Float[Array, "B P h4 w4"]
+    soft: Float[Array, "B P h4 w4"],
+    target: Float[Array, "B P h4 w4"],
+    inside: Bool[Array, "B h4 w4"] | None = None,
 ) -> Float[Array, "B P"]:
     """Returns 1 minus the dice coefficient of two masks' borders.
 
     A border is what changes within a pixel to any side: the largest minus the smallest of
     3 x 3, which is two mask-feature pixels, eight input pixels, wide for a sharp mask.
     """
-    ours, theirs = _border(soft), _border(target)
+    ours, theirs = _border(soft, inside), _border(target, inside)
     squares = jnp.sum(ours * ours, axis=(2, 3)) + jnp.sum(theirs * theirs, axis=(2, 3))
     return 1.0 - 2.0 * jnp.sum(ours * theirs, axis=(2, 3)) / (squares + EPSILON)
 
 
-def _border(x: Float[Array, "B P h4 w4"]) -> Float[Array, "B P h4 w4"]:
-    return _largest_of_9(x) + _largest_of_9(-x)
+def _border(
+    x: Float[Array, "B P h4 w4"], inside: Bool[Array, "B h4 w4"] | None
+) -> Float[Array, "B P h4 w4"]:
+    if inside is None:
+        return _largest_of_9(x) + _largest_of_9(-x)
+    # What does not exist is no pixel's neighbour, and has no border.
+    exists = inside[:, None]
+    least = jnp.finfo(x.dtype).min
+    sides = [_largest_of_9(jnp.where(exists, side, least)) for side in (x, -x)]
+    return jnp.where(exists, sides[0] + sides[1], 0.0)
 
 
 def _largest_of_9(x: Float[Array, "B P h4 w4"]) -> Float[Array, "B P h4 w4"]:

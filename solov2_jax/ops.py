@@ -44,6 +44,19 @@ def zero_outside(
     return jnp.where(inside(extent, *x.shape[1:3])[..., None], x, 0)
 
 
+def padded_extent(image_size: Int[Array, "B 2"]) -> Int[Array, "B 2"]:
+    """Returns (height, width) of images that are padded to multiples of 32."""
+    return lax.shift_right_logical(image_size + 31, 5) * 32
+
+
+def logits_inside(
+    logits: Float[Array, "B n h w"], inside: Bool[Array, "B h w"] | None
+) -> Float[Array, "B n h w"]:
+    """Returns masks' logits with a probability of 0, and no gradient, beyond each image's own
+    map; `inside` as the function of this name returns it, None: it is the whole array."""
+    return logits if inside is None else jnp.where(inside[:, None], logits, -1e4)
+
+
 def normalize_image(
     image: Num[Array, "B h w c"],
     image_size: Int[Array, "B 2"],
@@ -317,6 +330,7 @@ def group_norm_levels(
     bias: Float[Array, "C"],
     groups: int,
     epsilon: float = 1e-5,
+    extents: Sequence[Int[Array, "B 2"]] = (),
 ) -> list[Float[Array, "B _ _ C"]]:
     """Returns `group_norm` of each level, computed on the cells of all levels together.
 
@@ -326,8 +340,15 @@ def group_norm_levels(
     b, c = xs[0].shape[0], xs[0].shape[-1]
     sizes = [x.shape[1] * x.shape[2] for x in xs]
     is_of_level = np.repeat(np.arange(len(xs)), sizes) == np.arange(len(xs))[:, None]
-    shares = np.float32(is_of_level / np.reshape(sizes, (-1, 1)))  # [L, N]
-    shares = jnp.broadcast_to(shares, (b, *shares.shape))
+    if not extents:
+        shares = np.float32(is_of_level / np.reshape(sizes, (-1, 1)))  # [L, N]
+        shares = jnp.broadcast_to(shares, (b, *shares.shape))
+    else:
+        pairs = list(zip(xs, extents, strict=True))
+        own = [inside(e, *x.shape[1:3]).reshape(b, -1) for x, e in pairs]
+        counts = jnp.stack([e[:, 0] * e[:, 1] for e in extents], axis=1)
+        is_own = is_of_level[None] & jnp.concatenate(own, axis=1)[:, None]
+        shares = is_own / counts[..., None].astype(jnp.float32)
 
     def grouped_mean(x):  # [B, N, C] -> [B, L, C], equal within a group
         dims = (((2,), (1,)), ((0,), (0,)))

@@ -34,6 +34,8 @@ class Batch:
     basis_sem: UInt8[Array, "B h w"] | None = None
     # x, y in input pixels and 0 not annotated, 1 hidden, 2 visible; None: not trained on.
     keypoints: Float[Array, "B G J 3"] | None = None
+    # (height, width) that the images are padded to, where their arrays are larger than that.
+    extent: Int[Array, "B 2"] | None = None
 
 
 @struct.dataclass

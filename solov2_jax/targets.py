@@ -7,7 +7,7 @@ pairs than `max_pairs` are thinned out at random instead of growing the memory.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from solov2_jax.structs import Batch, Targets
 
+_STEP = 32  # of `Batch.extent`
 MAX_CELLS_PER_SIDE = 3  # an object covers at most 3 x 3 cells of a level
 
 
@@ -52,10 +53,11 @@ def assign_targets(
         )
     b, _, h4, w4 = batch.masks.shape
     # Cells divide the padded batch, not the image, as in the reference.
-    y_edges, x_edges = (_level_edges(4 * size, num_grids) for size in (h4, w4))
+    edges = _edges_of(batch.extent, (4 * h4, 4 * w4), tuple(num_grids))
+    axis = None if batch.extent is None else 0
     bounds = _area_bounds(np.array(scale_ranges, np.float32))
 
-    def assign_image(boxes, labels, centers, valid, key) -> dict[str, Array]:
+    def assign_image(boxes, labels, centers, valid, key, y_edges, x_edges) -> dict[str, Array]:
         extent = boxes[:, 2:] - boxes[:, :2]
         area = extent[None, :, 0] * extent[None, :, 1]
         on_level = (area >= bounds[:, :1]) & (area < bounds[:, 1:]) & valid[None]
@@ -78,8 +80,8 @@ def assign_targets(
 
     keys = jax.random.split(key, b)
     boxes, centers = (x.astype(jnp.float32) for x in (batch.boxes, batch.centers))
-    assign = jax.vmap(assign_image)
-    return Targets(**assign(boxes, batch.labels, centers, batch.valid, keys))
+    assign = jax.vmap(assign_image, in_axes=(0, 0, 0, 0, 0, axis, axis))
+    return Targets(**assign(boxes, batch.labels, centers, batch.valid, keys, edges[0], edges[1]))
 
 
 @struct.dataclass
@@ -94,7 +96,7 @@ class _Region:
 
 
 def _cell_range(
-    center: Float[Array, "G"], half: Float[Array, "G"], edges: Float[np.ndarray, "L k"]
+    center: Float[Array, "G"], half: Float[Array, "G"], edges: Float[Array | np.ndarray, "L k"]
 ) -> tuple[Int[Array, "L G"], Int[Array, "L G"]]:
     """Returns the first and last cell of center -+ half, within one of the center's."""
     cell = partial(_find_cell, edges=edges)
@@ -104,7 +106,7 @@ def _cell_range(
     return first, last
 
 
-def _find_cell(x: Float[Array, "G"], edges: Float[np.ndarray, "L k"]) -> Int[Array, "L G"]:
+def _find_cell(x: Float[Array, "G"], edges: Float[Array | np.ndarray, "L k"]) -> Int[Array, "L G"]:
     """Returns the cell that holds a coordinate, clipped to the grid."""
     return jnp.sum(x[None, :, None] >= edges[:, None], axis=-1, dtype=jnp.int32)
 
@@ -158,6 +160,28 @@ def _level_edges(size: int, num_grids: Sequence[int]) -> Float[np.ndarray, "L k"
     for i, num_grid in enumerate(num_grids):
         edges[i, : num_grid - 1] = cell_edges(size, num_grid)
     return edges
+
+
+def _edges_of(
+    extent: Int[Array, "B 2"] | None, sides: tuple[int, int], num_grids: tuple[int, ...]
+) -> list[Float[Array, "*B L k"]]:
+    """Returns `_level_edges` of the rows and of the columns, of each image if it has an extent.
+
+    Args:
+      sides: (height, width) of the arrays, which no extent exceeds.
+    """
+    if extent is None:
+        return [jnp.asarray(_level_edges(side, num_grids)) for side in sides]
+    row = extent // _STEP - 1
+    tables = (_edges_within(side, num_grids) for side in sides)
+    return [jnp.asarray(table)[row[:, i]] for i, table in enumerate(tables)]
+
+
+@cache
+def _edges_within(size: int, num_grids: tuple[int, ...]) -> Float[np.ndarray, "n L k"]:
+    """Returns `_level_edges` of the sizes 32, 64, ... up to `size`."""
+    sizes = range(_STEP, size + 1, _STEP)
+    return np.stack([_level_edges(side, num_grids) for side in sizes])
 
 
 def cell_edges(size: int, num_grid: int) -> Float[np.ndarray, "k"]:

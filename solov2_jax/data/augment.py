@@ -59,6 +59,12 @@ class Augment:
         return bool(moves or turns or recolors or self.degrades or self.adds_objects)
 
     @property
+    def changes_size(self) -> bool:
+        """Whether an image may get another size than the resize gives it."""
+        moves = self.rotate_prob or self.crop_size or self.scale or self.turn_prob
+        return bool(moves or self.jitter_scale or self.adds_objects)
+
+    @property
     def joins(self) -> int:
         """How many of the augmentations are on that join several images."""
         return sum(p > 0 for p in (self.paste_prob, self.mosaic_prob, self.mixup_prob))

@@ -18,8 +18,8 @@ Bucket = tuple[int, int]  # padded (height, width)
 
 STRIDE = 32  # of the coarsest feature level: sides of a bucket are its multiples
 
-# Derived padded shapes: at most so many; one more must save this share of padded pixels.
-DERIVED = {"train": (5, 0.05), "test": (2, 0.02)}
+# Of derived padded shapes: one more must save this share of padded pixels.
+TOLERANCE = {"train": 0.05, "test": 0.02}
 
 
 def round_up(size: int, divisor: int) -> int:
@@ -34,6 +34,7 @@ class Resize:
     shorts: tuple[int, ...]  # shorter side; one is drawn per image and epoch
     max_size: int  # longer side at most
     buckets: tuple[Sequence[int], ...] = ()  # padded (h, w); () derives them
+    max_buckets: int = 2  # that are derived
 
     def size(self, original: Size, scale: int = 0) -> Size:
         """Returns (height, width) of an image of this size at one of the scales."""
@@ -123,11 +124,10 @@ def choose_buckets(
       name: "train" or "test".
     """
     key = f"input.buckets_{name}"
-    limit, tolerance = DERIVED[name]
     if resize.buckets:
         buckets = check_buckets(resize.buckets, key)
     else:
-        buckets = derive_buckets(sizes[chosen], limit, tolerance)
+        buckets = derive_buckets(sizes[chosen], resize.max_buckets, TOLERANCE[name])
         log.info("%s, derived from %d images: %s", key, len(chosen), buckets)
     assigned = np.zeros(sizes.shape[:2], np.int16)
     names = dataset.file_names[chosen]

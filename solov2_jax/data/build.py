@@ -6,15 +6,17 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from solov2_jax.config_schema import as_steps
 from solov2_jax.data import records
 from solov2_jax.data.augment import Augment
 from solov2_jax.data.batch import PixelMap
-from solov2_jax.data.buckets import Resize
+from solov2_jax.data.buckets import STRIDE, TOLERANCE, Resize, derive_buckets
 from solov2_jax.data.coco import CocoDataset, load_coco, with_share_of_masks
 from solov2_jax.data.custom_augment import custom_function
 from solov2_jax.data.keypoints import keypoints_of
-from solov2_jax.data.pipeline import Batches, Reading, eval_batches, train_batches
+from solov2_jax.data.pipeline import Batches, Reading, chosen_images, eval_batches, train_batches
 from solov2_jax.data.pixel_format import PixelFormat
 from solov2_jax.data.semantic_masks import known_classes
 from solov2_jax.data.transforms import Keypoints
@@ -202,6 +204,22 @@ def build_train_batches(
     )
 
 
+def has_own_padding(config: Any, dataset: CocoDataset) -> bool:
+    """Returns whether a training image, padded to multiples of 32 as the reference does, may be
+    smaller than its batch's arrays.
+
+    Large-scale jitter's canvas is the image: what it leaves empty is no padding.
+    """
+    augment, resize = _augment(config), train_resize(config)
+    if augment.jitter_scale or augment.changes_size:
+        return not augment.jitter_scale
+    images = chosen_images(dataset, config.data.keep_empty, config.data.train.max_images)
+    sizes = resize.sizes(dataset.heights[images], dataset.widths[images]).reshape(-1, 2)
+    padded = np.unique(-(-sizes // STRIDE) * STRIDE, axis=0)
+    buckets = resize.buckets or derive_buckets(sizes, resize.max_buckets, TOLERANCE["train"])
+    return {*map(tuple, padded.tolist())} != {*map(tuple, buckets)}
+
+
 def build_loss_batches(
     config: Any, dataset: CocoDataset, shard: tuple[int, int] = (0, 1)
 ) -> Batches:
@@ -250,7 +268,8 @@ def train_resize(config: Any) -> Resize:
     shorts = values.min_sizes_train
     if values.size_sampling == "range":
         shorts = range(min(shorts), max(shorts) + 1)
-    return Resize(tuple(shorts), values.max_size_train, tuple(values.buckets_train))
+    buckets = tuple(values.buckets_train)
+    return Resize(tuple(shorts), values.max_size_train, buckets, values.max_buckets_train)
 
 
 def _test_resize(config: Any) -> Resize:

@@ -311,7 +311,7 @@ def epoch_images(
     dataset: CocoDataset, *, keep_empty: bool, max_images: int, repeat_threshold: float
 ) -> float:
     """Returns how many images an epoch of `train_batches` has, repeats included."""
-    images = _chosen_images(dataset, keep_empty, max_images)
+    images = chosen_images(dataset, keep_empty, max_images)
     factors = _factors(dataset, images, repeat_threshold)
     return float(len(images) if factors is None else factors.sum())
 
@@ -325,7 +325,7 @@ def _factors(dataset: CocoDataset, images: np.ndarray, threshold: float) -> np.n
     return weights if (weights != 1).any() else None
 
 
-def _chosen_images(dataset: CocoDataset, keep_empty: bool, max_images: int) -> np.ndarray:
+def chosen_images(dataset: CocoDataset, keep_empty: bool, max_images: int) -> np.ndarray:
     """Returns the indices of the images that the keys leave, increasing."""
     images = np.arange(len(dataset)) if keep_empty else np.flatnonzero(dataset.objects_per_image)
     return images[images < max_images] if max_images else images
@@ -334,20 +334,20 @@ def _chosen_images(dataset: CocoDataset, keep_empty: bool, max_images: int) -> n
 def _training_images(dataset: CocoDataset, keep_empty: bool, max_images: int) -> np.ndarray:
     """Returns the indices of the images to train on, increasing."""
     num_objects = dataset.objects_per_image
-    images = _chosen_images(dataset, keep_empty, max_images)
+    images = chosen_images(dataset, keep_empty, max_images)
     if not len(images):
         raise InputError(
             f"{dataset.annotation_file}: no image has an object to train on, and "
             "data.keep_empty is False; annotate some or set it to True."
         )
-    num_empty = int((num_objects == 0).sum())
-    log.info(
-        "%d of %d images (%.1f %%) have no object; they are %s (data.keep_empty)",
-        num_empty,
-        len(dataset),
-        100 * num_empty / len(dataset),
-        "trained on as negatives" if keep_empty else "left out",
-    )
+    if num_empty := int((num_objects == 0).sum()):
+        log.info(
+            "%d of %d images (%.1f %%) have no object; they are %s (data.keep_empty)",
+            num_empty,
+            len(dataset),
+            100 * num_empty / len(dataset),
+            "trained on as negatives" if keep_empty else "left out",
+        )
     return images
 
 

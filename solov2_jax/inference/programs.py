@@ -21,7 +21,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Num
 
 from solov2_jax import ops
-from solov2_jax.data.buckets import STRIDE
 from solov2_jax.distributed import replicated, split_by_batch
 from solov2_jax.io import InputError, read_json, write_json
 from solov2_jax.models.conv import transformed_for
@@ -216,22 +215,15 @@ def apply_network(
     """Returns what the network makes of images in the config's channel order."""
     pixels = ops.normalize_image(image, image_size, mean, std)
     with jax.default_matmul_precision(model.matmul_precision):
-        return model.apply(variables, pixels, padded_extent(image_size))
+        return model.apply(variables, pixels, ops.padded_extent(image_size))
 
 
 def detect_outputs(
     outputs: Outputs, image_size: Int[Array, "B 2"], options: DetectOptions
 ) -> Detections:
     """Returns the detections in the network's outputs for images of a size."""
-    extent = ops.at_stride(padded_extent(image_size), 4)
+    extent = ops.at_stride(ops.padded_extent(image_size), 4)
     return detect(outputs, **asdict(options), extent=extent)
-
-
-def padded_extent(image_size: Int[Array, "B 2"]) -> Int[Array, "B 2"]:
-    """Returns (height, width) of images that are padded to multiples of 32."""
-    extent = ops.at_stride(image_size, STRIDE)
-    assert extent is not None
-    return extent * STRIDE
 
 
 @functools.lru_cache(maxsize=16)

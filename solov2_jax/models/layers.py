@@ -318,9 +318,14 @@ class SharedGroupNorm(GroupNorm):
     """Group normalisation with one affine part, of each of a list of levels by itself."""
 
     @nn.compact
-    def __call__(self, xs: Sequence[Float[Array, "B _ _ C"]]) -> list[Float[Array, "B _ _ C"]]:
+    def __call__(
+        self,
+        xs: Sequence[Float[Array, "B _ _ C"]],
+        extents: Sequence[Int[Array, "B 2"]] = (),
+    ) -> list[Float[Array, "B _ _ C"]]:
+        """Returns the levels; `extents`, see `ops`, are theirs."""
         scale, bias = self._affine(xs[0].shape[-1])
-        return ops.group_norm_levels(xs, scale, bias, self.groups, self.epsilon)
+        return ops.group_norm_levels(xs, scale, bias, self.groups, self.epsilon, extents)
 
 
 class ConvTower(nn.Module):
@@ -340,8 +345,13 @@ class ConvTower(nn.Module):
     deform_last: bool = False
 
     @nn.compact
-    def __call__(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
+    def __call__(
+        self, xs: Sequence[jax.Array], extents: Sequence[Int[Array, "B 2"]] = ()
+    ) -> list[jax.Array]:
+        """Returns the levels; `extents`, see `ops`, are theirs, of a tower that is not deformed."""
         for i in range(self.depth):
+            if extents:
+                xs = [ops.zero_outside(x, e) for x, e in zip(xs, extents, strict=True)]
             deform = None if self.deform_last and i < self.depth - 1 else self.deform
             xs = SharedConv(
                 self.features,
@@ -352,7 +362,7 @@ class ConvTower(nn.Module):
                 deform=deform,
                 name=f"conv{i}",
             )(xs)
-            xs = SharedGroupNorm(name=f"gn{i}")(xs) if self.norm == "gn" else xs
+            xs = SharedGroupNorm(name=f"gn{i}")(xs, extents) if self.norm == "gn" else xs
             xs = [nn.relu(x) for x in xs]
         return list(xs)
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from solov2_jax import ops
 from solov2_jax.models.layers import ConvTower, SharedConv, prior_bias
 
 LEVELS = ("p2", "p3", "p4", "p5")
@@ -26,10 +27,15 @@ class SemanticHead(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, features: Mapping[str, jax.Array]) -> list[Float[Array, "B _ _ K"]]:
-        """Returns float32 class logits at strides 4, 8, 16 and 32."""
+    def __call__(
+        self, features: Mapping[str, jax.Array], extent: Int[Array, "B 2"] | None = None
+    ) -> list[Float[Array, "B _ _ K"]]:
+        """Returns float32 class logits at strides 4, 8, 16 and 32; `extent`, see `ops`, is the
+        image's."""
         tower = ConvTower(self.channels, 1, self.dtype, name="tower")
-        levels = tower([features[name] for name in LEVELS])
+        scaled = (ops.at_stride(extent, 4 * 2**i) for i in range(len(LEVELS)))
+        extents = [of_level for of_level in scaled if of_level is not None]
+        levels = tower([features[name] for name in LEVELS], extents)
         logits = SharedConv(
             self.num_classes,
             1,

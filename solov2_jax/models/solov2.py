@@ -105,7 +105,7 @@ class SOLOv2(nn.Module):
         mask_feat = mask_head(features, extent)
         semantic = None
         if self.semantic and (auxiliary or self.is_initializing()):
-            semantic = self._semantic_head()(features)
+            semantic = self._semantic_head()(features, extent)
         outputs = Outputs(_join_levels(cate), _join_levels(kernel), mask_feat, semantic)
         if not self.num_keypoints:
             return outputs

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from solov2_jax.config_schema import AUTO
-from solov2_jax.data.buckets import DERIVED, Bucket, Resize, check_buckets, derive_buckets
+from solov2_jax.data.buckets import TOLERANCE, Bucket, Resize, check_buckets, derive_buckets
 from solov2_jax.data.build import pixel_format, train_resize
 from solov2_jax.training.memory import (
     STEPS_PER_EPOCH,
@@ -52,15 +52,17 @@ def dry_run(config: Any) -> tuple[list[StepMemory], list[str]]:
             f"{width} x {height} pixels assumed"
         )
     buckets = nominal_buckets(resize, height, width)
+    varies = config.data.name != "shapes"
     if config.train.batch_size == AUTO:
         largest = max(buckets, key=lambda shape: shape[0] * shape[1])
-        number, _ = choose_batch_size(config, largest, config.data.max_instances)
+        slots = config.data.max_instances
+        number, _ = choose_batch_size(config, largest, slots, own_padding=varies)
         config = with_batch_size(config, number, ())
         notes.append(
             f"train.batch_size = {number} by memory; a training takes fewer images where an epoch "
             f"would have fewer than {STEPS_PER_EPOCH} steps"
         )
-    step, state, mesh = build_step(config)
+    step, state, mesh = build_step(config, own_padding=varies)
     rows = []
     for h, w in buckets:
         size, slots = config.train.batch_size, config.data.max_instances
@@ -79,7 +81,8 @@ def nominal_buckets(resize: Resize, height: int, width: int) -> tuple[Bucket, ..
     if resize.buckets:
         return check_buckets(resize.buckets, "input.buckets_train")
     sides = np.array([height, width])
-    return derive_buckets(resize.sizes(sides, sides[::-1]), *DERIVED["train"])
+    sizes = resize.sizes(sides, sides[::-1])
+    return derive_buckets(sizes, resize.max_buckets, TOLERANCE["train"])
 
 
 def format_rows(config: Any, rows: list[StepMemory], notes: list[str]) -> str:

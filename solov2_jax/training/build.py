@@ -21,6 +21,7 @@ from solov2_jax.data.build import (
     build_eval_batches,
     build_loss_batches,
     build_train_batches,
+    has_own_padding,
     load_datasets,
     load_further_vals,
     with_keypoints,
@@ -102,12 +103,14 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
     log_trainable(params, trainable)
     log.info("%s", describe_rate(config))
     schedule, tx = build_optimizer(config, trainable)
-    loss = build_loss(config, model, teacher=load_teacher(config, train.class_names))
+    teacher = load_teacher(config, train.class_names)
+    own_padding = has_own_padding(config, train)
+    loss = build_loss(config, model, teacher=teacher, own_padding=own_padding)
     finished: deque[FinishedEvaluation] = deque(maxlen=1)
     validations = build_validations(config, val, alone=val_is_train)
     evaluate_val = build_evaluate(config, model, validations, workdir, finished)
     if config.eval.loss_images:
-        val_loss = build_loss(config, model, evaluated=True)
+        val_loss = build_loss(config, model, evaluated=True, own_padding=True)
         evaluate_val = with_validation_loss(evaluate_val, config, val_loss, val)
 
     @functools.lru_cache(maxsize=1)

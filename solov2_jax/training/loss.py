@@ -60,7 +60,12 @@ class Loss:
 
 
 def build_loss(
-    config: Any, model: Any, *, evaluated: bool = False, teacher: Teacher | None = None
+    config: Any,
+    model: Any,
+    *,
+    evaluated: bool = False,
+    teacher: Teacher | None = None,
+    own_padding: bool = False,
 ) -> Loss:
     """Returns SOLOv2's loss, `loss_ins` (dice) + `loss_cate` (focal), as a config weighs them,
     and of batches with `has_mask` that of the masks learned from boxes.
@@ -71,50 +76,67 @@ def build_loss(
       evaluated: of the network as prediction uses it: trained batch norms normalise by their
         running statistics, not by the batch's.
       teacher: whose outputs are learned too.
+      own_padding: a batch counts as padded to the largest of its images and multiples of 32,
+        as the reference pads it, whatever shape its arrays have; else as these are.
     """
     trained_norms = "sync_bn" in (config.model.backbone.norm, config.model.fpn.norm)
     mutable = ["batch_stats"] if trained_norms and not evaluated else []
     find_targets, compare = _target_finder(config), _build_comparison(config)
     terms = build_terms(config)
-    auxiliary = {"auxiliary": True} if terms else {}
+    options = {"auxiliary": True} if terms else {}
     mean, std = input_statistics(config)
 
     def image_of(batch: dict[str, jax.Array]) -> jax.Array:
         return ops.normalize_image(batch["image"], batch["image_size"], mean, std)
 
+    def extent_of(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Returns the network's argument of that name, and none where it is the arrays'."""
+        if not own_padding:
+            return {}
+        largest = jnp.max(ops.padded_extent(batch["image_size"]), axis=0, keepdims=True)
+        return {"extent": jnp.broadcast_to(largest, batch["image_size"].shape)}
+
     def assign(
         batch: dict[str, jax.Array], key: jax.Array, step: jax.Array | int
     ) -> tuple[PyTree, PyTree]:
-        whole = Batch(**unpack_masks(batch))
+        extent = extent_of(batch)
+        whole = Batch(**unpack_masks(batch), **extent)
         targets = find_targets(whole, key=key)
         added, totals = assign_terms(terms, whole, targets)
         # A dict: splitting the rows gives them one axis more for a while.
-        rows = {**vars(targets), **added}
+        rows = {**vars(targets), **added, **extent}
         return rows, (normalizers_of(targets, whole.has_mask), (step, totals))
 
     taught = _build_distillation(config) if teacher else None
 
     def compute(params, model_state, batch, targets, normalizers, constants):
         batch, variables = unpack_masks(batch), {"params": params, **model_state}
+        extent = {"extent": targets["extent"]} if own_padding else {}
+        image, called = image_of(batch), {**options, **extent}
         if mutable:
-            outputs, changed = model.apply(variables, image_of(batch), mutable=mutable, **auxiliary)
+            outputs, changed = model.apply(variables, image, mutable=mutable, **called)
             model_state = {**model_state, **changed}
         else:
-            outputs = model.apply(variables, image_of(batch), **auxiliary)
+            outputs = model.apply(variables, image, **called)
         of_pairs, (step, totals) = normalizers
-        pairs = Targets(**{name: rows for name, rows in targets.items() if name not in terms})
+        pairs = Targets(**{n: x for n, x in targets.items() if n not in terms | extent})
+        inside = None
+        if own_padding:
+            inside = ops.inside(targets["extent"] // 4, *batch["masks"].shape[2:])
+        batch = {**batch, "inside": inside}
         loss, metrics = compare(outputs, pairs, batch, of_pairs, step)
         added = {n: t.loss(outputs, pairs, targets[n], totals[n]) for n, t in terms.items()}
         loss, metrics = loss + sum(added.values()), metrics | added
         if teacher and taught:
-            wanted = teacher.outputs(constants, batch)
-            more, further = taught(outputs, wanted, pairs, of_pairs)
+            wanted = teacher.outputs(constants, batch, **extent)
+            more, further = taught(outputs, wanted, pairs, of_pairs, inside)
             loss, metrics = loss + more, metrics | further
         return loss, (metrics, model_state)
 
     def moments(variables: PyTree, batch: dict[str, jax.Array]) -> PyTree:
         collections = ["batch_stats", "moments"]
-        _, changed = model.apply(variables, image_of(batch), mutable=collections)
+        image, extent = image_of(batch), extent_of(batch)
+        _, changed = model.apply(variables, image, mutable=collections, **extent)
         return changed.get("moments", {})
 
     precision = config.model.matmul_precision
@@ -173,6 +195,7 @@ def _build_comparison(config: Any) -> Callable[..., tuple[jax.Array, Metrics]]:
             focal_gamma=weights.focal_gamma,
             normalizers=normalizers,
             has_mask=batch.get("has_mask"),
+            inside=batch["inside"],
         )
         if weights.mask_bce_weight or weights.boundary_weight:
             more, further = of_masks(outputs, targets, batch, normalizers.pairs)
@@ -206,7 +229,7 @@ def _build_mask_loss(config: Any) -> Callable[..., tuple[jax.Array, Metrics]]:
             kernels,
             outputs.mask_feat,
             targets.pair_instance,
-            batch["masks"],
+            (batch["masks"], batch["inside"]),
             weight,
             factors,
         )
@@ -244,7 +267,7 @@ def _build_box_loss(config: Any) -> Callable[..., tuple[jax.Array, Metrics]]:
             kernels,
             outputs.mask_feat,
             targets.pair_instance,
-            (batch["masks"], edges),
+            (batch["masks"], edges, batch["inside"]),
             weight,
             factors,
         )
@@ -255,14 +278,19 @@ def _build_box_loss(config: Any) -> Callable[..., tuple[jax.Array, Metrics]]:
 
 
 def _build_distillation(config: Any) -> Callable[..., tuple[jax.Array, Metrics]]:
-    """Returns (outputs, the teacher's, targets, normalizers) -> (loss, metrics).
+    """Returns (outputs, the teacher's, targets, normalizers, pixels inside the batch's padding,
+    None: all) -> (loss, metrics).
 
     Metrics: `loss_distill_mask` and `loss_distill_feature`, weighted, which add up to it.
     """
     weights = config.loss
 
     def loss_of(
-        outputs: Outputs, teacher: Outputs, targets: Targets, normalizers: Normalizers
+        outputs: Outputs,
+        teacher: Outputs,
+        targets: Targets,
+        normalizers: Normalizers,
+        inside: jax.Array | None,
     ) -> tuple[jax.Array, Metrics]:
         cell = targets.pair_cell[..., None]
         kernels, wanted = (jnp.take_along_axis(o.kernel, cell, 1) for o in (outputs, teacher))
@@ -272,11 +300,14 @@ def _build_distillation(config: Any) -> Callable[..., tuple[jax.Array, Metrics]]
             kernels,
             outputs.mask_feat,
             wanted,
-            teacher.mask_feat,
+            (teacher.mask_feat, inside),
             targets.pair_weight,
             jnp.full(1, weights.distill_mask_weight) / num_pairs,
         )
-        distance = attention_distance(outputs.mask_feat, teacher.mask_feat)
+        features = (outputs.mask_feat, teacher.mask_feat)
+        if inside is not None:
+            features = (jnp.where(inside[..., None], x, 0) for x in features)
+        distance = attention_distance(*features)
         feature_loss = weights.distill_feature_weight * jnp.sum(distance) / normalizers.images
         parts = {"loss_distill_mask": mask_loss, "loss_distill_feature": feature_loss}
         return mask_loss + feature_loss, parts

@@ -21,6 +21,7 @@ from solov2_jax.config import read_config
 from solov2_jax.config_schema import AUTO
 from solov2_jax.data.build import (
     build_train_batches,
+    has_own_padding,
     load_train_dataset,
     pixel_format,
     with_keypoints,
@@ -66,9 +67,13 @@ class StepMemory:
 
 
 def build_step(
-    config: Any, mesh: jax.sharding.Mesh | None = None
+    config: Any, mesh: jax.sharding.Mesh | None = None, *, own_padding: bool = False
 ) -> tuple[TrainStep, TrainState, jax.sharding.Mesh]:
-    """Returns the train step, the shapes of its state, and the mesh, as the loop's."""
+    """Returns the train step, the shapes of its state, and the mesh, as the loop's.
+
+    Args:
+      own_padding: see `build_loss`.
+    """
     mesh, accumulate = mesh or distributed.make_mesh(), config.train.accumulate
     distributed.check_batch_size(config.train.batch_size, mesh, accumulate)
     model = build_model(config, config.model.num_classes, auxiliary=True)
@@ -78,7 +83,7 @@ def build_step(
     trainable = build_trainable(config, variables["params"])
     _, tx = build_optimizer(config, trainable)
     step = TrainStep(
-        loss=build_loss(config, model, teacher=load_teacher(config)),
+        loss=build_loss(config, model, teacher=load_teacher(config), own_padding=own_padding),
         tx=tx,
         mesh=mesh,
         key=key,
@@ -244,7 +249,12 @@ def resolve_batch_size(
     maker: Any = batches.maker
     shape = max(batches.buckets, key=lambda s: s[0] * s[1])
     number, lines = choose_batch_size(
-        trial, shape, maker.slots, len(maker.images), boxes_only=maker.boxes_only
+        trial,
+        shape,
+        maker.slots,
+        len(maker.images),
+        boxes_only=maker.boxes_only,
+        own_padding=has_own_padding(trial, dataset),
     )
     return with_batch_size(config, number, lines)
 
@@ -274,6 +284,7 @@ def choose_batch_size(
     slots: int,
     images: int | None = None,
     boxes_only: bool = False,
+    own_padding: bool = False,
 ) -> tuple[int, list[str]]:
     """Returns (images per step, lines of the table that led to it).
 
@@ -283,6 +294,7 @@ def choose_batch_size(
       slots: padded objects per image.
       images: of an epoch; None: not known.
       boxes_only: whether some object of the data has a box and no mask.
+      own_padding: see `build_loss`.
     """
     mesh, pixels = distributed.make_mesh(), pixel_format(config)
     unit = mesh.size * config.train.accumulate
@@ -293,7 +305,7 @@ def choose_batch_size(
         "takes, which lasts as long as two starts without a compilation cache",
         *(n * unit for n in tried),
     )
-    step, state, mesh = build_step(with_batch_size(config, unit, ()), mesh)
+    step, state, mesh = build_step(with_batch_size(config, unit, ()), mesh, own_padding=own_padding)
     further = (boxes_only, len(config.model.keypoint_head.names))
     batches = (batch_shapes(n * unit, slots, *shape, mesh, pixels, *further) for n in tried)
     measured = [compile_step(step, state, batch, shape).total for batch in batches]

@@ -34,8 +34,9 @@ class Teacher:
     """A trained network and how to call it on a batch of this run's."""
 
     variables: PyTree  # numpy arrays
-    # (variables, the batch's fields) -> outputs, in which no gradient flows.
-    outputs: Callable[[PyTree, dict[str, jax.Array]], Outputs]
+    # (variables, the batch's fields, the network's `extent`) -> outputs, in which no gradient
+    # flows.
+    outputs: Callable[..., Outputs]
 
 
 def load_teacher(config: Any, class_names: Sequence[str] | None = None) -> Teacher | None:
@@ -107,9 +108,7 @@ def _read(source: str, config_file: str) -> tuple[Any, PyTree, Sequence[str], st
     return config, variables, names, f"{source}, step {step},"
 
 
-def _caller(
-    own: Any, config: Any, num_classes: int
-) -> Callable[[PyTree, dict[str, jax.Array]], Outputs]:
+def _caller(own: Any, config: Any, num_classes: int) -> Callable[..., Outputs]:
     """Returns the call of the teacher's network on this run's batches.
 
     Args:
@@ -119,10 +118,12 @@ def _caller(
     mean, std = input_statistics(own)
     turned = own.input.channel_order != config.input.channel_order and config.data.channels == 3
 
-    def outputs(variables: PyTree, batch: dict[str, jax.Array]) -> Outputs:
+    def outputs(
+        variables: PyTree, batch: dict[str, jax.Array], extent: jax.Array | None = None
+    ) -> Outputs:
         image = batch["image"][..., ::-1] if turned else batch["image"]
         image = ops.normalize_image(image, batch["image_size"], mean, std)
-        found: Any = model.apply(variables, image)
+        found: Any = model.apply(variables, image, extent)
         return jax.lax.stop_gradient(found)
 
     return outputs
