@@ -6,6 +6,7 @@ pages of the site, notebooks are pages with their cells, the configuration's tab
 filled in. Then mkdocs makes build/site of it; any generator that takes Markdown could.
 """
 
+import argparse
 import json
 import pathlib
 import posixpath
@@ -152,4 +153,7 @@ def _picture(title: str, path: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else "build", sys.argv[2:]))
+    parser = argparse.ArgumentParser(description="Builds the documentation's site.")
+    parser.add_argument("command", nargs="?", choices=("build", "serve"), default="build")
+    arguments, options = parser.parse_known_args()  # mkdocs has options of its own
+    sys.exit(main(arguments.command, options))

@@ -1,4 +1,6 @@
-"""How processes find each other: by flags, or by what the cluster sets in the environment."""
+"""Distributed initialisation: how processes find each other, by flags or by what the
+cluster sets in the environment.
+"""
 
 import logging
 import os

@@ -29,9 +29,7 @@ def soft_mask_terms(
         `Batch.extent`, None: all.
     """
     teacher_feat, inside = of_images
-    teacher = jnp.einsum(
-        "bpe,bhwe->bphw", teacher_kernels, teacher_feat, preferred_element_type=jnp.float32
-    )
+    teacher = ops.dynamic_conv(teacher_kernels, teacher_feat)
     logits, teacher = (ops.logits_inside(x, inside) for x in (logits, teacher))
     soft, wanted = jax.nn.sigmoid(logits), jax.nn.sigmoid(teacher)
     squares = jnp.sum(soft * soft, axis=(2, 3)) + jnp.sum(wanted * wanted, axis=(2, 3))

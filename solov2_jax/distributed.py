@@ -1,4 +1,4 @@
-"""Processes and devices: agreeing, ending; where arrays live. `cluster` starts them.
+"""Processes and devices: agreeing, ending; where arrays live. `cluster.initialize` joins them.
 
 There is one mesh axis, "data": batches are split over it, the state is copied. All
 processes, one for each host or accelerator, run the same program on one mesh of

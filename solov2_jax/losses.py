@@ -232,10 +232,9 @@ def _tiled_dice_sums(
         used, instance = kernels[:, :slots], pair_instance[:, :slots]
 
         def tile(rows, start, total):
-            logits, target = _logits_and_targets(
-                used, rows(mask_feat, axis=1), rows(masks, axis=2), instance
-            )
+            logits = ops.dynamic_conv(used, rows(mask_feat, axis=1))
             logits = ops.logits_inside(logits, None if inside is None else rows(inside, axis=1))
+            target = _masks_of_pairs(rows(masks, axis=2), instance)
             soft, hard = jax.nn.sigmoid(logits), (logits > 0).astype(jnp.float32)
             parts = (soft * target, jnp.square(soft), hard * target, hard)
             return total + jnp.stack([jnp.sum(x, axis=(2, 3)) for x in parts], -1)
@@ -273,9 +272,10 @@ def _tiled_dice_grads(
 
         def tile(rows, start, total):
             feat = rows(mask_feat, axis=1)
-            logits, target = _logits_and_targets(used, feat, rows(masks, axis=2), instance)
+            logits = ops.dynamic_conv(used, feat)
             logits = ops.logits_inside(logits, None if inside is None else rows(inside, axis=1))
             soft = jax.nn.sigmoid(logits)
+            target = _masks_of_pairs(rows(masks, axis=2), instance)
             grad = s * (target - d * soft) * soft * (1.0 - soft)
             grad = grad.astype(feat.dtype)
             grad_kernels = total[0] + einsum("bphw,bhwe->bpe", grad, feat)
@@ -296,16 +296,11 @@ _dice_sums = PlatformOp.tuned("dice_sums", _tiled_dice_sums)
 _dice_grads = PlatformOp.tuned("dice_grads", _tiled_dice_grads)
 
 
-def _logits_and_targets(
-    kernels: Float[Array, "B P E"],
-    mask_feat: Float[Array, "B rows w4 E"],
-    masks: UInt8[Array, "B G rows w4"],
-    instance: Int[Array, "B P"],
-) -> tuple[Float[Array, "B P rows w4"], Float[Array, "B P rows w4"]]:
-    """Returns the pairs' logits, by the dynamic convolution, and their target masks."""
-    logits = jnp.einsum("bpe,bhwe->bphw", kernels, mask_feat, preferred_element_type=jnp.float32)
+def _masks_of_pairs(
+    masks: UInt8[Array, "B G rows w4"], instance: Int[Array, "B P"]
+) -> Float[Array, "B P rows w4"]:
     target = jnp.take_along_axis(masks, instance[:, :, None, None], axis=1)
-    return logits, target.astype(jnp.float32)
+    return target.astype(jnp.float32)
 
 
 def _over_tiles(tile: Callable, total, instance: Array, masks: Array, most_logits: int):

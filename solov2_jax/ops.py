@@ -35,6 +35,17 @@ def at_stride(extent: Int[Array, "B 2"] | None, stride: int) -> Int[Array, "B 2"
     return lax.shift_right_logical(extent + (stride - 1), stride.bit_length() - 1)
 
 
+def dynamic_conv(
+    kernels: Float[Array, "B P E"], features: Float[Array, "B h w E"]
+) -> Float[Array, "B P h w"]:
+    """Returns the mask logits: the dynamic 1x1 convolution of each image by its own kernels.
+
+    Source: AdelaiDet adet/modeling/solov2/solov2.py, `F.conv2d(seg_preds, kernel_preds)`,
+    image by image there.
+    """
+    return jnp.einsum("bpe,bhwe->bphw", kernels, features, preferred_element_type=jnp.float32)
+
+
 def zero_outside(
     x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None
 ) -> Float[Array, "B h w C"]:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from solov2_jax.ops import dynamic_conv
 from solov2_jax.platforms import PlatformOp, Tuning
 
 PyTree = Any
@@ -100,7 +101,7 @@ def _sums_in_chunks(
     weight, kernels, of_pairs = sort(weight) * real, sort(kernels), jax.tree.map(sort, of_pairs)
 
     def chunk_loss(kernels: Array, feat: Array, weight: Array, of_pairs: PyTree):
-        logits = jnp.einsum("bpe,bhwe->bphw", kernels, feat, preferred_element_type=jnp.float32)
+        logits = dynamic_conv(kernels, feat)
         sums = jnp.stack([jnp.sum(weight * t) for t in terms(logits, of_pairs, of_images)])
         return jnp.sum(factors * sums), sums
 

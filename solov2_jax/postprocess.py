@@ -100,7 +100,7 @@ def detect(
             score = jnp.where(mask_nms(candidates.label, iou, nms_iou), score, 0.0)
         kept = (score >= update_threshold) & (score > 0)
         score, best = lax.top_k(jnp.where(kept, score, 0.0), min(max_per_image, nms_pre))
-        soft = jax.nn.sigmoid(_mask_logits(kernel[candidates.cell[best]], pixels.features))
+        soft = jax.nn.sigmoid(_dynamic_conv(kernel[candidates.cell[best]], pixels.features))
         shown = score[:, None] > 0
         shown = shown if pixels.inside is None else shown & pixels.inside[None]
         soft = jnp.where(shown, soft, 0.0).reshape(-1, *feat.shape[:2])
@@ -228,7 +228,7 @@ def _tiled_mask_sums(
     tile = max(n for n in range(1, tuning.mask_pixels + 1) if num_pixels % n == 0)
 
     def add_tile(total, tile_pixels, inside):
-        soft = jax.nn.sigmoid(_mask_logits(kernels, tile_pixels))
+        soft = jax.nn.sigmoid(_dynamic_conv(kernels, tile_pixels))
         hard = soft > threshold
         hard = hard if inside is None else hard & inside[None]
         ones = hard.astype(jnp.float32)
@@ -305,8 +305,8 @@ def _portable_mask_sums(kernels, pixels, **options):
 _mask_sums = PlatformOp("mask_sums", _mask_sums_on_cpu, _mask_sums_elsewhere, _portable_mask_sums)
 
 
-def _mask_logits(kernels: Float[Array, "N E"], pixels: Float[Array, "n E"]) -> Float[Array, "N n"]:
-    """Returns the mask logits: the dynamic 1x1 convolution."""
+def _dynamic_conv(kernels: Float[Array, "N E"], pixels: Float[Array, "n E"]) -> Float[Array, "N n"]:
+    """Returns `ops.dynamic_conv` of one image's pixels, which stand in a row."""
     return jnp.einsum("ne,xe->nx", kernels, pixels, preferred_element_type=jnp.float32)
 
 

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from solov2_jax.evaluation.coco import is_defined
-from solov2_jax.evaluation.coco_score import METRICS, compute_score, read_ground_truth
+from solov2_jax.evaluation.coco_score import METRICS, compute_ap, read_ground_truth
 
 
 def encode(box, size, keep):
@@ -78,7 +78,7 @@ def both(content, results, kind, image_ids=None, max_detections=100):
     """Returns the fast score and pycocotools'."""
     truth = read_ground_truth(content)
     scores = [
-        compute_score(
+        compute_ap(
             truth,
             results,
             kind,
@@ -152,7 +152,7 @@ def test_ids_of_any_size():
         categories={i + 2**70: n for i, n in truth.categories.items()},
         annotations=[moved(a) for a in truth.annotations],
     )
-    score = compute_score(
+    score = compute_ap(
         truth,
         [moved(r) for r in results],
         "segm",

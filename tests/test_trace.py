@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from solov2_jax.io import InputError
-from solov2_jax.tools.trace import format_table, read_trace, scope_of
+from solov2_jax.tools.trace import format_table, main, read_trace, scope_of
 
 # In a process of its own: a trace holds every program that its process has compiled.
 TRACED = """
@@ -46,7 +46,10 @@ def test_names_of_transformations_are_left_out():
     assert scope_of("", 1) == "(no scope)"
 
 
-def test_a_folder_without_a_trace_and_a_damaged_one(tmp_path):
+def test_a_folder_without_a_trace_and_a_damaged_one(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path)])
+    assert "no trace" in capsys.readouterr().err
     with pytest.raises(InputError, match="no trace .*train.profile_steps"):
         read_trace(tmp_path)
     (tmp_path / "a.xplane.pb").write_bytes(b"\x0a\xff\xff\xff")

@@ -25,7 +25,7 @@ from solov2_jax.evaluation.coco_score import (
     METRICS,
     GroundTruth,
     Kind,
-    compute_score,
+    compute_ap,
     extra_metrics,
     read_ground_truth,
     size_metrics,
@@ -216,7 +216,7 @@ class CocoEvaluator:
         """Returns the metrics in any order."""
         metrics: dict[str, float] = {}
         for kind in self.kinds:
-            score = compute_score(
+            score = compute_ap(
                 self.truth,
                 self.results,
                 kind,

@@ -124,7 +124,7 @@ class Score:
         return [defined_mean(self.precision[:, :, k, 0, 2]) for k in range(self.precision.shape[2])]
 
 
-def compute_score(
+def compute_ap(
     truth: GroundTruth,
     results: Sequence[Mapping[str, Any]],
     kind: Kind,

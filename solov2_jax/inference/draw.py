@@ -1,4 +1,4 @@
-"""Objects drawn into pictures: translucent masks, contours, class names and scores.
+"""The visualizer: objects drawn into pictures, translucent masks, contours, class names and scores.
 
 `draw_objects` is the one function that draws masks, of predictions, annotations and
 training batches alike. Every object has a colour of its own, or its class's or its

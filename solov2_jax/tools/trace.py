@@ -8,11 +8,11 @@ its compiled operations, summed over devices and threads and divided by the step
 names deep (the default is 1).
 """
 
+import argparse
 import pathlib
 import re
-import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from solov2_jax.io import InputError, reading
 
@@ -86,11 +86,11 @@ def scope_of(op_name: str, depth: int) -> str:
 
 def read_trace(folder: pathlib.Path, depth: int = 1) -> tuple[Counter[str], int]:
     """Returns (nanoseconds by scope, number of steps) of the newest trace in a folder."""
-    import jax  # slow
-
     paths = sorted(folder.rglob("*.xplane.pb"), key=lambda p: p.stat().st_mtime)
     if not paths:
         raise InputError(f"{folder}: no trace (*.xplane.pb); set train.profile_steps")
+    import jax  # slow
+
     spent: Counter[str] = Counter()
     steps = set()
     with reading(paths[-1], "a trace of jax.profiler"):
@@ -117,7 +117,18 @@ def format_table(spent: Counter[str], steps: int) -> str:
     return "\n".join(["| scope | ms per step | share |", "|---|---:|---:|", *rows])
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the table of the folder that the command line names."""
+    wide = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("solov2_jax.tools.trace", None, __doc__, formatter_class=wide)
+    parser.add_argument("folder", type=pathlib.Path, help="what train.profile_steps writes")
+    parser.add_argument("depth", type=int, nargs="?", default=1, help="names deep (1)")
+    arguments = parser.parse_args(argv)
+    try:
+        print(format_table(*read_trace(arguments.folder, arguments.depth)))
+    except InputError as error:
+        parser.error(str(error))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit(__doc__)
-    print(format_table(*read_trace(pathlib.Path(sys.argv[1]), int((*sys.argv, "1")[2]))))
+    main()

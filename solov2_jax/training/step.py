@@ -129,7 +129,7 @@ class TrainStep:
         targets, normalizers = self._loss.assign(batch, key, state.step)
         params = state.params
         of_rows = jax.shard_map(
-            self._gradients,
+            self._accumulate_gradients,
             mesh=self._mesh,
             in_specs=(P(), P(), P("data"), P("data"), P(), P()),
             out_specs=P(),
@@ -146,7 +146,7 @@ class TrainStep:
         metrics = {**metrics, "loss": value, "grad_norm": norm, "skipped": skipped}
         return replace(new, step=state.step + 1), metrics
 
-    def _gradients(
+    def _accumulate_gradients(
         self,
         params: PyTree,
         model_state: PyTree,
@@ -155,7 +155,8 @@ class TrainStep:
         normalizers: PyTree,
         constants: PyTree,
     ) -> tuple[jax.Array, Metrics, PyTree, PyTree]:
-        """Returns (loss, metrics, gradients, model state after it), summed over the devices.
+        """Returns (loss, metrics, gradients, model state after it), summed over the microbatches
+        and the devices.
 
         Runs on each device with its own rows. What crosses the devices is one sum of each
         gradient, in the parameters' float32 and after the last microbatch, besides the
@@ -318,6 +319,6 @@ def update_ema(state: TrainState, variables: PyTree, decay: float) -> PyTree:
 
 
 def _freeze(params: PyTree, trainable: PyTree) -> PyTree:
-    """Returns the parameters; no gradient of a frozen stage is ever computed."""
+    """Returns the parameters; no gradient is computed of what `optim.trainable_mask` freezes."""
     stop = jax.lax.stop_gradient
     return jax.tree.map(lambda x, train: x if train else stop(x), params, trainable)
