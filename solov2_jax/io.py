@@ -2,15 +2,13 @@
 
 Every file that must survive a kill or a full disk goes through `atomic_path`; every file
 that somebody else made is read inside `reading`, so that whatever a library raises
-becomes one sentence that names the file. `import_object` resolves the import paths
-("module:name") that a config may hold.
+becomes one sentence that names the file.
 
 Images and jsons may also be objects, `s3://BUCKET/...` and `gs://BUCKET/...`: what reads
 bytes, lists a folder or asks whether something is there takes such an address too.
 """
 
 import contextlib
-import importlib
 import json
 import os
 import pathlib
@@ -269,24 +267,3 @@ def printable(text: str) -> str:
 def without_controls(text: str) -> str:
     """Returns text of several lines without what a terminal would obey, as `printable`."""
     return "".join(c for c in text if c.isprintable() or c in "\n\t")
-
-
-def import_object(path: str, key: str) -> Any:
-    """Returns what an import path such as "mypackage.augment:cutout" names.
-
-    Args:
-      key: the config's key that holds the path, for messages.
-
-    Raises:
-      InputError: if the path has another form or leads nowhere.
-    """
-    module, _, name = path.partition(":")
-    if not module or not name:
-        raise InputError(f'{key}: {path!r} is no import path; write "package.module:name"')
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"{key}: {path!r} cannot be imported ({reason(error)}); install the package or "
-            "put its folder on PYTHONPATH"
-        ) from error

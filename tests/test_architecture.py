@@ -31,6 +31,7 @@ LAYERS = {
     "distributed": 1,
     "lease": 1,
     "config_schema": 1,
+    "user_code": 1,
     "rle": 1,
     "ops": 1,
     "nms": 1,

@@ -212,8 +212,11 @@ def test_a_wrong_return_names_the_function(user, tmp_path, function, message):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("mypackage.more:fails", r"more:fails failed for .*png \(KeyError: 'a key'\)"),
-        ("mypackage.more:constant", "'mypackage.more:constant' is a int; name a function"),
+        (
+            "mypackage.more:fails",
+            r"more:fails failed for .*png \(KeyError: 'a key', more.py line 40\)",
+        ),
+        ("mypackage.more:constant", "mypackage.more:constant is of type int, not a function"),
         ("mypackage.more:absent", "'mypackage.more:absent' cannot be imported"),
         ("nowhere.aug:cutout", "'nowhere.aug:cutout' cannot be imported"),
         ("mypackage.more.same", "is no import path"),
@@ -248,7 +251,7 @@ def test_a_sample_is_a_dataclass_with_pixels_when_they_are_read(user, tmp_path):
     sample = maker.sample(view, 0)
     assert sample.view is not None, "nothing was drawn"
     assert [f.name for f in dataclasses.fields(Sample)] == (
-        ["image", "masks", "boxes", "labels", "keypoints", "rng", "has_mask"]
+        ["image", "masks", "boxes", "labels", "keypoints", "rng", "has_mask", "user"]
     )
     spans = sample.outlines()
     assert sample.image.dtype == np.uint8 and sample.masks.dtype == bool

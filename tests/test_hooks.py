@@ -63,7 +63,8 @@ def make_run(step=0, total=10, window=()):
     step_fn = TrainStep(loss=task.loss, tx=task.tx, mesh=mesh, key=key, trainable=task.trainable)
     state = TrainState(step, {}, {}, ())
     window = MetricsWindow(2, {"window": window})
-    return Run(state, step, total, batch_size=4, step_fn=step_fn, window=window)
+    config = toy.toy_config()
+    return Run(state, step, total, batch_size=4, step_fn=step_fn, window=window, config=config)
 
 
 def advance(run, hooks, loss=1.0):

@@ -74,13 +74,6 @@ def test_damaged_json_is_one_sentence(tmp_path, content, why):
         io.read_json(path, "a list")
 
 
-def test_import_paths():
-    assert io.import_object("json:dumps", "augment.custom") is json.dumps
-    for bad in ("json", "json:nothing", "no_such_package:f"):
-        with pytest.raises(io.InputError, match="augment.custom"):
-            io.import_object(bad, "augment.custom")
-
-
 def test_what_a_terminal_would_obey_is_left_out_of_logs(tmp_path, capsys):
     name = "cat\x1b[2J\ud800\x07 \u202e\xfc"
     assert io.without_controls(f"a\n\t{name}") == "a\n\tcat[2J \xfc"

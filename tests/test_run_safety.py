@@ -68,7 +68,11 @@ REFUSALS = {
     ),
     "hook": ({"train__hooks": ("nowhere:Hook",)}, {}, "train.hooks: 'nowhere:Hook' cannot"),
     "no hook": ({"train__hooks": ("json:JSONDecoder",)}, {}, "not a class derived from"),
-    "writer": ({"train__writers": ("json:JSONDecoder",)}, {}, "from training.WriterBase"),
+    "writer": (
+        {"train__writers": ("json:JSONDecoder",)},
+        {},
+        "from solov2_jax.training.WriterBase",
+    ),
 }
 
 

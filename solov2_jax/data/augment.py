@@ -7,7 +7,7 @@ functions of `augment.custom` are called (`custom_augment.py`).
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,7 @@ class Augment:
     cutout_holes: int = 3  # at most
     mosaic_prob: float = 0.0
     mixup_prob: float = 0.0
+    user: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # for `custom`
 
     @property
     def active(self) -> bool:
@@ -136,6 +137,7 @@ class Sample:
     rng: np.random.Generator
     # bool [n]: False of an object whose mask is only its box. None: all have one.
     has_mask: np.ndarray | None = None
+    user: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys below `config.user`
 
     @property
     def size(self) -> Size:

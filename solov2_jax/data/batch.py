@@ -260,6 +260,7 @@ class BatchMaker(EvalBatchMaker):
             rng = sampler.random_generator(self.seed, sampler.DEGRADE, epoch, index)
             sample = degrade(sample, augment, rng)
         sample.rng = sampler.random_generator(self.seed, sampler.CUSTOM, epoch, index)
+        sample.user = augment.user
         return apply_custom(
             sample,
             augment.custom,

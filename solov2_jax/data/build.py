@@ -20,7 +20,8 @@ from solov2_jax.data.pipeline import Batches, Reading, chosen_images, eval_batch
 from solov2_jax.data.pixel_format import PixelFormat
 from solov2_jax.data.semantic_masks import known_classes
 from solov2_jax.data.transforms import Keypoints
-from solov2_jax.io import InputError, import_object
+from solov2_jax.io import InputError
+from solov2_jax.user_code import import_function
 
 # Keys of `augment` that say nothing of an image by itself.
 _NOT_OF_AN_IMAGE = ("preset", "stop_last", "stop_last_epochs")
@@ -155,7 +156,7 @@ def data_files(config: Any) -> tuple[tuple[str, str], tuple[str, str]]:
         return train, val
     if data.name in data.providers:
         key = f"data.providers.{data.name}"
-        return import_object(data.providers[data.name], key)(config)
+        return import_function(data.providers[data.name], key, ("config",))(config)
     names = ", ".join(f'"{name}"' for name in data.providers)
     raise InputError(
         f'data.name is {data.name!r}; use "" for data.train and data.val, {names} for the '
@@ -281,7 +282,7 @@ def _augment(config: Any) -> Augment:
     values: dict[str, Any] = dict(config.augment)
     values = {key: value for key, value in values.items() if key not in _NOT_OF_AN_IMAGE}
     values |= {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-    return Augment(**values)
+    return Augment(**values, user=config.user.to_dict())
 
 
 def _reading(config: Any) -> Reading:

@@ -11,8 +11,9 @@ from solov2_jax.data import rasterize
 from solov2_jax.data.albumentations_adapter import adapt, is_transform
 from solov2_jax.data.augment import Sample
 from solov2_jax.data.pixel_format import RGB, PixelFormat
-from solov2_jax.io import InputError, import_object, reason
+from solov2_jax.io import InputError
 from solov2_jax.rle import Size
+from solov2_jax.user_code import check_call, failure, import_object
 
 Augmentation = Callable[[Sample], Sample]
 
@@ -32,11 +33,12 @@ def custom_function(path: str) -> Augmentation:
         raise InputError(f"{error} {fix}") from error
     if is_transform(function):
         return adapt(function)
-    if not callable(function):
+    if isinstance(function, type):
         raise InputError(
-            f"augment.custom: {path!r} is a {type(function).__name__}; name a function "
-            "that takes a Sample and returns it changed."
+            f"augment.custom: {path} is a class; name a function that takes a Sample and "
+            "returns it changed, or an object of the class that is called so."
         )
+    check_call(function, ("sample",), f"augment.custom: {path}")
     augmentation: Any = function
     return augmentation
 
@@ -65,7 +67,7 @@ def apply_custom(
             changed = custom_function(path)(sample)
         except Exception as error:
             raise InputError(
-                f"augment.custom: {path} failed for {where} ({reason(error)}); correct it."
+                f"augment.custom: {path} failed for {where} ({failure(error)}); correct it."
             ) from error
         if wrong := _wrong_sample(changed, room, num_classes, pixels):
             raise InputError(f"augment.custom: {path} returned, for {where}, {wrong}.")

@@ -19,8 +19,9 @@ from solov2_jax.data.coco import CocoDataset
 from solov2_jax.evaluation.coco import CocoEvaluator, json_metrics
 from solov2_jax.evaluation.evaluators import make_evaluator
 from solov2_jax.inference.prediction import Prediction, write_results
-from solov2_jax.io import import_object, make_folder, write_json
+from solov2_jax.io import make_folder, write_json
 from solov2_jax.progress import Progress
+from solov2_jax.user_code import import_function
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def build_evaluator(config: Any, dataset: CocoDataset, metric: str = "") -> Coco
 
 def build_reports(config: Any) -> list[Report]:
     """Returns the functions that `eval.reports` names."""
-    return [import_object(path, "eval.reports") for path in config.eval.reports]
+    return [import_function(path, "eval.reports", ("finished",)) for path in config.eval.reports]
 
 
 def evaluate(

@@ -31,8 +31,9 @@ from solov2_jax.evaluation.keypoints import KeypointEvaluator
 from solov2_jax.evaluation.lvis import LvisEvaluator
 from solov2_jax.evaluation.voc import VocEvaluator
 from solov2_jax.inference.prediction import Prediction
-from solov2_jax.io import InputError, import_object, reason
+from solov2_jax.io import InputError
 from solov2_jax.rle import crop_of
+from solov2_jax.user_code import check_call, failure, import_object
 
 AUTO = "auto"
 EVALUATORS: dict[str, type[CocoEvaluator]] = {
@@ -89,13 +90,14 @@ class OwnEvaluator(CocoEvaluator):
         except Exception as error:
             raise InputError(
                 f"{key}: cannot be made of (ground truth, category ids, class names): "
-                f"{reason(error)}; see solov2_jax.evaluation.evaluators.Evaluator"
+                f"{failure(error)}; see solov2_jax.evaluation.evaluators.Evaluator"
             ) from error
-        if not isinstance(self._own, Evaluator):
-            raise InputError(
-                f"{key}: has no reset, process and evaluate; see "
-                "solov2_jax.evaluation.evaluators.Evaluator"
-            )
+        for name, arguments in (("reset", ()), ("process", ("prediction",)), ("evaluate", ())):
+            if getattr(type(self._own), name, None) in (None, getattr(Evaluator, name)):
+                raise InputError(
+                    f"{key}: has no method {name}; see solov2_jax.evaluation.evaluators.Evaluator"
+                )
+            check_call(getattr(self._own, name), arguments, f"{key}: {name}")
 
     @property
     def names_known(self) -> bool:
@@ -127,7 +129,7 @@ class OwnEvaluator(CocoEvaluator):
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"{self._key}: failed ({reason(error)})") from error
+            raise InputError(f"{self._key}: failed ({failure(error)})") from error
         if both := sorted(set(metrics) & set(CocoEvaluator.metric_names(self))):
             raise InputError(f"{self._key}: returns {both[0]!r}, which is COCO's; rename it")
         for name, value in metrics.items():

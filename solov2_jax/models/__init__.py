@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from solov2_jax.io import InputError, import_object
+from solov2_jax.io import InputError
 from solov2_jax.models.backbone import Backbone
 from solov2_jax.models.convnext import ConvNeXt
 from solov2_jax.models.deform import Deform
@@ -15,6 +15,7 @@ from solov2_jax.models.resnet import ResNet
 from solov2_jax.models.solov2 import SOLOv2, intermediates
 from solov2_jax.models.swin import Swin
 from solov2_jax.models.vit import ViT
+from solov2_jax.user_code import check_call, import_object
 
 __all__ = [
     "AUXILIARY",
@@ -102,6 +103,10 @@ def build_backbone(config: Any) -> Backbone:
                 f"model.backbone.name: {backbone.name} is no subclass of "
                 "solov2_jax.models.Backbone; see docs/training.md, Your own backbone"
             )
+        if not any("__call__" in vars(parent) for parent in kind.__mro__):
+            raise InputError(f"model.backbone.name: {backbone.name} has no method __call__")
+        arguments = ("self", "image", "extent")
+        check_call(kind.__call__, arguments, f"model.backbone.name: {backbone.name}: __call__")
     fields = _fields(kind, set(shared))
     given = backbone.options.to_dict()
     if kind is ResNet:

@@ -13,6 +13,8 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jax import lax
 
+from solov2_jax.io import InputError
+
 LEVELS = ("res2", "res3", "res4", "res5")  # features at strides 4, 8, 16, 32
 # Patterns of the names of parameters in the stages that `freeze_at` counts.
 STAGES = (("stem*",), *((f"{level}*",) for level in LEVELS))
@@ -66,16 +68,16 @@ class Backbone(nn.Module, kw_only=True):
 
 
 def check_features(features: dict[str, jax.Array], image: jax.Array, backbone: str) -> None:
-    """Raises ValueError if features are not what the FPN takes."""
+    """Raises an InputError if features are not what the FPN takes."""
     if not isinstance(features, dict) or not set(LEVELS) <= set(features):
         found = sorted(features) if isinstance(features, dict) else type(features).__name__
-        raise ValueError(
+        raise InputError(
             f"model.backbone.name: {backbone} returned {found}; it must return a dict of {LEVELS}"
         )
     for i, level in enumerate(LEVELS):
         want = (image.shape[0], *(side // (4 << i) for side in image.shape[1:3]))
         if features[level].ndim != 4 or features[level].shape[:3] != want:
-            raise ValueError(
+            raise InputError(
                 f"model.backbone.name: {backbone} returned {level} of shape "
                 f"{features[level].shape} for an image of {image.shape}; it must be {want} and "
                 "the channels"

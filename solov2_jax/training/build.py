@@ -7,6 +7,7 @@ import math
 import pathlib
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,11 +37,11 @@ from solov2_jax.evaluation.evaluate import (
     evaluate,
 )
 from solov2_jax.inference.predictor import build_predictor
-from solov2_jax.io import import_object
 from solov2_jax.models import build_backbone, build_model
 from solov2_jax.training.loss import Loss, ValidationLoss, build_loss
 from solov2_jax.training.optim import (
     build_schedule,
+    check_groups,
     describe_rate,
     layer_rates,
     make_optimizer,
@@ -48,6 +49,7 @@ from solov2_jax.training.optim import (
 )
 from solov2_jax.training.teacher import load_teacher
 from solov2_jax.training.terms import build_terms
+from solov2_jax.user_code import import_function, named_failure
 
 PyTree = Any
 Evaluate = Callable[[dict[str, PyTree]], Mapping[str, float | None]]
@@ -98,7 +100,10 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
         # Lazy: the forward pass is traced for its shapes and not computed.
         return dict(model.lazy_init(key, image))
 
-    params = jax.eval_shape(init, jax.random.key(0))["params"]
+    backbone = config.model.backbone.name
+    own = named_failure(f"model.backbone.name: {backbone}") if ":" in backbone else nullcontext()
+    with own:
+        params = jax.eval_shape(init, jax.random.key(0))["params"]
     trainable = build_trainable(config, params)
     log_trainable(params, trainable)
     log.info("%s", describe_rate(config))
@@ -118,6 +123,9 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
         made = build_train_batches(config, train, step, _shard())
         made.packed = True
         return made
+
+    if config.augment.custom:
+        source(0).try_first()
 
     def batches(step: int) -> Generator[dict[str, np.ndarray], None, None]:
         yield from source(step)
@@ -145,7 +153,7 @@ def checked_datasets(config: Any, *, val_is_train: bool) -> tuple[CocoDataset, C
     train, val = load_datasets(config)
     val = train if val_is_train else val
     for path in config.train.checks:
-        import_object(path, "train.checks")(config, train, val)
+        import_function(path, "train.checks", ("config", "train", "val"))(config, train, val)
     if not len(val.labels) and val.counts["no_segmentation"]:
         log.warning(
             "%s: its objects have no masks, so AP of masks is undefined and no checkpoint the "
@@ -199,6 +207,8 @@ def build_trainable(config: Any, params: PyTree) -> PyTree:
     """Returns a tree of bools: which of these parameters are trained."""
     backbone, patterns = config.model.backbone, tuple(config.optim.freeze)
     stages = build_backbone(config).stages()
+    frozen = f"model.backbone.freeze_at = {backbone.freeze_at}"
+    check_groups(params, stages[: backbone.freeze_at], frozen, "stages")
     return trainable_mask(params, backbone.freeze_at, backbone.norm, patterns, stages)
 
 
@@ -216,7 +226,9 @@ def build_optimizer(
     optim = config.optim
     schedule, factor_of = build_schedule(config), None
     if optim.layer_decay < 1:
-        factor_of = layer_rates(build_backbone(config).layers(), optim.layer_decay)
+        layers = build_backbone(config).layers()
+        check_groups(trainable, layers, f"optim.layer_decay = {optim.layer_decay}", "layers")
+        factor_of = layer_rates(layers, optim.layer_decay)
     tx = make_optimizer(
         schedule,
         name=optim.name,

@@ -23,11 +23,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
 from solov2_jax import distributed
-from solov2_jax.io import InputError, reading, reason
+from solov2_jax.io import InputError, reading
 from solov2_jax.progress import Progress
 from solov2_jax.training.metrics import MetricsWindow
 from solov2_jax.training.step import TrainState, TrainStep
 from solov2_jax.training.writers import WriterBase, call_writers
+from solov2_jax.user_code import failure
 
 PyTree = Any
 
@@ -44,6 +45,7 @@ class Run:
     batch_size: int
     step_fn: TrainStep
     window: MetricsWindow
+    config: Any  # resolved; values for your own hooks stand below `config.user`
     data_seconds: float = 0.0  # spent waiting for the latest batch
     # Why the run ends before its last step. A hook may set it: the run then ends after
     # this step, with its checkpoint saved.
@@ -110,7 +112,7 @@ def call_hooks(hooks: Iterable[HookBase], point: str, run: Run) -> None:
         except Exception as error:
             raise InputError(
                 f"the hook {type(hook).__name__} failed in {point} at step {run.step}: "
-                f"{reason(error)}. Its traceback is in train.log"
+                f"{failure(error)}. Its traceback is in train.log"
             ) from error
 
 

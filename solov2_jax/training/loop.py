@@ -57,7 +57,8 @@ from solov2_jax.training.workdir import (
     logging_to,
     make_workdir,
 )
-from solov2_jax.training.writers import JsonlWriter, WriterBase, load_objects, make_writers
+from solov2_jax.training.writers import JsonlWriter, WriterBase, make_writers
+from solov2_jax.user_code import check_objects, make_objects
 
 log = logging.getLogger("solov2_jax")
 
@@ -125,6 +126,8 @@ def check_run(
     writers: Sequence[WriterBase],
 ) -> Allowed:
     """Does everything that can refuse a run; only reads."""
+    check_objects(hooks, "hooks of train()", HookBase)
+    check_objects(writers, "writers of train()", WriterBase)
     mesh = distributed.make_mesh()
     config = resolve_batch_size(config, path)
     distributed.check_batch_size(config.train.batch_size, mesh, config.train.accumulate)
@@ -132,7 +135,7 @@ def check_run(
     config = task.config
     if task.metric_names:
         check_metric(config.train.best_metric, task.metric_names)
-    own_hooks = [*load_objects(config.train.hooks, "train.hooks", HookBase), *hooks]
+    own_hooks = [*make_objects(config.train.hooks, "train.hooks", HookBase), *hooks]
     reports = [load_reports(config.train, key) for key in _REPORTS]
     all_writers = [*make_writers(config.train.writers), *writers]
     check_workdir(path, config, task.class_names, task.category_ids)
@@ -275,6 +278,7 @@ def make_run(config: Any, task: Task, start: Start, mesh: Mesh) -> Run:
         batch_size=config.train.batch_size,
         step_fn=step_fn,
         window=MetricsWindow(config.train.max_skipped, start.position),
+        config=config,
     )
 
 

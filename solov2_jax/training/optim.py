@@ -161,6 +161,23 @@ def trainable_mask(
     return jax.tree.map_with_path(trainable, params)
 
 
+def check_groups(params: PyTree, groups: Sequence[Sequence[str]], key: str, method: str) -> None:
+    """Raises an InputError where stages or layers of a backbone have no parameter at all.
+
+    Args:
+      groups: patterns of names within the backbone.
+      key, method: what counts the groups, and what returns them, for the message.
+    """
+    names = ["/".join(_names(path)) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = [name.removeprefix("backbone/") for name in names if name.startswith("backbone/")]
+    patterns = [pattern for group in groups for pattern in group]
+    if names and patterns and not any(fnmatch.filter(names, pattern) for pattern in patterns):
+        raise InputError(
+            f"{key} is about parameters named {', '.join(patterns)}, and the backbone's are "
+            f"{', '.join(names[:4])}, ...: return the patterns of theirs in its method {method}()"
+        )
+
+
 def _check_patterns(params: PyTree, patterns: Sequence[str]) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     names = ["/".join(_names(path)) for path, _ in leaves]

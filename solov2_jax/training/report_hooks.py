@@ -10,8 +10,9 @@ from dataclasses import replace
 import jax
 
 from solov2_jax.evaluation.evaluate import FinishedEvaluation, Report
-from solov2_jax.io import import_object, make_folder, reason, write_json
+from solov2_jax.io import make_folder, reason, write_json
 from solov2_jax.training.hooks import HookBase, Run
+from solov2_jax.user_code import import_function
 
 log = logging.getLogger("solov2_jax")
 
@@ -20,7 +21,9 @@ _RECORD = pathlib.Path("eval", "reported.json")  # the step of the last reports
 
 def load_reports(config_train, key: str) -> dict[str, Report]:
     """Returns the functions that `train.after_evaluation` or `train.after_training` names."""
-    return {path: import_object(path, f"train.{key}") for path in config_train[key]}
+    return {
+        path: import_function(path, f"train.{key}", ("finished",)) for path in config_train[key]
+    }
 
 
 def have_reported(workdir: pathlib.Path, step: int, *, finished: bool) -> bool:

@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from solov2_jax.config import suggest
-from solov2_jax.io import InputError, import_object, reason, write_text
+from solov2_jax.io import InputError, reason, write_text
 from solov2_jax.training.metric_files import read_csv, read_metrics
+from solov2_jax.user_code import failure, make_objects
 
 log = logging.getLogger("solov2_jax")
 
@@ -85,28 +86,13 @@ def make_writers(names: Sequence[str]) -> list[WriterBase]:
         if name in known:
             writers.append(known[name]())
         elif ":" in name:
-            writers += load_objects([name], "train.writers", WriterBase)
+            writers += make_objects([name], "train.writers", WriterBase)
         else:
             raise InputError(
                 f"train.writers has {name!r}{suggest(name, known)} Known: "
                 f"{', '.join(known)}; your own by its import path, 'module:Class'"
             )
     return writers
-
-
-def load_objects(paths: Sequence[str], key: str, base: type[T]) -> list[T]:
-    """Returns an object of each class that a config key's import paths name.
-
-    Raises:
-      InputError: where a path leads nowhere, or to no class derived from `base`.
-    """
-    objects = []
-    for path in paths:
-        made = import_object(path, key)()
-        if not isinstance(made, base):
-            raise InputError(f"{key}: {path} is not a class derived from training.{base.__name__}")
-        objects.append(made)
-    return objects
 
 
 def call_writers(writers: Sequence[WriterBase], method: str, step: int, values: Any) -> None:
@@ -123,7 +109,7 @@ def call_writers(writers: Sequence[WriterBase], method: str, step: int, values: 
         except Exception as error:
             raise InputError(
                 f"the writer {type(writer).__name__} failed in {method} at step {step}: "
-                f"{reason(error)}. Its traceback is in train.log"
+                f"{failure(error)}. Its traceback is in train.log"
             ) from error
 
 
