@@ -120,7 +120,7 @@ def check_methods(made: object, base: type, where: str) -> None:
     """
     public = [name for name in dir(base) if name[0] != "_" and callable(getattr(base, name))]
     own = [name for name in public if getattr(made, name) != _bound(base, name, made)]
-    for name in set(dir(made)) - set(dir(base)):
+    for name in sorted(set(dir(made)) - set(dir(base))):
         near = difflib.get_close_matches(name, set(public) - set(own), 1, 0.8)
         if near and name[0] != "_" and callable(getattr(made, name)):
             raise InputError(f"{where}: nothing calls its {name}; did you mean {near[0]}?")

@@ -1,12 +1,16 @@
 """What a user wrote is found by its import path, and refused before a run if it cannot work."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from solov2_jax.evaluation.coco_score import read_ground_truth
 from solov2_jax.evaluation.evaluators import Evaluator, OwnEvaluator
+from solov2_jax.inference.prediction import Prediction
 from solov2_jax.io import InputError
 from solov2_jax.training import HookBase, WriterBase
 from solov2_jax.training.optim import check_groups
@@ -171,6 +175,29 @@ def test_an_evaluator_has_its_three_methods(reset, process):
     wrong = "process" if reset else "reset"
     with pytest.raises(InputError, match=f"^data.val.metric.*{wrong}"):
         OwnEvaluator(make, "data.val.metric", one_image(), (), ())
+
+
+def test_the_documented_metric():
+    page = Path(__file__).resolve().parent.parent / "docs" / "evaluation_and_prediction.md"
+    (code,) = re.findall(r"```python\n(# mypackage/metrics\.py.*?)```", page.read_text(), re.S)
+    names: dict = {}
+    exec(code, names)
+    metric = OwnEvaluator(names["Coverage"], "data.val.metric", one_image(), (1,), ("a",))
+    masks = np.zeros((1, 2, 2), bool)
+    masks[0, 0] = True
+    metric.process(
+        Prediction(
+            masks=masks,
+            boxes=np.array([[0, 0, 2, 1]], np.float32),
+            scores=np.array([0.5], np.float32),
+            labels=np.array([0]),
+            image_id=1,
+            class_names=("a",),
+        )
+    )
+    metrics = metric.evaluate()
+    assert metrics["mine/coverage"] == 0.5 and metrics["mine/found"] == 1
+    assert {"mine/coverage", "segm/AP"} <= set(metric.metric_names())
 
 
 class Unfinished(Evaluator):

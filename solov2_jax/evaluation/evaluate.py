@@ -100,7 +100,7 @@ def build_evaluator(config: Any, dataset: CocoDataset, metric: str = "") -> Coco
 
 def build_reports(config: Any) -> list[Report]:
     """Returns the functions that `eval.reports` names."""
-    return [import_function(path, "eval.reports", ("finished",)) for path in config.eval.reports]
+    return [import_function(path, "eval.reports", ("evaluation",)) for path in config.eval.reports]
 
 
 def evaluate(

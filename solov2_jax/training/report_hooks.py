@@ -22,7 +22,7 @@ _RECORD = pathlib.Path("eval", "reported.json")  # the step of the last reports
 def load_reports(config_train, key: str) -> dict[str, Report]:
     """Returns the functions that `train.after_evaluation` or `train.after_training` names."""
     return {
-        path: import_function(path, f"train.{key}", ("finished",)) for path in config_train[key]
+        path: import_function(path, f"train.{key}", ("evaluation",)) for path in config_train[key]
     }
 
 
