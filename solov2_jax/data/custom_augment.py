@@ -77,6 +77,15 @@ def apply_custom(
     return sample
 
 
+def try_first_image(maker: Any) -> None:
+    """Makes the first image with objects of a `BatchMaker`, so that what fails does so before
+    a run."""
+    schedule, num_objects = maker.schedule, maker.dataset.objects_per_image
+    step = int(np.argmax(num_objects[schedule.image[:, 0]] > 0))
+    alone = schedule.part(slice(step, step + 1), slice(0, 1))
+    dataclasses.replace(maker, schedule=alone)(0)
+
+
 _KINDS = {np.uint8: ("uint8", "u1"), np.float32: ("float32", "f4")}
 
 

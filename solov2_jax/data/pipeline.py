@@ -79,13 +79,6 @@ class Batches:
     def __len__(self) -> int:
         return max(self._stop - self._start, 0)
 
-    def try_first(self) -> None:
-        """Makes the first image that has objects, so that what fails does so before a run."""
-        schedule, num_objects = self.maker.schedule, self.maker.dataset.objects_per_image
-        step = int(np.argmax(num_objects[schedule.image[:, 0]] > 0))
-        alone = schedule.part(slice(step, step + 1), slice(0, 1))
-        dataclasses.replace(self.maker, schedule=alone)(0)
-
     def __iter__(self) -> Iterator[ArrayDict]:
         generator = self._fetch()
         # Also when the program ends in the middle: worker processes and shared memory

@@ -28,6 +28,7 @@ from solov2_jax.data.build import (
     with_keypoints,
 )
 from solov2_jax.data.coco import CocoDataset
+from solov2_jax.data.custom_augment import try_first_image
 from solov2_jax.data.pipeline import Batches, epoch_images
 from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.evaluation.evaluate import (
@@ -100,10 +101,7 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
         # Lazy: the forward pass is traced for its shapes and not computed.
         return dict(model.lazy_init(key, image))
 
-    backbone = config.model.backbone.name
-    own = named_failure(f"model.backbone.name: {backbone}") if ":" in backbone else nullcontext()
-    with own:
-        params = jax.eval_shape(init, jax.random.key(0))["params"]
+    params = _shapes_of(init, config.model.backbone.name)["params"]
     trainable = build_trainable(config, params)
     log_trainable(params, trainable)
     log.info("%s", describe_rate(config))
@@ -115,8 +113,7 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
     validations = build_validations(config, val, alone=val_is_train)
     evaluate_val = build_evaluate(config, model, validations, workdir, finished)
     if config.eval.loss_images:
-        val_loss = build_loss(config, model, evaluated=True, own_padding=True)
-        evaluate_val = with_validation_loss(evaluate_val, config, val_loss, val)
+        evaluate_val = with_validation_loss(evaluate_val, config, model, val)
 
     @functools.lru_cache(maxsize=1)
     def source(step: int) -> Batches:
@@ -125,7 +122,7 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
         return made
 
     if config.augment.custom:
-        source(0).try_first()
+        try_first_image(source(0).maker)
 
     def batches(step: int) -> Generator[dict[str, np.ndarray], None, None]:
         yield from source(step)
@@ -146,6 +143,13 @@ def build_task(config: Any, workdir: pathlib.Path, *, val_is_train: bool = False
         metric_names=metric_names(config, validations),
         finished=finished,
     )
+
+
+def _shapes_of(init: Callable[[jax.Array], PyTree], backbone: str) -> PyTree:
+    """Returns the shapes of the variables; what a backbone of the user's raises is named."""
+    own = ":" in backbone
+    with named_failure(f"model.backbone.name: {backbone}") if own else nullcontext():
+        return jax.eval_shape(init, jax.random.key(0))
 
 
 def checked_datasets(config: Any, *, val_is_train: bool) -> tuple[CocoDataset, CocoDataset]:
@@ -314,8 +318,9 @@ def build_evaluate(
     return evaluate_variables
 
 
-def with_validation_loss(evaluate_val: Evaluate, config: Any, loss: Loss, dataset: Any) -> Evaluate:
+def with_validation_loss(evaluate_val: Evaluate, config: Any, model: Any, dataset: Any) -> Evaluate:
     """Returns `evaluate_val` with the validation loss among its results."""
+    loss = build_loss(config, model, evaluated=True, own_padding=True)
     batches = functools.partial(build_loss_batches, config, dataset, _shard())
     validation_loss = ValidationLoss(loss, batches)
 
