@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 COLLECTIVES = "all-reduce all-gather reduce-scatter collective-permute all-to-all".split()
 
-_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([\d,]*))?")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([\d,]*)(:[^}]*)?)?")
 # "%name = (f32[3,4]{1,0:T(8,128)}, s32[]) opcode(%a, %b), attribute=..."
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{")
@@ -33,12 +33,18 @@ class Array(NamedTuple):
     dtype: str
     dims: tuple[int, ...]
     minor: tuple[int, ...]
+    on_chip: bool = False  # in a TPU core's own memory
 
     @property
     def nbytes(self) -> int:
         """Bytes without padding."""
         bits = 8 if self.dtype == "pred" else int(re.findall(r"\d+", self.dtype)[0])
         return math.prod(self.dims) * bits // 8
+
+    @property
+    def moved(self) -> int:
+        """Bytes that cross the memory's pins when it is read or written once."""
+        return 0 if self.on_chip else self.nbytes
 
 
 class Instruction(NamedTuple):
@@ -62,6 +68,11 @@ class Instruction(NamedTuple):
         return self.opcode == "convolution" or self.target.startswith("__cudnn$conv")
 
     @property
+    def is_free(self) -> bool:
+        """Whether it does nothing by itself."""
+        return self.opcode in _FREE or self.opcode.endswith("-done")
+
+    @property
     def kind(self) -> str:
         """The opcode; of both halves of an asynchronous one, that of the first alone."""
         return self.opcode.removesuffix("-start")
@@ -75,7 +86,10 @@ def _arrays(text: str) -> tuple[Array, ...]:
     def ints(numbers: str) -> tuple[int, ...]:
         return tuple(int(n) for n in numbers.split(",") if n)
 
-    return tuple(Array(dtype, ints(d), ints(m)) for dtype, d, m in _ARRAY.findall(text))
+    return tuple(
+        Array(dtype, ints(d), ints(m), "T(" in tiles and "S(1)" in tiles)
+        for dtype, d, m, tiles in _ARRAY.findall(text)
+    )
 
 
 class Program:
@@ -139,19 +153,25 @@ class Program:
     def moved(self, each: Instruction) -> int:
         """Returns the bytes of an operation's operands and result.
 
-        Of what is only sliced, or updated in place, the bytes of the slices.
+        Of what is only sliced, or updated in place, the bytes of the slices; of what a TPU
+        keeps on the chip, none.
         """
-        if each.opcode in _FREE or each.opcode.endswith("-done"):
+        if each.is_free:
             return 0
+        if each.opcode in ("copy-start", "slice-start"):  # from, to: either comes first
+            ends = each.arrays[:2]
+            return min(x.nbytes for x in ends) * sum(not x.on_chip for x in ends)
         operands = [self.instructions[name] for name in each.operands if name in self.instructions]
         if each.opcode == "fusion":
             inner = self.computations[each.called()["calls"][0]]
         else:  # as if it were alone in a fusion
             inner = [x._replace(opcode="parameter", text=f"{i})") for i, x in enumerate(operands)]
             inner.append(each)
-        size, written = 0, sum(array.nbytes for array in each.arrays)
+        size, written = 0, sum(array.moved for array in each.arrays)
         for place in (x for x in inner if x.opcode == "parameter"):
-            whole = sum(array.nbytes for array in place.arrays)
+            whole = sum(array.moved for array in place.arrays)
+            if not whole:
+                continue
             read, in_place = self._slices(place.name, inner)
             if in_place:  # the result is the operand but for the update
                 written += in_place - whole
@@ -167,9 +187,9 @@ class Program:
             elif user.operands[0] != name:  # an index, or what is put in
                 return None, 0
             elif user.opcode in ("dynamic-slice", "slice"):
-                more, changed = user.arrays[0].nbytes, 0
+                more, changed = user.arrays[0].moved, 0
             elif user.opcode == "dynamic-update-slice":
-                more, changed = 0, self.instructions[user.operands[1]].arrays[0].nbytes
+                more, changed = 0, self.instructions[user.operands[1]].arrays[0].moved
             else:
                 return None, 0
             if more is None:
@@ -194,7 +214,8 @@ def read_program(text: str) -> dict[str, Any]:
     "conditionals": their number; "loops": the trips of each, None where the data decide;
     "convolutions": see `read_convolutions`; "collectives": see `read_collectives`; "host": what
     is sent to the host or fetched, by kind; "operations": those that run, in loops each time;
-    "moved": bytes of their operands and results, of "convolutions", "in_loops" and "other" ones.
+    "moved": bytes of their operands and results, of "convolutions", "in_loops" and "other" ones;
+    see `Program.moved`.
     """
     program = Program(text)
     everything = list(program.instructions.values())
@@ -203,7 +224,8 @@ def read_program(text: str) -> dict[str, Any]:
         size, times = program.moved(each), program.runs[computation]
         part = "in_loops" if computation in program.looped else "other"
         moved["convolutions" if program.convolves(each) else part] += size * times
-        operations += times * (size > 0)
+        on_chip = not each.is_free and any(array.on_chip for array in each.arrays)
+        operations += times * (size > 0 or on_chip)
     loops = [program.trips(each) for each in everything if each.opcode == "while"]
     return {
         "conditionals": sum(each.opcode == "conditional" for each in everything),

@@ -317,7 +317,7 @@ def group_norm(
         mean = total.sum(-1, keepdims=True) / (pixels * (c // groups))
         return jnp.broadcast_to(mean, total.shape).reshape(b, c)
 
-    rest = x32 - _pilot(x32, groups)[:, None, None]
+    rest = x32 - group_pilot(x32, groups)[:, None, None]
     counted = zero_outside(rest, extent)
     mean = grouped_mean(counted)
     variance = grouped_mean(jnp.square(counted)) - jnp.square(mean)
@@ -326,55 +326,9 @@ def group_norm(
     return (normed + bias[None, None, None]).astype(x.dtype)
 
 
-def _pilot(x: Float[Array, "B h w C"], groups: int) -> Float[Array, "B C"]:
+def group_pilot(x: Float[Array, "B h w C"], groups: int) -> Float[Array, "B C"]:
     """Returns one value of each group, off the border, where padding makes others unlike."""
     b, h, w, c = x.shape
     of_group = x[:, min(1, h - 1), min(1, w - 1), :: c // groups]
     values = jnp.broadcast_to(of_group[..., None], (b, groups, c // groups)).reshape(b, c)
     return lax.stop_gradient(values)
-
-
-@functools.partial(jax.jit, static_argnames=("groups", "epsilon"))
-def group_norm_levels(
-    xs: Sequence[Float[Array, "B _ _ C"]],
-    scale: Float[Array, "C"],
-    bias: Float[Array, "C"],
-    groups: int,
-    epsilon: float = 1e-5,
-    extents: Sequence[Int[Array, "B 2"]] = (),
-) -> list[Float[Array, "B _ _ C"]]:
-    """Returns `group_norm` of each level, computed on the cells of all levels together.
-
-    For many small levels: the statistics of L levels with N cells in all are products with
-    a matrix [L, N], so that a program has one set of operations instead of L.
-    """
-    b, c = xs[0].shape[0], xs[0].shape[-1]
-    sizes = [x.shape[1] * x.shape[2] for x in xs]
-    is_of_level = np.repeat(np.arange(len(xs)), sizes) == np.arange(len(xs))[:, None]
-    if not extents:
-        shares = np.float32(is_of_level / np.reshape(sizes, (-1, 1)))  # [L, N]
-        shares = jnp.broadcast_to(shares, (b, *shares.shape))
-    else:
-        pairs = list(zip(xs, extents, strict=True))
-        own = [inside(e, *x.shape[1:3]).reshape(b, -1) for x, e in pairs]
-        counts = jnp.stack([e[:, 0] * e[:, 1] for e in extents], axis=1)
-        is_own = is_of_level[None] & jnp.concatenate(own, axis=1)[:, None]
-        shares = is_own / counts[..., None].astype(jnp.float32)
-
-    def grouped_mean(x):  # [B, N, C] -> [B, L, C], equal within a group
-        dims = (((2,), (1,)), ((0,), (0,)))
-        mean = lax.dot_general(shares, x, dims, precision=lax.Precision.HIGHEST)
-        mean = mean.reshape(b, len(xs), groups, c // groups)
-        return jnp.broadcast_to(mean.mean(-1, keepdims=True), mean.shape).reshape(b, -1, c)
-
-    levels = [x.astype(jnp.float32) for x in xs]
-    levels = [x - _pilot(x, groups)[:, None, None] for x in levels]
-    cells = jnp.concatenate([x.reshape(b, -1, c) for x in levels], axis=1)
-    mean = grouped_mean(cells)
-    variance = grouped_mean(jnp.square(cells)) - jnp.square(mean)
-    factor = scale[None, None] * lax.rsqrt(jnp.maximum(variance, 0.0) + epsilon)
-    results = []
-    for i, x in enumerate(levels):
-        normed = (x - mean[:, i, None, None]) * factor[:, i, None, None]
-        results.append((normed + bias[None, None, None]).astype(xs[i].dtype))
-    return results

@@ -4,6 +4,7 @@ Those marked `ahead` take minutes each, and the plug-ins of benchmarks/ahead.txt
 """
 
 import dataclasses
+import functools
 import importlib.util
 
 import ahead
@@ -18,6 +19,8 @@ from jax.sharding import PartitionSpec as P
 from tiny_network import tiny_config
 
 from solov2_jax import distributed
+from solov2_jax.models.group_norm import group_norm_levels
+from solov2_jax.ops import group_norm
 
 # --- Reading a program ---------------------------------------------------------------
 
@@ -176,6 +179,28 @@ ENTRY %main (a: f32[8,16], k: s32[]) -> f32[8,16] {
     assert moved == (8 * row + row + number) + (8 * row + row + number + 8 * row)
 
 
+def test_what_a_tpu_keeps_on_the_chip_is_not_moved():
+    text = """
+%twice (x: f32[8,16]) -> f32[8,16] {
+  %x = f32[8,16]{1,0:T(8,128)S(1)} parameter(0)
+  ROOT %t = f32[8,16]{1,0:T(8,128)} add(%x, %x)
+}
+
+ENTRY %main (a: f32[8,16], b: f32[32,16]) -> f32[8,16] {
+  %a = f32[8,16]{1,0:T(8,128)} parameter(0)
+  %b = f32[32,16]{1,0:T(8,128)} parameter(1)
+  %there = (f32[8,16]{1,0:T(8,128)S(1)}, f32[8,16]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%a)
+  %here = f32[8,16]{1,0:T(8,128)S(1)} copy-done(%there)
+  %part = ((f32[32,16]{1,0:T(8,128)}), f32[8,16]{1,0:T(8,128)}, s32[]{:S(2)}) slice-start(%b), \
+slice={[0:8], [0:16]}
+  ROOT %new = f32[8,16]{1,0:T(8,128)} fusion(%here), kind=kLoop, calls=%twice
+}
+"""
+    one = 4 * 8 * 16
+    # Read onto the chip; read and written elsewhere; the result.
+    assert hlo.read_program(text)["moved"]["other"] == one + 2 * one + one
+
+
 def test_a_loop_without_a_note_ends_as_its_condition_says():
     text = """
 %below (p: (s32[])) -> pred[] {
@@ -287,6 +312,48 @@ def test_the_step_lowers_for_chips_that_hold_no_array(monkeypatch):
 LIGHT = "configs/light_448_r18.py"
 
 
+def need_compiler(target):
+    plugin = {"h100": "jax_plugins.xla_cuda12", "v5e": "libtpu"}[target]
+    if not importlib.util.find_spec(plugin):
+        pytest.skip(f"no {plugin}: pip install --no-deps -r benchmarks/ahead.txt")
+
+
+def one_map(xs, scale, bias, groups):
+    return [group_norm(x, scale, bias, groups) for x in xs]
+
+
+@pytest.mark.ahead
+@pytest.mark.parametrize("target", ["h100", "v5e"])
+@pytest.mark.parametrize(
+    ("norm", "channels", "sizes", "images"),
+    [
+        (group_norm_levels, 512, [(g, g) for g in (40, 36, 24, 16, 12)], 16),
+        (one_map, 256, [(200, 336)], 8),
+    ],
+    ids=["levels", "mask features"],
+)
+def test_group_norm_moves_little_more_than_it_must(target, norm, channels, sizes, images):
+    """Values twice and the result, then values and gradient twice and the gradient: 8 maps."""
+    need_compiler(target)
+    copied = distributed.replicated(distributed.mesh_of(ahead.describe_devices(target, 1)))
+    describe = functools.partial(jax.ShapeDtypeStruct, sharding=copied)
+
+    def both_ways(xs, scale, bias, grads):
+        def normed(xs, scale, bias):
+            return [jax.nn.relu(y) for y in norm(xs, scale, bias, groups=32)]
+
+        ys, back = jax.vjp(normed, xs, scale, bias)
+        return ys, back(grads)
+
+    maps = [describe((images, *size, channels), jnp.bfloat16) for size in sizes]
+    vector = describe((channels,), jnp.float32)
+    lowered = jax.jit(both_ways).lower(maps, vector, vector, maps)
+    options = ahead.GPU_OPTIONS if target == "h100" else {}
+    moved = hlo.read_program(lowered.compile(compiler_options=options).as_text())["moved"]
+    least = 8 * sum(x.size * x.dtype.itemsize for x in maps)
+    assert sum(moved.values()) <= 1.5 * least
+
+
 @pytest.mark.ahead
 @pytest.mark.parametrize(
     ("case", "temporaries"),
@@ -301,9 +368,7 @@ LIGHT = "configs/light_448_r18.py"
     ids=lambda x: " ".join(map(str, dataclasses.astuple(x))) if isinstance(x, Case) else None,
 )
 def test_a_compiled_program_holds_what_it_should(case, temporaries):
-    plugin = {"h100": "jax_plugins.xla_cuda12", "v5e": "libtpu"}[case.target]
-    if not importlib.util.find_spec(plugin):
-        pytest.skip(f"no {plugin}: pip install --no-deps -r benchmarks/ahead.txt")
+    need_compiler(case.target)
     row = ahead.compile_case(case)
     assert not ahead.defects(row)
     assert row["temp_bytes"] <= temporaries

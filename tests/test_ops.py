@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from solov2_jax import ops
+from solov2_jax.models.group_norm import group_norm_levels
 from solov2_jax.models.heads import split_features
 
 # float32 rounding: a bilinear sample adds four products.
@@ -92,26 +93,34 @@ def test_normalize_pads_after_normalising():
 
 
 @pytest.mark.parametrize("offset", [0, 1000])
-def test_group_norm_of_levels_is_that_of_each(offset):
+@pytest.mark.parametrize("sides", [(), ((6, 8), (5, 2), (1, 1))])
+def test_group_norm_of_levels_is_that_of_each(offset, sides):
     rng = np.random.default_rng(0)
     shapes = [(2, 8, 8, 8), (2, 5, 5, 8), (2, 1, 1, 8)]
     xs = [jnp.asarray(rng.normal(size=s) + offset * (1 + s[1]), jnp.float32) for s in shapes]
     scale, bias = (jnp.asarray(rng.normal(size=8), jnp.float32) for _ in range(2))
 
-    def together(xs):
-        return ops.group_norm_levels(xs, scale, bias, groups=2)
+    extents = [jnp.array([own, x.shape[1:3]]) for own, x in zip(sides, xs, strict=False)]
 
-    def one_by_one(xs):
-        return [ops.group_norm(x, scale, bias, groups=2) for x in xs]
+    def together(xs, scale, bias):
+        return group_norm_levels(xs, scale, bias, groups=2, extents=extents)
 
-    for got, want in zip(together(xs), one_by_one(xs), strict=True):
+    def one_by_one(xs, scale, bias):
+        own = extents or [None] * len(xs)
+        pairs = zip(xs, own, strict=True)
+        return [ops.group_norm(x, scale, bias, groups=2, extent=e) for x, e in pairs]
+
+    both = together(xs, scale, bias), one_by_one(xs, scale, bias)
+    for got, want in zip(*both, strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 + 2e-6 * offset)
     weights = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
-    grads = [
-        jax.grad(lambda xs, f=f: sum((y * w).sum() for y, w in zip(f(xs), weights, strict=True)))(
-            xs
-        )
-        for f in (together, one_by_one)
-    ]
-    for got, want in zip(*grads, strict=True):
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 + 1e-6 * offset)
+
+    def grads(norm):
+        def loss(xs, scale, bias):
+            ys = norm(xs, scale, bias)
+            return sum((y * w).sum() for y, w in zip(ys, weights, strict=True))
+
+        return jax.tree.leaves(jax.grad(loss, argnums=(0, 1, 2))(xs, scale, bias))
+
+    for got, want in zip(grads(together), grads(one_by_one), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 + 1e-6 * offset)

@@ -20,6 +20,7 @@ from solov2_jax.inference.programs import (
 from solov2_jax.losses import pair_dice
 from solov2_jax.models import build_model
 from solov2_jax.models.conv import conv2d_levels
+from solov2_jax.models.group_norm import group_norm_levels
 from solov2_jax.paste import paste_masks
 from solov2_jax.training.memory import batch_shapes, build_step
 
@@ -70,6 +71,20 @@ def test_the_network_is_lowered_for_the_platform_that_is_asked_for():
         ready = compile_kernel_transform(model, (256, 256), platform)(variables)
         leaves = jax.tree.leaves(ready["transformed"])
         assert {leaf.ndim for leaf in leaves} == ndim
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_cells_of_all_levels_are_normalised_together_on_the_cpu_alone(dtype):
+    """Elsewhere no float32 array holds them all, forward or backward."""
+    xs = [jnp.zeros((2, h, h, 64), dtype) for h in (12, 8)]
+
+    def loss(xs, scale, bias):
+        return sum(jnp.sum(jnp.square(y)) for y in group_norm_levels(xs, scale, bias, groups=32))
+
+    grads = jax.grad(loss, argnums=(0, 1, 2))
+    for platform, together in (("cpu", True), ("cuda", False), ("tpu", False)):
+        text = lowered(grads, platform, xs, jnp.ones(64), jnp.zeros(64))
+        assert ("2x208x64xf32>" in text) == ("dot_general" in text) == together
 
 
 def test_masks_are_pasted_in_windows_on_the_cpu_alone():

@@ -15,6 +15,7 @@ from solov2_jax import ops
 from solov2_jax.models.conv import Kernel, conv2d, conv2d_levels, transform_kernel
 from solov2_jax.models.deform import Deform, deform_conv2d, deform_conv2d_levels
 from solov2_jax.models.depthwise import depthwise_conv2d
+from solov2_jax.models.group_norm import group_norm_levels
 from solov2_jax.models.grouped import grouped_conv2d
 
 NORMS = ("frozen_bn", "gn", "sync_bn")  # of the backbone
@@ -325,7 +326,7 @@ class SharedGroupNorm(GroupNorm):
     ) -> list[Float[Array, "B _ _ C"]]:
         """Returns the levels; `extents`, see `ops`, are theirs."""
         scale, bias = self._affine(xs[0].shape[-1])
-        return ops.group_norm_levels(xs, scale, bias, self.groups, self.epsilon, extents)
+        return group_norm_levels(xs, scale, bias, self.groups, self.epsilon, extents)
 
 
 class ConvTower(nn.Module):
