@@ -18,6 +18,7 @@ import pytest
 from checkpoint_files import p_dict, small_state, state_pickle, write_legacy, write_state, write_zip
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_paddle_static import variable, write_tar
 from test_weights_names import caffe2_state
 
 from solov2_jax.io import InputError
@@ -25,7 +26,16 @@ from solov2_jax.weights.array_files import write_safetensors
 from solov2_jax.weights.sources import read_weights
 
 EXAMPLES = int(os.environ.get("SOLOV2_FUZZ_EXAMPLES", "200"))
-FORMATS = ("npz", "npz deflated", "pth zip", "pth legacy", "pickle", "pickle 2", "safetensors")
+FORMATS = (
+    "npz",
+    "npz deflated",
+    "pth zip",
+    "pth legacy",
+    "pickle",
+    "pickle 2",
+    "safetensors",
+    "tar",
+)
 # Beside 16 times the file: 64 MiB each of declared zeros, objects and their float32 form.
 FLOOR = 256 * 2**20
 SECONDS = 10.0
@@ -73,6 +83,8 @@ def valid_file(kind, folder):
         # The first names of Caffe2's, which are numpy arrays in a pickle.
         blobs = caffe2_state({k: v for k, v in state.items() if "bottom_up" in k})
         path.write_bytes(pickle.dumps({"model": blobs}, 2 if "2" in kind else 4))
+    elif kind == "tar":
+        write_tar(path, {f"a/{name}": variable(value) for name, value in state.items()})
     else:
         write_safetensors(str(path), state, {})
     return path.read_bytes()

@@ -51,7 +51,7 @@ TORCHVISION = {
 }
 _COPIES = {"V1": "tv_in1k", "V2": "tv2_in1k"}
 # Files that hold weights, most wanted first; of a kind, the named one before any other.
-_KINDS = (".safetensors", ".bin", ".pth", ".pt", ".npz", ".pkl", ".ckpt")
+_KINDS = (".safetensors", ".bin", ".pth", ".pt", ".npz", ".pkl", ".ckpt", ".pdparams")
 _USUAL = ("model.safetensors", "pytorch_model.bin")
 _REPO = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
 _SHORT = ("timm/", "torchvision/")

@@ -3,7 +3,7 @@
 Nothing is extracted, and what a header claims is compared with the file before memory is
 allocated for it.
 
-Source: PaddlePaddle 1.8, paddle/fluid/framework: lod_tensor.cc (SerializeToStream),
+Source: PaddlePaddle 2.0, paddle/fluid/framework: lod_tensor.cc (SerializeToStream),
 tensor_util.cc (TensorToStream) and framework.proto for a variable; POSIX for the archive, which
 Python's `tarfile` reads without these bounds.
 """

@@ -51,7 +51,7 @@ def find_original(config: Any, weights: Weights, prefix: str = "") -> Original |
     if source == "paddle":
         packages = 'paddlepaddle "paddledet==2.6.0"'
         described = "PaddleDetection's SOLOv2"
-        if is_static(own_names):  # PaddlePaddle 2.1 and later cannot build the graph itself
+        if is_static(own_names):  # today's PaddlePaddle has no `fluid` to build the graph with
             described += ", its layers of today in the place of its static graph's"
         return Original("paddle", own_names, described, packages)
     if why := _not_in_mmdet(config):

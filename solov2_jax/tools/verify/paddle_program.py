@@ -4,8 +4,8 @@ With a number of classes in `case.json` it only writes `names.json`, its tensors
 shapes. Its classes are put together here: its own assembly wants configuration files, which its
 package does not have.
 
-Files of its static graphs, for PaddlePaddle 1.8 to 2.0, are run by the same classes, whose
-layers are those of the graphs: `static_name` has the names.
+Files of its static graphs, which want the `fluid` of PaddlePaddle 2.0, are run by the same
+classes, whose layers are those of the graphs: `static_name` has the names.
 """
 
 # pyright: reportMissingImports=false
