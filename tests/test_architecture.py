@@ -97,7 +97,7 @@ LONG_FUNCTIONS = {
 }
 MAX_LONG_FUNCTION = 105
 # Lines of Python.
-BUDGETS = {"core": 27_500, "tools": 21_300, "benchmarks": 5_100}
+BUDGETS = {"core": 27_500, "tools": 21_300, "benchmarks": 5_150}
 # What errors that are still there begin with.
 KNOWN: tuple[str, ...] = ()
 
