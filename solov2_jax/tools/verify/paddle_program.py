@@ -177,7 +177,7 @@ def detect(parts: dict[str, Any], test: dict[str, Any], outputs: Any, size: Any)
     head.mask_nms = MaskMatrixNMS(
         update_threshold=test["update_threshold"],
         pre_nms_top_n=test["nms_pre"],
-        post_nms_top_n=test["max_per_image"],
+        post_nms_top_n=test["max_per_image"] + 1,
         kernel=test["nms_kernel"],
         sigma=test["nms_sigma"],
     )
@@ -191,9 +191,13 @@ def detect(parts: dict[str, Any], test: dict[str, Any], outputs: Any, size: Any)
             *outputs, shape, paddle.to_tensor(np.ones((1, 2), np.float32))
         )
     arrays = [x.numpy() for x in (labels, scores, masks)]
-    some = (arrays[1] > 0) & arrays[2].reshape(len(arrays[1]), -1).any(1)  # one is no detection
+    some = (arrays[1] > 0) & arrays[2].reshape(len(arrays[1]), -1).any(1)
+    # The last that enters NMS comes once more, so that there is always one.
+    for i in range(1, len(some)):
+        some[i] &= not all(np.array_equal(array[i], array[i - 1]) for array in arrays)
     names = ("detected/labels", "detected/scores", "detected/masks")
-    return {name: array[some] for name, array in zip(names, arrays, strict=True)}
+    kept = np.flatnonzero(some)[: test["max_per_image"]]
+    return {name: array[kept] for name, array in zip(names, arrays, strict=True)}
 
 
 def main(folder: Path) -> None:
