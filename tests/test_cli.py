@@ -35,9 +35,9 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     "arguments, given, started, inherited",
     [
-        ([], {}, ["MALLOC_ARENA_MAX=1"], []),
+        ([], {}, ["MALLOC_ARENA_MAX=4"], []),
         (["--nokeep_memory"], {}, [], []),
-        ([], {"MALLOC_ARENA_MAX": "4"}, ["MALLOC_ARENA_MAX=4"], ["MALLOC_ARENA_MAX=4"]),
+        ([], {"MALLOC_ARENA_MAX": "7"}, ["MALLOC_ARENA_MAX=7"], ["MALLOC_ARENA_MAX=7"]),
     ],
 )
 def test_a_command_starts_anew_with_the_allocators_settings(
