@@ -164,8 +164,8 @@ def add_paddle() -> None:
     for level, feature in enumerate(features, start=2):
         arrays[f"{case}_res{level}"] = feature.numpy().transpose(0, 2, 3, 1)
         print(case, level, feature.shape, float(feature.std()))
-    trained = sum(int(np.prod(v.shape)) for v in model.parameters())
-    print(f"{trained} parameters")
+    trained = (v for n, v in shapes.items() if not n.endswith(("_mean", "_variance")))
+    print(sum(int(np.prod(shape)) for shape in trained), "parameters")
     np.savez_compressed(FILE, **arrays)
 
 
