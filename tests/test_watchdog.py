@@ -39,6 +39,7 @@ STUCK = {
         ({"positive_images": 0.5}, {}, 600, "most images have no object"),
         ({"grad_norm": 5e4}, {}, 600, "the run has diverged"),
         ({"grad_norm": 1e-7}, {}, 600, "the gradient vanishes"),
+        ({"mean_iou": 0.0, "loss_ins": 2.9999}, {}, 50, "every mask is empty"),
         ({}, {}, 50, "the warm-up lasts until step 100"),
         (
             {},
@@ -54,11 +55,11 @@ def test_the_likeliest_reason_is_named_with_figures(means, changes, step, reason
     config = toy.toy_config(**{**SOUND, **changes})
     line = diagnose(config, schedule, step, {**STUCK, **means})
     assert reason in line and "\n" not in line
-    for figure in ("of at most 3", "mean IoU of pairs 0.004", "of 4 images", "0.01"):
+    for figure in ("of at most 3", "mean IoU of pairs 0.00", "of 4 images", "0.01"):
         assert figure in line
 
 
-def lines_of(losses, patience, caplog):
+def lines_of(losses, patience, caplog, iou=0.004):
     """Returns the steps at which a line came, for a loss per step, logged each 2."""
     caplog.clear()
     run = make_run(total=100)
@@ -66,7 +67,7 @@ def lines_of(losses, patience, caplog):
     hook.before_train(run)
     for loss in losses:
         run.step += 1
-        values = {**STUCK, "loss_ins": loss, "skipped": 0.0}
+        values = {**STUCK, "loss_ins": loss, "mean_iou": iou, "skipped": 0.0}
         metrics = {k: jnp.float32(v) for k, v in values.items()}
         run.window.add(run.step, metrics, [0])
         if run.due(2):
@@ -83,3 +84,5 @@ def test_a_line_comes_when_nothing_moved_for_long_and_not_at_every_step(caplog):
     assert lines_of([2.99] * 14, 0, caplog) == []
     assert lines_of([2.99] * 4 + [2.5] * 4 + [2.99] * 6, 6, caplog) == [14]
     assert lines_of([2.5] * 14, 6, caplog) == []
+    assert lines_of([3.0] * 5, 10, caplog, iou=0.0) == [2, 4], "empty masks stay empty"
+    assert lines_of([3.0] * 5, 0, caplog, iou=0.0) == []

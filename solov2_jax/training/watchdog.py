@@ -16,6 +16,8 @@ log = logging.getLogger("solov2_jax")
 
 # A dice loss above this has not started to fall: masks overlap hardly at all.
 STUCK_DICE = 0.95
+# Above this, and with an IoU below that, every mask is empty: see `_reason`.
+EMPTY_DICE, EMPTY_IOU = 0.999, 1e-4
 # Below this share of images with a pair, most steps train no mask.
 FEW_IMAGES = 0.25
 # The norm of a gradient that changes nothing, and of one whose step is far too large.
@@ -29,7 +31,7 @@ class LossWatchdog(HookBase):
     and before the one that clears them.
 
     `train.watch_steps` are the steps without progress before a line, and between two
-    lines; 0: never.
+    lines; 0: never. A fifth of them where every mask is empty, which no step mends.
     """
 
     transfer_guard = "disallow"
@@ -49,9 +51,12 @@ class LossWatchdog(HookBase):
         if "loss_ins" not in means:
             return
         stuck = means["loss_ins"] > STUCK_DICE * self._config.loss.dice_weight
+        patience = train.watch_steps
+        if _is_empty(self._config, means):
+            patience = max(patience // 5, 1)
         if not stuck and means["num_pairs"] > 0:
             self._last_good = run.step
-        elif run.step - (self._last_good or 0) >= train.watch_steps:
+        elif run.step - (self._last_good or 0) >= patience:
             log.warning("%s", diagnose(self._config, self._schedule, run.step, means))
             self._last_good = run.step  # the next line after another such time
 
@@ -73,6 +78,11 @@ def diagnose(config: Any, schedule: optax.Schedule, step: int, means: Mapping[st
         f"rate {rate:.3g}. "
     )
     return metrics + "Why: " + _reason(config, step, means)
+
+
+def _is_empty(config: Any, means: Mapping[str, float]) -> bool:
+    above = means["loss_ins"] > EMPTY_DICE * config.loss.dice_weight
+    return above and means["num_pairs"] > 0 and means["mean_iou"] < EMPTY_IOU
 
 
 def _reason(config: Any, step: int, means: Mapping[str, float]) -> str:
@@ -97,6 +107,13 @@ def _reason(config: Any, step: int, means: Mapping[str, float]) -> str:
         return (
             "the gradient vanishes. Look at what is frozen (optim.freeze, "
             "model.backbone.freeze_at) and at input.mean and input.std"
+        )
+    if _is_empty(config, means):
+        return (
+            "every mask is empty, far from its threshold: there dice has no gradient, so this "
+            "does not mend itself. Start again in a new --workdir with a lower "
+            "optim.learning_rate, a longer optim.warmup_steps, another seed, or "
+            "loss.mask_bce_weight=1, whose gradient does not vanish there"
         )
     if step <= warmup_steps(config):
         return (
