@@ -15,8 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 
-from solov2_jax import ops
-
 DILATION = 2  # mask-feature pixels between neighbours
 EPSILON = 1e-5  # in the denominator of a projection's dice
 # (rows, columns) to half of a pixel's eight neighbours; to them it is one of the other half.
@@ -95,19 +93,18 @@ def _shifted(x: Array, offset: tuple[int, int]) -> Array:
 def mask_terms(
     logits: Float[Array, "B P h4 w4"],
     instance: Int[Array, "B P"],
-    of_images: tuple[
-        UInt8[Array, "B G h4 w4"], Bool[Array, "B 4 h4 w4"], Bool[Array, "B h4 w4"] | None
-    ],
+    of_images: tuple[UInt8[Array, "B G h4 w4"], Bool[Array, "B 4 h4 w4"]],
+    inside: Bool[Array, "B h4 w4"] | None = None,
 ) -> tuple[Float[Array, "B P"], Float[Array, "B P"]]:
     """Returns each mask's projection term, 0..2, and its pairwise term: `pair_loss`'s terms.
 
     Args:
       instance: of each mask, which object's it is.
-      of_images: the objects' filled boxes, `color_edges`, and which pixels are inside
-        `Batch.extent`, None: all.
+      of_images: the objects' filled boxes, and `color_edges`.
+      inside: see `pair_loss`, which has made the logits beyond it small: that suffices here.
     """
-    masks, edges, inside = of_images
-    logits = ops.logits_inside(logits, inside)
+    del inside
+    masks, edges = of_images
     boxes = jnp.take_along_axis(masks, instance[:, :, None, None], axis=1).astype(jnp.float32)
     soft = jax.nn.sigmoid(logits)
     projection = jnp.zeros(logits.shape[:2], jnp.float32)

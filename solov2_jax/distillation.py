@@ -16,7 +16,8 @@ EPSILON = 1e-6  # in both denominators
 def soft_mask_terms(
     logits: Float[Array, "B P h4 w4"],
     teacher_kernels: Float[Array, "B P T"],
-    of_images: tuple[Float[Array, "B h4 w4 T"], Bool[Array, "B h4 w4"] | None],
+    teacher_feat: Float[Array, "B h4 w4 T"],
+    inside: Bool[Array, "B h4 w4"] | None = None,
 ) -> tuple[Float[Array, "B P"]]:
     """Returns how far each mask is from the teacher's of the same cell, 0..1: `pair_loss`'s
     term.
@@ -25,12 +26,10 @@ def soft_mask_terms(
     so that equal masks give 0 and not a rounding.
 
     Args:
-      of_images: the teacher's mask features, and which pixels are inside
-        `Batch.extent`, None: all.
+      inside: see `pair_loss`, which has made the student's logits beyond it small.
     """
-    teacher_feat, inside = of_images
     teacher = ops.dynamic_conv(teacher_kernels, teacher_feat)
-    logits, teacher = (ops.logits_inside(x, inside) for x in (logits, teacher))
+    teacher = ops.logits_inside(teacher, inside)
     soft, wanted = jax.nn.sigmoid(logits), jax.nn.sigmoid(teacher)
     squares = jnp.sum(soft * soft, axis=(2, 3)) + jnp.sum(wanted * wanted, axis=(2, 3))
     return (jnp.sum(jnp.square(soft - wanted), axis=(2, 3)) / (squares + EPSILON),)

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from solov2_jax import ops
 from solov2_jax.losses import EPSILON
 
 
 def further_mask_terms(
     logits: Float[Array, "B P h4 w4"],
     instance: Int[Array, "B P"],
-    of_images: tuple[UInt8[Array, "B G h4 w4"], Bool[Array, "B h4 w4"] | None],
+    masks: UInt8[Array, "B G h4 w4"],
+    inside: Bool[Array, "B h4 w4"] | None = None,
     *,
     gamma: float,
 ) -> tuple[Float[Array, "B P"], Float[Array, "B P"]]:
@@ -19,11 +19,8 @@ def further_mask_terms(
 
     Args:
       instance: of each mask, which object's it is.
-      of_images: the objects' masks, and which pixels are inside
-        `Batch.extent`, None: all.
+      inside: see `pair_loss`, which has made the logits beyond it small.
     """
-    masks, inside = of_images
-    logits = ops.logits_inside(logits, inside)
     target = jnp.take_along_axis(masks, instance[:, :, None, None], axis=1).astype(jnp.float32)
     return binary_focal(logits, target, gamma), border_distance(
         jax.nn.sigmoid(logits), target, inside

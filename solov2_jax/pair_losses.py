@@ -9,15 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from solov2_jax.ops import dynamic_conv
+from solov2_jax import ops
 from solov2_jax.platforms import PlatformOp, Tuning
 
 PyTree = Any
 # (logits [B, n, h4, w4], what belongs to these n pairs of each image, what belongs to the
-# images) -> T terms, each [B, n].
-Terms = Callable[[Array, PyTree, PyTree], Sequence[Array]]
+# images, which pixels count [B, h4, w4] or None) -> T terms, each [B, n].
+Terms = Callable[[Array, PyTree, PyTree, Array | None], Sequence[Array]]
 MAPS = 5  # of a mask's size that a term holds at the same time, about
 
 
@@ -29,6 +29,7 @@ def _pair_loss(
     of_images: PyTree,
     weight: Float[Array, "B P"],
     factors: Float[Array, "T"],
+    inside: Bool[Array, "B h4 w4"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "T"]]:
     """Returns the sum over pairs of their weights times each term, times its factor and added,
     and each term's sum without its factor (no gradient).
@@ -40,8 +41,9 @@ def _pair_loss(
       of_pairs: arrays [B, P, ...].
       of_images: arrays [B, ...].
       weight: of the pairs; 0 of those that are not looked at.
+      inside: the pixels that exist; None: all.
     """
-    return _forward(terms, kernels, mask_feat, of_pairs, of_images, weight, factors)[0]
+    return _forward(terms, kernels, mask_feat, of_pairs, of_images, weight, factors, inside)[0]
 
 
 def _forward(
@@ -52,9 +54,10 @@ def _forward(
     of_images: PyTree,
     weight: Float[Array, "B P"],
     factors: Float[Array, "T"],
+    inside: Bool[Array, "B h4 w4"] | None = None,
 ) -> tuple[tuple[Float[Array, ""], Float[Array, "T"]], Sequence[Array]]:
     loss, sums, grad_kernels, grad_feat = _pair_sums(
-        kernels, mask_feat, of_pairs, of_images, weight, factors, terms=terms
+        kernels, mask_feat, of_pairs, of_images, weight, factors, inside, terms=terms
     )
     return (loss, sums), (grad_kernels, grad_feat)
 
@@ -63,10 +66,10 @@ def _backward(
     terms: Terms,
     residuals: Sequence[Array],
     cotangents: tuple[Float[Array, ""], Float[Array, "T"]],
-) -> tuple[Array, Array, None, None, None, None]:
+) -> tuple[Array, Array, None, None, None, None, None]:
     del terms
     grad_kernels, grad_feat = (g * cotangents[0].astype(g.dtype) for g in residuals)
-    return grad_kernels, grad_feat, None, None, None, None
+    return grad_kernels, grad_feat, None, None, None, None, None
 
 
 pair_loss = jax.custom_vjp(_pair_loss, nondiff_argnums=(0,))
@@ -81,6 +84,7 @@ def _sums_in_chunks(
     of_images: PyTree,
     weight: Float[Array, "B P"],
     factors: Float[Array, "T"],
+    inside: Bool[Array, "B h4 w4"] | None,
     *,
     terms: Terms,
     tuning: Tuning,
@@ -101,8 +105,8 @@ def _sums_in_chunks(
     weight, kernels, of_pairs = sort(weight) * real, sort(kernels), jax.tree.map(sort, of_pairs)
 
     def chunk_loss(kernels: Array, feat: Array, weight: Array, of_pairs: PyTree):
-        logits = dynamic_conv(kernels, feat)
-        sums = jnp.stack([jnp.sum(weight * t) for t in terms(logits, of_pairs, of_images)])
+        logits = ops.logits_inside(ops.dynamic_conv(kernels, feat), inside)
+        sums = jnp.stack([jnp.sum(weight * t) for t in terms(logits, of_pairs, of_images, inside)])
         return jnp.sum(factors * sums), sums
 
     gradient = jax.value_and_grad(chunk_loss, argnums=(0, 1), has_aux=True)

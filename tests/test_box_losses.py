@@ -104,14 +104,14 @@ def test_value_and_gradient_equal_the_plain_form(monkeypatch, logits):
     def chunked(kernels, feat):
         masks, instance, weight = rest
         loss, sums = pair_loss(
-            box_losses.mask_terms, kernels, feat, instance, (masks, edges, None), weight, factors
+            box_losses.mask_terms, kernels, feat, instance, (masks, edges), weight, factors
         )
         return 2 * loss, sums
 
     def plain(kernels, feat):
         masks, instance, weight = rest
         logits = jnp.einsum("bpe,bhwe->bphw", kernels, feat)
-        terms = box_losses.mask_terms(logits, instance, (masks, edges, None))
+        terms = box_losses.mask_terms(logits, instance, (masks, edges))
         return 2 * sum(f * jnp.sum(weight * t) for f, t in zip(factors, terms, strict=True))
 
     value = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))
@@ -147,7 +147,7 @@ def test_the_object_is_found_in_its_box():
     box[..., rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = 1
     size = jnp.int32([[H4 * 4, W4 * 4]])
     edges = box_losses.color_edges(jnp.asarray(image), size, bgr=False, threshold=0.3)
-    nought, of_images = jnp.zeros((1, 1), jnp.int32), (jnp.asarray(box), edges, None)
+    nought, of_images = jnp.zeros((1, 1), jnp.int32), (jnp.asarray(box), edges)
 
     @jax.jit
     def descend(logits):

@@ -64,7 +64,7 @@ def test_equal_outputs_have_nothing_to_learn():
             kernels,
             feat,
             teacher_kernels,
-            (teacher_feat, None),
+            teacher_feat,
             weight,
             jnp.ones(1),
         )
@@ -114,7 +114,7 @@ def test_both_terms_by_hand():
     x = {name: jnp.float32(rng.normal(size=s)) for name, s in shapes.items()}
     weight = jnp.float32([[1, 0.5, 0], [0, 2, 0]])
     loss, sums = pair_loss(
-        distillation.soft_mask_terms, x["k"], x["f"], x["tk"], (x["tf"], None), weight, jnp.ones(1)
+        distillation.soft_mask_terms, x["k"], x["f"], x["tk"], x["tf"], weight, jnp.ones(1)
     )
     sigmoid = lambda z: 1 / (1 + np.exp(-z))  # noqa: E731
     ours = sigmoid(np.einsum("bpe,bhwe->bphw", x["k"], x["f"]))

@@ -56,7 +56,7 @@ def dry_run(config: Any) -> tuple[list[StepMemory], list[str]]:
     if config.train.batch_size == AUTO:
         largest = max(buckets, key=lambda shape: shape[0] * shape[1])
         slots = config.data.max_instances
-        number, _ = choose_batch_size(config, largest, slots, own_padding=varies)
+        number, _ = choose_batch_size(config, largest, slots)
         config = with_batch_size(config, number, ())
         notes.append(
             f"train.batch_size = {number} by memory; a training takes fewer images where an epoch "

@@ -229,9 +229,10 @@ def _build_mask_loss(config: Any) -> Callable[..., tuple[jax.Array, Metrics]]:
             kernels,
             outputs.mask_feat,
             targets.pair_instance,
-            (batch["masks"], batch["inside"]),
+            batch["masks"],
             weight,
             factors,
+            batch["inside"],
         )
         bce, boundary = factors * sums
         return loss, {"loss_mask_bce": bce, "loss_boundary": boundary}
@@ -267,9 +268,10 @@ def _build_box_loss(config: Any) -> Callable[..., tuple[jax.Array, Metrics]]:
             kernels,
             outputs.mask_feat,
             targets.pair_instance,
-            (batch["masks"], edges, batch["inside"]),
+            (batch["masks"], edges),
             weight,
             factors,
+            batch["inside"],
         )
         projection, pairwise = factors * terms
         return loss, {"loss_projection": projection, "loss_pairwise": pairwise}
@@ -300,9 +302,10 @@ def _build_distillation(config: Any) -> Callable[..., tuple[jax.Array, Metrics]]
             kernels,
             outputs.mask_feat,
             wanted,
-            (teacher.mask_feat, inside),
+            teacher.mask_feat,
             targets.pair_weight,
             jnp.full(1, weights.distill_mask_weight) / num_pairs,
+            inside,
         )
         features = (outputs.mask_feat, teacher.mask_feat)
         if inside is not None:

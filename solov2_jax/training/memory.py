@@ -21,7 +21,6 @@ from solov2_jax.config import read_config
 from solov2_jax.config_schema import AUTO
 from solov2_jax.data.build import (
     build_train_batches,
-    has_own_padding,
     load_train_dataset,
     pixel_format,
     with_keypoints,
@@ -254,7 +253,6 @@ def resolve_batch_size(
         maker.slots,
         len(maker.images),
         boxes_only=maker.boxes_only,
-        own_padding=has_own_padding(trial, dataset),
     )
     return with_batch_size(config, number, lines)
 
@@ -284,7 +282,6 @@ def choose_batch_size(
     slots: int,
     images: int | None = None,
     boxes_only: bool = False,
-    own_padding: bool = False,
 ) -> tuple[int, list[str]]:
     """Returns (images per step, lines of the table that led to it).
 
@@ -294,7 +291,6 @@ def choose_batch_size(
       slots: padded objects per image.
       images: of an epoch; None: not known.
       boxes_only: whether some object of the data has a box and no mask.
-      own_padding: see `build_loss`.
     """
     mesh, pixels = distributed.make_mesh(), pixel_format(config)
     unit = mesh.size * config.train.accumulate
@@ -305,7 +301,7 @@ def choose_batch_size(
         "takes, which lasts as long as two starts without a compilation cache",
         *(n * unit for n in tried),
     )
-    step, state, mesh = build_step(with_batch_size(config, unit, ()), mesh, own_padding=own_padding)
+    step, state, mesh = build_step(with_batch_size(config, unit, ()), mesh, own_padding=True)
     further = (boxes_only, len(config.model.keypoint_head.names))
     batches = (batch_shapes(n * unit, slots, *shape, mesh, pixels, *further) for n in tried)
     measured = [compile_step(step, state, batch, shape).total for batch in batches]
