@@ -49,7 +49,9 @@ def compiled_traffic(compiled: Mapping[str, Any], config: str) -> dict[str, Any]
         if row["target"] == "h100":
             size, part = row["moved"]["other"] + row["moved"]["in_loops"], "what is no convolution"
         else:
-            size, part = sum(row["moved"].values()), "all"
+            # Without its own count a row has XLA's, in which what stays on the chip moves too.
+            size = sum(row["moved"].values()) if "moved" in row else row["bytes"]
+            part = "all"
         source = f"{part} in {program}: {size / 1e9:.0f} GB"
         family, adds = ("gpu", True) if row["target"] == "h100" else ("tpu", False)
         found[family] = {"bytes_per_image": size / row["images"], "adds": adds, "source": source}

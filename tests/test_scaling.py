@@ -115,6 +115,7 @@ def test_the_bytes_of_a_program_compiled_at_full_size_replace_the_stored_ones():
 
     assert traffic()["tpu"]["bytes_per_image"] == 20.0
     moved = {"convolutions": 9.0, "other": 80.0, "in_loops": 40.0}
+    assert traffic(moved=moved)["tpu"]["bytes_per_image"] == 129 / 4
     assert traffic(target="h100", moved=moved)["gpu"]["bytes_per_image"] == 30.0
     assert not traffic(size=[64, 64]) and not traffic(accumulate=2) and not traffic(devices=8)
     assert not scaling_model.compiled_traffic({"x": row}, "b")

@@ -21,7 +21,6 @@ from solov2_jax.data.pixel_format import PixelFormat
 from solov2_jax.data.semantic_masks import known_classes
 from solov2_jax.data.transforms import Keypoints
 from solov2_jax.io import InputError
-from solov2_jax.user_code import import_function
 
 # Keys of `augment` that say nothing of an image by itself.
 _NOT_OF_AN_IMAGE = ("preset", "stop_last", "stop_last_epochs")
@@ -156,6 +155,8 @@ def data_files(config: Any) -> tuple[tuple[str, str], tuple[str, str]]:
         return train, val
     if data.name in data.providers:
         key = f"data.providers.{data.name}"
+        from solov2_jax.user_code import import_function
+
         return import_function(data.providers[data.name], key, ("config",))(config)
     names = ", ".join(f'"{name}"' for name in data.providers)
     raise InputError(

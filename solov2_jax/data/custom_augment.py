@@ -13,7 +13,6 @@ from solov2_jax.data.augment import Sample
 from solov2_jax.data.pixel_format import RGB, PixelFormat
 from solov2_jax.io import InputError
 from solov2_jax.rle import Size
-from solov2_jax.user_code import check_call, failure, import_object
 
 Augmentation = Callable[[Sample], Sample]
 
@@ -24,6 +23,9 @@ def custom_function(path: str) -> Augmentation:
 
     A transform of albumentations becomes a function of samples.
     """
+    # Here: a worker loads it only where there is a function of the user's.
+    from solov2_jax.user_code import check_call, import_object
+
     try:
         function: Any = import_object(path, "augment.custom")
     except InputError as error:
@@ -66,6 +68,8 @@ def apply_custom(
         try:
             changed = custom_function(path)(sample)
         except Exception as error:
+            from solov2_jax.user_code import failure
+
             raise InputError(
                 f"augment.custom: {path} failed for {where} ({failure(error)}); correct it."
             ) from error
