@@ -140,8 +140,9 @@ class KeyRule:
             return f"have {self._how_many()}, and has {len(value)}"
         for entry in value:
             if error := self.item.error(entry):
-                wrong = "is none of them" if self.item.choices else f"must {error}"
-                return f"be {self.item.describe(plural=True)}: {entry!r} {wrong}"
+                wanted = f"be {self.item.describe(plural=True)}"
+                wrong = "must be one of these" if error == wanted else f"must {error}"
+                return f"{wanted}: {entry!r} {'is none of them' if self.item.choices else wrong}"
         pairs = list(zip(value, value[1:], strict=False))
         if self.rising == "<" and not all(a < b for a, b in pairs):
             return "increase"

@@ -18,6 +18,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
 
+# Of the coarsest features: padded sides are multiples of it, as `data.buckets.STRIDE` says to
+# processes without JAX.
+STRIDE = 32
+
 
 def inside(extent: Int[Array, "B 2"], h: int, w: int) -> Bool[Array, "B h w"]:
     """Returns which pixels of arrays [h, w] belong to each image's own map."""
@@ -56,8 +60,9 @@ def zero_outside(
 
 
 def padded_extent(image_size: Int[Array, "B 2"]) -> Int[Array, "B 2"]:
-    """Returns (height, width) of images that are padded to multiples of 32."""
-    return lax.shift_right_logical(image_size + 31, 5) * 32
+    """Returns (height, width) of images that are padded to multiples of `STRIDE`."""
+    shift = STRIDE.bit_length() - 1
+    return lax.shift_right_logical(image_size + (STRIDE - 1), shift) * STRIDE
 
 
 def logits_inside(

@@ -15,9 +15,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from solov2_jax.ops import STRIDE
 from solov2_jax.structs import Batch, Targets
 
-_STEP = 32  # of `Batch.extent`
 MAX_CELLS_PER_SIDE = 3  # an object covers at most 3 x 3 cells of a level
 
 
@@ -172,7 +172,7 @@ def _edges_of(
     """
     if extent is None:
         return [jnp.asarray(_level_edges(side, num_grids)) for side in sides]
-    row = extent // _STEP - 1
+    row = extent // STRIDE - 1
     tables = (_edges_within(side, num_grids) for side in sides)
     return [jnp.asarray(table)[row[:, i]] for i, table in enumerate(tables)]
 
@@ -180,7 +180,7 @@ def _edges_of(
 @cache
 def _edges_within(size: int, num_grids: tuple[int, ...]) -> Float[np.ndarray, "n L k"]:
     """Returns `_level_edges` of the sizes 32, 64, ... up to `size`."""
-    sizes = range(_STEP, size + 1, _STEP)
+    sizes = range(STRIDE, size + 1, STRIDE)
     return np.stack([_level_edges(side, num_grids) for side in sizes])
 
 

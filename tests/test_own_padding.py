@@ -13,6 +13,7 @@ from tiny_network import tiny_config
 
 from solov2_jax import ops, targets
 from solov2_jax.config import read_config, save_config
+from solov2_jax.data import buckets
 from solov2_jax.data.build import build_train_batches, has_own_padding
 from solov2_jax.models import build_model, resnet
 from solov2_jax.structs import Batch
@@ -172,6 +173,10 @@ def sized(tmp_path, sizes):
     dataset = tiny_coco.load(tmp_path)
     sizes = np.resize(sizes, (len(dataset), 2))
     return dataclasses.replace(dataset, heights=sizes[:, 0], widths=sizes[:, 1]), config
+
+
+def test_both_strides_are_one():
+    assert ops.STRIDE == buckets.STRIDE
 
 
 def test_two_shapes_hold_images_of_any_size(tmp_path):
