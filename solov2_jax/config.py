@@ -359,6 +359,13 @@ def _filled(values: dict[str, Any], path: str | os.PathLike) -> Config:
     return config
 
 
+def values_before_keys(path: str | os.PathLike) -> dict[str, Any]:
+    """Returns, of the keys that a config.json is older than, those whose value then was another
+    than `configs/base.py`'s is now."""
+    written = flatten(read_json(path, "a config.json"))
+    return {key: value for key, value in _base().ABSENT.items() if key not in written}
+
+
 def changed_keys(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
     """Returns {key: (old value, new value)} of what differs; "(absent)" if missing."""
     a, b = flatten(old), flatten(new)

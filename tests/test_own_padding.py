@@ -19,6 +19,7 @@ from solov2_jax.models import build_model, resnet
 from solov2_jax.structs import Batch
 from solov2_jax.training.loss import build_loss
 from solov2_jax.training.teacher import Teacher
+from solov2_jax.training.workdir import as_begun
 
 SIZES = ((40, 60), (64, 33))  # of the images; a batch of both is padded to 64 x 64
 EXACT, SHARED = (64, 64), (96, 160)
@@ -215,3 +216,9 @@ def test_a_run_from_before_the_key_keeps_its_shapes(tmp_path):
     del values["input"]["max_buckets_train"]
     path.write_text(json.dumps(values))
     assert read_config(path).input.max_buckets_train == 5
+    assert as_begun(tmp_path, config).input.max_buckets_train == 2, "nothing was trained there"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("solov2_jax.training.workdir.list_steps", lambda _: [3])
+        assert as_begun(tmp_path, config).input.max_buckets_train == 5
+        config.input.max_buckets_train = 3
+        assert as_begun(tmp_path, config).input.max_buckets_train == 3, "as it is asked for"

@@ -51,6 +51,7 @@ from solov2_jax.training.restore import Start, restore
 from solov2_jax.training.step import TrainStep
 from solov2_jax.training.watchdog import LossWatchdog
 from solov2_jax.training.workdir import (
+    as_begun,
     check_workdir,
     describe_run,
     locked,
@@ -129,7 +130,7 @@ def check_run(
     check_objects(hooks, "hooks of train()", HookBase)
     check_objects(writers, "writers of train()", WriterBase)
     mesh = distributed.make_mesh()
-    config = resolve_batch_size(config, path)
+    config = resolve_batch_size(as_begun(path, config), path)
     distributed.check_batch_size(config.train.batch_size, mesh, config.train.accumulate)
     task = build(config, path)
     config = task.config

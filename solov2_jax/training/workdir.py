@@ -25,7 +25,14 @@ import solov2_jax
 from solov2_jax import distributed, storage
 from solov2_jax.checkpoint import had_checkpoint, list_steps, read_best, read_classes
 from solov2_jax.classes import classes_difference, classes_record
-from solov2_jax.config import changed_keys, read_config, save_config
+from solov2_jax.config import (
+    base_config,
+    changed_keys,
+    flatten,
+    read_config,
+    save_config,
+    values_before_keys,
+)
 from solov2_jax.io import InputError, lock_file, reason, write_json
 from solov2_jax.logging import PlainFormatter
 from solov2_jax.pretrained import is_pretrained
@@ -212,6 +219,24 @@ def check_nothing_lost(workdir: pathlib.Path) -> None:
             "metrics.jsonl holds its metrics. Put the checkpoints back to resume it, or "
             "give another --workdir. To start it anew here, move metrics.jsonl away"
         )
+
+
+def as_begun(workdir: pathlib.Path, config: Any) -> Any:
+    """Returns the config, with what the run in this folder did before there was a key for it."""
+
+    def before() -> dict[str, Any]:
+        path = workdir / "config.json"
+        return values_before_keys(path) if path.is_file() and list_steps(workdir) else {}
+
+    default = flatten(base_config())
+    values = distributed.broadcast_from_host0(before)
+    values = {k: v for k, v in values.items() if flatten(config).get(k) == default[k]}
+    if values:
+        config = config.copy_and_resolve_references()
+        config.update_from_flattened_dict(values)
+        for key, value in values.items():
+            log.info("%s = %r, as this run began", key, value)
+    return config
 
 
 def check_same_config(workdir: pathlib.Path, config: Any) -> None:
