@@ -30,15 +30,16 @@ from typing import Any
 import harness
 
 SIDES = ("solov2_jax", "mmdetection")
-_NOT_EQUAL = (
-    ("optim.name", "sgd"),
-    ("optim.schedule", "multistep"),
-    ("optim.ema_decay", 0.0),
-    ("input.size_sampling", "choice"),
-    ("model.backbone.name", "resnet"),
-    ("model.backbone.norm", "frozen_bn"),
-    ("augment.jitter_scale", ()),
-    ("data.repeat_threshold", 0.0),
+# What both can do: key and values.
+_BOTH = (
+    ("optim.name", ("sgd", "adamw")),
+    ("optim.schedule", ("multistep",)),
+    ("optim.ema_decay", (0.0,)),
+    ("input.size_sampling", ("choice",)),
+    ("model.backbone.name", ("resnet",)),
+    ("model.backbone.norm", ("frozen_bn",)),
+    ("augment.jitter_scale", ((),)),
+    ("data.repeat_threshold", (0.0,)),
 )
 
 
@@ -49,6 +50,7 @@ def main(argv: Sequence[str]) -> None:
     add("--name", help="of the data, in the table")
     add("--config", default="light_448_r18", help="config file or a shipped config's name")
     add("--seeds", type=int, default=3)
+    add("--first", type=int, help="learn, and predict, so many training images by heart")
     add("--peer_dir", type=Path, help="the peer's environment; none: ours alone")
     add("--scratch", type=Path, default=harness.ROOT / ".cache" / "accuracy")
     add("--results", type=Path, default=harness.RESULTS)
@@ -66,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     rows = content["rows"].setdefault(args.name, {})
     for seed in range(args.seeds):
         case = (args.scratch / args.name / f"seed{seed}").absolute()
-        config = write_case(case, args.config, [*overrides, f"--config.seed={seed}"])
+        config = write_case(case, args.config, [*overrides, f"--config.seed={seed}"], args.first)
         for side in SIDES if args.peer_dir else SIDES[:1]:
             done = rows.setdefault(side, {})
             if str(seed) not in done or done[str(seed)]["steps"] != config.train.steps:
@@ -79,17 +81,29 @@ def main(argv: Sequence[str]) -> None:
     print(table)
 
 
-def write_case(case: Path, config_file: str, overrides: Sequence[str]) -> Any:
-    """Writes config, weights, data and classes of a training; returns the config."""
+def write_case(
+    case: Path, config_file: str, overrides: Sequence[str], first: int | None = None
+) -> Any:
+    """Writes config, weights, data and classes of a training; returns the config.
+
+    Args:
+      first: of so many training images, which are then the validation images too.
+    """
     from solov2_jax.config import flatten, load_config, save_config
     from solov2_jax.data.build import data_files, load_datasets
     from solov2_jax.training.build import in_steps
 
     config = load_config(config_file, list(overrides))
+    case.mkdir(parents=True, exist_ok=True)
+    if first:
+        annotations = write_first(config.data.train.annotations, first, case / "first.json")
+        for part in (config.data.train, config.data.val):
+            part.images, part.annotations = config.data.train.images, annotations
     flat = flatten(config)
-    for key, value in _NOT_EQUAL:
-        if flat[key] != value:
-            raise SystemExit(f"error: {key} = {flat[key]!r}: both sides can do {value!r} only")
+    for key, values in _BOTH:
+        if flat[key] not in values:
+            choices = " or ".join(map(repr, values))
+            raise SystemExit(f"error: {key} = {flat[key]!r}: both sides can do {choices} only")
     train, _ = load_datasets(config)
     config = in_steps(config, train)
     with config.unlocked():
@@ -106,7 +120,6 @@ def write_case(case: Path, config_file: str, overrides: Sequence[str]) -> Any:
             if config.optim.warmup_steps < 1
             else config.optim.warmup_steps
         )
-    case.mkdir(parents=True, exist_ok=True)
     weights = write_weights(case, config, train.class_names)
     with config.unlocked():
         config.init_from = weights["ours"]
@@ -119,6 +132,27 @@ def write_case(case: Path, config_file: str, overrides: Sequence[str]) -> Any:
     ):
         (case / f"{name}.json").write_text(json.dumps(value))
     return config
+
+
+def write_first(annotations: str, number: int, file: Path) -> str:
+    """Writes the first images of 1 to 8 objects, no crowd and none below 1 % of the image."""
+    content = json.loads(Path(annotations).read_text())
+    objects: dict[int, list[Any]] = {}
+    for record in content["annotations"]:
+        objects.setdefault(record["image_id"], []).append(record)
+    kept = []
+    for image in sorted(content["images"], key=lambda image: image["id"]):
+        found, least = objects.get(image["id"], []), 0.01 * image["height"] * image["width"]
+        clear = all(o["area"] >= least and not o["iscrowd"] for o in found)
+        if clear and 1 <= len(found) <= 8 and len(kept) < number:
+            kept.append(image)
+    if len(kept) < number:
+        raise SystemExit(
+            f"error: {annotations} has {len(kept)} such images, --first wants {number}"
+        )
+    content["annotations"] = [o for image in kept for o in objects[image["id"]]]
+    file.write_text(json.dumps({**content, "images": kept}))
+    return str(file)
 
 
 def write_weights(case: Path, config: Any, class_names: Sequence[str]) -> dict[str, str]:
@@ -193,8 +227,11 @@ def train_ours(case: Path) -> None:
 
 def measure(case: Path, side: str, peer_dir: Path | None, steps: int) -> dict[str, Any]:
     """Returns {"steps", "curve": [{"step", "seconds", "memory_gb", "AP", "AP50"}, ...]}."""
-    output = case / side
+    from solov2_jax.tools.cli.app import ALLOCATOR
+
+    output, allocator = case / side, harness.ALLOCATORS["tuned"]
     if side == SIDES[0]:
+        allocator = ALLOCATOR  # with which train.py starts itself
         command = [sys.executable, str(harness.HERE / "accuracy.py"), "--train_case", str(case)]
     else:
         assert peer_dir is not None
@@ -202,7 +239,7 @@ def measure(case: Path, side: str, peer_dir: Path | None, steps: int) -> dict[st
         command += ["--case", str(case), "--output", str(output)]
     curve = output / "curve.jsonl"
     if not curve.is_file() or f'"step": {steps},' not in curve.read_text():
-        environment = os.environ | harness.ALLOCATORS["tuned"]
+        environment = os.environ | allocator
         with open(case / f"{side}.log", "a") as log:
             done = subprocess.run(
                 command, cwd=harness.ROOT, env=environment, stdout=log, stderr=log, check=False

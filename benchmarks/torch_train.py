@@ -54,12 +54,7 @@ def make_settings(case: Case, output: Path) -> dict[str, Any]:
         "train_cfg": {"type": "IterBasedTrainLoop", "max_iters": train["steps"]},
         "optim_wrapper": {
             "type": "OptimWrapper",
-            "optimizer": {
-                "type": "SGD",
-                "lr": optim["learning_rate"],
-                "momentum": optim["momentum"],
-                "weight_decay": optim["weight_decay"],
-            },
+            "optimizer": make_optimizer(optim),
             "paramwise_cfg": {"norm_decay_mult": 0.0},
             "clip_grad": {"max_norm": optim["clip_norm"]} if optim["clip_norm"] else None,
         },
@@ -79,6 +74,14 @@ def make_settings(case: Case, output: Path) -> dict[str, Any]:
         "resume": (output / "last_checkpoint").is_file(),
         "cfg": {},
     }
+
+
+def make_optimizer(optim: Any) -> dict[str, Any]:
+    """Returns SGD or AdamW; the momentum is Adam's first beta, as in the config."""
+    rule = {"lr": optim["learning_rate"], "weight_decay": optim["weight_decay"]}
+    if optim["name"] == "sgd":
+        return {"type": "SGD", "momentum": optim["momentum"], **rule}
+    return {"type": "AdamW", "betas": (optim["momentum"], 0.999), **rule}
 
 
 def make_schedule(optim: Any) -> list[dict[str, Any]]:

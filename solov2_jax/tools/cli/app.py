@@ -39,7 +39,7 @@ PLATFORM = (DEBUG, _CPU_DEVICES, _CACHE, _KEEP_MEMORY)
 # Several arenas: in a single one the threads that compile wait for each other (55 instead of
 # 37 s for a first prediction of four photographs), and what they leave behind slows all steps
 # after it (0.42 instead of 0.28 s of the quickstart's).
-_KEEPING = {
+ALLOCATOR = {
     "MALLOC_ARENA_MAX": "4",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 36),
@@ -164,13 +164,13 @@ def _restart(keep_memory: bool) -> None:
     Settings that are in the environment already are the user's, and stay.
     """
     if os.environ.pop(_RESTARTED, ""):
-        for name in _KEEPING:  # for this process, not for its children
+        for name in ALLOCATOR:  # for this process, not for its children
             os.environ.pop(name, None)
         return
     given = [n for n in os.environ if n.startswith("MALLOC_") or n == "GLIBC_TUNABLES"]
     if keep_memory and sys.platform == "linux" and not given:
         sys.stdout.flush()
-        environment = {**os.environ, **_KEEPING, _RESTARTED: "1"}
+        environment = {**os.environ, **ALLOCATOR, _RESTARTED: "1"}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
