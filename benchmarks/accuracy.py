@@ -90,6 +90,7 @@ def write_case(
       first: of so many training images, which are then the validation images too.
     """
     from solov2_jax.config import flatten, load_config, save_config
+    from solov2_jax.config_schema import as_steps
     from solov2_jax.data.build import data_files, load_datasets
     from solov2_jax.training.build import in_steps
 
@@ -112,24 +113,16 @@ def write_case(
         config.train.checkpoint_every = config.train.eval_every
         config.train.after_training = config.train.after_evaluation = ()
         config.train.writers = ()
-        config.optim.milestones = tuple(
-            round(m * config.train.steps) if m < 1 else int(m) for m in config.optim.milestones
-        )
-        config.optim.warmup_steps = float(
-            round(config.optim.warmup_steps * config.train.steps)
-            if config.optim.warmup_steps < 1
-            else config.optim.warmup_steps
-        )
+        steps = config.train.steps
+        config.optim.milestones = tuple(as_steps(m, steps) for m in config.optim.milestones)
+        config.optim.warmup_steps = float(as_steps(config.optim.warmup_steps, steps))
     weights = write_weights(case, config, train.class_names)
     with config.unlocked():
         config.init_from = weights["ours"]
     save_config(config, case / "config.json")
     files = [[str(Path(path).absolute()) for path in pair] for pair in data_files(config)]
-    for name, value in (
-        ("weights", weights),
-        ("data", files),
-        ("classes", list(train.class_names)),
-    ):
+    names = list(train.class_names)
+    for name, value in {"weights": weights, "data": files, "classes": names}.items():
         (case / f"{name}.json").write_text(json.dumps(value))
     return config
 
@@ -137,21 +130,21 @@ def write_case(
 def write_first(annotations: str, number: int, file: Path) -> str:
     """Writes the first images of 1 to 8 objects, no crowd and none below 1 % of the image."""
     content = json.loads(Path(annotations).read_text())
-    objects: dict[int, list[Any]] = {}
+    objects: dict[int, list[Any]] = {image["id"]: [] for image in content["images"]}
     for record in content["annotations"]:
-        objects.setdefault(record["image_id"], []).append(record)
-    kept = []
-    for image in sorted(content["images"], key=lambda image: image["id"]):
-        found, least = objects.get(image["id"], []), 0.01 * image["height"] * image["width"]
-        clear = all(o["area"] >= least and not o["iscrowd"] for o in found)
-        if clear and 1 <= len(found) <= 8 and len(kept) < number:
-            kept.append(image)
+        objects[record["image_id"]].append(record)
+
+    def is_clear(image: Any) -> bool:
+        found, least = objects[image["id"]], 0.01 * image["height"] * image["width"]
+        return 1 <= len(found) <= 8 and all(o["area"] >= least and not o["iscrowd"] for o in found)
+
+    kept = sorted(filter(is_clear, content["images"]), key=lambda image: image["id"])[:number]
     if len(kept) < number:
         raise SystemExit(
             f"error: {annotations} has {len(kept)} such images, --first wants {number}"
         )
-    content["annotations"] = [o for image in kept for o in objects[image["id"]]]
-    file.write_text(json.dumps({**content, "images": kept}))
+    content |= {"images": kept, "annotations": sum((objects[i["id"]] for i in kept), [])}
+    file.write_text(json.dumps(content))
     return str(file)
 
 
@@ -168,9 +161,7 @@ def write_weights(case: Path, config: Any, class_names: Sequence[str]) -> dict[s
     from solov2_jax.weights.settings import settings_of_config
     from solov2_jax.weights.tables import to_mmdet
 
-    weights = {
-        n: str(case / f"{n}.{kind}") for n, kind in (("ours", "safetensors"), ("mmdet", "npz"))
-    }
+    weights = {"ours": str(case / "ours.safetensors"), "mmdet": str(case / "mmdet.npz")}
     if not all(Path(path).is_file() for path in weights.values()):
         model = build_model(config, config.model.num_classes)
         key = jax.random.fold_in(jax.random.key(config.seed), 0)
@@ -284,11 +275,8 @@ def at_time(curve: Sequence[Mapping[str, float]], seconds: float) -> float:
 
 def accuracy_table(content: Mapping[str, Any]) -> str:
     """Returns Markdown: for each data set and side the means over the seeds, with spreads."""
-    lines = [
-        "| data | program | seeds | steps | AP at equal steps | AP50 | AP at equal time | minutes |"
-        " GB |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    heads = "data | program | seeds | steps | AP at equal steps | AP50 | AP at equal time | minutes"
+    lines = [f"| {heads} | GB |", "|---|---|---:|---:|---:|---:|---:|---:|---:|"]
     for name, sides in content["rows"].items():
         seeds = set.intersection(*(set(runs) for runs in sides.values() if runs) or [set()])
         for side, runs in sides.items():
@@ -298,14 +286,11 @@ def accuracy_table(content: Mapping[str, Any]) -> str:
             ends = {s: min(sides[x][s]["curve"][-1]["seconds"] for x in sides) for s in curves}
             last = [curve[-1] for curve in curves.values()]
             equal = [at_time(curve, ends[s]) for s, curve in curves.items()]
-            cells = [
-                *(name, side, str(len(curves)), str(last[0]["step"])),
-                _mean([p["AP"] for p in last], 4),
-                _mean([p["AP50"] for p in last], 4),
-                _mean(equal, 4) if len(sides) > 1 else "",
-                _mean([p["seconds"] / 60 for p in last], 1),
-                _mean([p["memory_gb"] for p in last], 2),
-            ]
+            cells = [name, side, str(len(curves)), str(last[0]["step"])]
+            cells += [_mean([p[key] for p in last], 4) for key in ("AP", "AP50")]
+            cells += [_mean(equal, 4) if len(sides) > 1 else ""]
+            cells += [_mean([p["seconds"] / 60 for p in last], 1)]
+            cells += [_mean([p["memory_gb"] for p in last], 2)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -43,6 +43,7 @@ def make_settings(case: Case, output: Path) -> dict[str, Any]:
         "filter_cfg": {"filter_empty_gt": not config["data"]["keep_empty"], "min_size": 0},
         "pipeline": pipeline,
     }
+    saving = {"interval": train["eval_every"], "max_keep_ckpts": 1}
     return {
         "work_dir": str(output),
         "train_dataloader": {
@@ -60,12 +61,7 @@ def make_settings(case: Case, output: Path) -> dict[str, Any]:
         },
         "param_scheduler": make_schedule(optim),
         "default_hooks": {
-            "checkpoint": {
-                "type": "CheckpointHook",
-                "by_epoch": False,
-                "interval": train["eval_every"],
-                "max_keep_ckpts": 1,
-            },
+            "checkpoint": {"type": "CheckpointHook", "by_epoch": False, **saving},
             "logger": {"type": "LoggerHook", "interval": 50},
         },
         "randomness": {"seed": config["seed"]},

@@ -7,28 +7,45 @@ data side imports this package too, and knows no JAX.
 """
 
 import importlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Predictor": "solov2_jax.inference.predictor:Predictor",
-    "SOLOv2": "solov2_jax.models:SOLOv2",
-    "evaluate": "solov2_jax.tools.report.evaluate_run:evaluate_run",
-    "evaluate_run": "solov2_jax.tools.report.evaluate_run:evaluate_run",
-    "load_coco": "solov2_jax.data.coco:load_coco",
-    "load_config": "solov2_jax.config:load_config",
-    "set_up": "solov2_jax.logging:set_up",
-    "train": "solov2_jax.training.loop:train",
-}
+
+def lazy_exports(
+    package: str, homes: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Returns a package's `__getattr__` and `__dir__` [PEP 562].
+
+    Args:
+      package: its `__name__`.
+      homes: exported name -> "module:name of it there", the module below the package. Its
+        `__init__.pyi` says the same to type checkers.
+    """
+
+    def get(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module, _, attribute = homes[name].partition(":")
+        return getattr(importlib.import_module(f"{package}.{module}"), attribute)
+
+    def names() -> list[str]:
+        return sorted({*vars(importlib.import_module(package)), *homes})
+
+    return get, names
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'solov2_jax' has no attribute {name!r}")
-    module, _, attribute = _HOMES[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Predictor": "inference.predictor:Predictor",
+        "SOLOv2": "models:SOLOv2",
+        "evaluate": "tools.report.evaluate_run:evaluate_run",
+        "evaluate_run": "tools.report.evaluate_run:evaluate_run",
+        "load_coco": "data.coco:load_coco",
+        "load_config": "config:load_config",
+        "set_up": "logging:set_up",
+        "train": "training.loop:train",
+    },
+)
