@@ -276,8 +276,8 @@ def missing_files(dataset: CocoDataset) -> list[int]:
     elif list_folder(dataset.image_root) is None:
         raise InputError(
             f"{dataset.image_root}: no such image folder (for "
-            f"{dataset.annotation_file}). Set data.train.images and data.val.images to "
-            "the folders that hold the images."
+            f"{dataset.annotation_file}). Set data.train.images, data.val.images or the "
+            "folder in data.vals to the one that holds these images."
         )
     return dataset.missing.tolist()
 
