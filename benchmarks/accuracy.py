@@ -1,9 +1,5 @@
 """The same data and the same budget: this program's training beside mmdetection's own loop.
 
-    python benchmarks/accuracy.py --name shapes --config light_448_r18 --peer_dir .cache/peer \\
-        --seeds 3 --config.data.name=shapes --config.train.steps=2000 \\
-        --config.train.eval_every=250 --config.train.batch_size=4
-
 Both start from the same weights, those of the config's `init_from` and, for the rest, of the
 seed, written for each under its names; schedule, sizes, flip, batch, images and number of steps
 are the config's. Both predict the same validation images every `train.eval_every` steps, and
@@ -11,7 +7,8 @@ pycocotools compares both. Seconds are those of training, compilation and readin
 evaluations left out. Published: AP at equal steps, and AP at equal time, that at which the
 faster one had ended.
 
-What is finished is kept in --scratch and in results/accuracy.json; the same command goes on.
+What is finished is kept in --scratch and in results/accuracy.json, from which
+tables.py fills docs/results.md; the same command goes on.
 """
 
 import argparse
@@ -76,9 +73,7 @@ def main(argv: Sequence[str]) -> None:
                 harness.write(content, args.results)
                 print(args.name, side, seed, done[str(seed)]["curve"][-1], flush=True)
     harness.write(content, args.results)
-    table = accuracy_table(content)
-    (args.results / "accuracy.md").write_text(table)
-    print(table)
+    print(accuracy_table(content))
 
 
 def write_case(
@@ -203,8 +198,7 @@ def train_ours(case: Path) -> None:
             metrics = task.evaluate(variables)
             step = min((len(lines) + 1) * config.train.eval_every, config.train.steps)
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            found = output / "eval" / "predictions.json"
-            found.rename(output / f"predictions_{step}.json")
+            (output / "eval/predictions.json").rename(output / f"predictions_{step}.json")
             lines.append({"step": step, "seconds": spent, "memory_gb": memory})
             with open(curve, "a") as file:
                 file.write(json.dumps(lines[-1]) + "\n")
@@ -230,11 +224,9 @@ def measure(case: Path, side: str, peer_dir: Path | None, steps: int) -> dict[st
         command += ["--case", str(case), "--output", str(output)]
     curve = output / "curve.jsonl"
     if not curve.is_file() or f'"step": {steps},' not in curve.read_text():
-        environment = os.environ | allocator
+        where: Any = {"cwd": harness.ROOT, "env": os.environ | allocator}
         with open(case / f"{side}.log", "a") as log:
-            done = subprocess.run(
-                command, cwd=harness.ROOT, env=environment, stdout=log, stderr=log, check=False
-            )
+            done = subprocess.run(command, stdout=log, stderr=log, check=False, **where)
         if done.returncode:
             tail = "\n".join((case / f"{side}.log").read_text().splitlines()[-20:])
             raise SystemExit(f"error: {' '.join(command)} ended with {done.returncode}:\n{tail}")

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accuracy import accuracy_table
 from harness import RESULTS, ROOT, read
 from markdown_tables import fill, size_words, table
 from scaling_tables import ahead_table, scaling_tables
@@ -74,9 +75,10 @@ def scaling_document(text: str, folder: Path) -> str:
 
 
 def results_page(text: str, folder: Path) -> str:
-    """Returns docs/results.md with the table of metrics.json."""
-    content = read(folder, "metrics")
-    return fill(text, {"metrics": metrics_table(content) if "rows" in content else EMPTY})
+    """Returns docs/results.md with the tables of metrics.json and accuracy.json."""
+    writers = {"metrics": metrics_table, "accuracy": accuracy_table}
+    found = {name: read(folder, name) for name in writers}
+    return fill(text, {n: writers[n](c) if "rows" in c else EMPTY for n, c in found.items()})
 
 
 def metrics_table(content: Result) -> str:
