@@ -237,6 +237,22 @@ def test_a_share_of_the_masks_is_used_and_of_the_others_the_boxes(tmp_path):
     assert len(set(map(tuple, drawn))) > 1
 
 
+def test_a_box_far_beyond_its_image_is_outlined_within_it(tmp_path):
+    """A polygon is walked pixel by pixel: one of a wild box would never end."""
+    values = mixed_content()
+    values["annotations"][3]["bbox"] = [-1e250, 6, 2e250, 1e12]
+    values["annotations"][0]["bbox"] = [-1e250, -3, 2e250, 1e250]
+    data = load(tmp_path, values, boxes=True)
+    part = with_share_of_masks(data, 0.0, seed=0)
+    for dataset in (data, part):
+        image = np.repeat(np.arange(len(dataset)), dataset.objects_per_image)
+        for i in np.flatnonzero(~dataset.has_mask).tolist():
+            (outline,) = dataset.segmentations.polygons(i)
+            size = [dataset.widths[image[i]], dataset.heights[image[i]]]
+            assert (outline >= 0).all() and (outline.reshape(4, 2) <= size).all()
+    assert np.abs(data.boxes).max() > 1e200  # as annotated
+
+
 AUGMENTS = {
     "none": Augment(),
     "moved": Augment(turn_prob=1.0, jitter_scale=(0.8, 1.2), jitter_size=(64, 64)),

@@ -204,7 +204,8 @@ def _with_rectangles(
     counts["no_segmentation"] -= missing
     counts["no_valid_polygon"] -= number - missing
     places = np.where(alone, len(table.ids) + np.cumsum(alone) - 1, rows)
-    return join_segmentations(table.segmentations, rectangles(boxes[alone])).take(places)
+    sizes = np.stack([table.heights, table.widths], axis=1)[table.image[rows[alone]]]
+    return join_segmentations(table.segmentations, rectangles(boxes[alone], sizes)).take(places)
 
 
 def with_share_of_masks(dataset: CocoDataset, share: float, seed: int) -> CocoDataset:
@@ -214,19 +215,18 @@ def with_share_of_masks(dataset: CocoDataset, share: float, seed: int) -> CocoDa
       share: of the objects that have a mask, 0 to 1.
       seed: chooses them.
     """
-    masked = np.flatnonzero(dataset.has_mask)
-    order = np.random.default_rng(seed).permutation(masked)
-    kept = np.sort(order[: round(share * len(masked))])
+    masked = np.random.default_rng(seed).permutation(np.flatnonzero(dataset.has_mask))
+    kept = masked[: round(share * len(masked))]
     log.info(
         "%s: %d of %d masks are used; of the other objects the boxes are (data.mask_share)",
         dataset.annotation_file,
         len(kept),
         len(masked),
     )
-    has_mask = np.zeros_like(dataset.has_mask)
-    has_mask[kept] = True
-    rows = np.arange(len(has_mask))
-    outlines = join_segmentations(dataset.segmentations, rectangles(dataset.boxes))
+    rows = np.arange(len(dataset.has_mask))
+    has_mask = np.isin(rows, kept)
+    sizes = np.repeat(np.stack([dataset.heights, dataset.widths], 1), dataset.objects_per_image, 0)
+    outlines = join_segmentations(dataset.segmentations, rectangles(dataset.boxes, sizes))
     return dataclasses.replace(
         dataset,
         has_mask=has_mask,

@@ -83,9 +83,9 @@ class Segmentations:
         )
 
 
-def rectangles(boxes: np.ndarray) -> Segmentations:
-    """Returns boxes (x0, y0, x1, y1) [n, 4] as outlines."""
-    n = len(boxes)
+def rectangles(boxes: np.ndarray, sizes: np.ndarray) -> Segmentations:
+    """Returns boxes (x0, y0, x1, y1) [n, 4] as outlines in images of (height, width) [n, 2]."""
+    n, boxes = len(boxes), np.clip(boxes, 0, np.tile(sizes[:, ::-1], 2))
     return Segmentations(
         points=boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].astype(np.float64).ravel(),
         point_start=8 * np.arange(n + 1),
