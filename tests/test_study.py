@@ -1,7 +1,9 @@
 """A study: its levers and folds, what may change when it goes on, its judge and its table."""
 
 import dataclasses
+import io
 import json
+import sys
 
 import pytest
 import toy
@@ -36,6 +38,8 @@ def test_levers_have_names_and_keys():
     )
     assert (paste.name, paste.folder) == ("copy & paste", "copy_paste")
     assert decay.folder == "optim.layer_decay=0.8"
+    (_, long) = designs.parse_levers(["ü" * 300 + ": augment.paste_prob=0.5"])
+    assert len(long.folder.encode()) == 200
     (_, quoted) = designs.parse_levers(["scale: 'augment.scale=(0.5, 2.0)'"])
     assert quoted.overrides == ("--config.augment.scale=(0.5, 2.0)",)
 
@@ -264,4 +268,25 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path, capsys, monk
         capsys, monkeypatch, *place, "--config=quickstart", "--config.train.batch_size=auto"
     )
     assert "train.batch_size = auto" in said
+    images, annotations = write(tmp_path)
+    data = {"name": "", "train.images": images, "train.annotations": annotations}
+    data |= {"val.images": images, "val.annotations": annotations}
+    keys = [f"--config.data.{key}={value}" for key, value in data.items()]
+    said = fail(capsys, monkeypatch, *place, "--config=quickstart", "--folds=99", *keys)
+    assert "--folds 99: there are only" in said
     assert not study.exists()
+
+
+def test_a_run_gets_the_study_s_signal_and_not_the_terminal_s_too(tmp_path, monkeypatch):
+    """A second signal ends a run at once, and Ctrl-C goes to a whole group of processes."""
+    python = tmp_path / "python"
+    lines = "import os, sys", "print(os.getpgid(0), os.getpid(), file=sys.stderr)", "sys.exit(1)"
+    python.write_text("\n".join([f"#!{sys.executable}", *lines]))
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    said = io.StringIO()
+    monkeypatch.setattr("sys.stderr", said)
+    with command._stopping() as child:
+        assert child.run(tmp_path, "plain/seed0_fold0")
+    group, process = said.getvalue().split()
+    assert group == process

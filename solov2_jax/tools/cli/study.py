@@ -98,9 +98,7 @@ def main(overrides: list[str]) -> None:
     with forgotten_if_refused(study / "data", has_begun=(study / designs.DESIGN).exists):
         config = _recipe(overrides, str(study))
         designs.check_levers(levers, config, equal_time=design.equal_time)
-        designs.keep_design(study, design, config)
-    if design.folds > 1:
-        designs.write_folds(study, config, design.folds, own_data.GROUP.value)
+        designs.keep_design(study, design, config, own_data.GROUP.value)
     sys.exit(_run_all(study, design, config.train.best_metric))
 
 
@@ -163,8 +161,9 @@ class _Child:
         command += [f"--{f.name}={f.value}" for f in app.PLATFORM if f.present]
         if self.wanted:
             return ""
+        # In a group of its own: Ctrl-C reaches this one, whose one signal lets it save.
         self._process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, errors="replace"
+            command, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0
         )
         last = ""
         for line in self._process.stderr or ():

@@ -1,6 +1,7 @@
 """What a study consists of: levers, seeds and folds; its folder, which says so."""
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -42,8 +43,9 @@ class Lever:
 
     @property
     def folder(self) -> str:
-        """Its name as a part of a path."""
-        return re.sub(r"[^\w.=-]+", "_", self.name).strip("._") or "lever"
+        """Its name as a part of a path, of 200 bytes at most."""
+        name = re.sub(r"[^\w.=-]+", "_", self.name).encode()[:200].decode(errors="ignore")
+        return name.strip("._") or "lever"
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,8 @@ def parse_levers(texts: Sequence[str]) -> tuple[Lever, ...]:
     for lever in levers:
         if folders.count(lever.folder) > 1:
             raise InputError(
-                f"--lever {lever.name}: two levers have this name (the recipe itself is called "
-                f"{PLAIN}); give each its own before a colon"
+                f"--lever {lever.name}: two levers have this name as a folder (the recipe itself is "
+                f"called {PLAIN}); give each its own before a colon"
             )
     return tuple(levers)
 
@@ -145,13 +147,17 @@ def check_levers(levers: Sequence[Lever], config: Any, *, equal_time: bool = Fal
             )
 
 
-def keep_design(folder: Path, design: Design, config: Any) -> None:
-    """Writes config and design into a study's folder; one that was begun must be the same.
+def keep_design(folder: Path, design: Design, config: Any, group: str = "") -> None:
+    """Writes config, folds and design into a study's folder; one that was begun must be the same.
 
     Levers and seeds may be added, and the judging may change.
 
+    Args:
+      group: as `write_folds` takes it.
+
     Raises:
-      InputError: if runs that are there would no longer be comparable.
+      InputError: if runs that are there would no longer be comparable, or the data has fewer
+        groups of images than folds.
     """
     if (folder / DESIGN).is_file():
         before = read_design(folder)
@@ -173,6 +179,8 @@ def keep_design(folder: Path, design: Design, config: Any) -> None:
         if before.equal_time != design.equal_time:
             begun = "with" if before.equal_time else "without"
             raise InputError(f"{folder}: the study was begun {begun} --equal_time")
+    if design.folds > 1:
+        write_folds(folder, config, design.folds, group)
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / CONFIG)
     levers = [{"name": x.name, "overrides": x.overrides} for x in design.levers]
@@ -222,12 +230,10 @@ def write_folds(folder: Path, config: Any, folds: int, group: str) -> None:
     (train, train_json), (val, val_json) = data_files(config)
     if is_records(train):
         raise InputError("--folds: records have their parts; give the images as a folder")
-    top = Path(train).absolute()
-    if Path(val).absolute() != top:
-        top = Path(*_common(top.parts, Path(val).absolute().parts))
+    roots = [Path(train).absolute(), Path(val).absolute()]
+    top = Path(os.path.commonpath(roots))
     contents = [read_content(train_json)]
     contents += [read_content(val_json)] if val_json != train_json else []
-    roots = [Path(train).absolute(), Path(val).absolute()]
     pooled = _pooled(contents, [root.relative_to(top).as_posix() for root in roots])
     names = [image["file_name"] for image in pooled["images"]]
     groups: dict[str, list[int]] = {}
@@ -247,11 +253,6 @@ def write_folds(folder: Path, config: Any, folds: int, group: str) -> None:
         for name, ids in (("train", every - part), ("val", part)):
             write_text(json.dumps(part_of(pooled, ids)), place / f"{name}.json")
     write_json({"images": str(top)}, folder / FOLDS / "images.json")
-
-
-def _common(a: Sequence[str], b: Sequence[str]) -> list[str]:
-    same = [x == y for x, y in zip(a, b, strict=False)]
-    return list(a[: same.index(False) if False in same else len(same)])
 
 
 def _pooled(contents: Sequence[dict[str, Any]], prefixes: Sequence[str]) -> dict[str, Any]:
