@@ -51,7 +51,7 @@ def test_levers_have_names_and_keys():
         (["x: "], "write key=value"),
         (["a: b='1"], "close the quotes"),
         (["a: seed=1", "a: seed=2"], "two levers have this name"),
-        (["plain: optim.gamma=0.2"], "the recipe itself is called plain"),
+        (["plain: optim.gamma=0.2"], "the recipe is called plain"),
     ],
 )
 def test_a_lever_that_is_none_is_an_error(texts, message):

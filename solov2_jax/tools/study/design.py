@@ -119,7 +119,7 @@ def parse_levers(texts: Sequence[str]) -> tuple[Lever, ...]:
     for lever in levers:
         if folders.count(lever.folder) > 1:
             raise InputError(
-                f"--lever {lever.name}: two levers have this name as a folder (the recipe itself is "
+                f"--lever {lever.name}: two levers have this name as a folder (the recipe is "
                 f"called {PLAIN}); give each its own before a colon"
             )
     return tuple(levers)
