@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from solov2_jax import storage
-from solov2_jax.checkpoint import list_steps, load_workdir_config
+from solov2_jax.checkpoint import list_steps, load_workdir_config, read_run
 from solov2_jax.classes import read_classes_file
 from solov2_jax.config import (
     apply_overrides,
@@ -97,6 +97,36 @@ def find_pretrained(name: str | os.PathLike[str]) -> Path:
 def is_pretrained(folder: str | os.PathLike[str]) -> bool:
     """Returns whether a folder holds such files, and no checkpoints of a run."""
     return (Path(folder) / WEIGHTS).is_file() and not list_steps(folder)
+
+
+def check_checkpoint(folder: str | os.PathLike[str], checkpoint: str) -> None:
+    """Raises an InputError for a checkpoint that a folder that was handed on has not."""
+    if checkpoint not in ("last", "best"):
+        raise InputError(f"{folder}: has no checkpoint {checkpoint!r}, only its weights")
+
+
+def read_folder(folder: str | os.PathLike[str], checkpoint: str = "last") -> Weights:
+    """Returns the weights of a run's folder, or of a folder that was handed on.
+
+    Args:
+      checkpoint: of a run: "last", "best" or a step.
+    """
+    if not is_pretrained(folder):
+        return read_run(folder, checkpoint)
+    check_checkpoint(folder, checkpoint)
+    return read_weights(str(Path(folder) / WEIGHTS))
+
+
+def check_data_known(workdir: str | os.PathLike[str], overrides: Sequence[str], fix: str) -> None:
+    """Raises an InputError for a folder that was handed on: its data stayed where it was.
+
+    Args:
+      overrides: of its config; those of `data` name other data.
+      fix: the flag that does.
+    """
+    own = not any(key.startswith("data.") for key in given_keys(overrides))
+    if own and is_pretrained(local_folder(workdir)):
+        raise InputError(f"--workdir {workdir}: comes without its data; add {fix}")
 
 
 def load_run_config(workdir: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Any:

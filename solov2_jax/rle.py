@@ -51,12 +51,7 @@ class Spans:
 
     def take(self, chosen: np.ndarray) -> "Spans":
         """Returns some of the spans."""
-        return Spans(
-            self.owner[chosen],
-            self.column[chosen],
-            self.top[chosen],
-            self.bottom[chosen],
-        )
+        return Spans(self.owner[chosen], self.column[chosen], self.top[chosen], self.bottom[chosen])
 
 
 def offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:

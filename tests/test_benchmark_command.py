@@ -112,6 +112,12 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(workdir, photos, tmp_pa
         run(f"--workdir={workdir}", f"--input={tmp_path / 'empty'}")
     with pytest.raises(InputError, match="no such folder"):
         run(f"--workdir={workdir}", f"--input={tmp_path / 'none'}")
+    words = [f"--workdir={workdir}", f"--input={tmp_path / 'empty'}", f"--output={tmp_path}/new"]
+    with pytest.raises(InputError, match="has no images"):
+        run(*words)
+    with pytest.raises(InputError, match="this folder cannot be made"):
+        run(*words[:2], f"--output={tmp_path / 'file' / 'x'}")
+    assert not (tmp_path / "new").exists()
     for words in (["--batch_sizes=0"], ["--sizes=big"], ["--rounds=1"]):
         with pytest.raises(InputError, match="must"):
             run(f"--workdir={workdir}", *words)

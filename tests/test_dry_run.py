@@ -15,6 +15,7 @@ from conftest import ROOT
 from tiny_network import tiny_config, tiny_variables
 
 from configs import base
+from solov2_jax.config import apply_preset
 from solov2_jax.data.batch import shapes_at
 from solov2_jax.data.build import build_loss_batches, build_train_batches
 from solov2_jax.distributed import make_mesh, put_batch, replicated
@@ -141,9 +142,16 @@ def test_overfit_trains_the_first_images_and_only_those(tmp_path):
     config = small_config(tmp_path)
     config.augment.rotate_prob = config.augment.brightness = 0.5
     config.augment.crop_size = (24, 24)
+    config.augment.preset = "strong"
+    apply_preset(config, {}, [])
+    config.augment.custom = ("albumentations:CLAHE",)
+    config.data.vals = (("far", str(tmp_path), "far.json"),)
+    config.train.best_metric, config.train.accumulate = "far/segm/AP", 4
     changed = overfit_config(config, 2)
     off = base.get_config().augment
     assert changed.augment.to_dict() == off.to_dict(), "nothing is augmented"
+    assert not changed.data.vals and changed.train.best_metric == "segm/AP50"
+    assert changed.train.accumulate == 1, "a batch of two has no four parts"
     assert config.data.train.max_images == 0, "the config given stays"
     assert (changed.train.batch_size, changed.train.steps) == (2, 200)
     dataset = tiny_coco.load(tmp_path)

@@ -238,6 +238,17 @@ def test_names_of_every_source(tmp_path):
     }
     classes = json.dumps({"names": ["cat", "dog"], "ids": [4, 9]})
     assert file("classes.json", classes) == {4: "cat", 9: "dog"}
+    for ids, names, message in (
+        ([1, 2], ["cat", "cat"], "more than once"),
+        ([1, 1], ["cat", "dog"], "an id more than once"),
+        ([1, 2.5], ["cat", "dog"], "an id is no whole number"),
+        ([1, 2], ["cat", 7], "a name no text"),
+        ([1, 2], ["cat", ""], "an empty name"),
+    ):
+        categories = [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)]
+        for values in ({"names": names, "ids": ids}, {"categories": categories}):
+            with pytest.raises(ValueError, match=f"a.json: .*{message}"):
+                file("a.json", json.dumps(values))
     with pytest.raises(ValueError, match="b.txt: no such file"):
         read_names(str(tmp_path / "b.txt"))
     with pytest.raises(ValueError, match="more than once"):

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,10 +19,17 @@ from solov2_jax.inference.predictor import Predictor
 from solov2_jax.io import InputError
 from solov2_jax.models.solov2 import intermediates
 from solov2_jax.tools.cli import pseudo as pseudo_command
+from solov2_jax.tools.cli import select as select_command
 from solov2_jax.tools.importers.merge import Options, merge
 from solov2_jax.tools.importers.recognise import recognise
 from solov2_jax.tools.labelling.choose import choose, uncertainty
-from solov2_jax.tools.labelling.pictures import PictureFolder, find_pictures, leave_out
+from solov2_jax.tools.labelling.pictures import (
+    PictureFolder,
+    find_pictures,
+    leave_out,
+    open_pictures,
+    own_pictures,
+)
 from solov2_jax.tools.labelling.pseudo import PseudoOptions, pseudo
 from solov2_jax.tools.labelling.select import SelectOptions, describe, select
 
@@ -236,3 +244,55 @@ def test_pictures_that_are_known_are_found_by_their_bytes(tmp_path):
     assert (kept.names, left) == (["b.png"], ["a.png"])
     os.mkfifo(tmp_path / "pipe.png")
     assert "is a FIFO" in find_pictures(str(tmp_path / "*.png")).problems[0]
+
+
+def test_several_devices_say_what_one_does(run, photos):
+    predictor = run[1].with_shapes(((64, 64),))
+    several = predictor.on_devices(jax.local_devices()[:2])
+    pictures = PictureFolder(str(photos), ["0.png", "1.png", "2.png"])
+    one, two = (describe(p, pictures, 1, "looking") for p in (predictor, several))
+    assert one.names == two.names and (one.objects == two.objects).all()
+    np.testing.assert_allclose(two.unsure, one.unsure, atol=1e-5)
+    np.testing.assert_allclose(two.features, one.features, atol=1e-4 * np.abs(one.features).max())
+
+
+def test_commands_use_every_device(run, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
+    words = [f"--workdir={run[0]}", f"--input={photos}", "--nokeep_memory"]
+    for command, name in ((select_command, "selection.csv"), (pseudo_command, "pseudo.json")):
+        with pytest.raises(SystemExit) as ended:
+            command.run(argv=[*words, f"--output={tmp_path / name}"])
+        assert ended.value.code == 1, "a picture is damaged"
+        assert "prediction on 2 device(s)" in capsys.readouterr().out
+        assert (tmp_path / name / name).is_file()
+
+
+def test_pictures_of_further_validation_sets_are_the_run_s_own(run, photos, tmp_path):
+    workdir = shutil.copytree(run[0], tmp_path / "w")
+    config = json.loads((workdir / "config.json").read_text())
+    shutil.copy(photos / "0.png", tmp_path / "far.png")
+    image = {"id": 1, "file_name": "far.png", "height": 48, "width": 64}
+    categories = [{"id": i, "name": n} for i, n in zip(IDS, NAMES, strict=True)]
+    values = {"images": [image], "annotations": [], "categories": categories}
+    (tmp_path / "far.json").write_text(json.dumps(values))
+    config["data"]["vals"] = [["far", str(tmp_path), str(tmp_path / "far.json")]]
+    (workdir / "config.json").write_text(json.dumps(config))
+    train, others = own_pictures(str(workdir))
+    assert [os.path.basename(p) for p in train + others] == ["own.png", "own.png", "far.png"]
+    found = open_pictures(str(workdir), str(photos), str(tmp_path / "out"), [], overwrite=False)
+    assert found.left == ["0.png", "train.png", "val.png"]
+
+
+def test_a_file_of_the_user_s_among_the_pictures_stops_before_anything_is_written(
+    run, photos, tmp_path
+):
+    out = tmp_path / "out"
+    (out / "images").mkdir(parents=True)
+    for name in ("0.png", "2.png", "3.png", "twin.png", "1.png"):
+        (out / "images" / name).write_text("mine")
+    with pytest.raises(InputError, match="not written by this command"):
+        select(run[1], run[0], str(photos), str(out), SelectOptions(number=0, images="copy"))
+    with pytest.raises(InputError, match="not written by this command"):
+        pseudo(run[1], lambda p: p, run[0], str(photos), str(out), PseudoOptions((0.0, 0.0)))
+    left = [p for p in out.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    assert len(left) == 5 and all(p.read_text() == "mine" for p in left)

@@ -182,8 +182,12 @@ def test_bad_paths_and_options(files, tmp_path):
     path = write(perfect())
     with pytest.raises(ValueError, match="no such file of predictions"):
         evaluate_files(annotations, str(tmp_path / "none.json"))
+    new = tmp_path / "new"
     with pytest.raises(ValueError, match="no such annotation file"):
-        evaluate_files(str(tmp_path / "none.json"), path)
+        evaluate_files(str(tmp_path / "none.json"), path, out_dir=str(new))
+    with pytest.raises(ValueError, match="no such file of predictions"):
+        evaluate_files(annotations, path, against=str(tmp_path / "none.json"), out_dir=str(new))
+    assert not new.exists()
     with pytest.raises(ValueError, match="a.json: holds a json list, not an object"):
         evaluate_files(path, path)
     with pytest.raises(ValueError, match="--report with --predictions needs --output"):
@@ -279,6 +283,12 @@ def test_exit_codes(files):
             ("--predictions", "a.json", "--workdir", "w", "--annotations", "i"),
             "--predictions goes without --workdir and --config",
         ),
+        (
+            ("--predictions", "a.json", "--annotations", "i", "--tta=flip"),
+            "--predictions goes without --workdir and --config, --weights, --model, --data and "
+            "what belongs to them: --tta",
+        ),
+        (("--workdir", "hf:a/b", "--report"), "--report needs --output"),
         (("--workdir", "w", "--against", "b"), "--against goes with --predictions"),
         (("--workdir", "w", "--max_detections=300"), "--max_detections goes with"),
         (("--workdir", "w", "--expect", "AP"), "--expect=AP: cannot be read"),

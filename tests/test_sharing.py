@@ -16,11 +16,15 @@ from solov2_jax.config import read_config
 from solov2_jax.inference.predictor import Predictor
 from solov2_jax.io import InputError
 from solov2_jax.pretrained import find_pretrained, load_run_config, portable_config
+from solov2_jax.tools.cli import benchmark, convert, env, evaluate, export
 from solov2_jax.tools.cli import hub as command
 from solov2_jax.tools.report.thresholds import read_thresholds
 from solov2_jax.tools.sharing import share
+from solov2_jax.tools.sharing.describe import metrics_at
 from solov2_jax.training import restore
 from solov2_jax.training.workdir import check_workdir
+
+ALONE = "--nokeep_memory"  # the process of the tests does not start anew
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +208,38 @@ def test_a_damaged_folder_is_one_error(folder):
         (folder / file).write_bytes(kept)
     os.remove(folder / "run.json")
     assert pretrained.read_step(folder) is None and find_pretrained(folder) == Path(folder)
+
+
+def test_every_command_knows_a_folder_that_was_handed_on(folder, run, tmp_path, capsys, caplog):
+    weights = pretrained.read_folder(folder)
+    assert weights.settings["class_names"] == list(tiny_network.NAMES)
+    for name, leaf in pretrained.read_folder(run, "best").flat.items():
+        np.testing.assert_array_equal(leaf, weights.flat[name])
+    with pytest.raises(InputError, match="has no checkpoint '3', only its weights"):
+        pretrained.read_folder(folder, "3")
+    convert.run(argv=[f"--input={folder}", f"--output={tmp_path}/c/x.pth", "--to=adelaidet", ALONE])
+    assert (tmp_path / "c" / "x.pth").is_file()
+    env.run(argv=[f"--workdir={folder}"])
+    assert "  model.backbone.depth = 18" in capsys.readouterr().out
+    for each, flag in (
+        (benchmark, "--input FOLDER"),
+        (evaluate, "--data FOLDER"),
+        (export, "--images FOLDER"),
+    ):
+        words = [f"--workdir={folder}", "--config.test.nms_pre=10", ALONE]
+        words += ["--format=onnx"] if each is export else []
+        with pytest.raises(SystemExit):
+            each.run(argv=words)
+        error = capsys.readouterr().err
+        assert error == f"error: --workdir {folder}: comes without its data; add {flag}\n"
+    assert sorted(os.listdir(folder)) == sorted({*share.FILES} - {pretrained.THRESHOLDS})
+
+
+def test_a_line_that_a_kill_cut_short_keeps_no_run_from_being_handed_on(tmp_path, caplog):
+    lines = '{"step": 3, "segm/AP": 0.5}\n{"step": 3, "segm/AP": 0.'
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    assert metrics_at(tmp_path, 3) == {"segm/AP": 0.5}
+    assert "dropped the last line" in caplog.text
 
 
 def test_what_is_neither_a_folder_nor_a_name(tmp_path, folder):

@@ -93,6 +93,16 @@ def test_levers_and_seeds_may_be_added_and_nothing_else(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             designs.keep_design(tmp_path, changed, config)
+    for part in ("train", "val"):
+        config.data[part].annotations = str(tmp_path / f"{part}.json")
+        (tmp_path / f"{part}.json").write_text("{}")
+    designs.keep_design(tmp_path / "data", first, config)
+    assert designs.read_design(tmp_path / "data").data
+    designs.keep_design(tmp_path / "data", more, config, "(only of folds)")
+    (tmp_path / "val.json").write_text("[]")
+    with pytest.raises(InputError, match="annotations of its data.* have changed"):
+        designs.keep_design(tmp_path / "data", first, config)
+    config = base.get_config()
     config.optim.momentum = 0.8
     with pytest.raises(InputError, match="begun with optim.momentum = 0.9, not 0.8"):
         designs.keep_design(tmp_path, first, config)

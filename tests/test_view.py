@@ -92,6 +92,10 @@ def test_an_image_without_objects_and_a_wrong_flag(tmp_path, capsys):
     view.run(argv=[*FLAGS, *data, f"--output={tmp_path}/out", "--batches=1"])
     assert len(list(Path(tmp_path, "out").iterdir())) == 2
     capsys.readouterr()
+    wrong = [f"--output={tmp_path}/new/view", "--config.augment.custom=('no_such_package:cut',)"]
+    with pytest.raises(SystemExit):
+        view.run(argv=[*FLAGS, *data, *wrong])
+    assert "cannot be imported" in capsys.readouterr().err and not Path(tmp_path, "new").exists()
     with pytest.raises(SystemExit) as stop:
         view.run(argv=[*FLAGS, *data, f"--output={tmp_path}/out", "--batches=0"])
     assert stop.value.code == 2

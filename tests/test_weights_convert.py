@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -494,6 +495,9 @@ def test_a_runs_weights_have_its_settings_and_its_classes(tmp_path):
         (["--input", "x.pth", "--output", "y.pth"], "writes .safetensors files"),
         (["--input", "x.pth", "--output", "o", "--strict"], "need a --config"),
         (["--input", ".", "--output", "o"], "no checkpoint"),
+        (["--input", ".", "--output", "o", "--source", "mmdet"], "--source is for weights files"),
+        (["--input", "x.pth", "--output", "o", "--checkpoint", "3"], "--checkpoint is for folders"),
+        (["--input", "missing.pth", "--output", "new/deep/x.safetensors"], "no such weights"),
     ],
 )
 def test_errors_of_the_command_are_one_line(tmp_path, args, message):
@@ -508,6 +512,7 @@ def test_errors_of_the_command_are_one_line(tmp_path, args, message):
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: ") and message in line
+    assert os.listdir(tmp_path) == ["x.pth"]  # no folder stays that was made for nothing
 
 
 def test_old_or_strange_storages_are_refused_by_name(tmp_path):

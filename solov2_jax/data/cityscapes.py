@@ -110,12 +110,7 @@ def read_cityscapes(folder: str | os.PathLike[str]) -> dict[str, Any]:
                 )
     categories = [{"id": i, "name": name} for i, name in CLASSES.items()]
     info = {GT_FINE: os.path.abspath(folder)}
-    return {
-        "info": info,
-        "images": images,
-        "categories": categories,
-        "annotations": annotations,
-    }
+    return {"info": info, "images": images, "categories": categories, "annotations": annotations}
 
 
 def _outline(mask: np.ndarray) -> dict[str, Any]:

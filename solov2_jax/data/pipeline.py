@@ -35,12 +35,7 @@ from solov2_jax.data.buckets import Resize, choose_buckets
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.data.custom_augment import custom_function
 from solov2_jax.data.images import reuse_memory
-from solov2_jax.data.shared_memory import (
-    MmapPickle,
-    PoolSender,
-    SharedMemoryPool,
-    receive,
-)
+from solov2_jax.data.shared_memory import MmapPickle, PoolSender, SharedMemoryPool, receive
 from solov2_jax.data.transforms import Keypoints
 from solov2_jax.io import InputError
 

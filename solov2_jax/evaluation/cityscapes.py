@@ -14,12 +14,7 @@ from typing import Any
 import numpy as np
 
 from solov2_jax.data.annotations import describe
-from solov2_jax.data.cityscapes import (
-    CLASSES,
-    FIRST_OBJECT,
-    instance_ids_of,
-    read_instance_ids,
-)
+from solov2_jax.data.cityscapes import CLASSES, FIRST_OBJECT, instance_ids_of, read_instance_ids
 from solov2_jax.evaluation.coco import CocoEvaluator
 from solov2_jax.evaluation.coco_score import defined_mean
 from solov2_jax.io import InputError

@@ -40,7 +40,6 @@ from solov2_jax.inference.programs import (
     compile_detect,
     compile_kernel_transform,
 )
-from solov2_jax.io import InputError
 from solov2_jax.models import AUXILIARY, build_model
 from solov2_jax.structs import Detections
 from solov2_jax.weights.convert import fit, network_shapes
@@ -120,8 +119,7 @@ class Predictor:
         """
         folder = pretrained.local_folder(workdir)
         if pretrained.is_pretrained(folder):
-            if checkpoint not in ("last", "best"):
-                raise InputError(f"{workdir}: has no checkpoint {checkpoint!r}, only its weights")
+            pretrained.check_checkpoint(workdir, checkpoint)
             return cls.from_pretrained(folder, overrides)
         config = load_workdir_config(folder, overrides)
         names, ids = read_classes(folder)

@@ -75,12 +75,19 @@ def compile_detect(
             model, variables, image, image_size, mean=mean, std=std, options=options
         )
 
-    if mesh is not None:
-        rows = split_by_batch(mesh).spec
-        specs = (replicated(mesh).spec, rows, rows)
-        run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+    run = over_devices(run, mesh)
     name = program_name(model, "detect", mean, std, options, mesh and mesh.devices.size)
     return DetectPrograms(jax.jit(run, compiler_options=compiler_options()), name, mesh)
+
+
+def over_devices(run: Any, mesh: Mesh | None) -> Any:
+    """Returns (variables, image, image_size) -> results in which each device of a mesh computes
+    its rows of the images, and has a copy of the variables; None: `run` itself."""
+    if mesh is None:
+        return run
+    rows = split_by_batch(mesh).spec
+    specs = (replicated(mesh).spec, rows, rows)
+    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
 
 
 class DetectPrograms:

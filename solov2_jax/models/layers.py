@@ -36,10 +36,7 @@ def prior_bias(probability: float) -> Initializer:
 
 
 def _transformed(
-    module: nn.Module,
-    make_kernel: Callable[[], Kernel],
-    xs: Sequence[jax.Array],
-    stride: int = 1,
+    module: nn.Module, make_kernel: Callable[[], Kernel], xs: Sequence[jax.Array], stride: int = 1
 ) -> Kernel:
     """Returns `make_kernel()`, or the form of it in the collection "transformed".
 
@@ -320,9 +317,7 @@ class SharedGroupNorm(GroupNorm):
 
     @nn.compact
     def __call__(
-        self,
-        xs: Sequence[Float[Array, "B _ _ C"]],
-        extents: Sequence[Int[Array, "B 2"]] = (),
+        self, xs: Sequence[Float[Array, "B _ _ C"]], extents: Sequence[Int[Array, "B 2"]] = ()
     ) -> list[Float[Array, "B _ _ C"]]:
         """Returns the levels; `extents`, see `ops`, are theirs."""
         scale, bias = self._affine(xs[0].shape[-1])

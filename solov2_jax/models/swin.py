@@ -16,14 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from solov2_jax import ops
 from solov2_jax.models.backbone import LEVELS, Backbone
-from solov2_jax.models.dense import (
-    Dense,
-    LayerNorm,
-    PatchStem,
-    attention,
-    gelu,
-    narrow_init,
-)
+from solov2_jax.models.dense import Dense, LayerNorm, PatchStem, attention, gelu, narrow_init
 
 EPSILON = 1e-5
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 import platform
 import statistics
@@ -14,13 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from solov2_jax.checkpoint import load_workdir_config, read_classes
+from solov2_jax.checkpoint import read_classes
 from solov2_jax.data.build import load_val_dataset
 from solov2_jax.data.images import list_images
 from solov2_jax.inference.predictor import Predictor
 from solov2_jax.inference.preprocess import InputOptions, load_image, make_batches
 from solov2_jax.inference.programs import apply_network, compiler_options, detect_outputs
 from solov2_jax.io import InputError, make_folder, write_json, write_text
+from solov2_jax.logging import processor
+from solov2_jax.pretrained import check_data_known, load_run_config, local_folder
+from solov2_jax.tools.doctor.data_report import spread
 from solov2_jax.training.workdir import environment
 
 # In the order of the work; "predict" is network and post-processing in one program, as
@@ -53,15 +57,14 @@ def choose_images(folder: str, workdir: str, overrides: Sequence[str], number: i
     if folder:
         paths = [os.path.join(folder, name) for name in list_images(folder)]
     else:
-        config = load_workdir_config(workdir, overrides)
-        names, ids = read_classes(workdir)
+        check_data_known(workdir, overrides, "--input FOLDER")
+        config = load_run_config(workdir, overrides)
+        names, ids = read_classes(local_folder(workdir))
         dataset = load_val_dataset(config, dict(zip(ids, names, strict=True)))
         paths = [dataset.path(i) for i in range(len(dataset))]
     if not paths:
-        raise InputError(f"--input {folder}: has no images")
-    return [
-        paths[i * len(paths) // min(number, len(paths))] for i in range(min(number, len(paths)))
-    ]
+        raise InputError(f"{folder or dataset.annotation_file}: has no images")
+    return [paths[i] for i in spread(len(paths), number)]
 
 
 def size_overrides(short: int, options: InputOptions) -> list[str]:
@@ -75,12 +78,7 @@ def size_overrides(short: int, options: InputOptions) -> list[str]:
 
 
 def measure(
-    predictor: Predictor,
-    paths: Sequence[str],
-    *,
-    batch_size: int,
-    rounds: int,
-    warm_up: int,
+    predictor: Predictor, paths: Sequence[str], *, batch_size: int, rounds: int, warm_up: int
 ) -> list[Measurement]:
     """Returns a row for each padded shape that the images go into."""
     groups: dict[tuple[int, int], list[str]] = {}
@@ -199,9 +197,9 @@ def compilations() -> Iterator[list[str]]:
 def conditions(predictor: Predictor) -> dict[str, Any]:
     """Returns what the times depend on: device, versions, precision."""
     about = environment()
-    device = jax.devices()[0]
+    device, cpu = jax.devices()[0], json.loads(processor())[0] or platform.machine()
     return {
-        "device": device.device_kind if device.platform != "cpu" else processor(),
+        "device": device.device_kind if device.platform != "cpu" else cpu,
         "platform": device.platform,
         "cpu_cores": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
@@ -210,14 +208,6 @@ def conditions(predictor: Predictor) -> dict[str, Any]:
         "max_per_image": predictor.options.max_per_image,
         **{key: about[key] for key in ("solov2_jax", "revision", "python", "packages")},
     }
-
-
-def processor() -> str:
-    """Returns the processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,10 +222,7 @@ class Benchmark:
         """Returns the table with its heading and what must be known to read it."""
         about = self.conditions
         heads = ("size", "batch", *PARTS, "90 % below", "images/s", "detections")
-        table = [
-            f"| {' | '.join(heads)} |",
-            f"|---|---:|{'---:|' * (len(heads) - 2)}",
-        ]
+        table = [f"| {' | '.join(heads)} |", f"|---|---:|{'---:|' * (len(heads) - 2)}"]
         for row in self.rows:
             total = row.median("total")
             cells = [f"{row.shape[0]}x{row.shape[1]}", str(row.batch_size)]

@@ -11,7 +11,7 @@ from solov2_jax.config_schema import AUTO
 from solov2_jax.data.build import build_train_batches, last_joining_step, pixel_format
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.inference.draw import distinct_colors, draw_objects
-from solov2_jax.io import without_controls
+from solov2_jax.io import make_folder, unmade_if_empty, without_controls
 from solov2_jax.tools.grid_assignment import (
     Collisions,
     GridAssignment,
@@ -40,19 +40,21 @@ def browse(config: Any, dataset: CocoDataset, folder: str, step: int, num_steps:
         with config.ignore_type():
             config.train.batch_size = AUTO_SHOWN
     config.data.num_workers = 0
-    os.makedirs(folder, exist_ok=True)
     names = dict(zip(dataset.image_ids.tolist(), dataset.file_names, strict=True))
+    batches = build_train_batches(config, dataset, step, join_steps=join_steps)
     paths = []
-    for i, batch in enumerate(build_train_batches(config, dataset, step, join_steps=join_steps)):
-        for row in range(len(batch["image"])):
-            fields = {key: value[row] for key, value in batch.items()}
-            image_id = int(fields["image_id"])
-            picture = draw_sample(fields, config, dataset.class_names)
-            title = f"step {step + i}, {names[image_id]} (image {image_id})"
-            path = os.path.join(folder, f"step_{step + i:06d}_{row}_{image_id}.jpg")
-            Image.fromarray(caption(picture, title)).save(path, quality=90)
-            print(without_controls(list_objects(fields, config, dataset.class_names, title)))
-            paths.append(path)
+    with unmade_if_empty(folder):
+        make_folder(folder)
+        for i, batch in enumerate(batches):
+            for row in range(len(batch["image"])):
+                fields = {key: value[row] for key, value in batch.items()}
+                image_id = int(fields["image_id"])
+                picture = draw_sample(fields, config, dataset.class_names)
+                title = f"step {step + i}, {names[image_id]} (image {image_id})"
+                path = os.path.join(folder, f"step_{step + i:06d}_{row}_{image_id}.jpg")
+                Image.fromarray(caption(picture, title)).save(path, quality=90)
+                print(without_controls(list_objects(fields, config, dataset.class_names, title)))
+                paths.append(path)
     return paths
 
 

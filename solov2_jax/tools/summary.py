@@ -91,10 +91,7 @@ def _describe(module: nn.Module, channels: int) -> str:
 
 
 def _count(
-    rows: dict[tuple[str, ...], Row],
-    variables,
-    freeze_at: int,
-    stages: Sequence[Sequence[str]],
+    rows: dict[tuple[str, ...], Row], variables, freeze_at: int, stages: Sequence[Sequence[str]]
 ) -> None:
     """Adds each array of `variables` to the rows of all modules around it."""
     params: Any = flatten_dict(variables["params"])

@@ -248,11 +248,7 @@ def resolve_batch_size(
     maker: Any = batches.maker
     shape = max(batches.buckets, key=lambda s: s[0] * s[1])
     number, lines = choose_batch_size(
-        trial,
-        shape,
-        maker.slots,
-        len(maker.images),
-        boxes_only=maker.boxes_only,
+        trial, shape, maker.slots, len(maker.images), boxes_only=maker.boxes_only
     )
     return with_batch_size(config, number, lines)
 

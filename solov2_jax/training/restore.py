@@ -13,9 +13,9 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from solov2_jax import distributed, storage
-from solov2_jax.checkpoint import list_steps, move_aside, read_run, restore_parts
+from solov2_jax.checkpoint import list_steps, move_aside, restore_parts
 from solov2_jax.io import InputError, write_json
-from solov2_jax.pretrained import WEIGHTS, is_pretrained
+from solov2_jax.pretrained import read_folder
 from solov2_jax.training.build import Task
 from solov2_jax.training.step import TrainState
 from solov2_jax.weights import convert
@@ -130,10 +130,8 @@ def read_init(init_from: str) -> Weights:
     """
     if not is_remote(init_from):
         source = storage.local_copy(local_path(init_from))
-        if is_pretrained(source):
-            return open_weights(str(source / WEIGHTS))
         if source.is_dir():
-            return read_run(source)
+            return read_folder(source)
         if not source.is_file():
             raise InputError(
                 f"init_from = {init_from!r}: no such file or folder; give a weights file, another "

@@ -11,7 +11,7 @@ import numpy as np
 
 from solov2_jax import ops, pretrained
 from solov2_jax.checkpoint import load_workdir_config, read_best, read_classes, restore_variables
-from solov2_jax.config import input_statistics, load_config
+from solov2_jax.config import changed_keys, input_statistics, load_config
 from solov2_jax.io import InputError
 from solov2_jax.models import build_model
 from solov2_jax.structs import Outputs
@@ -60,9 +60,8 @@ def load_teacher(config: Any, class_names: Sequence[str] | None = None) -> Teach
             f"distill_from = {source!r}: it was trained on the classes {_listed(names)}, this run "
             f"has {_listed(class_names)}; a teacher needs the same, in the same order"
         )
-    for key in _SAME:
-        theirs, ours = _value(own, key), _value(config, key)
-        if theirs != ours:
+    for key, (theirs, ours) in changed_keys(own, config).items():
+        if key in _SAME:
             raise InputError(
                 f"distill_from = {source!r}: its {key} is {theirs}, this run's {ours}; set "
                 f"--config.{key} to the teacher's"
@@ -127,16 +126,6 @@ def _caller(own: Any, config: Any, num_classes: int) -> Callable[..., Outputs]:
         return jax.lax.stop_gradient(found)
 
     return outputs
-
-
-def _value(config: Any, key: str) -> Any:
-    for name in key.split("."):
-        config = config[name]
-    return _tuples(config)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _listed(names: Sequence[str]) -> str:

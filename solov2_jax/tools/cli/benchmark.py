@@ -14,13 +14,18 @@ Prints a table, and writes `benchmark.json`, with every round, and `benchmark.md
 `--output`, by default WORKDIR/benchmark.
 """
 
+import contextlib
 import functools
 import os
+from typing import TYPE_CHECKING
 
 from solov2_jax.config_schema import several, text, whole
-from solov2_jax.io import InputError
+from solov2_jax.io import InputError, make_folder, unmade_if_empty
 from solov2_jax.tools.cli import app, shared
 from solov2_jax.tools.cli.flags import Flag
+
+if TYPE_CHECKING:
+    from solov2_jax.tools import benchmark
 
 _INPUT = Flag("input", text(), "Folder of images. Default: the run's validation images.")
 _IMAGES = Flag("images", whole(8, 1, 10_000), "Images to take, spread over all.")
@@ -42,12 +47,23 @@ def main(overrides: list[str]) -> None:
     shared.check_model()
     if shared.WEIGHTS.value and not _INPUT.value:
         raise InputError("--weights needs --input, a folder of images")
-    from solov2_jax.tools import benchmark
-
     workdir = shared.WORKDIR.value
     output = _OUTPUT.value or (os.path.join(workdir, "benchmark") if os.path.isdir(workdir) else "")
     if output and os.path.exists(output) and not os.path.isdir(output):
         raise InputError(f"--output {output}: is a file; give a folder")
+    with unmade_if_empty(output) if output else contextlib.nullcontext():
+        if output:
+            make_folder(output)  # raises now instead of after measuring
+        result = _measure(overrides)
+        app.echo(result.markdown())
+        if output:
+            app.echo(f"written: {result.write(output)}")
+
+
+def _measure(overrides: list[str]) -> "benchmark.Benchmark":
+    from solov2_jax.tools import benchmark
+
+    workdir = shared.WORKDIR.value
     paths = benchmark.choose_images(_INPUT.value, workdir, overrides, _IMAGES.value)
     rows = []
     predictor = shared.load_predictor(overrides)
@@ -68,10 +84,7 @@ def main(overrides: list[str]) -> None:
             )
     name = os.path.basename(os.path.abspath(workdir)) if workdir else shared.WEIGHTS.value
     step = f", step {predictor.step}" if predictor.step is not None else ""
-    result = benchmark.Benchmark(f"{name}{step}", rows, benchmark.conditions(predictor))
-    app.echo(result.markdown())
-    if output:
-        app.echo(f"written: {result.write(output)}")
+    return benchmark.Benchmark(f"{name}{step}", rows, benchmark.conditions(predictor))
 
 
 run = functools.partial(app.run, main, FLAGS)

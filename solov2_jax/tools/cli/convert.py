@@ -13,10 +13,11 @@ import functools
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from solov2_jax.config_schema import choice, several, switch, text
-from solov2_jax.io import InputError, write_json
+from solov2_jax.io import InputError, make_folder, unmade_if_empty, write_json
 from solov2_jax.tools.cli import app, shared
 from solov2_jax.tools.cli.flags import Flag
 from solov2_jax.weights.tables import TABLES
@@ -24,43 +25,49 @@ from solov2_jax.weights.tables import TABLES
 if TYPE_CHECKING:
     from solov2_jax.weights.sources import Weights
 
-_INPUT = Flag("input", text(), "Weights file or name, or a run's workdir.", required=True)
-_OUTPUT = Flag("output", text(), "File (.safetensors, .pth) or folder to write.", required=True)
-_SOURCE = Flag("source", choice("auto", ("auto", *TABLES, "solov2_jax")), "Who wrote the file.")
-_SUFFIX = {"solov2_jax": ".safetensors", "adelaidet": ".pth", "mmdet": ".pth"}
-_TO = Flag("to", choice("solov2_jax", tuple(_SUFFIX)), "Names to write.")
-_CONFIG = Flag("config", text(), "Check against this config's network.")
-_STRICT = Flag("strict", switch(False), "With --config: fill every leaf, use every tensor.")
-_PREFIX = Flag("prefix", text(), "Which network of a file with several, such as student.")
-_SHA256 = Flag("sha256", text(), "Checksum that the input must have.")
-_SETTING = Flag(
+INPUT = Flag("input", text(), "Weights file or name, or a run's workdir.", required=True)
+SOURCE = Flag("source", choice("auto", ("auto", *TABLES, "solov2_jax")), "Who wrote the file.")
+PREFIX = Flag("prefix", text(), "Which network of a file with several, such as student.")
+SETTING = Flag(
     "setting",
     several((), text()),
     "KEY=VALUE that the weights were trained with, such as input.channel_order=RGB.",
     repeated=True,
 )
-FLAGS = (_INPUT, _OUTPUT, _SOURCE, _TO, _CONFIG, shared.CHECKPOINT, _STRICT, _PREFIX)
-FLAGS += (_SHA256, _SETTING)
+_OUTPUT = Flag("output", text(), "File (.safetensors, .pth) or folder to write.", required=True)
+_SUFFIX = {"solov2_jax": ".safetensors", "adelaidet": ".pth", "mmdet": ".pth"}
+_TO = Flag("to", choice("solov2_jax", tuple(_SUFFIX)), "Names to write.")
+_CONFIG = Flag("config", text(), "Check against this config's network.")
+_STRICT = Flag("strict", switch(False), "With --config: fill every leaf, use every tensor.")
+_SHA256 = Flag("sha256", text(), "Checksum that the input must have.")
+FLAGS = (INPUT, _OUTPUT, SOURCE, _TO, _CONFIG, shared.CHECKPOINT, _STRICT)
+FLAGS += (PREFIX, _SHA256, SETTING)
 
 
-def _read() -> "Weights":
-    if os.path.isdir(_INPUT.value):
-        if _SHA256.value or _SETTING.value or _PREFIX.value:
-            raise InputError("--sha256, --setting and --prefix are for files, not for workdirs")
-        from solov2_jax.checkpoint import read_run
+def read_input(of_files: Sequence[Flag] = (), sha256: str = "") -> "Weights":
+    """Returns the weights of --input, a folder with a network or a file or name of weights.
 
-        return read_run(_INPUT.value, shared.CHECKPOINT.value)
+    Args:
+      of_files: further flags that say nothing of a folder; --checkpoint says nothing of a file.
+    """
+    from solov2_jax.pretrained import read_folder
     from solov2_jax.weights.hub import open_weights
     from solov2_jax.weights.settings import parse_setting
 
-    settings = dict(parse_setting(text) for text in _SETTING.value)
+    place, found = INPUT.value, os.path.isdir(INPUT.value)
+    for flag in (SOURCE, PREFIX, SETTING, *of_files) if found else (shared.CHECKPOINT,):
+        if flag.present:
+            kind = "weights files" if found else "folders of runs"
+            raise InputError(f"--{flag.name} is for {kind}, and --input {place} is none")
+    if found:
+        return read_folder(place, shared.CHECKPOINT.value)
     return open_weights(
-        _INPUT.value,
+        place,
         key="--input",
-        source=_SOURCE.value,
-        sha256=_SHA256.value,
-        settings=settings,
-        prefix=_PREFIX.value,
+        source=SOURCE.value,
+        sha256=sha256,
+        settings=dict(map(parse_setting, SETTING.value)),
+        prefix=PREFIX.value,
     )
 
 
@@ -68,12 +75,11 @@ def _output() -> str:
     """Returns the file to write; in a folder it is named like the input."""
     path, suffix = pathlib.Path(_OUTPUT.value), _SUFFIX[_TO.value]
     if path.suffix not in _SUFFIX.values():
-        path = path / (pathlib.Path(_INPUT.value).resolve().stem + suffix)
+        path = path / (pathlib.Path(INPUT.value).resolve().stem + suffix)
     if path.suffix != suffix:
         raise InputError(f"--output {path}: --to {_TO.value} writes {suffix} files")
-    if path.resolve() == pathlib.Path(_INPUT.value).resolve():
+    if path.resolve() == pathlib.Path(INPUT.value).resolve():
         raise InputError(f"--output {path} is the input: choose another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
     return str(path)
 
 
@@ -84,14 +90,17 @@ def main(overrides: list[str]) -> None:
     from solov2_jax.weights.convert import report_of, save_weights
     from solov2_jax.weights.sources import sha256_of
 
-    output, weights = _output(), _read()
+    output, weights = _output(), read_input((_SHA256,), _SHA256.value)
     flat, report = weights.flat, report_of(weights)
     if _CONFIG.value:
         from solov2_jax.weights.convert import check_network
 
         config = load_config(_CONFIG.value, overrides)
         flat, report = check_network(config, weights, _STRICT.value)
-    save_weights(output, flat, weights.settings, _TO.value)
+    folder = pathlib.Path(output).parent
+    with unmade_if_empty(folder):
+        make_folder(folder)
+        save_weights(output, flat, weights.settings, _TO.value)
     app.echo(report.summary())
     print("settings: " + json.dumps(weights.settings))
     print(f"wrote {output}: {len(flat)} leaves, sha256 {sha256_of(output)}")

@@ -16,7 +16,7 @@ import sys
 
 import solov2_jax
 from solov2_jax.config_schema import text
-from solov2_jax.io import reason
+from solov2_jax.io import InputError, reason
 from solov2_jax.tools.cli import app, shared
 from solov2_jax.tools.cli.flags import Flag
 
@@ -31,6 +31,10 @@ _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL", re.I)
 
 
 def main(overrides: list[str]) -> None:
+    if _CONFIG.value and shared.WORKDIR.value:
+        raise InputError("give either --config or --workdir")
+    if overrides and not (_CONFIG.value or shared.WORKDIR.value):
+        raise InputError(f"{overrides[0]}: give the --config or --workdir that it changes")
     print(f"solov2_jax {solov2_jax.__version__}, {os.path.dirname(solov2_jax.__file__)}")
     print(f"Python {platform.python_version()}, {sys.executable}")
     print(f"{platform.platform()}, {os.cpu_count()} CPU cores")
@@ -66,9 +70,11 @@ def _devices() -> str:
 
 def _changes(overrides: list[str]) -> list[str]:
     from solov2_jax.config import base_config, changed_keys, load_config
+    from solov2_jax.pretrained import load_run_config
 
-    path = _CONFIG.value or os.path.join(shared.WORKDIR.value, "config.json")
-    config = load_config(path, overrides)
+    path = _CONFIG.value or f"of {shared.WORKDIR.value}"
+    load = load_config if _CONFIG.value else load_run_config
+    config = load(_CONFIG.value or shared.WORKDIR.value, overrides)
     changed = changed_keys(base_config(), config)
     lines = [f"  {key} = {value!r}" for key, (_, value) in changed.items()]
     return [f"config {path}, where it differs from configs/base.py:", *(lines or ["  nowhere"])]

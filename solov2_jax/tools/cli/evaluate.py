@@ -116,6 +116,8 @@ def main(overrides: list[str]) -> None:
 
 
 def score_run(overrides: list[str], expectations: list) -> dict[str, float]:
+    from solov2_jax.weights.hub import is_remote
+
     for flag in _FILES[1:]:
         if flag.value:
             raise InputError(f"--{flag.name} goes with --predictions")
@@ -126,6 +128,9 @@ def score_run(overrides: list[str], expectations: list) -> dict[str, float]:
         )
     shared.check_model()
     tta, tiles = shared.view_options()
+    has_folder = shared.WORKDIR.value and not is_remote(shared.WORKDIR.value)
+    if _REPORT.value and not (_OUTPUT.value or has_folder):
+        raise InputError("--report needs --output, a folder to write to")
     if not shared.WORKDIR.value:
         return score_weights(overrides, expectations, tta=tta, tiles=tiles)
     from solov2_jax.tools.report.evaluate_run import evaluate_run
@@ -163,8 +168,6 @@ def score_weights(
     from solov2_jax.config import base_config, load_config
     from solov2_jax.tools.report.evaluate_run import evaluate_predictor
 
-    if _REPORT.value and not _OUTPUT.value:
-        raise InputError("--report needs --output, a folder to write to")
     name = shared.EXPORT.value or shared.WEIGHTS.value
     if shared.EXPORT.value:
         if not _DATA.value:
@@ -189,10 +192,10 @@ def score_weights(
 
 
 def score_files(overrides: list[str], expectations: list) -> dict[str, float]:
-    if overrides or any(f.present for f in (*shared.MODEL, shared.EXPORT, *_OTHER_DATA)):
-        raise InputError(
-            "--predictions goes without --workdir and --config, --weights, --model and --data"
-        )
+    others = (*shared.MODEL, shared.EXPORT, *_OTHER_DATA, *shared.VIEWS)
+    if given := [*(f"--{f.name}" for f in others if f.present), *overrides]:
+        text = "--predictions goes without --workdir and --config, --weights, --model, --data"
+        raise InputError(f"{text} and what belongs to them: {given[0]}")
     if not _ANNOTATIONS.value:
         raise InputError("--predictions needs --annotations, an instances json")
     from solov2_jax.tools.report.results_file import evaluate_files

@@ -14,7 +14,6 @@ docs/export_and_serving.md.
 Exit code 0: done; 2: an error that the one line `error: ...` explains.
 """
 
-import dataclasses
 import functools
 import os
 from typing import TYPE_CHECKING, Any
@@ -52,16 +51,24 @@ _NUM_IMAGES = Flag("num_images", whole(8, 1), "Images that are compared.")
 _EVALUATE = Flag("evaluate", switch(False), "Measure AP of both on the run's validation data.")
 _OVERWRITE = Flag("overwrite", switch(False), "Replace files in the output that no export wrote.")
 _OUTPUT = Flag("output", text(), "Folder to write. Default: WORKDIR/export/FORMAT_PRECISION.")
+_SHOWN = ("segm/AP", "segm/AP50", "segm/AP75", "bbox/AP", "num_images")  # of --evaluate
 FLAGS = (*shared.MODEL, _FORMAT, _PRECISION, _SHAPES, _BATCH, _MASKS, _IMAGES, _NUM_IMAGES)
 FLAGS += (_EVALUATE, _OVERWRITE, _OUTPUT)
 
 
 def main(overrides: list[str]) -> None:
+    from solov2_jax.pretrained import check_data_known
+
     shared.check_model()
     if not shared.WORKDIR.value and not (_OUTPUT.value and _IMAGES.value):
         raise InputError("--config and --weights need --output and --images")
-    if shared.WORKDIR.value.startswith("hf:") and not (_OUTPUT.value and _IMAGES.value):
-        raise InputError("--workdir hf:... needs --output and --images")
+    if shared.WORKDIR.value.startswith("hf:") and not _OUTPUT.value:
+        raise InputError("--workdir hf:... needs --output, a folder to write to")
+    if shared.WORKDIR.value and (_EVALUATE.value or not _IMAGES.value):
+        fix = "--config.data.val.images and .annotations" if _EVALUATE.value else "--images FOLDER"
+        check_data_known(shared.WORKDIR.value, overrides, fix)
+    if _EVALUATE.value and not shared.WORKDIR.value:
+        raise InputError("--evaluate needs --workdir: the run's validation data")
     buckets = tuple(_parse_shape(text) for text in _SHAPES.value)
     from solov2_jax.tools.export.formats import find_format
 
@@ -82,13 +89,13 @@ def main(overrides: list[str]) -> None:
     name = f"{_FORMAT.value}_{_PRECISION.value}"
     folder = _OUTPUT.value or os.path.join(shared.WORKDIR.value, "export", name)
     dataset = None
-    if not _IMAGES.value or _EVALUATE.value:
+    if not _IMAGES.value or _EVALUATE.value:  # read now where it cannot be, not after exporting
         dataset = _load_dataset(config, predictor)
     model = build_model(config, len(predictor.class_names))
     images = _find_images(dataset, predictor.input.pixels)
     report = export(model, predictor, options, folder, images, source, overwrite=_OVERWRITE.value)
     if _EVALUATE.value:
-        report["ap"] = _measure_ap(config, predictor, options.buckets, dataset, folder)
+        report["ap"] = _measure_ap(config, predictor, options.buckets, folder)
         write_json(report, os.path.join(folder, "export.json"))
     print(f"exported to {folder}")
 
@@ -98,9 +105,7 @@ def _parse_shape(text: str) -> tuple[int, int]:
         height, width = (int(part) for part in text.lower().split("x"))
         return height, width
     except ValueError:
-        raise InputError(
-            f"--shape={text}: write HEIGHTxWIDTH in pixels, such as 800x1344"
-        ) from None
+        raise InputError(f"--shape={text}: write HEIGHTxWIDTH, such as 800x1344") from None
 
 
 def _load(overrides: list[str]) -> "tuple[Any, Predictor]":
@@ -115,8 +120,6 @@ def _load(overrides: list[str]) -> "tuple[Any, Predictor]":
 def _load_dataset(config: Any, predictor: Any) -> Any:
     from solov2_jax.data.build import load_val_dataset
 
-    if not shared.WORKDIR.value:
-        raise InputError("--evaluate needs --workdir: the run's validation data")
     classes = zip(predictor.category_ids, predictor.class_names, strict=True)
     return load_val_dataset(config, dict(classes))
 
@@ -132,19 +135,22 @@ def _find_images(dataset: Any, pixels: Any) -> list[str]:
 
 
 def _measure_ap(
-    config: Any, predictor: Any, buckets: Any, dataset: Any, folder: str
+    config: Any, predictor: "Predictor", buckets: Any, folder: str
 ) -> dict[str, dict[str, float | None]]:
-    from solov2_jax.evaluation.coco import format_metric
+    """Returns what `solov2 evaluate` finds of the run and of the export, printed too."""
+    from solov2_jax.evaluation.coco import format_metric, headlines, json_metrics
     from solov2_jax.tools.export.exported import ExportedPredictor
-    from solov2_jax.tools.export.parity import measure_ap
+    from solov2_jax.tools.report.evaluate_run import evaluate_predictor
 
-    # The original pads as the exported files do.
-    predictor.input = dataclasses.replace(predictor.input, buckets=buckets)
-    exported = ExportedPredictor(folder)
-    found = measure_ap(predictor, exported, dataset, folder, config.eval.max_images)
-    for name, metrics in found.items():
-        values = (f"{key} {format_metric(metrics[key])}" for key in ("segm/AP", "segm/AP50"))
-        print(f"{name}: {', '.join(values)}")
+    with config.unlocked():  # the original pads as the exported files do
+        config.input.buckets_test = predictor.input.buckets if buckets == () else buckets
+        config.data.vals, config.eval.reports, config.eval.num_pictures = (), (), 0
+    found = {}
+    for name, each in (("original", predictor), ("exported", ExportedPredictor(folder))):
+        metrics = evaluate_predictor(each, config, output=os.path.join(folder, name))
+        shown = [key for key in (*headlines(metrics), *_SHOWN) if key in metrics]
+        found[name] = json_metrics({key: metrics[key] for key in dict.fromkeys(shown)})
+        print(f"{name}: " + ", ".join(f"{k} {format_metric(metrics[k])}" for k in found[name]))
     return found
 
 

@@ -70,8 +70,7 @@ def _work(names: list[str]) -> None:
         print("no --licence: the model card says nothing about the use of these weights")
     if _OUTPUT.value:
         folder = Path(_OUTPUT.value)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"--output {folder}: holds something already; give a new folder")
+        share.check_new(folder)
         share.write_pretrained(workdir, folder, repo, options)
         print(f"written to {folder}; nothing was sent")
         return

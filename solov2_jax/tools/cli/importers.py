@@ -15,7 +15,7 @@ Exit code 0: written; 2: an error that the one line `error: ...` explains.
 import sys
 from collections.abc import Sequence
 
-from solov2_jax.config_schema import text, whole
+from solov2_jax.config_schema import several, text, whole
 from solov2_jax.data.coco import load_coco
 from solov2_jax.io import InputError
 from solov2_jax.tools.cli import app
@@ -39,7 +39,7 @@ _NAMES = (
 
 _DATA = Flag("data", text(), "yolo: data.yaml with names, and folders or lists of images.")
 _SPLIT = Flag("split", text("train"), "yolo: split of data.yaml: train, val or test.")
-_IGNORE = Flag("ignore", text(), "labelme: labels to leave out, separated by commas.")
+_IGNORE = Flag("ignore", several((), text()), "labelme: labels to leave out, separated by commas.")
 _OBJECTS = Flag("objects", text(), "masks: folder of PNGs with object numbers.")
 _CLASSES = Flag("classes", text(), "masks: folder of PNGs with class numbers.")
 _VOID = Flag(
@@ -94,9 +94,8 @@ def _import(kind: str) -> tuple[str, Instances]:
     if not _IMAGES.value:
         raise InputError("--images: give the folder of the images.")
     if kind == "labelme":
-        ignored = [name for name in _IGNORE.value.split(",") if name]
         labels = _LABELS.value or _IMAGES.value
-        instances, left_out = import_labelme(_IMAGES.value, labels, categories, ignored)
+        instances, left_out = import_labelme(_IMAGES.value, labels, categories, _IGNORE.value)
         for what, number in left_out.items():
             app.echo(f"{number} shapes left out: {what}")
         return _IMAGES.value, instances

@@ -246,11 +246,12 @@ def _keep(data: MergedData, folder: Path, request: dict[str, Any]) -> None:
     """
     from solov2_jax import distributed
     from solov2_jax.checkpoint import list_steps
+    from solov2_jax.tools.study.design import RUNS
 
     paths, texts = [folder / name for name in PARTS], data.texts()
     before = [p.read_text("utf-8", "replace") if p.is_file() else "" for p in paths]
     same = before == list(texts) or was_written(folder, texts)
-    if not same and list_steps(folder.parent):
+    if not same and (list_steps(folder.parent) or (folder.parent / RUNS).is_dir()):
         what = "; ".join(
             f"{path.name}: {_difference(old, new)}"
             for path, old, new in zip(paths, before, texts, strict=True)

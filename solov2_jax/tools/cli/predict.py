@@ -141,7 +141,7 @@ def predict(overrides: list[str], scratch: str) -> "Summary":
 
     # Whatever can be wrong is found before the weights are loaded and compiled for.
     with distributed.fail_together():
-        shared.check_model()
+        shared.check_model(exported=(_BATCH_SIZE, _SHAPES))
         tta, tiles = shared.view_options()
         options = _options()
     sources = _open_sources(overrides, scratch, options.formats)

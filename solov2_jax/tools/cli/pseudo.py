@@ -19,15 +19,11 @@ import functools
 
 import numpy as np
 
-from solov2_jax.config_schema import choice, several, share, switch, text, whole
+from solov2_jax.config_schema import choice, several, share, switch, text
 from solov2_jax.io import InputError
 from solov2_jax.tools.cli import app, shared
 from solov2_jax.tools.cli.flags import Flag
 
-_INPUT = Flag(
-    "input", text(), "A folder with pictures, also below it, or a quoted pattern.", required=True
-)
-_OUTPUT = Flag("output", text(), "Folder to write to.", required=True)
 _SCORE = shared.ScoreFlag(
     "score",
     share(0.5),
@@ -47,10 +43,8 @@ _IMAGES = Flag(
     choice("link", ("link", "copy")),
     "How the pictures get into `images`; copies where the system has no links.",
 )
-_BATCH_SIZE = Flag("batch_size", whole(1, 1, 4096), "Pictures of one padded shape per batch.")
-_OVERWRITE = Flag("overwrite", switch(False), "Replace files that this command did not write.")
-FLAGS = (*shared.MODEL, _INPUT, _OUTPUT, _SCORE, _CLASS_SCORES, _KEEP_EMPTY, _IMAGES)
-FLAGS += (*shared.VIEWS, _BATCH_SIZE, _OVERWRITE)
+FLAGS = (*shared.MODEL, shared.PICTURES, shared.OUTPUT, _SCORE, _CLASS_SCORES, _KEEP_EMPTY, _IMAGES)
+FLAGS += (*shared.VIEWS, shared.BATCH_SIZE, shared.OVERWRITE)
 
 
 def class_scores(words: tuple[str, ...], class_names: tuple[str, ...]) -> dict[str, float]:
@@ -86,7 +80,7 @@ def main(overrides: list[str]) -> None:
     from solov2_jax.tools.multiview.build import build_views
 
     tta, tiles = shared.view_options()
-    predictor = shared.load_predictor(overrides)
+    predictor = shared.on_local_devices(shared.load_predictor(overrides))
     names = predictor.class_names
     of_all = np.broadcast_to(shared.least_scores(predictor, _SCORE), len(names))
     own = class_scores(_CLASS_SCORES.value, names)
@@ -96,14 +90,14 @@ def main(overrides: list[str]) -> None:
         predictor,
         lambda fitted: build_views(fitted, tta, tiles),
         shared.WORKDIR.value,
-        _INPUT.value,
-        _OUTPUT.value,
+        shared.PICTURES.value,
+        shared.OUTPUT.value,
         PseudoOptions(
             least=least,
             keep_empty=_KEEP_EMPTY.value,
             link=_IMAGES.value == "link",
-            batch_size=_BATCH_SIZE.value,
-            overwrite=_OVERWRITE.value,
+            batch_size=shared.BATCH_SIZE.value * predictor.num_devices,
+            overwrite=shared.OVERWRITE.value,
             origin=shared.WORKDIR.value or shared.WEIGHTS.value,
         ),
     )

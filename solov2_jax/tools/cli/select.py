@@ -15,14 +15,10 @@ and the others are ranked; 2: an error, and nothing was written.
 
 import functools
 
-from solov2_jax.config_schema import choice, share, switch, text, whole
+from solov2_jax.config_schema import choice, share, switch, whole
 from solov2_jax.tools.cli import app, shared
 from solov2_jax.tools.cli.flags import Flag
 
-_INPUT = Flag(
-    "input", text(), "A folder with pictures, also below it, or a quoted pattern.", required=True
-)
-_OUTPUT = Flag("output", text(), "Folder to write to.", required=True)
 _NUMBER = Flag("number", whole(50), "How many to choose. 0: rank all.")
 _DIVERSITY = Flag(
     "diversity", share(0.5), "0: by uncertainty alone; 1: as different as possible, whatever found."
@@ -35,10 +31,17 @@ _IMAGES = Flag(
     choice("none", ("none", "link", "copy")),
     "Whether to put the chosen pictures into `images` there.",
 )
-_BATCH_SIZE = Flag("batch_size", whole(1, 1, 4096), "Pictures of one padded shape per batch.")
-_OVERWRITE = Flag("overwrite", switch(False), "Replace files that this command did not write.")
-FLAGS = (*shared.MODEL, _INPUT, _OUTPUT, _NUMBER, _DIVERSITY, _AGAINST, _IMAGES, _BATCH_SIZE)
-FLAGS += (_OVERWRITE,)
+FLAGS = (
+    *shared.MODEL,
+    shared.PICTURES,
+    shared.OUTPUT,
+    _NUMBER,
+    _DIVERSITY,
+    _AGAINST,
+    _IMAGES,
+    shared.BATCH_SIZE,
+)
+FLAGS += (shared.OVERWRITE,)
 
 
 def main(overrides: list[str]) -> None:
@@ -46,17 +49,17 @@ def main(overrides: list[str]) -> None:
     from solov2_jax.tools.labelling.select import SelectOptions, select
 
     pictures = select(
-        shared.load_predictor(overrides),
+        shared.on_local_devices(shared.load_predictor(overrides)),
         shared.WORKDIR.value,
-        _INPUT.value,
-        _OUTPUT.value,
+        shared.PICTURES.value,
+        shared.OUTPUT.value,
         SelectOptions(
             number=_NUMBER.value,
             diversity=_DIVERSITY.value,
             against_training=_AGAINST.value,
-            batch_size=_BATCH_SIZE.value,
+            batch_size=shared.BATCH_SIZE.value,
             images=_IMAGES.value,
-            overwrite=_OVERWRITE.value,
+            overwrite=shared.OVERWRITE.value,
         ),
     )
     shared.end_with_problems(pictures, "the others are ranked")

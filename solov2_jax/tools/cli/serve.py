@@ -58,7 +58,7 @@ FLAGS += (_BODY_SECONDS, _HEADER_SECONDS, _WRITE_SECONDS, _CONNECTIONS)
 
 
 def main(overrides: list[str]) -> None:
-    shared.check_model()
+    shared.check_model(exported=(_BATCH,))
     try:
         from solov2_jax.tools.serving.app import Limits, make_app
         from solov2_jax.tools.serving.server import bind, make_server

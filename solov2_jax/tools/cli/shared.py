@@ -29,6 +29,17 @@ CHECKPOINT = Flag("checkpoint", text("last"), "Of the workdir: last, best or a s
 CONFIG = Flag("config", text(), "Config file or a shipped config's name, with --weights.")
 WEIGHTS = Flag("weights", text(), "Weights file, or a name such as hf:USER/REPO, with --config.")
 EXPORT = Flag("model", text(), "What `solov2 export` wrote: its folder, or a file such as x.onnx.")
+# What `select` and `pseudo` do.
+PICTURES = Flag(
+    "input", text(), "A folder with pictures, also below it, or a quoted pattern.", required=True
+)
+OUTPUT = Flag("output", text(), "Folder to write to.", required=True)
+BATCH_SIZE = Flag(
+    "batch_size",
+    whole(1, 1, 4096),
+    "Pictures of one padded shape per batch, on each device.",
+)
+OVERWRITE = Flag("overwrite", switch(False), "Replace files that this command did not write.")
 # Keys and groups that nothing reads but training.
 _OF_TRAINING = ("augment.", "data.train.", "init_from=", "loss.", "optim.", "seed=", "train.")
 _OF_TRAINING += ("targets.", "input.min_sizes_train", "input.max_size_train", "input.flip_prob")
@@ -73,14 +84,17 @@ HEARTBEAT = Flag(
 PROCESSES = (MODE, COORDINATOR, NUM_PROCESSES, PROCESS_ID, HEARTBEAT)
 
 
-def check_model(score: Flag = SCORE) -> None:
+def check_model(score: Flag = SCORE, exported: Sequence[Flag] = ()) -> None:
     """Raises an InputError unless the flags name one model.
 
     Args:
       score: the command's, if it has one.
+      exported: flags for what stands in an export already.
     """
+    if CHECKPOINT.present and WEIGHTS.value and not WORKDIR.value:
+        raise InputError("--checkpoint goes with --workdir: a weights file has one network")
     if EXPORT.value:
-        others = [f"--{flag.name}" for flag in (*MODEL, TILE, TTA) if flag.present]
+        others = [f"--{flag.name}" for flag in (*MODEL, TILE, TTA, *exported) if flag.present]
         if others:
             raise InputError(f"--model is a network by itself and goes without {others[0]}")
     given = (bool(WORKDIR.value), bool(CONFIG.value), bool(WEIGHTS.value))

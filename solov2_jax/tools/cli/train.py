@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from solov2_jax.config import given_keys, load_config
+from solov2_jax.config import base_config, given_keys, load_config
 from solov2_jax.config_schema import AUTO, switch, text, whole
 from solov2_jax.io import InputError
 from solov2_jax.tools.cli import app, own_data, shared
@@ -53,7 +53,8 @@ def train_or_try(config: Any) -> None:
     if _DRY_RUN.value:
         from solov2_jax.tools.dry_run import dry_run, format_rows
 
-        print(format_rows(config, *dry_run(config)))
+        tried = overfit_config(config, _OVERFIT.value) if _OVERFIT.value else config
+        print(format_rows(tried, *dry_run(tried)))
         return
     from solov2_jax.evaluation.coco import format_metric
     from solov2_jax.training.loop import build_task, train
@@ -119,10 +120,9 @@ def overfit_config(config: Any, num_images: int) -> Any:
         input_.min_sizes_train = (input_.min_size_test,)
         input_.max_size_train = input_.max_size_test
         input_.buckets_train = input_.buckets_test
-        augment, config.data.repeat_threshold = config.augment, 0.0
-        augment.rotate_prob = augment.paste_prob = 0.0
-        augment.brightness = augment.contrast = augment.saturation = 0.0
-        augment.crop_size = augment.jitter_scale = ()
+        config.data.repeat_threshold = 0.0
+        config.augment.update(base_config().augment)  # there, nothing is changed
+        config.data.vals, train.best_metric, train.accumulate = (), "segm/AP50", 1
         with config.ignore_type():
             auto = train.batch_size == AUTO
             train.batch_size = num_images if auto else min(train.batch_size, num_images)

@@ -22,33 +22,24 @@ import sys
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-from solov2_jax.config_schema import choice, several, text
+from solov2_jax.config_schema import text
 from solov2_jax.io import InputError, write_json
 from solov2_jax.tools.cli import app, shared
+from solov2_jax.tools.cli.convert import INPUT, PREFIX, SETTING, SOURCE, read_input
 from solov2_jax.tools.cli.flags import Flag
 from solov2_jax.tools.cli.summary import parse_size
-from solov2_jax.weights.tables import TABLES
 
 if TYPE_CHECKING:
     import numpy as np
 
     from solov2_jax.weights.sources import Weights
 
-_INPUT = Flag("input", text(), "Weights file or name, or a run's workdir.", required=True)
-_SOURCE = Flag("source", choice("auto", ("auto", *TABLES, "solov2_jax")), "Who wrote the file.")
-_PREFIX = Flag("prefix", text(), "Which network of a file with several, such as student.")
 _CONFIG = Flag("config", text(), "Of the network. Default: what the weights tell by themselves.")
-_SETTING = Flag(
-    "setting",
-    several((), text()),
-    "KEY=VALUE that the weights were trained with, such as input.channel_order=RGB.",
-    repeated=True,
-)
 _IMAGE = Flag("image", text(), "Picture. Default: squares and noise, always the same.")
 _SIZE = Flag("size", text("256,320"), "H,W in pixels that it is resized to, multiples of 32.")
 _PYTHON = Flag("python", text(), "Interpreter that has the other program. Default: this one.")
 _OUTPUT = Flag("output", text(), "File of JSON to write with the differences.")
-FLAGS = (_INPUT, shared.CHECKPOINT, _SOURCE, _PREFIX, _CONFIG, _SETTING)
+FLAGS = (INPUT, shared.CHECKPOINT, SOURCE, PREFIX, _CONFIG, SETTING)
 FLAGS += (_IMAGE, _SIZE, _PYTHON, _OUTPUT)
 
 
@@ -68,7 +59,7 @@ def main(overrides: list[str]) -> None:
         computed, report = run(config, weights, picture)
     app.echo(report.summary())
     bad = ours.not_finite(computed)
-    found: dict[str, Any] = {"input": _INPUT.value, "source": weights.source, "not_finite": bad}
+    found: dict[str, Any] = {"input": INPUT.value, "source": weights.source, "not_finite": bad}
     found |= _compare(weights, config, computed, picture)
     if _OUTPUT.value:
         write_json(found, _OUTPUT.value)
@@ -94,26 +85,13 @@ def _picture(size: tuple[int, int]) -> "np.ndarray":
 def _read(overrides: list[str]) -> "tuple[Weights, Any]":
     """Returns the weights, and the config of their network."""
     from solov2_jax.config import given_keys, load_config
+    from solov2_jax.pretrained import load_run_config
     from solov2_jax.tools.verify.ours import config_of
-    from solov2_jax.weights.settings import adopt_settings, parse_setting
+    from solov2_jax.weights.settings import adopt_settings
 
-    if os.path.isdir(_INPUT.value):
-        if _CONFIG.value or _SETTING.value or _PREFIX.value:
-            raise InputError("--config, --setting and --prefix are for files, not for workdirs")
-        from solov2_jax.checkpoint import read_run
-        from solov2_jax.pretrained import load_run_config
-
-        weights = read_run(_INPUT.value, shared.CHECKPOINT.value)
-        return weights, load_run_config(_INPUT.value)
-    from solov2_jax.weights.hub import open_weights
-
-    weights = open_weights(
-        _INPUT.value,
-        key="--input",
-        source=_SOURCE.value,
-        settings=dict(parse_setting(word) for word in _SETTING.value),
-        prefix=_PREFIX.value,
-    )
+    weights = read_input((_CONFIG,))
+    if os.path.isdir(INPUT.value):
+        return weights, load_run_config(INPUT.value)
     if not _CONFIG.value:
         return weights, config_of(weights)
     config = load_config(_CONFIG.value, overrides)
@@ -132,7 +110,7 @@ def _compare(
 
     classes = weights.num_classes or 0
     names = weights.class_names or [f"class {i + 1}" for i in range(classes)]
-    original = find_original(config, weights, _PREFIX.value)
+    original = find_original(config, weights, PREFIX.value)
     theirs: Any = original
     if not isinstance(original, Unavailable):
         image = ours.normalised(config, picture)

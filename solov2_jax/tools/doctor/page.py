@@ -13,7 +13,7 @@ from solov2_jax.inference.draw import distinct_colors, draw_objects, shrink
 from solov2_jax.io import make_folder, write_text
 from solov2_jax.rle import spans_to_crop
 from solov2_jax.tools import charts, html
-from solov2_jax.tools.doctor.data_report import VERDICTS, DataReport, Part
+from solov2_jax.tools.doctor.data_report import VERDICTS, DataReport, Part, spread
 from solov2_jax.tools.doctor.findings import NOTE, class_counts
 from solov2_jax.tools.doctor.grids import GridCollisions, Layout, table
 from solov2_jax.tools.doctor.measure import draw, resize_map
@@ -76,8 +76,7 @@ def _samples(part: Part, number: int) -> list[html.PagePicture]:
     readable = part.readable()
     if not len(readable) or not number:
         return []
-    at = np.linspace(0, len(readable) - 1, min(number, len(readable))).round().astype(int)
-    return [_picture(part, int(i)) for i in readable[at]]
+    return [_picture(part, int(i)) for i in readable[spread(len(readable), number)]]
 
 
 def _suspects(part: Part, number: int) -> list[tuple[str, list[html.PagePicture]]]:

@@ -1,23 +1,17 @@
-"""An export beside its original: the same images through both, and AP of both."""
+"""An export beside its original: the same images through both."""
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from solov2_jax.data.buckets import Bucket
 from solov2_jax.data.images import read_values
-from solov2_jax.evaluation.coco import CocoEvaluator, json_metrics
-from solov2_jax.evaluation.evaluate import evaluate
 from solov2_jax.inference.preprocess import InputOptions, make_batches, make_example
 from solov2_jax.io import InputError
 from solov2_jax.tools.export.exported import ExportedPredictor
 from solov2_jax.tools.export.program import Program
-from solov2_jax.tools.report.evaluate_run import FullResolutionBatches, FullResolutionPredictor
 
 Outputs = Mapping[str, np.ndarray]
 # Masks that overlap less are different objects.
@@ -192,30 +186,3 @@ def _examples(
         if first and (straight or turned):
             break
     return straight or turned
-
-
-def measure_ap(
-    original: Any,
-    exported: ExportedPredictor,
-    dataset: Any,
-    folder: str | os.PathLike[str],
-    max_images: int,
-) -> dict[str, dict[str, float | None]]:
-    """Returns AP of the original and of the export, on the same images.
-
-    Args:
-      folder: each writes its predictions and metrics to a folder below it.
-    """
-    evaluator = CocoEvaluator(dataset.annotation_file, dataset.category_ids, dataset.class_names)
-    measured = {}
-    for name, predictor in (("original", original), ("exported", exported)):
-        metrics = evaluate(
-            FullResolutionPredictor(predictor),
-            evaluator,
-            dataset,
-            FullResolutionBatches(dataset, max_images),
-            Path(folder) / name,
-        )
-        names = ("segm/AP", "segm/AP50", "segm/AP75", "bbox/AP", "num_images")
-        measured[name] = json_metrics({key: metrics[key] for key in names if key in metrics})
-    return measured

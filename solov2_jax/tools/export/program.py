@@ -102,10 +102,7 @@ def _full_masks(found: Detections, image_size: Any, threshold: float) -> dict[st
     soft = found.soft_masks.reshape(b * d, *quarter)
     sizes = jnp.repeat(image_size, d, axis=0)
     masks, boxes = lax.map(enlarge, (found.valid.reshape(-1), soft, sizes))
-    return {
-        "masks": masks.reshape(b, d, *masks.shape[1:]),
-        "boxes": boxes.reshape(b, d, 4),
-    }
+    return {"masks": masks.reshape(b, d, *masks.shape[1:]), "boxes": boxes.reshape(b, d, 4)}
 
 
 def _halved(leaf: np.ndarray) -> np.ndarray:
@@ -113,10 +110,7 @@ def _halved(leaf: np.ndarray) -> np.ndarray:
 
 
 def _enlarge(
-    valid: Bool[Array, ""],
-    soft: Float[Array, "h4 w4"],
-    image_size: Array,
-    threshold: float,
+    valid: Bool[Array, ""], soft: Float[Array, "h4 w4"], image_size: Array, threshold: float
 ) -> tuple[Array, Array]:
     """Returns a mask at four times the size, uint8, and its box; 0 if invalid."""
     h, w = (4 * n for n in soft.shape)

@@ -210,9 +210,16 @@ def _from_json(path: str) -> dict[int, str]:
     content = read_json(path, "json")
     with reading(path, kind):
         if "categories" in content:
-            return {int(c["id"]): str(c["name"]) for c in content["categories"]}
-        pairs = zip(content["ids"], content["names"], strict=True)
-        return {int(i): str(name) for i, name in pairs}
+            pairs = [(c["id"], c["name"]) for c in content["categories"]]
+        else:
+            pairs = list(zip(content["ids"], content["names"], strict=True))
+        ids, names = [i for i, _ in pairs], [name for _, name in pairs]
+        if not all(type(i) is int for i in ids) or not all(isinstance(n, str) for n in names):
+            raise TypeError("an id is no whole number, or a name no text")
+        if len(set(ids)) < len(ids):
+            raise ValueError("an id more than once")
+    number_names(names, path)
+    return dict(pairs)
 
 
 def number_names(names: Sequence[str], source: str) -> dict[int, str]:

@@ -173,7 +173,7 @@ def split(part: DataPart, options: Options) -> tuple[DataPart, DataPart]:
       InputError: if there is nothing to split.
     """
     images = part.content["images"]
-    groups = _groups([i["file_name"] for i in images], options)
+    groups = list(image_groups([i["file_name"] for i in images], options.group).values())
     if len(groups) < 2:
         raise InputError(
             f"{part.images}: {len(images)} images in {len(groups)} group cannot be split into "
@@ -199,19 +199,29 @@ def split(part: DataPart, options: Options) -> tuple[DataPart, DataPart]:
     return _subset(part, rest, TRAIN), _subset(part, sorted(taken), VAL)
 
 
-def _groups(names: Sequence[str], options: Options) -> list[list[int]]:
-    """Returns the places of the images that stay together, in the names' order."""
+def image_groups(names: Sequence[str], group: str) -> dict[str, list[int]]:
+    """Returns the places of the images that stay together, in the names' order.
+
+    Args:
+      group: regular expression, of the whole name or, where that has no match, of the file's
+        name without its folders; "": each image is alone.
+
+    Raises:
+      InputError: for what is none, or has no group.
+    """
     try:
-        pattern = re.compile(options.group)
+        pattern = re.compile(group)
     except re.error as error:
-        raise InputError(f"--group {options.group}: is no regular expression ({error}).") from error
-    if options.group and not pattern.groups:
-        raise InputError(f"--group {options.group}: put what images of a group share in brackets.")
+        raise InputError(f"--group {group}: is no regular expression ({error}).") from error
+    if group and not pattern.groups:
+        raise InputError(f"--group {group}: put what images of a group share in brackets.")
     groups: dict[str, list[int]] = {}
     for number in sorted(range(len(names)), key=lambda n: names[n]):
-        match = pattern.search(names[number]) if options.group else None
-        groups.setdefault(f"/{match[1]}" if match else names[number], []).append(number)
-    return list(groups.values())
+        name = names[number]
+        match = (pattern.search(name) or pattern.search(os.path.basename(name))) if group else None
+        key = name if match is None or match[1] is None else f"/{match[1]}"
+        groups.setdefault(key, []).append(number)
+    return groups
 
 
 def _subset(part: DataPart, places: Iterable[int], name: str) -> DataPart:

@@ -96,8 +96,7 @@ def files_of_yaml(path: str, split: str) -> YoloFiles:
         raise InputError(f"{path}: `{split}` ({describe(places)}) has no images.")
     top = os.path.commonpath([os.path.dirname(image) for image in labels])
     return YoloFiles(
-        top,
-        {os.path.relpath(i, top).replace(os.sep, "/"): label for i, label in labels.items()},
+        top, {os.path.relpath(i, top).replace(os.sep, "/"): label for i, label in labels.items()}
     )
 
 

@@ -1,6 +1,7 @@
 """PictureFolder without labels: which there are, reading them, putting them beside a result."""
 
 import hashlib
+import itertools
 import logging
 import os
 import shutil
@@ -17,6 +18,7 @@ from solov2_jax.data.build import data_files
 from solov2_jax.data.images import list_images
 from solov2_jax.inference.preprocess import default_buckets
 from solov2_jax.io import InputError, printable
+from solov2_jax.pretrained import is_pretrained
 from solov2_jax.progress import track
 from solov2_jax.tools.predict.output_folder import OutputFolder
 from solov2_jax.tools.predict.pipeline import ahead
@@ -113,13 +115,14 @@ def _hash(path: str) -> str:
 
 
 def own_pictures(workdir: str) -> tuple[list[str], list[str]]:
-    """Returns the training and the validation images' paths of a run, as far as its data
-    is where it was."""
-    if not os.path.isdir(workdir):  # none, or a run at another place
+    """Returns the training images' paths of a run, and those of its validation sets, as far as
+    its data is where it was."""
+    if not os.path.isdir(workdir) or is_pretrained(workdir):  # what was handed on has no data
         return [], []
     config = load_workdir_config(workdir)
+    places = [] if config.data.name else [*data_files(config), *(v[1:3] for v in config.data.vals)]
     found: list[list[str]] = []
-    for images, annotations in () if config.data.name else data_files(config):
+    for images, annotations in places:
         paths = []
         if not records.is_records(images) and os.path.isfile(annotations):
             content = read_content(annotations)
@@ -129,7 +132,37 @@ def own_pictures(workdir: str) -> tuple[list[str], list[str]]:
     if not any(found):
         log.warning("%s: the run's own images are not at hand: none is left out", workdir)
         return [], []
-    return found[0], found[1]
+    return found[0], list(itertools.chain(*found[1:]))
+
+
+@dataclass(frozen=True)
+class NewPictures:
+    """The pictures of an `--input` that a run does not know, and where the result goes."""
+
+    folder: OutputFolder
+    paths: list[str]  # of the result's files
+    pictures: PictureFolder
+    left: list[str]  # names of those that the run knows
+    train: list[str]  # paths of its training images
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raises an InputError for a file of the user's where the result or pictures go."""
+        self.folder.check([*self.paths, *(_target(self.folder, name) for name in names)])
+
+
+def open_pictures(
+    workdir: str, text: str, output: str, files: Iterable[str], *, overwrite: bool
+) -> NewPictures:
+    """Returns what `--input` names, after checking that the result's files can be written."""
+    folder = OutputFolder(output, overwrite)
+    paths = [os.path.join(output, name) for name in files]
+    pictures = find_pictures(text)
+    folder.check(paths)
+    train, val = own_pictures(workdir)
+    pictures, left = leave_out(pictures, [*train, *val])
+    if left:
+        log.info("%d pictures are the run's own data: left out", len(left))
+    return NewPictures(folder, paths, pictures, left, train)
 
 
 def fit_shapes(predictor: Any, pictures: Iterable[str]) -> Any:
@@ -166,6 +199,10 @@ def read_pictures(
                 yield name, loaded
 
 
+def _target(folder: OutputFolder, name: str) -> str:
+    return os.path.join(folder.path, IMAGES, *name.split("/"))
+
+
 def place_pictures(
     folder: OutputFolder, pictures: PictureFolder, names: Iterable[str], *, link: bool
 ) -> None:
@@ -175,7 +212,7 @@ def place_pictures(
     Args:
       link: as links where the system allows them, else as copies.
     """
-    targets = {os.path.join(folder.path, IMAGES, *name.split("/")): name for name in names}
+    targets = {_target(folder, name): name for name in names}
     stale = [path for path in folder.listed(IMAGES) if path not in targets]
     folder.remove_ours(path for path in stale if os.path.lexists(path))
     for target, name in track(list(targets.items()), "placing pictures"):

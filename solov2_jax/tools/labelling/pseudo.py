@@ -7,7 +7,6 @@ any is left out, because an empty one would say that there is nothing. The json 
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +21,11 @@ from solov2_jax.io import InputError
 from solov2_jax.tools.importers.merge import TRAINING_ONLY
 from solov2_jax.tools.labelling.pictures import (
     PictureFolder,
-    find_pictures,
     fit_shapes,
-    leave_out,
-    own_pictures,
+    open_pictures,
     place_pictures,
     read_pictures,
 )
-from solov2_jax.tools.predict.output_folder import OutputFolder
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +52,7 @@ class PseudoOptions:
 
 
 def pseudo(
-    predictor: Any,
-    views: Any,
-    workdir: str,
-    text: str,
-    output: str,
-    options: PseudoOptions,
+    predictor: Any, views: Any, workdir: str, text: str, output: str, options: PseudoOptions
 ) -> PictureFolder:
     """Writes the labels and the pictures; returns these, with what could not be read.
 
@@ -72,13 +63,8 @@ def pseudo(
     Raises:
       InputError: if nothing is left to write.
     """
-    folder = OutputFolder(output, options.overwrite)
-    path = os.path.join(output, LABELS)
-    pictures = find_pictures(text)
-    folder.check([path])
-    pictures, left = leave_out(pictures, [p for part in own_pictures(workdir) for p in part])
-    if left:
-        log.info("%d pictures are the run's own data: left out", len(left))
+    new = open_pictures(workdir, text, output, [LABELS], overwrite=options.overwrite)
+    (path,), pictures = new.paths, new.pictures
     fitted = views(fit_shapes(predictor, map(pictures.path, pictures.names)))
     images: list[dict[str, Any]] = []
     records: list[dict[str, Any]] = []
@@ -96,8 +82,8 @@ def pseudo(
     if not images:
         raise InputError(
             f"--input {text}: no label: of {read} pictures none has a detection from its class's "
-            f"threshold on, {len(left)} are the run's own data, {len(pictures.problems)} cannot be "
-            "read. Lower --score, or train longer."
+            f"threshold on, {len(new.left)} are the run's own data, {len(pictures.problems)} "
+            "cannot be read. Lower --score, or train longer."
         )
     ids, names = predictor.category_ids, predictor.class_names
     content = {
@@ -106,9 +92,11 @@ def pseudo(
         "annotations": records,
         "categories": [{"id": i, "name": n} for i, n in zip(ids, names, strict=True)],
     }
-    with folder.opened():
-        place_pictures(folder, pictures, [i["file_name"] for i in images], link=options.link)
-        with folder.replacing(path) as temporary:
+    taken = [image["file_name"] for image in images]
+    new.check(taken)
+    with new.folder.opened():
+        place_pictures(new.folder, pictures, taken, link=options.link)
+        with new.folder.replacing(path) as temporary:
             temporary.write_text(json.dumps(content), "utf-8")
     log.info("%d objects in %d of %d pictures: %s", len(records), len(images), read, path)
     return pictures

@@ -14,25 +14,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from solov2_jax import ops
 from solov2_jax.data.buckets import STRIDE
+from solov2_jax.distributed import replicated, split_by_batch
 from solov2_jax.inference.preprocess import make_batches
-from solov2_jax.inference.programs import DetectOptions, compiler_options
+from solov2_jax.inference.programs import DetectOptions, compiler_options, over_devices
 from solov2_jax.io import InputError
 from solov2_jax.postprocess import detect
 from solov2_jax.progress import working
+from solov2_jax.tools.doctor.data_report import spread
 from solov2_jax.tools.labelling.choose import Chosen, choose, uncertainty
 from solov2_jax.tools.labelling.pictures import (
     PictureFolder,
-    find_pictures,
     fit_shapes,
-    leave_out,
-    own_pictures,
+    open_pictures,
     place_pictures,
     read_pictures,
 )
-from solov2_jax.tools.predict.output_folder import OutputFolder
 
 log = logging.getLogger(__name__)
 
@@ -77,21 +77,15 @@ def select(
     Raises:
       InputError: if no picture is left to choose from.
     """
-    folder = OutputFolder(output, options.overwrite)
-    paths = [os.path.join(output, name) for name in (LIST, ABOUT)]
-    pictures = find_pictures(text)
-    folder.check(paths)
-    train, val = own_pictures(workdir)
-    pictures, left = leave_out(pictures, [*train, *val])
-    if left:
-        log.info("%d pictures are the run's own data: left out", len(left))
+    new = open_pictures(workdir, text, output, (LIST, ABOUT), overwrite=options.overwrite)
+    pictures = new.pictures
     if not pictures.names:
         raise InputError(
-            f"--input {text}: no picture is left: {len(left)} are the run's own data, "
+            f"--input {text}: no picture is left: {len(new.left)} are the run's own data, "
             f"{len(pictures.problems)} cannot be read."
         )
-    wanted = _spread(train) if options.against_training else []
-    labelled = [path for path in wanted if os.path.isfile(path)]
+    wanted = spread(len(new.train), MOST_LABELLED).tolist() if options.against_training else []
+    labelled = [path for path in map(new.train.__getitem__, wanted) if os.path.isfile(path)]
     fitted = fit_shapes(predictor, [*map(pictures.path, pictures.names), *labelled])
     candidates = describe(fitted, pictures, options.batch_size, "looking at pictures")
     if not candidates.names:
@@ -112,19 +106,21 @@ def select(
         "input": text,
         "looked_at": len(candidates.names),
         "labelled": len(labelled),
-        "left_out": left,
+        "left_out": new.left,
         "unreadable": pictures.problems,
         "diversity": options.diversity,
         "selected": rows,
     }
-    with folder.opened():
-        for path, content in zip(paths, (_csv(rows), _json(about)), strict=True):
-            with folder.replacing(path) as temporary:
+    contents = _csv(rows), (json.dumps(about, indent=2) + "\n").encode()
+    names = [row["file_name"] for row in rows] if options.images != "none" else []
+    new.check(names)
+    with new.folder.opened():
+        for path, content in zip(new.paths, contents, strict=True):
+            with new.folder.replacing(path) as temporary:
                 temporary.write_bytes(content)
         if options.images != "none":
-            names = [row["file_name"] for row in rows]
-            place_pictures(folder, pictures, names, link=options.images == "link")
-    log.info("%d of %d pictures to label next: %s", len(rows), len(candidates.names), paths[0])
+            place_pictures(new.folder, pictures, names, link=options.images == "link")
+    log.info("%d of %d pictures to label next: %s", len(rows), len(candidates.names), new.paths[0])
     return pictures
 
 
@@ -143,20 +139,13 @@ def _rows(candidates: Described, chosen: Chosen) -> list[dict[str, Any]]:
     ]
 
 
-def _spread(paths: list[str]) -> list[str]:
-    """Returns all paths, or `MOST_LABELLED` of them at equal distances."""
-    if len(paths) <= MOST_LABELLED:
-        return paths
-    places = np.linspace(0, len(paths) - 1, MOST_LABELLED).round().astype(int)
-    return [paths[i] for i in places.tolist()]
-
-
 def describe(predictor: Any, pictures: PictureFolder, batch_size: int, what: str) -> Described:
-    """Returns what the network says about the pictures that can be read."""
-    program = compile_describe(
-        predictor.model, predictor.input.mean, predictor.input.std, predictor.options
-    )
-    variables = jax.device_put(predictor.variables)
+    """Returns what the network says about the pictures that can be read, so many at a time on
+    each of the predictor's devices."""
+    mesh, options = predictor.mesh, predictor.options
+    mean, std = predictor.input.mean, predictor.input.std
+    program = compile_describe(predictor.model, mean, std, options, mesh)
+    variables = jax.device_put(predictor.variables, mesh and replicated(mesh))
     found: dict[int, tuple[str, float, int, np.ndarray]] = {}
     shapes: set[tuple[int, ...]] = set()
     names: list[str] = []
@@ -166,14 +155,15 @@ def describe(predictor: Any, pictures: PictureFolder, batch_size: int, what: str
             names.append(name)
             yield {**example, "image_id": np.array(len(names) - 1)}
 
-    for batch in _batches(examples(), batch_size):
+    for batch in _batches(examples(), batch_size * predictor.num_devices):
         shape = batch["image"].shape
         new = shape not in shapes
         if new:
             shapes.add(shape)
             log.info("compiling for %d picture(s) padded to %d x %d", *shape[:3])
         with working("computing the first batch") if new else contextlib.nullcontext():
-            results = program(variables, batch["image"], batch["image_size"])
+            arrays = batch["image"], batch["image_size"]
+            results = program(variables, *jax.device_put(arrays, mesh and split_by_batch(mesh)))
             scores, valid, features = jax.device_get(results)
         for row, number in enumerate(batch["image_id"].tolist()):
             if number >= 0:
@@ -208,6 +198,7 @@ def compile_describe(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     options: DetectOptions,
+    mesh: Mesh | None = None,
 ) -> Any:
     """Returns the compiled (variables, image, image_size) -> (scores, valid, features).
 
@@ -233,7 +224,7 @@ def compile_describe(
         ]
         return found.scores, found.valid, jnp.concatenate(pooled, axis=-1)
 
-    return jax.jit(run, compiler_options=compiler_options())
+    return jax.jit(over_devices(run, mesh), compiler_options=compiler_options())
 
 
 def _at_stride(extent: jax.Array, stride: int) -> jax.Array:
@@ -258,7 +249,3 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode("utf-8", "surrogateescape")
-
-
-def _json(values: Any) -> bytes:
-    return (json.dumps(values, indent=2) + "\n").encode()

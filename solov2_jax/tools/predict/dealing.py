@@ -19,12 +19,7 @@ from solov2_jax.data.buckets import Bucket
 from solov2_jax.data.pixel_format import PixelFormat
 from solov2_jax.download import without_secrets
 from solov2_jax.io import InputError
-from solov2_jax.tools.predict.output_folder import (
-    MANIFEST,
-    OutputFolder,
-    ResultsFile,
-    of_process,
-)
+from solov2_jax.tools.predict.output_folder import MANIFEST, OutputFolder, ResultsFile, of_process
 from solov2_jax.tools.predict.sources import (
     ADDRESSES,
     BrokenFile,

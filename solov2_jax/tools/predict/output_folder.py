@@ -67,10 +67,7 @@ class OutputFolder:
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        overwrite: bool = False,
-        rank: tuple[int, int] = (0, 1),
+        self, path: str | os.PathLike[str], overwrite: bool = False, rank: tuple[int, int] = (0, 1)
     ):
         self.path, self.overwrite = os.fspath(path), overwrite
         self.process, self.num_processes = rank

@@ -324,10 +324,7 @@ def make_report_data(
     if isinstance(evaluator, BoundaryEvaluator):
         ranges = [(row.name, row.low, row.high) for row in sizes]
         borders = border_rows(outcome, threshold, ranges)
-    counts = {
-        "images": str(len(evaluator.image_ids)),
-        "predictions": str(len(evaluator.results)),
-    }
+    counts = {"images": str(len(evaluator.image_ids)), "predictions": str(len(evaluator.results))}
     return ReportData(
         title=title,
         facts={**facts, **counts},

@@ -1,6 +1,7 @@
 """The evaluation of a training run, from its folder; with tiles or scales on the files' own
 pixels."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,8 +23,8 @@ from solov2_jax.data.images import read_sized
 from solov2_jax.evaluation.evaluate import Report, build_evaluator, build_reports, evaluate
 from solov2_jax.inference.prediction import Prediction
 from solov2_jax.inference.predictor import Predictor
-from solov2_jax.io import InputError
-from solov2_jax.pretrained import is_pretrained, load_run_config, local_folder
+from solov2_jax.io import unmade_if_empty
+from solov2_jax.pretrained import check_data_known, load_run_config, local_folder
 from solov2_jax.tools.importers.eval_data import EvalRequest, read_eval_data
 from solov2_jax.tools.multiview.build import build_views
 from solov2_jax.tools.multiview.tiling import InputPredictor, PicturePredictor, TileOptions
@@ -67,8 +68,8 @@ def evaluate_run(
     """
     folder, config = local_folder(workdir), load_run_config(workdir, overrides)
     own = is_own_validation(overrides)
-    if is_pretrained(folder) and own and data is None:
-        raise InputError(f"--workdir {workdir}: comes without its data; add --data FOLDER")
+    if data is None:
+        check_data_known(workdir, overrides, "--data FOLDER")
     predictor = Predictor.from_workdir(workdir, checkpoint, overrides)
     reports: list[Report] = []
     if predictor.step is not None and not checkpoint.endswith(":raw"):
@@ -133,23 +134,24 @@ def evaluate_predictor(
         predictor = predictor.on_devices(jax.local_devices())
         predictor.limit_score = 2.0  # tells of too many candidates; detections are counted
     metrics: dict[str, float] = {}
-    for part, evaluator in zip(sets, evaluators, strict=True):
-        if part.name:
-            log.info("evaluating on %s", part.dataset.annotation_file)
-        batches, source = _batches(predictor, config, part.dataset, tta, tiles)
-        shown = f"{title}, {part.name}" if title and part.name else title
-        own = reports if not part.name else []
-        values = evaluate(
-            source,
-            evaluator,
-            part.dataset,
-            batches,
-            os.path.join(output, part.name) if output and part.name else output,
-            num_pictures=config.eval.num_pictures if output else 0,
-            max_per_image=config.test.max_per_image if source is predictor else 0,
-            reports=[*build_reports(config), *own, *_page(shown)] if output else [],
-        )
-        metrics |= {_prefix(part) + name: value for name, value in values.items()}
+    with unmade_if_empty(output) if output else contextlib.nullcontext():
+        for part, evaluator in zip(sets, evaluators, strict=True):
+            if part.name:
+                log.info("evaluating on %s", part.dataset.annotation_file)
+            batches, source = _batches(predictor, config, part.dataset, tta, tiles)
+            shown = f"{title}, {part.name}" if title and part.name else title
+            own = reports if not part.name else []
+            values = evaluate(
+                source,
+                evaluator,
+                part.dataset,
+                batches,
+                os.path.join(output, part.name) if output and part.name else output,
+                num_pictures=config.eval.num_pictures if output else 0,
+                max_per_image=config.test.max_per_image if source is predictor else 0,
+                reports=[*build_reports(config), *own, *_page(shown)] if output else [],
+            )
+            metrics |= {_prefix(part) + name: value for name, value in values.items()}
     return metrics
 
 

@@ -56,10 +56,7 @@ class Gallery:
     """
 
     def __init__(
-        self,
-        evaluator: CocoEvaluator,
-        paths: Mapping[int, str] | None,
-        pixels: PixelFormat = RGB,
+        self, evaluator: CocoEvaluator, paths: Mapping[int, str] | None, pixels: PixelFormat = RGB
     ):
         self._evaluator, self._paths, self._pixels = evaluator, paths, pixels
         self._labels = {c: n for n, c in enumerate(sorted(evaluator.category_ids))}

@@ -122,7 +122,6 @@ def evaluate_files(
       metric: as data.val.metric.
     """
     _check_request(report, out_dir, images, against)
-    out = make_folder(out_dir) if out_dir else None
     truth = read_ground_truth(annotations, images)
     ids = sorted(truth.categories)
     names = [truth.categories[i] for i in ids]
@@ -142,6 +141,7 @@ def evaluate_files(
 
     evaluator = evaluator_of(predictions)
     other = evaluator_of(against) if against else None
+    out = make_folder(out_dir) if out_dir else None  # every file is read by now
     metrics = evaluator.evaluate()
     for line in diagnose(evaluator, metrics):
         log.info("%s", line)

@@ -1,6 +1,5 @@
 """What is known of a run that is handed on, from its folder: metrics, data, origin."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import solov2_jax
 from solov2_jax.data.annotations import read_instances
 from solov2_jax.data.build import data_files
 from solov2_jax.io import InputError, read_json, reading
+from solov2_jax.training.metric_files import read_metrics
 from solov2_jax.weights.hub import is_remote
 
 
@@ -37,15 +37,11 @@ def describe_run(
 
 def metrics_at(workdir: Path, step: int) -> dict[str, float]:
     """Returns the last evaluation of a step that metrics.jsonl holds, {} without one."""
-    path, found = workdir / "metrics.jsonl", {}
-    if not path.is_file():
-        return {}
-    with reading(path, "a run's metrics"):
-        for line in path.read_text().splitlines():
-            if f'"step": {step},' in line or f'"step": {step}}}' in line:
-                values = json.loads(line)
-                scores = {k: v for k, v in values.items() if k.startswith(("segm/", "bbox/"))}
-                found = {k: float(v) for k, v in scores.items() if v is not None} or found
+    found: dict[str, float] = {}
+    for line in read_metrics(workdir / "metrics.jsonl"):
+        if line["step"] == step:
+            scores = {k: v for k, v in line.items() if k.startswith(("segm/", "bbox/"))}
+            found = {k: float(v) for k, v in scores.items() if v is not None} or found
     return found
 
 

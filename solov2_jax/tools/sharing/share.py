@@ -113,6 +113,12 @@ def push(workdir: str, repo: str, options: PushOptions, *, private: bool = False
     return str(commit.commit_url)
 
 
+def check_new(folder: Path) -> None:
+    """Raises an InputError for an --output that is there and no empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"--output {folder}: holds something already; give a new folder")
+
+
 def check_repository(repo: str) -> str:
     """Returns the USER/REPO of a name; raises InputError for anything more or less."""
     wanted = parse_name(repo if repo.startswith("hf:") else f"hf:{repo}", "push")
@@ -146,10 +152,11 @@ def pull(name: str, output: str) -> Path:
       InputError: as `fetch_folder`, and for a folder that holds something.
     """
     target = Path(output)
-    if output and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"--output {output}: holds something already; give a new folder")
-    parse_name(name if name.startswith("hf:") else f"hf:{name}", "pull")
-    folder = pretrained.local_folder(name if name.startswith("hf:") else f"hf:{name}")
+    if output:
+        check_new(target)
+    name = f"hf:{name.removeprefix('hf:')}"
+    parse_name(name, "pull")
+    folder = pretrained.local_folder(name)
     pretrained.read_pretrained(folder)  # raises if it does not fit together
     if not output:
         return folder

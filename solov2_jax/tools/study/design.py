@@ -1,11 +1,12 @@
 """What a study consists of: levers, seeds and folds; its folder, which says so."""
 
+import hashlib
 import json
 import os
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from solov2_jax.config import (
 from solov2_jax.data.annotations import read_content
 from solov2_jax.data.build import data_files
 from solov2_jax.data.records import is_records
-from solov2_jax.io import InputError, read_json, reading, write_json, write_text
+from solov2_jax.io import InputError, make_folder, read_json, reading, write_json, write_text
 from solov2_jax.tools.importers.instances import part_of
+from solov2_jax.tools.importers.merge import image_groups
 
 PLAIN = "plain"  # the recipe as it is
 CONFIG, DESIGN, RUNS, FOLDS = "config.json", "design.json", "runs", "folds"
@@ -71,6 +73,7 @@ class Design:
     hopeless: float  # a run whose metric is below this share of the plain one's ends; 0: none
     judge_from: float  # the share of the run from which on it is judged
     equal_time: bool = False  # a lever's runs are as long as the plain one's in seconds
+    data: str = ""  # hash of what all runs train on, see `data_hash`; "": not known
 
     def trials(self) -> list[Trial]:
         return [
@@ -159,6 +162,7 @@ def keep_design(folder: Path, design: Design, config: Any, group: str = "") -> N
       InputError: if runs that are there would no longer be comparable, or the data has fewer
         groups of images than folds.
     """
+    design = replace(design, data=data_hash(config, group if design.folds > 1 else ""))
     if (folder / DESIGN).is_file():
         before = read_design(folder)
         if changed := changed_keys(read_config(folder / CONFIG), config):
@@ -179,9 +183,14 @@ def keep_design(folder: Path, design: Design, config: Any, group: str = "") -> N
         if before.equal_time != design.equal_time:
             begun = "with" if before.equal_time else "without"
             raise InputError(f"{folder}: the study was begun {begun} --equal_time")
+        if before.data != design.data and before.data and design.data:
+            raise InputError(
+                f"{folder}: the annotations of its data, or --group, have changed since the study "
+                "was begun; restore them, or give another --workdir"
+            )
     if design.folds > 1:
         write_folds(folder, config, design.folds, group)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     save_config(config, folder / CONFIG)
     levers = [{"name": x.name, "overrides": x.overrides} for x in design.levers]
     values = {k: v for k, v in vars(design).items() if k != "levers"}
@@ -201,6 +210,14 @@ def read_design(folder: Path) -> Design:
     with reading(path, "a study's design", "Begin the study again in another folder"):
         levers = tuple(Lever(x["name"], tuple(x["overrides"])) for x in content.pop("levers"))
         return Design(levers=levers, **content)
+
+
+def data_hash(config: Any, group: str) -> str:
+    """Returns a hash of the two jsons and of what folds hold together; "" for other data."""
+    paths = [Path(part.annotations) for part in (config.data.train, config.data.val)]
+    if config.data.name or not all(path.is_file() for path in paths):
+        return ""
+    return hashlib.sha256(b"".join([*(p.read_bytes() for p in paths), group.encode()])).hexdigest()
 
 
 def fold_overrides(folder: Path, trial: Trial, folds: int) -> list[str]:
@@ -235,17 +252,13 @@ def write_folds(folder: Path, config: Any, folds: int, group: str) -> None:
     contents = [read_content(train_json)]
     contents += [read_content(val_json)] if val_json != train_json else []
     pooled = _pooled(contents, [root.relative_to(top).as_posix() for root in roots])
-    names = [image["file_name"] for image in pooled["images"]]
-    groups: dict[str, list[int]] = {}
-    for image, name in zip(pooled["images"], names, strict=True):
-        match = re.search(group, Path(name).name) if group else None
-        groups.setdefault(match[1] if match and match.groups() else name, []).append(image["id"])
+    groups = image_groups([image["file_name"] for image in pooled["images"]], group)
     if len(groups) < folds:
         raise InputError(f"--folds {folds}: there are only {len(groups)} groups of images")
     order = np.random.default_rng(config.seed).permutation(sorted(groups))
     parts: list[set[int]] = [set() for _ in range(folds)]
     for key in order.tolist():
-        min(parts, key=len).update(groups[key])
+        min(parts, key=len).update(pooled["images"][place]["id"] for place in groups[key])
     every = {image["id"] for image in pooled["images"]}
     for i, part in enumerate(parts):
         place = folder / FOLDS / str(i)
