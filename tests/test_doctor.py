@@ -12,9 +12,10 @@ from PIL import Image
 from tiny_coco import annotation, content, encode_mask, square, write
 
 from configs import base, finetune
+from solov2_jax.config import load_config
 from solov2_jax.data.coco import read_coco
 from solov2_jax.tools.cli.doctor import main
-from solov2_jax.tools.doctor.data_report import Settings
+from solov2_jax.tools.doctor.data_report import Settings, settings_of
 from solov2_jax.tools.doctor.data_report import examine as examine_data
 from solov2_jax.tools.doctor.derive import derive
 from solov2_jax.tools.doctor.findings import ERROR, NOTE, WARNING, DataLimits
@@ -236,6 +237,20 @@ def test_denser_grids_are_suggested_for_crowded_images(tmp_path):
     assert result.advice.layout.num_grids == (8, 8, 8, 8, 8)
     flags = result.advice.overrides()
     assert "--config.model.ins_head.num_grids='(8,8,8,8,8)'" in flags
+
+
+@pytest.mark.parametrize("name", ["r50_3x", "finetune", "light_448_r50", "quickstart"])
+def test_what_is_suggested_can_be_given_to_a_training_by_the_same_config(tmp_path, name):
+    config = load_config(name)
+    report = examine_data(write(tmp_path), None, settings_of(config))
+    assert report.advice is not None
+    given = [flag.replace("'", "") for flag in report.advice.overrides()]
+    changed = load_config(name, given)
+    reference = config.optim.name == "sgd" and not config.train.epochs
+    if not reference or config.optim.reference_batch_size:
+        assert changed.optim == config.optim and "SGD" not in " ".join(report.advice.reasons)
+    else:
+        assert changed.train.steps == report.advice.steps
 
 
 def test_a_cpu_is_given_fewer_pixels_and_more_steps(tmp_path):

@@ -17,9 +17,11 @@ from solov2_jax.data.annotations import read_instances
 from solov2_jax.data.coco import read_coco
 from solov2_jax.io import InputError
 from solov2_jax.tools.importers.instances import Instances
-from solov2_jax.tools.importers.label_studio import decode_brush
+from solov2_jax.tools.importers.label_studio import decode_brush, import_tasks
 from solov2_jax.tools.importers.merge import Options, merge
+from solov2_jax.tools.importers.parts import by_name, find_picture
 from solov2_jax.tools.importers.recognise import recognise, split_of
+from solov2_jax.tools.importers.via import import_via
 
 HEIGHT, WIDTH, NUMBER = 40, 48, 12
 NAMES = ("cat", "dog")
@@ -392,3 +394,35 @@ def test_a_damaged_brush_is_refused():
 def test_a_pipe_named_like_an_annotation_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "instances.json")
     assert "holds no annotations of a known format" in refused(tmp_path)
+
+
+def test_pictures_of_one_name_are_told_apart_or_named(tmp_path):
+    places = by_name(["a/1.png", "b/1.png", "2.png", "c/2.png"])
+    for stated, wanted in (
+        ("b/1.png", "b/1.png"),
+        ("C:\\data\\a\\1.png", "a/1.png"),
+        ("2.png", "2.png"),
+        ("https://host/c/2.png", "c/2.png"),
+        ("3.png", None),
+        ("", None),
+    ):
+        assert find_picture(places, stated, "x.json") == wanted
+    with pytest.raises(InputError, match=r"x.json: 1.png may be .*a/1.png.*b/1.png"):
+        find_picture(places, "1.png", "x.json")
+    # The json of VIA and of Label Studio: each picture with its own object.
+    shades = {"a": 40, "b": 90}
+    for name, shade in shades.items():
+        (tmp_path / name).mkdir()
+        Image.new("L", (WIDTH + shade, HEIGHT), shade).save(tmp_path / name / "1.png")
+    shape = {"name": "rect", "x": 1, "y": 1, "width": 5, "height": 5}
+    regions = [{"shape_attributes": shape, "region_attributes": {"class": "cell"}}]
+    records = {n: {"filename": f"{n}/1.png", "regions": regions} for n in shades}
+    instances, _ = import_via(records, str(tmp_path), "via.json")
+    sizes = {image["file_name"]: image["width"] for image in instances.images}
+    assert sizes == {f"{n}/1.png": WIDTH + shade for n, shade in shades.items()}
+    tasks = [
+        {"id": i, "data": {"image": f"/data/{n}/0a1b2c3d-1.png"}, "annotations": []}
+        for i, n in enumerate(shades)
+    ]
+    _, instances, _ = import_tasks(tasks, tmp_path / "tasks.json")
+    assert [image["file_name"] for image in instances.images] == ["a/1.png", "b/1.png"]

@@ -122,16 +122,25 @@ def parse_example(record: bytes) -> dict[str, list[bytes]]:
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
     """Yields number and content of the length-delimited fields of a message."""
+    for number, kind, value in proto_fields(message):
+        if kind != 2 or not isinstance(value, bytes):
+            raise ValueError("a record is damaged: it is no tf.train.Example")
+        yield number, value
+
+
+def proto_fields(message: bytes) -> Iterator[tuple[int, int, bytes | int]]:
+    """Yields number, wire type and value of a protocol buffer's fields."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
-        if key & 7 != 2:
-            raise ValueError("a record is damaged: it is no tf.train.Example")
-        length, at = _varint(message, at)
-        if at + length > len(message):
-            raise ValueError("a record is damaged: it is cut off")
-        yield key >> 3, message[at : at + length]
-        at += length
+        number, kind = key >> 3, key & 7
+        value, at = _varint(message, at) if kind in (0, 2) else ({1: 8, 5: 4}.get(kind, 0), at)
+        if kind:
+            begin, at = at, at + value
+            if at > len(message):
+                raise ValueError("a record is damaged: it is cut off")
+            value = message[begin:at]
+        yield number, kind, value
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:

@@ -14,39 +14,17 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from solov2_jax.data.records import proto_fields
 from solov2_jax.io import InputError, reading
 
 _STEP = "train"  # of the loop's `StepTraceAnnotation`
 _CONTROL_FLOW = re.compile(r"cond|while|body|closed_call|branch_\d+_fun")
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """Yields (number, value) of a serialised protocol buffer's fields."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
-            if byte < 128:
-                return value
-
-    while at < len(data):
-        key = varint()
-        if key & 7 == 0:
-            yield key >> 3, varint()
-            continue
-        size = varint() if key & 7 == 2 else {1: 8, 5: 4}[key & 7]
-        yield key >> 3, data[at : at + size]
-        at += size
-
-
 def _field(data: bytes, number: int) -> bytes:
     """Returns the bytes of one field, b"" without it."""
-    value = dict(_fields(data)).get(number)
-    return value if isinstance(value, bytes) else b""
+    found = [value for n, _, value in proto_fields(data) if n == number]
+    return found[-1] if found and isinstance(found[-1], bytes) else b""
 
 
 def _walk(data: bytes, path: tuple[int, ...]) -> Iterator[bytes]:
@@ -54,7 +32,7 @@ def _walk(data: bytes, path: tuple[int, ...]) -> Iterator[bytes]:
     if not path:
         yield data
         return
-    for number, value in _fields(data):
+    for number, _, value in proto_fields(data):
         if number == path[0] and isinstance(value, bytes):
             yield from _walk(value, path[1:])
 

@@ -17,15 +17,12 @@ Prints a table, and writes `benchmark.json`, with every round, and `benchmark.md
 import contextlib
 import functools
 import os
-from typing import TYPE_CHECKING
+from typing import Any
 
 from solov2_jax.config_schema import several, text, whole
 from solov2_jax.io import InputError, make_folder, unmade_if_empty
 from solov2_jax.tools.cli import app, shared
 from solov2_jax.tools.cli.flags import Flag
-
-if TYPE_CHECKING:
-    from solov2_jax.tools import benchmark
 
 _INPUT = Flag("input", text(), "Folder of images. Default: the run's validation images.")
 _IMAGES = Flag("images", whole(8, 1, 10_000), "Images to take, spread over all.")
@@ -60,7 +57,7 @@ def main(overrides: list[str]) -> None:
             app.echo(f"written: {result.write(output)}")
 
 
-def _measure(overrides: list[str]) -> "benchmark.Benchmark":
+def _measure(overrides: list[str]) -> Any:
     from solov2_jax.tools import benchmark
 
     workdir = shared.WORKDIR.value

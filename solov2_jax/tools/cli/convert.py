@@ -45,11 +45,7 @@ FLAGS += (PREFIX, _SHA256, SETTING)
 
 
 def read_input(of_files: Sequence[Flag] = (), sha256: str = "") -> "Weights":
-    """Returns the weights of --input, a folder with a network or a file or name of weights.
-
-    Args:
-      of_files: further flags that say nothing of a folder; --checkpoint says nothing of a file.
-    """
+    """Returns the weights of --input; `of_files` are further flags that a folder goes without."""
     from solov2_jax.pretrained import read_folder
     from solov2_jax.weights.hub import open_weights
     from solov2_jax.weights.settings import parse_setting

@@ -74,6 +74,7 @@ def main(overrides: list[str]) -> None:
 
     find_format(_FORMAT.value)  # raises now instead of after loading weights
     config, predictor = _load(overrides)
+    from solov2_jax.data.build import load_val_dataset
     from solov2_jax.models import build_model
     from solov2_jax.tools.export.run import ExportOptions, export
 
@@ -90,7 +91,8 @@ def main(overrides: list[str]) -> None:
     folder = _OUTPUT.value or os.path.join(shared.WORKDIR.value, "export", name)
     dataset = None
     if not _IMAGES.value or _EVALUATE.value:  # read now where it cannot be, not after exporting
-        dataset = _load_dataset(config, predictor)
+        classes = zip(predictor.category_ids, predictor.class_names, strict=True)
+        dataset = load_val_dataset(config, dict(classes))
     model = build_model(config, len(predictor.class_names))
     images = _find_images(dataset, predictor.input.pixels)
     report = export(model, predictor, options, folder, images, source, overwrite=_OVERWRITE.value)
@@ -117,19 +119,12 @@ def _load(overrides: list[str]) -> "tuple[Any, Predictor]":
     return load_config(shared.CONFIG.value, overrides), predictor
 
 
-def _load_dataset(config: Any, predictor: Any) -> Any:
-    from solov2_jax.data.build import load_val_dataset
-
-    classes = zip(predictor.category_ids, predictor.class_names, strict=True)
-    return load_val_dataset(config, dict(classes))
-
-
 def _find_images(dataset: Any, pixels: Any) -> list[str]:
     if _IMAGES.value:
         from solov2_jax.tools.predict.sources import find_files, is_video
 
-        files = [path for path in find_files(_IMAGES.value, pixels) if not is_video(path)]
-        return files[: _NUM_IMAGES.value]
+        files = find_files(_IMAGES.value, pixels, "--images")
+        return [path for path in files if not is_video(path)][: _NUM_IMAGES.value]
     number = min(len(dataset), _NUM_IMAGES.value)
     return [dataset.path(i) for i in range(number)]
 

@@ -35,9 +35,7 @@ PICTURES = Flag(
 )
 OUTPUT = Flag("output", text(), "Folder to write to.", required=True)
 BATCH_SIZE = Flag(
-    "batch_size",
-    whole(1, 1, 4096),
-    "Pictures of one padded shape per batch, on each device.",
+    "batch_size", whole(1, 1, 4096), "Pictures of one padded shape per batch, on each device."
 )
 OVERWRITE = Flag("overwrite", switch(False), "Replace files that this command did not write.")
 # Keys and groups that nothing reads but training.

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from solov2_jax.config import is_used
 from solov2_jax.data.coco import CocoDataset, missing_files, read_coco
 from solov2_jax.data.pixel_format import RGB, PixelFormat
 from solov2_jax.tools.doctor.files import FileFacts, file_findings, leaked, read_files
@@ -25,6 +26,7 @@ from solov2_jax.tools.doctor.findings import (
     worst,
 )
 from solov2_jax.tools.doctor.grids import (
+    RECIPE,
     Advice,
     GridCollisions,
     Layout,
@@ -103,6 +105,7 @@ class Settings:
     limits: DataLimits = DataLimits()
     pixels: PixelFormat = RGB
     boxes: bool = True  # whether objects with a box only are trained on
+    unused: frozenset[str] = frozenset()  # keys that are not suggested
 
 
 def examine(train: tuple[str, str], val: tuple[str, str] | None, settings: Settings) -> DataReport:
@@ -132,7 +135,8 @@ def examine(train: tuple[str, str], val: tuple[str, str] | None, settings: Setti
         val_data = other.dataset if other else None
         findings += class_findings(trained.dataset, val_data)
         if len(trained.dataset.labels):
-            advice = advise(trained.dataset, trained.objects, settings.layout, settings.short)
+            layout, short, unused = settings.layout, settings.short, settings.unused
+            advice = advise(trained.dataset, trained.objects, layout, short, unused=unused)
     if trained and other:
         findings += leaked(trained.dataset, _facts(trained), other.dataset, _facts(other))
     return DataReport(parts, settings.layout, settings.short, findings, advice)
@@ -195,7 +199,10 @@ def settings_of(config: Any, max_images: int = 0) -> Settings:
     head, targets = config.model.ins_head, config.targets
     ranges = tuple((low, high) for low, high in targets.scale_ranges)
     layout = Layout(tuple(head.num_grids), ranges, targets.sigma)
-    input_ = config.input
+    input_, keys = config.input, (*RECIPE, "input.min_sizes_train", "input.max_size_train")
+    unused = frozenset(key for key in keys if not is_used(config, key))
+    if unused & RECIPE or config.optim.name != "sgd" or config.optim.reference_batch_size:
+        unused |= RECIPE  # a rate of SGD's, by steps, is no advice for another recipe
     return Settings(
         short=input_.min_size_test,
         max_size=input_.max_size_test,
@@ -204,6 +211,7 @@ def settings_of(config: Any, max_images: int = 0) -> Settings:
         max_images=max_images,
         pixels=pixel_format(config),
         boxes=config.loss.box_supervised,
+        unused=unused,
         limits=DataLimits(
             max_instances=config.data.max_instances,
             max_pairs=targets.max_pairs,

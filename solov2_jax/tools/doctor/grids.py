@@ -17,6 +17,8 @@ SHORT_SIDES = (320, 448, 512, 640, 800, 1024, 1280)
 WANTED_SIDE = 16.0
 # The reference's: 16 images per step at a rate of 0.01, about 12 to 36 epochs.
 BATCH, RATE, EPOCHS = 16, 0.01, 36
+# The keys of that recipe, which go together.
+RECIPE = {"optim.learning_rate", "optim.milestones", "optim.warmup_steps", "train.steps"}
 FEW_LOST = 0.005  # share of lost objects up to which no denser grid is looked for
 Ranges = tuple[tuple[int, int], ...]
 
@@ -166,6 +168,7 @@ class Advice:
     learning_rate: float
     steps: int
     reasons: tuple[str, ...]
+    unused: frozenset[str] = frozenset()  # keys by which the config does not train
 
     @property
     def milestones(self) -> tuple[int, int]:
@@ -173,21 +176,21 @@ class Advice:
         return round(self.steps * 7 / 9), round(self.steps * 25 / 27)
 
     def overrides(self) -> list[str]:
-        """Returns the flags that set what is suggested, for train.py."""
-        layout = self.layout
-        return [
-            f"--config.input.min_sizes_train='({self.short},)'",
-            f"--config.input.max_size_train={self.max_size}",
-            f"--config.input.min_size_test={self.short}",
-            f"--config.input.max_size_test={self.max_size}",
-            f"--config.model.ins_head.num_grids='{compact(layout.num_grids)}'",
-            f"--config.targets.scale_ranges='{compact(layout.scale_ranges)}'",
-            f"--config.train.batch_size={self.batch_size}",
-            f"--config.optim.learning_rate={self.learning_rate:g}",
-            f"--config.train.steps={self.steps}",
-            f"--config.optim.milestones='{compact(self.milestones)}'",
-            f"--config.optim.warmup_steps={min(1000, self.steps // 5)}",
-        ]
+        """Returns the flags that set what is suggested, for train.py with the same config."""
+        values = {
+            "input.min_sizes_train": f"'({self.short},)'",
+            "input.max_size_train": self.max_size,
+            "input.min_size_test": self.short,
+            "input.max_size_test": self.max_size,
+            "model.ins_head.num_grids": f"'{compact(self.layout.num_grids)}'",
+            "targets.scale_ranges": f"'{compact(self.layout.scale_ranges)}'",
+            "train.batch_size": self.batch_size,
+            "optim.learning_rate": f"{self.learning_rate:g}",
+            "train.steps": self.steps,
+            "optim.milestones": f"'{compact(self.milestones)}'",
+            "optim.warmup_steps": min(1000, self.steps // 5),
+        }
+        return [f"--config.{k}={v}" for k, v in values.items() if k not in self.unused]
 
 
 def compact(value: object) -> str:
@@ -203,6 +206,7 @@ def advise(
     *,
     choices: Sequence[int] = SHORT_SIDES,
     wide: float = 0.9,
+    unused: frozenset[str] = frozenset(),
 ) -> Advice:
     """Returns what would suit the training data.
 
@@ -241,13 +245,12 @@ def advise(
     max_size = int(np.ceil(min(float(np.percentile(longer, 95)), 2.0 * chosen) / 32) * 32)
     batch = 1 << int(np.log2(np.clip(len(dataset) / 40, 2, BATCH)))
     steps = max(500, round(EPOCHS * len(dataset) / batch / 100) * 100)
-    reasons.append(
-        f"{batch} images per step at a rate of {RATE:g} x {batch} / {BATCH} (SGD): if "
-        "memory allows fewer, lower both together"
-    )
-    reasons.append(
-        f"{steps} steps are {steps * batch / len(dataset):.0f} passes over the training data"
-    )
+    if not unused & RECIPE:
+        reasons += [
+            f"{batch} images per step at a rate of {RATE:g} x {batch} / {BATCH} (SGD): if "
+            "memory allows fewer, lower both together",
+            f"{steps} steps are {steps * batch / len(dataset):.0f} passes over the training data",
+        ]
     return Advice(
         short=chosen,
         max_size=max(max_size, chosen),
@@ -257,4 +260,5 @@ def advise(
         learning_rate=RATE * batch / BATCH,
         steps=steps,
         reasons=tuple(reasons),
+        unused=unused,
     )

@@ -4,6 +4,7 @@ import os
 import re
 import urllib.parse
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from solov2_jax.data.images import list_images, read_header
 from solov2_jax.io import InputError, reading
 from solov2_jax.progress import track
 from solov2_jax.tools.importers.instances import Instances, ellipse, number_names, rectangle
+from solov2_jax.tools.importers.parts import by_name, find_picture
 
 _SHAPES = ("polygonlabels", "brushlabels", "rectanglelabels", "ellipselabels")
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-")  # that Label Studio puts before an upload's name
@@ -34,7 +36,7 @@ def import_tasks(tasks: list[dict[str, Any]], path: Path) -> tuple[str, Instance
       path: of the json; the images are below its folder.
     """
     images = str(path.parent)
-    places = {os.path.basename(name): name for name in list_images(images)}
+    places = by_name(list_images(images))
     notes = Counter[str]()
     with reading(path, "a json of Label Studio"):
         results = [(t, _results(t, notes)) for t in tasks]
@@ -69,14 +71,15 @@ def _label(result: dict[str, Any]) -> str:
     return str(result["value"][result["type"]][0]).strip()
 
 
-def _image_of(task: dict[str, Any], places: dict[str, str], path: Path) -> str:
+def _image_of(task: dict[str, Any], places: Mapping[str, Sequence[str]], path: Path) -> str:
     """Returns the image of a task, by the name in its data."""
     texts = [v for v in task["data"].values() if isinstance(v, str)]
     for text in [*texts, str(task.get("file_upload") or "")]:
-        base = os.path.basename(urllib.parse.unquote(text.replace("\\", "/")))
-        for name in (base, _UPLOAD.sub("", base)):
-            if name in places:
-                return places[name]
+        whole = urllib.parse.unquote(text.replace("\\", "/"))
+        folders, slash, base = whole.rpartition("/")
+        for name in dict.fromkeys((whole, folders + slash + _UPLOAD.sub("", base))):
+            if found := find_picture(places, name, f"{path}: task {task.get('id')}"):
+                return found
     raise InputError(
         f"{path}: the image of task {task.get('id')} ({', '.join(texts)[:100]}) is not below "
         f"{path.parent}; put the images there."

@@ -10,6 +10,7 @@ from solov2_jax.data.images import list_images, read_header
 from solov2_jax.io import InputError, reading
 from solov2_jax.progress import track
 from solov2_jax.tools.importers.instances import Instances, ellipse, number_names, rectangle
+from solov2_jax.tools.importers.parts import by_name, find_picture
 
 _PREFERRED = ("class", "label", "name", "type", "category", "object")
 _WITHOUT_AREA = ("point", "polyline", "line")
@@ -41,7 +42,7 @@ def import_via(
       images: folder that has the images, in subfolders too.
       path: of the json, for messages.
     """
-    places = {os.path.basename(name): name for name in list_images(images)}
+    places = by_name(list_images(images))
     records = [(str(r["filename"]), _regions(r)) for r in _records(content).values()]
     with reading(path, "a json of VGG Image Annotator"):
         attribute = _attribute([a for _, regions in records for _, a in regions])
@@ -50,7 +51,7 @@ def import_via(
     ids = {name: i for i, name in instances.categories.items()}
     left_out = Counter[str]()
     for file_name, regions in track(records, "reading labels"):
-        name = places.get(os.path.basename(file_name))
+        name = find_picture(places, file_name, path)
         if name is None:
             raise InputError(f"{path}: the image {file_name} is not below {images}; add it.")
         header = read_header(os.path.join(images, name))

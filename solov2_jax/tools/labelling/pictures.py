@@ -13,7 +13,7 @@ from typing import Any
 
 from solov2_jax.checkpoint import load_workdir_config
 from solov2_jax.data import records
-from solov2_jax.data.annotations import read_content
+from solov2_jax.data.annotations import read_instances
 from solov2_jax.data.build import data_files
 from solov2_jax.data.images import list_images
 from solov2_jax.inference.preprocess import default_buckets
@@ -125,9 +125,7 @@ def own_pictures(workdir: str) -> tuple[list[str], list[str]]:
     for images, annotations in places:
         paths = []
         if not records.is_records(images) and os.path.isfile(annotations):
-            content = read_content(annotations)
-            names = [image.get("file_name") for image in content["images"]]
-            paths = [os.path.join(images, name) for name in names if isinstance(name, str)]
+            paths = [os.path.join(images, n) for n in read_instances(annotations).file_names]
         found.append(paths)
     if not any(found):
         log.warning("%s: the run's own images are not at hand: none is left out", workdir)

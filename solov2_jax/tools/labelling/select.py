@@ -17,7 +17,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from solov2_jax import ops
-from solov2_jax.data.buckets import STRIDE
 from solov2_jax.distributed import replicated, split_by_batch
 from solov2_jax.inference.preprocess import make_batches
 from solov2_jax.inference.programs import DetectOptions, compiler_options, over_devices
@@ -208,7 +207,7 @@ def compile_describe(
 
     def run(variables, image, image_size):
         pixels = ops.normalize_image(image, image_size, mean, std)
-        extent = _at_stride(image_size, STRIDE) * STRIDE
+        extent = ops.padded_extent(image_size)
         with jax.default_matmul_precision(model.matmul_precision):
             outputs, state = model.apply(
                 variables,
@@ -219,7 +218,7 @@ def compile_describe(
             found = detect(outputs, **asdict(options), extent=ops.at_stride(extent, 4))
         (levels,) = state["intermediates"]["fpn"]["__call__"]
         pooled = [
-            _mean(levels[name], _at_stride(extent, stride))
+            _mean(levels[name], ops.at_stride(extent, stride))
             for name, stride in sorted(_LEVELS.items())
         ]
         return found.scores, found.valid, jnp.concatenate(pooled, axis=-1)
@@ -227,14 +226,9 @@ def compile_describe(
     return jax.jit(over_devices(run, mesh), compiler_options=compiler_options())
 
 
-def _at_stride(extent: jax.Array, stride: int) -> jax.Array:
-    result = ops.at_stride(extent, stride)
-    assert result is not None  # as `extent` is not
-    return result
-
-
-def _mean(features: jax.Array, extent: jax.Array) -> jax.Array:
+def _mean(features: jax.Array, extent: jax.Array | None) -> jax.Array:
     """Returns the means over the first (height, width) cells of each image, [B, c]."""
+    assert extent is not None
     rows = jnp.arange(features.shape[1])[None] < extent[:, :1]
     columns = jnp.arange(features.shape[2])[None] < extent[:, 1:]
     inside = rows[:, :, None, None] & columns[:, None, :, None]

@@ -89,14 +89,11 @@ def deal(shapes: Sequence[Bucket | None], count: int) -> list[list[int]]:
     order = sorted(range(len(shapes)), key=lambda i: (shapes[i] or (0, 0), i))
     known = [shape[0] * shape[1] for shape in shapes if shape is not None]
     least = min(known, default=1)
-    costs = np.array([_area(shapes[i], least) for i in order], float)
+    areas = [least if shape is None else shape[0] * shape[1] for shape in shapes]
+    costs = np.array([areas[i] for i in order], float)
     middles = np.cumsum(costs) - costs / 2
     owners = np.minimum(middles * count // max(costs.sum(), 1), count - 1)
     return [sorted(i for i, o in zip(order, owners, strict=True) if o == k) for k in range(count)]
-
-
-def _area(shape: Bucket | None, unknown: int) -> int:
-    return unknown if shape is None else shape[0] * shape[1]
 
 
 @dataclass(frozen=True)

@@ -339,7 +339,7 @@ def why_unreadable(path: str) -> str:
     return f"{path}: is {kind}, not a file; name an image or a video"
 
 
-def find_files(text: str, pixels: PixelFormat = RGB) -> list[str]:
+def find_files(text: str, pixels: PixelFormat = RGB, flag: str = "--input") -> list[str]:
     """Returns the files of a file name, a folder or a glob, sorted.
 
     Of a folder, what is named like an image or a video; of a glob, every file.
@@ -353,7 +353,7 @@ def find_files(text: str, pixels: PixelFormat = RGB) -> list[str]:
         ]
         if not paths:
             raise InputError(
-                f"--input {text}: no image in this folder; names must end as images' and "
+                f"{flag} {text}: no image in this folder; names must end as images' and "
                 "videos' do (.jpg, .png, .mp4, ...), and folders in it are not searched"
             )
         return paths
@@ -362,7 +362,7 @@ def find_files(text: str, pixels: PixelFormat = RGB) -> list[str]:
     paths = sorted(path for path in expand_pattern(text) if not os.path.isdir(path))
     if not paths:
         raise InputError(
-            f"--input {text}: no such file, and as a pattern it matches none; give "
+            f"{flag} {text}: no such file, and as a pattern it matches none; give "
             "an image, a video, a folder or a quoted pattern such as 'photos/*.jpg'"
         )
     return paths
