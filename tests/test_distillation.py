@@ -175,6 +175,17 @@ def test_a_weights_file_teaches_with_its_config(tmp_path):
         load_teacher(config_for(weights), NAMES)
 
 
+def test_classes_without_names_are_this_run_s_in_their_order(tmp_path):
+    weights = write_weights(tmp_path, tiny_config(), names=())
+    (tmp_path / "teacher.py").write_text(
+        "import tiny_network\n\ndef get_config():\n    return tiny_network.tiny_config()\n"
+    )
+    config = config_for(weights, distill_config=str(tmp_path / "teacher.py"))
+    assert load_teacher(config, ("bolt", "nut"))
+    with pytest.raises(InputError, match="on the classes 'class 1', 'class 2', this run has 'a'"):
+        load_teacher(config, ("a", "b", "c"))
+
+
 def test_a_wrong_teacher_is_one_error(workdir, tmp_path):
     def refused(config, names=NAMES):
         with pytest.raises(InputError) as error:

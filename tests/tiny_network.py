@@ -59,12 +59,12 @@ def tiny_variables(config: Any, seed: int = 0) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(values, shapes)
 
 
-def write_weights(folder: Path, config: Any, seed: int = 0) -> str:
-    """Writes a weights file that knows its class names; returns its path."""
+def write_weights(folder: Path, config: Any, seed: int = 0, names: tuple[str, ...] = NAMES) -> str:
+    """Writes a weights file that knows its class names, unless (); returns its path."""
     variables = tiny_variables(config, seed)
     flat = jax.tree_util.tree_leaves_with_path(variables)
     arrays = {"/".join(k.key for k in path): leaf for path, leaf in flat}
-    settings = {**settings_of_shapes(arrays), "class_names": list(NAMES)}
+    settings = settings_of_shapes(arrays) | ({"class_names": list(names)} if names else {})
     path = str(folder / "tiny.safetensors")
     save_weights(path, arrays, settings)
     return path

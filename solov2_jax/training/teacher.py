@@ -46,7 +46,7 @@ def load_teacher(config: Any, class_names: Sequence[str] | None = None) -> Teach
     it has one.
 
     Args:
-      class_names: of this run; None: not compared.
+      class_names: of this run; None: not compared. A file without names has them, if as many.
 
     Raises:
       InputError: if there is none, or it has other classes, grids or channels.
@@ -54,7 +54,7 @@ def load_teacher(config: Any, class_names: Sequence[str] | None = None) -> Teach
     source = config.distill_from
     if not source:
         return None
-    own, variables, names, what = _read(source, config.distill_config)
+    own, variables, names, what = _read(config, class_names or ())
     if class_names is not None and tuple(names) != tuple(class_names):
         raise InputError(
             f"distill_from = {source!r}: it was trained on the classes {_listed(names)}, this run "
@@ -70,9 +70,10 @@ def load_teacher(config: Any, class_names: Sequence[str] | None = None) -> Teach
     return Teacher(jax.tree.map(np.asarray, variables), _caller(own, config, len(names)))
 
 
-def _read(source: str, config_file: str) -> tuple[Any, PyTree, Sequence[str], str]:
+def _read(run: Any, classes: Sequence[str]) -> tuple[Any, PyTree, Sequence[str], str]:
     """Returns config, variables, class names and description of a run, of a folder of the hub,
-    or of a weights file with its config."""
+    or of a weights file with its config, as this run's config names it."""
+    source, config_file = run.distill_from, run.distill_config
     if config_file:
         weights = open_weights(source, key="distill_from")
         config = load_config(config_file)
@@ -85,6 +86,9 @@ def _read(source: str, config_file: str) -> tuple[Any, PyTree, Sequence[str], st
                 "teach; give weights of a whole SOLOv2"
             )
         variables, _ = fit(weights, network_shapes(config, weights.num_classes), strict=True)
+        if not weights.class_names and len(classes) == weights.num_classes:
+            what = f"{source}, whose classes have no names and count as this run's in their order,"
+            return config, variables, classes, what
         names = weights.class_names or [f"class {i + 1}" for i in range(weights.num_classes)]
         return config, variables, names, source
     folder = pretrained.local_folder(source)
