@@ -18,6 +18,7 @@ from solov2_jax.data.rasterize import draw_object
 from solov2_jax.tools.cli.importers import main
 from solov2_jax.tools.importers.instances import read_names
 from solov2_jax.tools.importers.recognise import recognise
+from solov2_jax.tools.importers.yolo import files_of_folders, import_yolo
 from solov2_jax.tools.synthetic.shapes import ShapesSettings, write_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -434,6 +435,16 @@ def test_the_command_needs_no_jax(tmp_path):
     assert "1 objects of 2 classes" in done.stdout
 
 
+def test_yolo_labels_are_found_whatever_the_case_of_their_ending(tmp_path):
+    images, _ = write(tmp_path)
+    (tmp_path / "labels" / "sub").mkdir(parents=True)
+    (tmp_path / "labels" / "a.TXT").write_text(TRIANGLE)
+    (tmp_path / "labels" / "sub" / "b.txt").write_text(TRIANGLE + TRIANGLE)
+    files = files_of_folders(str(images), str(tmp_path / "labels"))
+    found = import_yolo(files, {1: "cat"})
+    assert [a["image_id"] for a in found.annotations] == [1, 3, 3]
+
+
 def test_yolo_boxes_have_no_outline(tmp_path, capsys):
     images, _ = write(tmp_path)
     (tmp_path / "labels").mkdir()
@@ -467,7 +478,7 @@ def test_voc_boxes_count_from_one_unless_one_starts_at_zero(tmp_path, capsys):
     labels, out = tmp_path / "Annotations", tmp_path / "x.json"
     polygon = "<polygon><x1>1</x1><y1>2</y1><x2>9</x2><y2>2</y2><x3>9</x3><y3>8</y3></polygon>"
     write_voc(labels, [("dog", 11, 9, 30, 28), ("chat é", 1, 1, 64, 48, polygon)])
-    write_voc(labels / "sub", [("dog", 5, 5, 6, 6)], (64, 48), "b")
+    write_voc(labels / "sub", [("dog", 5, 5, 6, 6)], ("\n 64 ", "48.0"), "b")
     main(["voc", f"--images={images}", f"--labels={labels}", f"--output={out}"])
     assert "1 images have no XML file: left out" in capsys.readouterr().out
     content = json.loads(out.read_text())

@@ -136,7 +136,7 @@ def _image(
             "XML file."
         )
     header = read_header(os.path.join(images, name))
-    size = [root.findtext(f"size/{side}") for side in ("height", "width")]
+    size = [root.findtext(f"size/{s}", "").strip().removesuffix(".0") for s in ("height", "width")]
     if all(size) and "0" not in size and size != [str(header.height), str(header.width)]:
         raise InputError(
             f"{path}: the image is {size[0]} x {size[1]} there, but {name} is {header.height} x "

@@ -49,16 +49,17 @@ def files_of_folders(images: str, labels: str, optional: bool = False) -> YoloFi
     names = list_images(images)
     if not os.path.isdir(labels) and not optional:
         raise InputError(f"{labels}: no such folder of labels; correct --labels.")
-    stems = {os.path.splitext(name)[0] for name in names}
+    stems = {name: os.path.splitext(name)[0] for name in names}
     present = list_files(labels, [".txt"]) if os.path.isdir(labels) else []
-    alone = [p for p in present if os.path.splitext(p)[0] not in stems]
-    alone = [p for p in alone if os.path.basename(p) not in ("classes.txt", "labels.txt")]
-    if alone:
+    by_stem = {os.path.splitext(p)[0]: p for p in present}  # also a.TXT
+    alone = sorted(by_stem[stem] for stem in by_stem.keys() - stems.values())
+    if alone := [p for p in alone if os.path.basename(p) not in ("classes.txt", "labels.txt")]:
         raise InputError(
             f"{labels}: {len(alone)} of {len(present)} label files have no image in "
             f"{images}: {describe(alone)}. Correct the folders or remove the files."
         )
-    return YoloFiles(images, {name: Path(labels, name).with_suffix(".txt") for name in names})
+    files = {n: Path(labels, by_stem.get(stem, f"{stem}.txt")) for n, stem in stems.items()}
+    return YoloFiles(images, files)
 
 
 def files_of_yaml(path: str, split: str) -> YoloFiles:
