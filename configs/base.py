@@ -98,8 +98,6 @@ PRESETS: dict[str, dict[str, object]] = {
         "stop_last": 0.1,
     },
 }
-# Keys of `augment` that only 8-bit RGB pictures have a meaning for.
-RGB_ONLY = ("saturation", "hue", "jpeg_prob")
 
 # Keys that had another name: {old: new}. An old one is still read, and a line says so.
 RENAMED: dict[str, str] = {}

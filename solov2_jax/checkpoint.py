@@ -14,6 +14,7 @@ the folder of a run says about its network: config and classes.
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -167,6 +168,12 @@ def had_checkpoint(workdir: str | os.PathLike) -> bool:
     """Returns whether a run in this folder has ever finished a save."""
     folder = pathlib.Path(workdir)
     return (folder / _SAVED).is_file() or (folder / "best.json").is_file()
+
+
+def less_is_better(metric: str) -> bool:
+    """Returns whether a metric is a loss, such as val/loss_ins; segm/AP/blossom is none."""
+    *groups, name = metric.split("/")
+    return "AP" not in groups and bool(re.fullmatch(r"(.*[^a-z])?loss([^a-z].*)?", name, re.I))
 
 
 def read_best(workdir: str | os.PathLike) -> dict[str, Any] | None:

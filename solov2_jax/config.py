@@ -18,6 +18,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from solov2_jax import config_schema
 from solov2_jax.config_files import (
     bind_configs,
     find_config,
@@ -238,7 +239,7 @@ def apply_preset(config: Config, before: Mapping[str, Any], overrides: Sequence[
         own = before.get(full, default[full])
         if full in given or own not in (default[full], earlier.get(key, own)):
             kept.append(f"{full} (given)")
-        elif key in base.RGB_ONLY and not is_rgb:
+        elif key in config_schema.RGB_ONLY and not is_rgb:
             kept.append(f"{full} (for 8-bit RGB)")
         elif key == "scale" and config.augment.jitter_scale:
             kept.append(f"{full} (augment.jitter_scale is)")

@@ -26,6 +26,9 @@ IMPORT_PATH = (r"[\w.]+:\w+", "an import path, 'package.module:name'")
 METRICS = ("auto", "coco", "lvis", "cityscapes", "voc", "boundary", "keypoints")
 METRIC_FORM = (f"{'|'.join(METRICS)}|{IMPORT_PATH[0]}", f"one of {METRICS} or {IMPORT_PATH[1]}")
 
+# Keys of `augment` that only 8-bit RGB pictures have a meaning for.
+RGB_ONLY = ("saturation", "hue", "jpeg_prob")
+
 # A key's value that is found out when the run starts.
 AUTO = "auto"
 

@@ -88,10 +88,7 @@ MAX_FILE, MAX_FUNCTION = 420, 60
 LONG_FUNCTIONS = {
     "solov2_jax.postprocess.detect",
     "solov2_jax.data.pipeline.train_batches",
-    "solov2_jax.training.loop.train",
     "solov2_jax.training.loss.build_loss",
-    "solov2_jax.training.memory.choose_batch_size",
-    "solov2_jax.tools.export.run.export",
     "solov2_jax.tools.serving.app.make_app",
     "solov2_jax.tools.doctor.grids.advise",
 }

@@ -8,7 +8,7 @@ import pytest
 import toy
 
 from solov2_jax import distributed
-from solov2_jax.checkpoint import CheckpointManager
+from solov2_jax.checkpoint import CheckpointManager, less_is_better
 from solov2_jax.training.checkpoint_hooks import (
     BestCheckpoint,
     EarlyStop,
@@ -225,6 +225,15 @@ def test_of_a_loss_less_is_better():
     for _ in range(8):
         advance(run, hooks)
     assert saver.checkpoints.best == {"step": 4, "metric": "val/loss", "value": 1.0}
+
+
+@pytest.mark.parametrize(
+    "metric", ["segm/AP", "far/segm/AP/blossom", "val/mean_iou", "glossy/bbox/AP"]
+)
+def test_of_all_but_losses_more_is_better(metric):
+    assert not less_is_better(metric)
+    for loss in ("val/loss", "val/loss_ins", "raw/val/loss", "my_loss", "far/Loss"):
+        assert less_is_better(loss)
 
 
 def test_training_ends_when_the_best_is_long_ago(caplog):

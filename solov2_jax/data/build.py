@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from solov2_jax.config_schema import as_steps
+from solov2_jax.config_schema import RGB_ONLY, as_steps
 from solov2_jax.data import records
 from solov2_jax.data.augment import Augment
 from solov2_jax.data.batch import PixelMap
@@ -124,7 +124,7 @@ def check_augment(config: Any) -> None:
         custom_function(path)
     if pixel_format(config).is_rgb:
         return
-    for key in ("saturation", "hue", "jpeg_prob"):
+    for key in RGB_ONLY:
         if value := config.augment[key]:
             raise InputError(
                 f"augment.{key} = {value} is for 8-bit RGB pictures, and data.channels is "

@@ -15,14 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from solov2_jax import ops
 from solov2_jax.models.deform import Deform
-from solov2_jax.models.layers import (
-    Conv,
-    ConvTower,
-    GroupNorm,
-    SharedConv,
-    has_bias,
-    prior_bias,
-)
+from solov2_jax.models.layers import Conv, ConvTower, GroupNorm, SharedConv, has_bias, prior_bias
 
 # Of the instance head's inputs, as `split_features` gives them.
 STRIDES = (8, 8, 16, 32, 32)

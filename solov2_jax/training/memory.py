@@ -315,14 +315,11 @@ def choose_batch_size(
         "images/step   GB per device",
     ]
     for n in SIZES[: SIZES.index(chosen) + 3]:
-        note = "compiled" if n in tried else ""
-        if n == chosen:
-            note = "chosen, " + note if note else "chosen"
-        elif takes[n] > limit:
-            note = "too much, " + note if note else "too much"
-        elif n > most:
-            note = f"fewer than {STEPS_PER_EPOCH} steps for {images} images"
-        lines.append(f"{n * unit:>11} {takes[n] / GB:>15.2f}   {note}".rstrip())
+        notes = ["chosen"] * (n == chosen) or ["too much"] * (takes[n] > limit)
+        notes += ["compiled"] * (n in tried)
+        if n != chosen and takes[n] <= limit and n > most:
+            notes = [f"fewer than {STEPS_PER_EPOCH} steps for {images} images"]
+        lines.append(f"{n * unit:>11} {takes[n] / GB:>15.2f}   {', '.join(notes)}".rstrip())
     if not fitting:
         lines.append("no batch fits by this estimate: lower the image sizes, or use more devices")
     meant = config.optim.reference_batch_size

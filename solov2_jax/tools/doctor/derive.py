@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from solov2_jax.config import is_used
+from solov2_jax.config_schema import RGB_ONLY
 from solov2_jax.data.coco import CocoDataset
 from solov2_jax.tools.doctor.data_report import settings_of, spread
 from solov2_jax.tools.doctor.grids import SHORT_SIDES, Advice, advise, compact
@@ -172,7 +173,7 @@ def _of_channels(config: Any) -> list[Derived]:
     if pixel_format(config).is_rgb:
         return []
     derived = []
-    on = [key for key in ("saturation", "hue", "jpeg_prob") if config.augment[key]]
+    on = [key for key in RGB_ONLY if config.augment[key]]
     if on:
         values = {f"augment.{key}": 0.0 for key in on}
         derived.append(Derived(values, "the pictures are not 8-bit RGB"))

@@ -12,12 +12,10 @@ from solov2_jax.tools.grid_assignment import assign_grid, count_collisions
 
 STRIDE = 32
 SHORT_SIDES = (320, 448, 512, 640, 800, 1024, 1280)
-# At the input size that is suggested, nine of ten objects cover at least this, which
-# is 4 x 4 pixels of the mask.
+# At the suggested input size nine of ten objects cover this: 4 x 4 pixels of the mask.
 WANTED_SIDE = 16.0
 # The reference's: 16 images per step at a rate of 0.01, about 12 to 36 epochs.
 BATCH, RATE, EPOCHS = 16, 0.01, 36
-# The keys of that recipe, which go together.
 RECIPE = {"optim.learning_rate", "optim.milestones", "optim.warmup_steps", "train.steps"}
 FEW_LOST = 0.005  # share of lost objects up to which no denser grid is looked for
 Ranges = tuple[tuple[int, int], ...]

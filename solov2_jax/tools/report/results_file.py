@@ -16,7 +16,7 @@ from solov2_jax.config import suggest
 from solov2_jax.data.annotations import Fields, describe, read_box, whole_number
 from solov2_jax.data.outlines import are_numbers, as_json, is_polygon, read_outline, rle_areas
 from solov2_jax.evaluation.coco import CocoEvaluator, format_metric, is_defined
-from solov2_jax.evaluation.coco_score import GroundTruth, read_ground_truth
+from solov2_jax.evaluation.coco_score import COCO_LIMIT, GroundTruth, read_ground_truth
 from solov2_jax.evaluation.evaluate import write_metrics
 from solov2_jax.evaluation.evaluators import make_evaluator
 from solov2_jax.io import InputError, make_folder, read_json
@@ -107,7 +107,7 @@ def evaluate_files(
     report: bool = False,
     expectations: Sequence[ExpectedResult] = (),
     backend: str = "fast",
-    max_detections: int = 100,
+    max_detections: int = COCO_LIMIT,
     size_ranges: Sequence[int] = (),
     metric: str = "auto",
 ) -> dict[str, float]:

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from solov2_jax.checkpoint import less_is_better
 from solov2_jax.config import load_config, read_config
 from solov2_jax.io import InputError, read_json, write_json
 from solov2_jax.tools.study.design import CONFIG, PLAIN, RUNS, Design, Lever, Trial, fold_overrides
@@ -90,7 +91,7 @@ def run_trial(study: Path, design: Design, trial: Trial) -> bool:
     plain = Trial(Lever(PLAIN, ()), trial.seed, trial.fold)
     judge = Judge(
         folder,
-        None if trial.lever.name == PLAIN or "loss" in metric else trial_folder(study, plain),
+        None if trial.lever.name == PLAIN or less_is_better(metric) else trial_folder(study, plain),
         metric=metric,
         share=design.hopeless,
         start=design.judge_from,
@@ -109,7 +110,7 @@ def _outcome(folder: Path, metric: str) -> dict[str, Any]:
     seconds = max((line.get(SECONDS) or 0.0 for line in lines), default=0.0)
     if not evaluated:
         return {"step": lines[-1]["step"], "metrics": {}, "seconds": seconds}
-    sign = -1 if "loss" in metric else 1
+    sign = -1 if less_is_better(metric) else 1
     best = max(evaluated, key=lambda line: sign * line[metric])
     metrics = {k: v for k, v in best.items() if k.startswith(("segm/", "bbox/", "val/"))}
     return {
