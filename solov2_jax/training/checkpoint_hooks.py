@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from solov2_jax.checkpoint import CheckpointManager
+from solov2_jax.checkpoint import CheckpointManager, less_is_better
 from solov2_jax.config import suggest
 from solov2_jax.evaluation.evaluate import StopEvaluation
 from solov2_jax.io import InputError
@@ -205,7 +205,7 @@ class BestCheckpoint(HookBase):
         if value is None:
             return
         if best and best["metric"] == self._metric:
-            sign = -1 if "loss" in self._metric else 1
+            sign = -1 if less_is_better(self._metric) else 1
             if sign * best["value"] >= sign * value:
                 return
         self._saver.save(run)
