@@ -5,6 +5,7 @@ import io
 import json
 import sys
 
+import numpy as np
 import pytest
 import toy
 from tiny_coco import annotation, content, write
@@ -20,6 +21,7 @@ from solov2_jax.tools.study.table import collect, format_table, write_table
 from solov2_jax.tools.study.trial import OUTCOME, Judge, trial_folder
 from solov2_jax.training import loop
 from solov2_jax.training.hooks import Run
+from solov2_jax.weights.convert import save_weights
 
 
 def make_design(*levers, seeds=2, folds=1, **changes):
@@ -74,6 +76,22 @@ def test_a_lever_that_the_recipe_does_not_take_is_an_error(lever, message):
     with pytest.raises(InputError, match=message) as error:
         designs.check_levers(levers, base.get_config())
     assert str(error.value).startswith(f"--lever {lever}")
+
+
+def test_a_lever_s_weights_bring_their_convention(tmp_path):
+    config = load_config("quickstart")
+    path = str(tmp_path / "w.safetensors")
+    leaves = {"params/backbone/stem/conv/kernel": np.zeros((7, 7, 3, 64), np.float32)}
+    save_weights(path, leaves, {"input.channel_order": "RGB", "input.mean": [1.0, 2.0, 3.0]})
+    _, own, kept = designs.parse_levers(
+        [f"own: init_from={path}", f"kept: init_from={path} input.mean=(4,5,6)"]
+    )
+    for lever, mean in ((own, (1, 2, 3)), (kept, (4, 5, 6))):
+        changed = load_config("quickstart", lever.overrides)
+        designs.adopt_weights(changed, lever)
+        assert changed.input.channel_order == "RGB" and tuple(changed.input.mean) == mean
+    designs.adopt_weights(config, designs.Lever("x", ("--config.optim.gamma=0.5",)))
+    assert config.input.channel_order == "BGR"
 
 
 def test_levers_and_seeds_may_be_added_and_nothing_else(tmp_path):
@@ -278,6 +296,10 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path, capsys, monk
         capsys, monkeypatch, *place, "--config=quickstart", "--config.train.batch_size=auto"
     )
     assert "train.batch_size = auto" in said
+    for key, message in (("distill_from", "no such folder"), ("init_from", "/nowhere")):
+        lever = f"--lever=other: {key}=/nowhere"
+        said = fail(capsys, monkeypatch, *place, "--config=quickstart", lever)
+        assert "--lever other: " in said and key in said and message in said
     images, annotations = write(tmp_path)
     data = {"name": "", "train.images": images, "train.annotations": annotations}
     data |= {"val.images": images, "val.annotations": annotations}

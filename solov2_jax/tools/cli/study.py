@@ -97,7 +97,7 @@ def main(overrides: list[str]) -> None:
     designs.check_levers(levers, preset, equal_time=design.equal_time)
     with forgotten_if_refused(study / "data", has_begun=(study / designs.DESIGN).exists):
         config = _recipe(overrides, str(study))
-        designs.check_levers(levers, config, equal_time=design.equal_time)
+        designs.check_levers(levers, config, equal_time=design.equal_time, weights=True)
         designs.keep_design(study, design, config, own_data.GROUP.value)
     sys.exit(_run_all(study, design, config.train.best_metric))
 

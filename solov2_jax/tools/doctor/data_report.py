@@ -231,7 +231,9 @@ def text_report(report: DataReport) -> str:
     if report.parts:
         blocks.append(_grids(report))
     if report.advice:
-        blocks.append(_advice(report.advice))
+        lines = ["suggested for the training data", *(f"  {r}" for r in report.advice.reasons)]
+        lines += [f"    {flag}" for flag in report.advice.overrides()]
+        blocks.append("\n".join(lines))
     blocks.append(_findings(report))
     return "\n\n".join(blocks)
 
@@ -306,11 +308,6 @@ def _grids(report: DataReport) -> str:
             f"{len(collisions.out_of_range)} outside of all ranges"
         )
     return "\n".join(lines)
-
-
-def _advice(advice: Advice) -> str:
-    lines = ["suggested for the training data", *(f"  {r}" for r in advice.reasons)]
-    return "\n".join([*lines, *(f"    {flag}" for flag in advice.overrides())])
 
 
 def _findings(report: DataReport) -> str:

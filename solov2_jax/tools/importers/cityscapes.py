@@ -60,7 +60,7 @@ def import_parts(folder: Path) -> list[DataPart]:
     for name in names:
         paths = find_instance_ids(truths / name)
         split = split_of(name)
-        if split == TEST and all(_is_withheld(path) for path in paths[:_FEW]):
+        if split == TEST and all(read_instance_ids(p).max() < _NO_OBJECT for p in paths[:_FEW]):
             notes = ("the test part's ground truth is withheld: left out",)
             continue
         _check_pairs(truths / name, pictures / name, paths)
@@ -85,11 +85,6 @@ def check_halves(folder: Path) -> None:
                 f"--data {folder}: is a part of Cityscapes' {above.name}; give the folder that has "
                 f"{GT_FINE} and {IMAGES}, {above.parent}."
             )
-
-
-def _is_withheld(path: Path) -> bool:
-    """Returns whether a picture of instance ids shows no object."""
-    return bool(read_instance_ids(path).max() < _NO_OBJECT)
 
 
 def _check_pairs(truths: Path, pictures: Path, paths: list[Path]) -> None:

@@ -18,6 +18,7 @@ from solov2_jax.config import (
     check_config,
     check_effect,
     given_keys,
+    load_config,
     read_config,
     save_config,
 )
@@ -27,6 +28,7 @@ from solov2_jax.data.records import is_records
 from solov2_jax.io import InputError, make_folder, read_json, reading, write_json, write_text
 from solov2_jax.tools.importers.instances import part_of
 from solov2_jax.tools.importers.merge import image_groups
+from solov2_jax.weights.settings import adopt_settings
 
 PLAIN = "plain"  # the recipe as it is
 CONFIG, DESIGN, RUNS, FOLDS = "config.json", "design.json", "runs", "folds"
@@ -128,12 +130,17 @@ def parse_levers(texts: Sequence[str]) -> tuple[Lever, ...]:
     return tuple(levers)
 
 
-def check_levers(levers: Sequence[Lever], config: Any, *, equal_time: bool = False) -> None:
+def check_levers(
+    levers: Sequence[Lever], config: Any, *, equal_time: bool = False, weights: bool = False
+) -> None:
     """Raises an InputError for a lever whose keys the recipe does not take.
 
     Args:
       equal_time: the length of runs is the study's to set.
+      weights: those of `init_from` and `distill_from` are read and looked at too.
     """
+    from solov2_jax.training.teacher import load_teacher
+
     fixed = (*_SET_BY_STUDY, *_LENGTHS) if equal_time else _SET_BY_STUDY
     for lever in levers:
         changed = config.copy_and_resolve_references()
@@ -141,6 +148,9 @@ def check_levers(levers: Sequence[Lever], config: Any, *, equal_time: bool = Fal
             apply_overrides(changed, lever.overrides)
             check_config(changed)
             check_effect(changed, lever.overrides)
+            if weights:
+                adopt_weights(changed, lever)
+                load_teacher(changed)
         except ValueError as error:
             raise InputError(f"--lever {lever.name}: {error}") from error
         if taken := [k for k in given_keys(lever.overrides) if k.startswith(fixed)]:
@@ -148,6 +158,23 @@ def check_levers(levers: Sequence[Lever], config: Any, *, equal_time: bool = Fal
                 f"--lever {lever.name}: {taken[0]} is the same for all runs of a study"
                 + (", or follows from --equal_time" if taken[0] in _LENGTHS else "")
             )
+
+
+def adopt_weights(config: Any, lever: Lever) -> None:
+    """Sets what the weights of a lever's own `init_from` imply, as the commands do for a run's."""
+    from solov2_jax.training.restore import read_init
+
+    given = given_keys(lever.overrides)
+    if "init_from" in given and config.init_from:
+        adopt_settings(read_init(config.init_from).settings, config, given, config.init_from)
+
+
+def trial_config(study: Path, trial: Trial, folds: int) -> Any:
+    """Returns a run's config: the recipe's with its part of the data, its seed and its lever."""
+    overrides = [*fold_overrides(study, trial, folds), f"--config.seed={trial.seed}"]
+    config = load_config(str(study / CONFIG), [*overrides, *trial.lever.overrides])
+    adopt_weights(config, trial.lever)
+    return config
 
 
 def keep_design(folder: Path, design: Design, config: Any, group: str = "") -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from solov2_jax.checkpoint import less_is_better
-from solov2_jax.config import load_config, read_config
+from solov2_jax.config import apply_overrides, read_config
 from solov2_jax.io import InputError, read_json, write_json
-from solov2_jax.tools.study.design import CONFIG, PLAIN, RUNS, Design, Lever, Trial, fold_overrides
+from solov2_jax.tools.study.design import CONFIG, PLAIN, RUNS, Design, Lever, Trial, trial_config
 from solov2_jax.tools.study.pace import lengthened, step_seconds
 from solov2_jax.training.hooks import HookBase, Run
 from solov2_jax.training.loop import train
@@ -76,17 +76,12 @@ def trial_folder(study: Path, trial: Trial) -> Path:
 def run_trial(study: Path, design: Design, trial: Trial) -> bool:
     """Trains a run, or goes on with it; returns whether it has come to its end."""
     folder = trial_folder(study, trial)
-    overrides = [
-        *fold_overrides(study, trial, design.folds),
-        f"--config.seed={trial.seed}",
-        *trial.lever.overrides,
-    ]
-    config = load_config(str(study / CONFIG), overrides)
+    config = trial_config(study, trial, design.folds)
     if design.equal_time and trial.lever.name != PLAIN:
         recipe = read_config(study / CONFIG)
         own = step_seconds(study, trial.lever.folder, config)
         ratio = step_seconds(study, PLAIN, recipe) / own
-        config = load_config(str(study / CONFIG), [*overrides, *lengthened(config, ratio)])
+        apply_overrides(config, lengthened(config, ratio))
     metric = config.train.best_metric
     plain = Trial(Lever(PLAIN, ()), trial.seed, trial.fold)
     judge = Judge(

@@ -45,7 +45,9 @@ def find_original(config: Any, weights: Weights, prefix: str = "") -> Original |
     own names. AdelaiDet and the paper's code cannot be installed by pip: mmdetection's layers
     stand in for theirs, and get the tensors by the names that our tables give.
     """
-    source, own_names = weights.source, _own_names(weights, prefix)
+    source, path = weights.source, Path(weights.path)
+    # The file's tensors by the file's names; a run's folder has none.
+    own_names = read_contents(str(path), prefix).tensors if path.is_file() else {}
     if weights.num_classes is None:
         return _of_backbone(source, own_names)
     if source == "paddle":
@@ -62,12 +64,6 @@ def find_original(config: Any, weights: Weights, prefix: str = "") -> Original |
     state = to_mmdet(weights.flat, config.model.backbone.avg_down)
     described = "mmdetection's layers under the names of our tables"
     return Original("mmdet", state, described, packages)
-
-
-def _own_names(weights: Weights, prefix: str) -> dict[str, np.ndarray]:
-    """Returns the file's tensors by the file's names; {} of a run's folder."""
-    path = Path(weights.path)
-    return read_contents(str(path), prefix).tensors if path.is_file() else {}
 
 
 def _of_backbone(source: str, state: Mapping[str, np.ndarray]) -> Original | Unavailable:
