@@ -20,15 +20,15 @@ def lazy_exports(
 
     Args:
       package: its `__name__`.
-      homes: exported name -> "module:name of it there", the module below the package. Its
-        `__init__.pyi` says the same to type checkers.
+      homes: exported name -> its module below the package, with ":name" where it has another
+        name there. The package's `__init__.pyi` says the same to type checkers.
     """
 
     def get(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module, _, attribute = homes[name].partition(":")
-        return getattr(importlib.import_module(f"{package}.{module}"), attribute)
+        return getattr(importlib.import_module(f"{package}.{module}"), attribute or name)
 
     def names() -> list[str]:
         return sorted({*vars(importlib.import_module(package)), *homes})
@@ -39,13 +39,13 @@ def lazy_exports(
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "Predictor": "inference.predictor:Predictor",
-        "SOLOv2": "models:SOLOv2",
+        "Predictor": "inference.predictor",
+        "SOLOv2": "models",
         "evaluate": "tools.report.evaluate_run:evaluate_run",
-        "evaluate_run": "tools.report.evaluate_run:evaluate_run",
-        "load_coco": "data.coco:load_coco",
-        "load_config": "config:load_config",
-        "set_up": "logging:set_up",
-        "train": "training.loop:train",
+        "evaluate_run": "tools.report.evaluate_run",
+        "load_coco": "data.coco",
+        "load_config": "config",
+        "set_up": "logging",
+        "train": "training.loop",
     },
 )

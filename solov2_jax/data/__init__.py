@@ -10,11 +10,11 @@ from solov2_jax import lazy_exports
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "CocoDataset": "coco:CocoDataset",
-        "Sample": "augment:Sample",
-        "list_images": "images:list_images",
-        "load_coco": "coco:load_coco",
-        "load_datasets": "build:load_datasets",
-        "read_image": "images:read_image",
+        "CocoDataset": "coco",
+        "Sample": "augment",
+        "list_images": "images",
+        "load_coco": "coco",
+        "load_datasets": "build",
+        "read_image": "images",
     },
 )

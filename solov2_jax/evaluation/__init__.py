@@ -10,9 +10,9 @@ from solov2_jax import lazy_exports
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "CocoEvaluator": "coco:CocoEvaluator",
-        "Evaluator": "evaluators:Evaluator",
-        "build_evaluator": "evaluate:build_evaluator",
-        "make_evaluator": "evaluators:make_evaluator",
+        "CocoEvaluator": "coco",
+        "Evaluator": "evaluators",
+        "build_evaluator": "evaluate",
+        "make_evaluator": "evaluators",
     },
 )

@@ -10,12 +10,12 @@ from solov2_jax import lazy_exports
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "DetectOptions": "programs:DetectOptions",
-        "InputOptions": "preprocess:InputOptions",
-        "Prediction": "prediction:Prediction",
-        "Predictor": "predictor:Predictor",
-        "build_predictor": "predictor:build_predictor",
-        "draw_prediction": "draw:draw_prediction",
-        "to_coco_results": "prediction:to_coco_results",
+        "DetectOptions": "programs",
+        "InputOptions": "preprocess",
+        "Prediction": "prediction",
+        "Predictor": "predictor",
+        "build_predictor": "predictor",
+        "draw_prediction": "draw",
+        "to_coco_results": "prediction",
     },
 )

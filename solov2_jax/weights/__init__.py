@@ -10,10 +10,10 @@ from solov2_jax import lazy_exports
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "Weights": "sources:Weights",
-        "check_network": "convert:check_network",
-        "open_weights": "hub:open_weights",
-        "read_weights": "sources:read_weights",
-        "save_weights": "convert:save_weights",
+        "Weights": "sources",
+        "check_network": "convert",
+        "open_weights": "hub",
+        "read_weights": "sources",
+        "save_weights": "convert",
     },
 )

@@ -5,8 +5,8 @@ from solov2_jax import lazy_exports
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "TileOptions": "tiling:TileOptions",
-        "TtaOptions": "tta:TtaOptions",
-        "build_views": "build:build_views",
+        "TileOptions": "tiling",
+        "TtaOptions": "tta",
+        "build_views": "build",
     },
 )

@@ -5,9 +5,9 @@ from solov2_jax import lazy_exports
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "DetectionFilter": "outputs:DetectionFilter",
-        "FileOptions": "predict_files:FileOptions",
-        "find_files": "sources:find_files",
-        "open_sources": "sources:open_sources",
+        "DetectionFilter": "outputs",
+        "FileOptions": "predict_files",
+        "find_files": "sources",
+        "open_sources": "sources",
     },
 )
