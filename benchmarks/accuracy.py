@@ -124,6 +124,8 @@ def write_case(
 
 def write_first(annotations: str, number: int, file: Path) -> str:
     """Writes the first images of 1 to 8 objects, no crowd and none below 1 % of the image."""
+    if not Path(annotations).is_file():
+        raise SystemExit(f"error: --first: data.train.annotations is {annotations!r}, no json file")
     content = json.loads(Path(annotations).read_text())
     objects: dict[int, list[Any]] = {image["id"]: [] for image in content["images"]}
     for record in content["annotations"]:

@@ -264,3 +264,23 @@ def test_a_file_of_predictions_is_scored_by_both_programs(tmp_path):
     truth, found = metric_cases.write_as_cityscapes(content, results, tmp_path)
     figures = metrics.score(str(truth), str(found), "cityscapes")()
     assert 0 < figures["segm/AP50"] < 1 and not np.isnan(figures["segm/AP/person"])
+
+
+def test_the_first_photographs_are_those_without_crowds_and_specks(tmp_path):
+    import accuracy
+
+    sizes = {3: (0.2, 0), 1: (0.5, 0), 4: (0.5, 1), 5: (0.001, 0), 2: (0.3, 0)}
+    images = [{"id": i, "height": 10, "width": 10} for i in (*sizes, 6)]
+    objects = [
+        {"id": i, "image_id": i, "area": 100 * share, "iscrowd": crowd}
+        for i, (share, crowd) in sizes.items()
+    ]
+    path, found = tmp_path / "all.json", tmp_path / "first.json"
+    path.write_text(json.dumps({"images": images, "annotations": objects, "categories": []}))
+    accuracy.write_first(str(path), 2, found)
+    content = json.loads(found.read_text())
+    assert [[x["id"] for x in content[k]] for k in ("images", "annotations")] == [[1, 2], [1, 2]]
+    with pytest.raises(SystemExit, match="has 3 such images, --first wants 4"):
+        accuracy.write_first(str(path), 4, found)
+    with pytest.raises(SystemExit, match="data.train.annotations is '', no json file"):
+        accuracy.write_first("", 2, found)
